@@ -1,0 +1,3 @@
+//! The `stratablk` program.
+
+fn main() {}

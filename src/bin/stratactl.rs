@@ -1,0 +1,3 @@
+//! The `stratactl` program.
+
+fn main() {}

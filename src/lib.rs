@@ -1,0 +1,1 @@
+//! A vhost-user-blk backend that serves layered disk images.
