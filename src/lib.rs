@@ -5,6 +5,7 @@
 
 pub mod chain;
 pub mod error;
+pub mod export;
 pub mod format;
 pub mod grace;
 pub mod reactor;
