@@ -236,7 +236,10 @@ impl Reactor {
             .user_data(Token::IGNORE.raw());
         // Now, not when the removal is confirmed: the poll may end by itself before that, and
         // must not be armed again on a number that names another file by then.
-        self.inner.ops.borrow_mut().forget_watch(Token::watch(value));
+        self.inner
+            .ops
+            .borrow_mut()
+            .forget_watch(Token::watch(value));
         // SAFETY: a poll removal names no memory.
         unsafe { self.inner.ring.borrow_mut().push(&entry) }?;
         self.submit();
