@@ -116,7 +116,12 @@ where
     match parsed {
         Ok(args) => to_action(&args),
         Err(error) => match error.kind() {
-            ClapKind::DisplayHelp => Ok(Action::Help(error.render().to_string())),
+            ClapKind::DisplayHelp => {
+                let mut text = error.render().to_string();
+                text.truncate(text.trim_end().len());
+                text.push('\n');
+                Ok(Action::Help(text))
+            }
             ClapKind::DisplayVersion => Ok(Action::Version),
             _ => Err(from_clap(&error)),
         },
@@ -137,7 +142,10 @@ fn from_clap(error: &clap::Error) -> ConfigError {
         }
         parts.push(line.strip_prefix("error: ").unwrap_or(line));
     }
-    ConfigError::other(format!("{} (see --help)", parts.join("; ")))
+    ConfigError::other(format!(
+        "{} (see --help)",
+        parts.join("; ").replace(":; ", ": ")
+    ))
 }
 
 fn to_action(args: &Args) -> Result<Action, ConfigError> {

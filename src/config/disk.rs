@@ -41,7 +41,8 @@ pub(super) struct DiskArgs {
 
     /// Format of the image. Name it for raw images: whoever writes a raw disk can make it look
     /// like another format
-    #[arg(long, value_name = "FORMAT", value_enum, default_value_t = ImageFormat::Auto)]
+    #[arg(long, value_name = "FORMAT", value_enum, requires = "blk_file",
+          default_value_t = ImageFormat::Auto)]
     image_format: ImageFormat,
 
     /// Number of virtqueues, each served by a thread of its own
@@ -60,7 +61,8 @@ pub(super) struct DiskArgs {
     serial: Option<String>,
 
     /// How writes reach the image
-    #[arg(long, value_name = "MODE", value_enum, default_value_t = CacheMode::Writeback)]
+    #[arg(long, value_name = "MODE", value_enum, requires = "blk_file",
+          default_value_t = CacheMode::Writeback)]
     cache: CacheMode,
 
     /// Copy into the image what the guest reads from the layers below it
@@ -68,7 +70,8 @@ pub(super) struct DiskArgs {
     copy_on_read: bool,
 
     /// What becomes of space that the guest discards
-    #[arg(long, value_name = "MODE", value_enum, default_value_t = DiscardMode::Unmap)]
+    #[arg(long, value_name = "MODE", value_enum, requires = "blk_file",
+          default_value_t = DiscardMode::Unmap)]
     discard: DiscardMode,
 }
 
@@ -120,6 +123,10 @@ pub(super) fn add_disk(config: &mut Config, args: &DiskArgs) -> Result<(), Confi
     };
     if let Some(serial) = &args.serial {
         check_serial(serial).map_err(|error| error.in_option("--serial", serial))?;
+    }
+    if args.copy_on_read && args.image_format == ImageFormat::Raw {
+        let text = "--copy-on-read: a raw image has no layers below it to copy from";
+        return Err(ConfigError::other(text));
     }
     let id = free_name("disk", |name| {
         config.exports.iter().any(|export| export.id == name)

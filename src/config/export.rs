@@ -137,7 +137,7 @@ pub(crate) fn check_serial(serial: &str) -> Result<(), ConfigError> {
 fn parse_address(fields: &Fields<'_>) -> Result<SocketAddress, ConfigError> {
     let addr = fields
         .opt_object("addr")?
-        .ok_or_else(|| fields.missing("addr.type"))?;
+        .ok_or_else(|| fields.missing("addr"))?;
     match addr.string("type")? {
         "unix" => {
             addr.only(&[&["type", "path", "abstract", "tight"]])?;
