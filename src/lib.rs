@@ -4,6 +4,8 @@
 //! [`chain`], [`format`], [`storage`] and [`reactor`].
 
 pub mod chain;
+pub mod config;
+pub mod ctl;
 pub mod error;
 pub mod format;
 pub mod grace;
