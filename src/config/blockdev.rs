@@ -284,6 +284,12 @@ impl BlockdevOptions {
         Ok(node)
     }
 
+    /// Reads a backing node that is written inside the image above it, `above` being its node
+    /// (`json:` names).
+    pub fn from_nested(value: &Value, above: &Self, dialect: Dialect) -> Result<Self, ConfigError> {
+        parse_node(value, "", dialect, Inherited::for_backing(above), 0)
+    }
+
     /// A node with a driver and nothing else said.
     pub fn new(driver: Driver) -> Self {
         Self {
