@@ -401,6 +401,44 @@ fn exit_codes() {
     assert_eq!(code(&variable), 0, "{variable:?}");
 }
 
+/// Would catch a command or option that the documentation forgot.
+#[test]
+fn the_documentation_names_every_command() {
+    let page = include_str!("../docs/stratactl.md");
+    let help = |args: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_stratactl"))
+            .args(args)
+            .output()
+            .unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let top = help(&["-h"]);
+    let commands: Vec<&str> = top
+        .lines()
+        .skip_while(|line| *line != "Commands:")
+        .skip(1)
+        .take_while(|line| !line.is_empty())
+        .filter_map(|line| line.split_whitespace().next())
+        .filter(|command| *command != "help")
+        .collect();
+    assert!(commands.len() > 10, "{top}");
+    for command in commands {
+        assert!(
+            page.contains(&format!("`{command}")),
+            "docs/stratactl.md lacks {command}"
+        );
+        for word in help(&[command, "-h"]).split_whitespace() {
+            let option = word.trim_matches(|c: char| !c.is_ascii_alphabetic() && c != '-');
+            if option.starts_with("--") && !["--help", "--version"].contains(&option) {
+                assert!(
+                    page.contains(option),
+                    "docs/stratactl.md lacks {command} {option}"
+                );
+            }
+        }
+    }
+}
+
 /// Would catch an overview that misses a layer or shows chains in the wrong order.
 #[test]
 fn overview() {
