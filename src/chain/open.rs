@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use futures_util::future::LocalBoxFuture;
 
-use super::graph::{Graph, Node, filter_layer, resolve};
 use super::Layer;
+use super::graph::{Graph, Node, filter_layer, resolve};
 use crate::config::{
     AutoOptions, BackingRef, BlockRef, BlockdevOptions, Dialect, Discard, Driver, FileOptions,
     Locking, Qcow2Options, RawOptions,
@@ -68,7 +68,10 @@ impl Graph {
         origin: Origin,
     ) -> LocalBoxFuture<'a, Result<String>> {
         Box::pin(async move {
-            let name = options.node_name.clone().unwrap_or_else(|| self.make_name());
+            let name = options
+                .node_name
+                .clone()
+                .unwrap_or_else(|| self.make_name());
             let node = match &options.driver {
                 Driver::File(file) | Driver::HostDevice(file) => {
                     open_file(&name, options, file, descent)?
@@ -76,7 +79,9 @@ impl Graph {
                 Driver::Raw(raw) => self.open_raw(&name, options, raw, descent).await?,
                 Driver::Qcow2(qcow2) => self.open_qcow2(&name, options, qcow2, descent).await?,
                 Driver::Auto(auto) => {
-                    return self.open_probed(&name, options, auto, descent, origin).await;
+                    return self
+                        .open_probed(&name, options, auto, descent, origin)
+                        .await;
                 }
                 Driver::CopyOnRead(filter) => {
                     let file = self.open_ref(&filter.file, descent).await?;
@@ -94,7 +99,11 @@ impl Graph {
             // A node that is not a user's own may be made writable by a job that needs it.
             let own = origin == Origin::Named;
             let fixed_read_only = options.read_only && own;
-            self.add(Node { implicit: !own, fixed_read_only, ..node })?;
+            self.add(Node {
+                implicit: !own,
+                fixed_read_only,
+                ..node
+            })?;
             descent.added.push(name.clone());
             Ok(name)
         })
@@ -140,7 +149,9 @@ impl Graph {
         descent: &mut Descent,
     ) -> Result<Node> {
         if qcow2.data_file.is_some() {
-            return Err(Error::Invalid("external data files are not supported".into()));
+            return Err(Error::Invalid(
+                "external data files are not supported".into(),
+            ));
         }
         let file = self.node(&self.open_ref(&qcow2.file, descent).await?)?;
         let storage = file.layer.storage.clone();
@@ -150,15 +161,19 @@ impl Graph {
             BackingRef::Node(node) => Some(self.open_ref(node, descent).await?),
             BackingRef::Default => match image.backing() {
                 None => None,
-                Some(backing) => {
-                    Some(self.open_backing(options, &file.filename, &backing, descent).await?)
-                }
+                Some(backing) => Some(
+                    self.open_backing(options, &file.filename, &backing, descent)
+                        .await?,
+                ),
             },
         };
         let format = Format::Qcow2(Arc::new(image));
         let mut node = make_node(name, "qcow2", options, format, &file, backing);
         if qcow2.copy_on_read {
-            node.layer = Arc::new(Layer { copy_on_read: true, ..(*node.layer).clone() });
+            node.layer = Arc::new(Layer {
+                copy_on_read: true,
+                ..(*node.layer).clone()
+            });
         }
         Ok(node)
     }
@@ -183,7 +198,9 @@ impl Graph {
             other => other,
         };
         let options = backing_options(above, image, backing).map_err(context)?;
-        self.open_node(&options, descent, Origin::Header).await.map_err(context)
+        self.open_node(&options, descent, Origin::Header)
+            .await
+            .map_err(context)
     }
 
     async fn open_probed(
@@ -210,7 +227,11 @@ impl Graph {
                  disk can make it look like another format",
                 storage.name()
             );
-            Driver::Raw(RawOptions { file, offset: 0, size: None })
+            Driver::Raw(RawOptions {
+                file,
+                offset: 0,
+                size: None,
+            })
         };
         let options = BlockdevOptions {
             node_name: Some(name.to_owned()),
@@ -240,7 +261,10 @@ impl Graph {
         }
         let mut storage = node.layer.storage.clone();
         if !storage.writable() {
-            let flags = OpenFlags { writable: true, ..file_flags(&self.file_options(&node)?) };
+            let flags = OpenFlags {
+                writable: true,
+                ..file_flags(&self.file_options(&node)?)
+            };
             storage = Arc::new(FileStorage::open(&node.filename, flags).map_err(text)?);
         }
         storage.set_access(Access::Write).map_err(text)?;
@@ -259,7 +283,12 @@ impl Graph {
                 }
             }
         };
-        let layer = Layer { format, storage, read_only: false, ..(*node.layer).clone() };
+        let layer = Layer {
+            format,
+            storage,
+            read_only: false,
+            ..(*node.layer).clone()
+        };
         self.replace_layer(name, Arc::new(layer))
     }
 
@@ -282,7 +311,10 @@ impl Graph {
             Format::Raw(_) => node.layer.flush().await?,
             Format::Qcow2(qcow2) => qcow2.close().await?,
         }
-        let layer = Layer { read_only: true, ..(*node.layer).clone() };
+        let layer = Layer {
+            read_only: true,
+            ..(*node.layer).clone()
+        };
         self.replace_layer(name, Arc::new(layer))?;
         node.layer.storage.set_access(Access::Read).map_err(text)
     }
@@ -301,7 +333,9 @@ fn text(error: std::io::Error) -> Error {
 }
 
 fn storage_len(storage: &dyn Storage) -> Result<u64> {
-    storage.len().map_err(|error| Error::io(Action::Read, storage.name(), 0, &error))
+    storage
+        .len()
+        .map_err(|error| Error::io(Action::Read, storage.name(), 0, &error))
 }
 
 fn image_options(options: &BlockdevOptions, writable: bool) -> qcow2::Options {
@@ -312,9 +346,9 @@ fn image_options(options: &BlockdevOptions, writable: bool) -> qcow2::Options {
     qcow2::Options {
         writable,
         discard: match &options.driver {
-            Driver::Qcow2(qcow2) => {
-                qcow2.pass_discard_request.unwrap_or(options.discard == Discard::Unmap)
-            }
+            Driver::Qcow2(qcow2) => qcow2
+                .pass_discard_request
+                .unwrap_or(options.discard == Discard::Unmap),
             _ => options.discard == Discard::Unmap,
         },
         cache_bytes: cache_bytes.unwrap_or(qcow2::DEFAULT_CACHE_BYTES),
@@ -352,7 +386,13 @@ fn open_file(
     let flags = file_flags(options);
     let storage = match FileStorage::open(&file.filename, flags) {
         Err(error) if flags.writable && options.auto_read_only && is_denied(&error) => {
-            FileStorage::open(&file.filename, OpenFlags { writable: false, ..flags })
+            FileStorage::open(
+                &file.filename,
+                OpenFlags {
+                    writable: false,
+                    ..flags
+                },
+            )
         }
         other => other,
     };
@@ -360,7 +400,11 @@ fn open_file(
     let size = storage_len(&*storage)?.next_multiple_of(512);
     Ok(Node {
         name: name.to_owned(),
-        driver: if matches!(options.driver, Driver::File(_)) { "file" } else { "host_device" },
+        driver: if matches!(options.driver, Driver::File(_)) {
+            "file"
+        } else {
+            "host_device"
+        },
         layer: Arc::new(Layer {
             name: name.to_owned(),
             format: Format::Raw(Raw::new(0, size)),
@@ -434,11 +478,16 @@ fn backing_options(
     }));
     let file = BlockRef::Inline(Box::new(placeholder.child_file(&path)));
     let driver = match backing.format.as_deref() {
-        Some("raw" | "file" | "host_device") => {
-            Driver::Raw(RawOptions { file, offset: 0, size: None })
-        }
+        Some("raw" | "file" | "host_device") => Driver::Raw(RawOptions {
+            file,
+            offset: 0,
+            size: None,
+        }),
         Some("qcow2") => Driver::Qcow2(Box::new(Qcow2Options::new(file))),
-        None => Driver::Auto(AutoOptions { file, copy_on_read: false }),
+        None => Driver::Auto(AutoOptions {
+            file,
+            copy_on_read: false,
+        }),
         Some(other) => {
             return Err(Error::Invalid(format!(
                 "{}: Unknown driver '{other}' (expected raw or qcow2)",
@@ -446,7 +495,10 @@ fn backing_options(
             )));
         }
     };
-    Ok(BlockdevOptions { driver, ..placeholder })
+    Ok(BlockdevOptions {
+        driver,
+        ..placeholder
+    })
 }
 
 /// The path that a backing file's name stands for.
@@ -464,4 +516,3 @@ fn backing_path(image: &Path, name: &str) -> Result<PathBuf> {
     }
     Ok(resolve(image, plain))
 }
-

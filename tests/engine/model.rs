@@ -14,7 +14,10 @@ pub const SECTOR: usize = 512;
 
 /// The seed of this run: `STRATABLK_SEED` repeats one.
 pub fn seed() -> u64 {
-    std::env::var("STRATABLK_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(rand::random)
+    std::env::var("STRATABLK_SEED")
+        .ok()
+        .and_then(|s| s.parse().ok())
+        .unwrap_or_else(rand::random)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,7 +117,10 @@ pub async fn operate(disk: &Disk, model: &Rc<RefCell<Model>>, kind: Kind, seed: 
     match kind {
         Kind::Read => view.read(offset, bufs).await.unwrap(),
         Kind::Write => view.write(offset, bufs).await.unwrap(),
-        Kind::Zero => view.write_zeroes(offset, bytes as u64, false).await.unwrap(),
+        Kind::Zero => view
+            .write_zeroes(offset, bytes as u64, false)
+            .await
+            .unwrap(),
         Kind::Unmap => view.write_zeroes(offset, bytes as u64, true).await.unwrap(),
         Kind::Discard => view.discard(offset, bytes as u64).await.unwrap(),
         Kind::Flush => {}

@@ -54,7 +54,9 @@ struct Run {
 
 fn stamp_sector(stamp: u32) -> [u8; SECTOR] {
     let mut sector = [0; SECTOR];
-    sector.chunks_mut(4).for_each(|chunk| chunk.copy_from_slice(&stamp.to_le_bytes()));
+    sector
+        .chunks_mut(4)
+        .for_each(|chunk| chunk.copy_from_slice(&stamp.to_le_bytes()));
     sector
 }
 
@@ -70,13 +72,22 @@ fn layer(name: &str, format: Format, storage: Arc<dyn Storage>, read_only: bool)
 }
 
 fn open(reactor: &Reactor, top: Arc<MemoryStorage>, base: &[u8], writable: bool) -> Arc<Chain> {
-    let options = qcow2::Options { writable, discard: true, ..Default::default() };
+    let options = qcow2::Options {
+        writable,
+        discard: true,
+        ..Default::default()
+    };
     let image = reactor.block_on(Qcow2::open(top.clone(), options)).unwrap();
     let has_backing = image.backing().is_some();
     let mut layers = vec![layer("top", Format::Qcow2(Arc::new(image)), top, !writable)];
     if has_backing {
         let storage = Arc::new(MemoryStorage::new(base.to_vec()));
-        layers.push(layer("base", Format::Raw(Raw::new(0, SIZE as u64)), storage, true));
+        layers.push(layer(
+            "base",
+            Format::Raw(Raw::new(0, SIZE as u64)),
+            storage,
+            true,
+        ));
     }
     Arc::new(Chain::new(layers).unwrap())
 }
@@ -102,7 +113,11 @@ impl Run {
             .map(|sector| {
                 let first: [u8; 4] = base[sector * SECTOR..][..4].try_into().unwrap();
                 let change = Change::Write(u32::from_le_bytes(first));
-                vec![Entry { began: 0, number: 0, change }]
+                vec![Entry {
+                    began: 0,
+                    number: 0,
+                    change,
+                }]
             })
             .collect();
         Self {
@@ -131,7 +146,11 @@ impl Run {
                     self.stamp += 1;
                     sector.copy_from_slice(&stamp_sector(self.stamp));
                     let change = Change::Write(self.stamp);
-                    self.history[start + index].push(Entry { began, number: self.number, change });
+                    self.history[start + index].push(Entry {
+                        began,
+                        number: self.number,
+                        change,
+                    });
                 }
                 // SAFETY: `buffer` outlives the operation.
                 let bufs = unsafe { IoBufs::of(&buffer, 0, bytes) };
@@ -140,15 +159,21 @@ impl Run {
             6 => {
                 self.note(start, len, began, Change::Write(0));
                 let unmap = rng.random();
-                self.reactor.block_on(view.write_zeroes(offset, bytes as u64, unmap)).unwrap();
+                self.reactor
+                    .block_on(view.write_zeroes(offset, bytes as u64, unmap))
+                    .unwrap();
             }
             7..9 => {
                 self.note(start, len, began, Change::Discard);
-                self.reactor.block_on(view.discard(offset, bytes as u64)).unwrap();
+                self.reactor
+                    .block_on(view.discard(offset, bytes as u64))
+                    .unwrap();
             }
             9 => {
                 let end = self.chain.layers().len();
-                self.reactor.block_on(view.copy(0, end, offset, bytes as u64)).unwrap();
+                self.reactor
+                    .block_on(view.copy(0, end, offset, bytes as u64))
+                    .unwrap();
             }
             _ => self.flush(),
         }
@@ -157,7 +182,11 @@ impl Run {
     fn note(&mut self, start: usize, len: usize, began: usize, change: Change) {
         let number = self.number;
         for sector in &mut self.history[start..start + len] {
-            sector.push(Entry { began, number, change });
+            sector.push(Entry {
+                began,
+                number,
+                change,
+            });
         }
     }
 
@@ -168,7 +197,11 @@ impl Run {
 
     /// What a sector may hold after a cut when `cut` steps had been issued.
     fn allowed(&self, sector: usize, cut: usize) -> Vec<u32> {
-        let flushed = self.flushes.iter().rfind(|(steps, _)| *steps <= cut).map_or(0, |f| f.1);
+        let flushed = self
+            .flushes
+            .iter()
+            .rfind(|(steps, _)| *steps <= cut)
+            .map_or(0, |f| f.1);
         let mut allowed = Vec::new();
         for entry in &self.history[sector] {
             if entry.number > flushed && entry.began > cut {
@@ -192,7 +225,9 @@ impl Run {
         let buffer = AlignedBuf::zeroed(SIZE);
         // SAFETY: `buffer` outlives the operation.
         let bufs = unsafe { IoBufs::of(&buffer, 0, SIZE) };
-        self.reactor.block_on(Rc::clone(&view).read(0, bufs)).unwrap();
+        self.reactor
+            .block_on(Rc::clone(&view).read(0, bufs))
+            .unwrap();
         for (sector, got) in buffer.chunks(SECTOR).enumerate() {
             let allowed = self.allowed(sector, cut);
             let fine = allowed.iter().any(|&stamp| got == stamp_sector(stamp));
@@ -234,7 +269,10 @@ fn torn(steps: &[Step]) -> Vec<Step> {
             Step::Write { offset, bytes } => {
                 for (index, sector) in bytes.chunks(SECTOR).enumerate() {
                     let offset = offset + (index * SECTOR) as u64;
-                    pieces.push(Step::Write { offset, bytes: sector.to_vec() });
+                    pieces.push(Step::Write {
+                        offset,
+                        bytes: sector.to_vec(),
+                    });
                 }
             }
             other => pieces.push(other.clone()),
@@ -257,28 +295,43 @@ fn cuts(options: &str, with_base: bool, stream: bool, count: usize) {
     if stream {
         let end = run.chain.layers().len();
         let view = View::of(run.chain.clone());
-        run.reactor.block_on(view.copy(0, end, 0, SIZE as u64)).unwrap();
-        let Format::Qcow2(image) = &run.chain.top().format else { panic!() };
+        run.reactor
+            .block_on(view.copy(0, end, 0, SIZE as u64))
+            .unwrap();
+        let Format::Qcow2(image) = &run.chain.top().format else {
+            panic!()
+        };
         run.reactor.block_on(image.set_backing(None)).unwrap();
         run.flushes.push((run.top.steps(), run.number));
     }
     let log = run.top.take_log();
     // Each interval between barriers is met, not just the long ones.
-    let syncs: Vec<usize> =
-        log.iter().enumerate().filter(|(_, s)| **s == Step::Sync).map(|(i, _)| i).collect();
+    let syncs: Vec<usize> = log
+        .iter()
+        .enumerate()
+        .filter(|(_, s)| **s == Step::Sync)
+        .map(|(i, _)| i)
+        .collect();
     for round in 0..count {
         let cut = if round % 2 == 0 && !syncs.is_empty() {
             syncs[rng.random_range(0..syncs.len())]
         } else {
             rng.random_range(0..=log.len())
         };
-        let stable = syncs.iter().rfind(|&&sync| sync < cut).map_or(0, |&sync| sync);
+        let stable = syncs
+            .iter()
+            .rfind(|&&sync| sync < cut)
+            .map_or(0, |&sync| sync);
         let mut image = start.clone();
-        log[..stable].iter().for_each(|step| apply(&mut image, step));
+        log[..stable]
+            .iter()
+            .for_each(|step| apply(&mut image, step));
         let mut later = torn(&log[stable..cut]);
         later.shuffle(&mut rng);
         let kept = rng.random_range(0..=later.len());
-        later[..kept].iter().for_each(|step| apply(&mut image, step));
+        later[..kept]
+            .iter()
+            .for_each(|step| apply(&mut image, step));
         run.judge(dir.path(), image, cut, seed);
     }
 }

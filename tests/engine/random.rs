@@ -121,12 +121,21 @@ fn overlay(options: &str, compress: bool, stream: bool, copy_on_read: bool) {
     run("qemu-img", &args);
     create_over(&middle, "cluster_size=4k", &base, "qcow2");
     bytes.resize(SIZE, 0);
-    run("qemu-img", &["resize", "-q", middle.to_str().unwrap(), &SIZE.to_string()]);
+    run(
+        "qemu-img",
+        &["resize", "-q", middle.to_str().unwrap(), &SIZE.to_string()],
+    );
     for _ in 0..20 {
-        let (start, len) = (rng.random_range(0..SIZE / SECTOR - 64), rng.random_range(1..64));
+        let (start, len) = (
+            rng.random_range(0..SIZE / SECTOR - 64),
+            rng.random_range(1..64),
+        );
         let (at, len) = (start * SECTOR, len * SECTOR);
         let write = format!("write -q -P 77 {at} {len}");
-        run("qemu-io", &["-f", "qcow2", "-c", &write, middle.to_str().unwrap()]);
+        run(
+            "qemu-io",
+            &["-f", "qcow2", "-c", &write, middle.to_str().unwrap()],
+        );
         bytes[at..at + len].fill(77);
     }
     create_over(&top, options, &middle, "qcow2");
@@ -174,7 +183,9 @@ fn whole_stream_stands_alone() {
             at += now;
         }
         let chain = disk.root.chain();
-        let stratablk::format::Format::Qcow2(image) = &chain.top().format else { panic!() };
+        let stratablk::format::Format::Qcow2(image) = &chain.top().format else {
+            panic!()
+        };
         image.set_backing(None).await.unwrap();
     });
     disk.graph.set_backing(&disk.name, None).unwrap();
@@ -191,11 +202,23 @@ fn the_image_is_locked_against_qemu_and_theirs_against_us() {
     let path = in_dir(&dir, "image.qcow2");
     create(&path, "compat=1.1", 1 << 20);
     let disk = Disk::open(&path, "qcow2", json!({}));
-    let theirs = output("qemu-io", &["-f", "qcow2", "-c", "write 0 512", path.to_str().unwrap()]);
+    let theirs = output(
+        "qemu-io",
+        &["-f", "qcow2", "-c", "write 0 512", path.to_str().unwrap()],
+    );
     assert!(!theirs.status.success(), "qemu-io wrote to an image in use");
     assert!(String::from_utf8_lossy(&theirs.stderr).contains("lock"));
     let second = Disk::try_open(&path, "qcow2", json!({}));
-    assert!(second.err().unwrap().to_string().contains("Is another process using the image"));
+    assert!(
+        second
+            .err()
+            .unwrap()
+            .to_string()
+            .contains("Is another process using the image")
+    );
     disk.close();
-    run("qemu-io", &["-f", "qcow2", "-c", "write 0 512", path.to_str().unwrap()]);
+    run(
+        "qemu-io",
+        &["-f", "qcow2", "-c", "write 0 512", path.to_str().unwrap()],
+    );
 }

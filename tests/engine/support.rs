@@ -25,13 +25,19 @@ pub fn run(program: &str, args: &[&str]) -> String {
 }
 
 pub fn output(program: &str, args: &[&str]) -> Output {
-    Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}"))
+    Command::new(program)
+        .args(args)
+        .output()
+        .unwrap_or_else(|e| panic!("{program}: {e}"))
 }
 
 /// Fails unless `qemu-img check` finds no error. Leaks are told apart: they are allowed after
 /// a kill, not after a clean close.
 pub fn check(path: &Path, leaks_allowed: bool) {
-    let output = output("qemu-img", &["check", "-f", "qcow2", path.to_str().unwrap()]);
+    let output = output(
+        "qemu-img",
+        &["check", "-f", "qcow2", path.to_str().unwrap()],
+    );
     let code = output.status.code();
     let fine = code == Some(0) || (leaks_allowed && code == Some(3));
     assert!(
@@ -60,7 +66,15 @@ pub fn create(path: &Path, options: &str, size: u64) {
 }
 
 pub fn create_over(path: &Path, options: &str, backing: &Path, format: &str) {
-    let mut args = vec!["create", "-q", "-f", "qcow2", "-b", backing.to_str().unwrap(), "-F"];
+    let mut args = vec![
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-b",
+        backing.to_str().unwrap(),
+        "-F",
+    ];
     args.push(format);
     if !options.is_empty() {
         args.extend(["-o", options]);
@@ -102,7 +116,12 @@ impl Disk {
             reactor.block_on(graph.make_writable(&name))?;
         }
         let root = graph.root(&name)?;
-        Ok(Self { graph, root, name, reactor })
+        Ok(Self {
+            graph,
+            root,
+            name,
+            reactor,
+        })
     }
 
     pub fn view(&self) -> Rc<View> {
@@ -117,7 +136,9 @@ impl Disk {
         let buffer = AlignedBuf::zeroed(len);
         // SAFETY: `buffer` outlives the operation.
         let bufs = unsafe { IoBufs::of(&buffer, 0, len) };
-        self.reactor.block_on(self.view().read(offset, bufs)).unwrap();
+        self.reactor
+            .block_on(self.view().read(offset, bufs))
+            .unwrap();
         buffer.to_vec()
     }
 
