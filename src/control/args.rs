@@ -33,12 +33,20 @@ pub struct Arg {
 impl Arg {
     /// An argument that has to be there.
     pub const fn required(name: &'static str, kind: Kind) -> Self {
-        Self { name, kind, required: true }
+        Self {
+            name,
+            kind,
+            required: true,
+        }
     }
 
     /// An argument that may be left out.
     pub const fn optional(name: &'static str, kind: Kind) -> Self {
-        Self { name, kind, required: false }
+        Self {
+            name,
+            kind,
+            required: false,
+        }
     }
 }
 
@@ -62,10 +70,13 @@ impl Args {
                 None => {}
             }
         }
-        match given.keys().find(|name| !wanted.iter().any(|arg| arg.name == *name)) {
-            Some(name) => {
-                Err(CommandError::generic(format!("Parameter '{name}' is unexpected")))
-            }
+        match given
+            .keys()
+            .find(|name| !wanted.iter().any(|arg| arg.name == *name))
+        {
+            Some(name) => Err(CommandError::generic(format!(
+                "Parameter '{name}' is unexpected"
+            ))),
             None => Ok(Self(given)),
         }
     }
@@ -87,7 +98,12 @@ impl Args {
 
     /// The words of the list `name`.
     pub fn words(&self, name: &str) -> impl Iterator<Item = &str> {
-        self.0.get(name).and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str)
+        self.0
+            .get(name)
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
     }
 
     /// A string that the command cannot do without.
@@ -98,7 +114,9 @@ impl Args {
 }
 
 fn wrong_type(name: &str, expected: &str) -> CommandError {
-    CommandError::generic(format!("Invalid parameter type for '{name}', expected: {expected}"))
+    CommandError::generic(format!(
+        "Invalid parameter type for '{name}', expected: {expected}"
+    ))
 }
 
 fn check_value(arg: &Arg, value: &Value) -> Result<(), CommandError> {
@@ -111,10 +129,9 @@ fn check_value(arg: &Arg, value: &Value) -> Result<(), CommandError> {
         Kind::EnumList(_, words) => {
             let items = value.as_array().ok_or_else(|| wrong_type(name, "array"))?;
             // An item has no name of its own, and this is what QEMU calls it.
-            items
-                .iter()
-                .enumerate()
-                .try_for_each(|(at, item)| check_word(&format!("{name}[{at}]"), "null", words, item))
+            items.iter().enumerate().try_for_each(|(at, item)| {
+                check_word(&format!("{name}[{at}]"), "null", words, item)
+            })
         }
         _ => Ok(()),
     }
@@ -126,9 +143,13 @@ fn check_word(
     words: &[&str],
     value: &Value,
 ) -> Result<(), CommandError> {
-    let word = value.as_str().ok_or_else(|| wrong_type(full_name, "string"))?;
+    let word = value
+        .as_str()
+        .ok_or_else(|| wrong_type(full_name, "string"))?;
     if words.contains(&word) {
         return Ok(());
     }
-    Err(CommandError::generic(format!("Parameter '{name}' does not accept value '{word}'")))
+    Err(CommandError::generic(format!(
+        "Parameter '{name}' does not accept value '{word}'"
+    )))
 }

@@ -53,6 +53,8 @@ pub struct StreamSpec {
 pub struct ChainView {
     /// The id of the export whose top the first layer is. Jobs on it are called after it.
     pub export: Option<String>,
+    /// The length of the device in bytes.
+    pub len: u64,
     /// The layers, the one that was asked for first, then those under it.
     pub layers: Vec<LayerView>,
 }
@@ -190,15 +192,24 @@ impl BlockNode {
         }
         if let Some(backing) = &self.backing {
             set(&mut value, "backing-filename", backing.filename.as_str());
-            set(&mut value, "full-backing-filename", backing.full_filename.as_str());
+            set(
+                &mut value,
+                "full-backing-filename",
+                backing.full_filename.as_str(),
+            );
             if let Some(format) = &backing.format {
                 set(&mut value, "backing-filename-format", format.as_str());
             }
         }
-        if let (Some(all), Some(below)) = (all, self.below(all)) {
+        if let Some(all) = all
+            && let Some(below) = self.below(all)
+        {
             // Each step goes on with fewer nodes, so a loop in the data would end, too.
-            let others: Vec<_> =
-                all.iter().filter(|node| node.node_name != self.node_name).cloned().collect();
+            let others: Vec<_> = all
+                .iter()
+                .filter(|node| node.node_name != self.node_name)
+                .cloned()
+                .collect();
             set(&mut value, "backing-image", below.image(Some(&others)));
         }
         value

@@ -39,12 +39,18 @@ pub struct CommandError {
 impl CommandError {
     /// An error that is told apart by its text alone.
     pub fn generic(desc: impl Into<String>) -> Self {
-        Self { class: ErrorClass::GenericError, desc: desc.into() }
+        Self {
+            class: ErrorClass::GenericError,
+            desc: desc.into(),
+        }
     }
 
     /// The error for a command that is not there.
     pub fn not_found(desc: impl Into<String>) -> Self {
-        Self { class: ErrorClass::CommandNotFound, desc: desc.into() }
+        Self {
+            class: ErrorClass::CommandNotFound,
+            desc: desc.into(),
+        }
     }
 
     /// The error as the value of `error` in an answer.

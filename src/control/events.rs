@@ -151,23 +151,33 @@ impl EventHub {
     pub fn add(&self, outbox: &Arc<Outbox>, hang_up: Box<dyn Fn() + Send + Sync>) {
         let mut listeners = self.listeners.lock();
         listeners.retain(|listener| listener.outbox.strong_count() > 0);
-        listeners.push(Listener { outbox: Arc::downgrade(outbox), hang_up });
+        listeners.push(Listener {
+            outbox: Arc::downgrade(outbox),
+            hang_up,
+        });
     }
 
     /// Tells all clients, with the time of now.
     pub fn send(&self, event: &Event) {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
         let mut value = json!({
             "timestamp": {"seconds": now.as_secs(), "microseconds": now.subsec_micros()},
             "event": event.name,
         });
-        let no_data = event.data.as_object().is_some_and(serde_json::Map::is_empty);
+        let no_data = event
+            .data
+            .as_object()
+            .is_some_and(serde_json::Map::is_empty);
         if let (Some(members), false) = (value.as_object_mut(), no_data || event.data.is_null()) {
             members.insert("data".to_owned(), event.data.clone());
         }
         let line = line_of(&value);
         self.listeners.lock().retain(|listener| {
-            let Some(outbox) = listener.outbox.upgrade() else { return false };
+            let Some(outbox) = listener.outbox.upgrade() else {
+                return false;
+            };
             let kept_up = outbox.event(&line);
             if !kept_up {
                 log::warn!("a control client does not read its events and is cut off");

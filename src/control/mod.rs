@@ -19,11 +19,6 @@ pub mod session;
 mod stream;
 pub mod wire;
 
-#[cfg(test)]
-mod tests;
-#[cfg(test)]
-mod testing;
-
 pub use backend::{Backend, BlockNode, ChainView, Export, LayerView, StreamSpec};
 pub use error::{CommandError, ErrorClass};
 pub use events::EventHub;

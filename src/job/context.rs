@@ -174,8 +174,11 @@ impl JobContext {
         );
         if action == ErrorAction::Stop && !state.cancel {
             state.pause = true;
-            state.io_status =
-                if errno == libc::ENOSPC { IoStatus::NoSpace } else { IoStatus::Failed };
+            state.io_status = if errno == libc::ENOSPC {
+                IoStatus::NoSpace
+            } else {
+                IoStatus::Failed
+            };
             self.job.wake();
         }
         action

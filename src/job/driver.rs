@@ -29,7 +29,11 @@ pub(super) struct Obituary {
 
 impl Obituary {
     pub fn new(manager: Arc<Manager>, job: Arc<Job>) -> Self {
-        Self { manager, job, told: false }
+        Self {
+            manager,
+            job,
+            told: false,
+        }
     }
 
     /// Concludes the job.
@@ -101,7 +105,10 @@ async fn wait_for_finalize(job: &Job) -> bool {
             state.committing = true;
             return true;
         }
-        job.emit("BLOCK_JOB_PENDING", json!({"type": job.spec().kind, "id": job.id()}));
+        job.emit(
+            "BLOCK_JOB_PENDING",
+            json!({"type": job.spec().kind, "id": job.id()}),
+        );
     }
     loop {
         let listener = job.listen();

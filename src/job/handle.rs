@@ -33,6 +33,8 @@ pub struct JobSpec {
     pub id: String,
     /// What kind of job it is: `stream`.
     pub kind: &'static str,
+    /// How much there is to do, in bytes, so that clients know before the body has begun.
+    pub len: u64,
     /// Its speed limit in bytes per second; 0 is none.
     pub speed: u64,
     /// What it does about errors.
@@ -49,6 +51,7 @@ impl JobSpec {
         Self {
             id: id.into(),
             kind: "stream",
+            len: 0,
             speed: 0,
             on_error: OnError::Report,
             auto_finalize: true,
@@ -173,14 +176,20 @@ impl Job {
             idle: false,
             finalize: false,
             committing: false,
-            len: 0,
+            len: spec.len,
             offset: 0,
             io_status: IoStatus::Ok,
             error: None,
             bucket: Bucket::new(spec.speed, clock.now()),
             lease: Some(lease),
         };
-        Self { spec, state: Mutex::new(state), changed: Signal::new(), clock, events }
+        Self {
+            spec,
+            state: Mutex::new(state),
+            changed: Signal::new(),
+            clock,
+            events,
+        }
     }
 
     /// The job's name.
@@ -297,7 +306,10 @@ impl Job {
         let mut state = self.lock();
         self.check(&state, Verb::Finalize)?;
         if state.finalize || state.committing {
-            return Err(Refused(format!("Job '{}' is already being finalized", self.spec.id)));
+            return Err(Refused(format!(
+                "Job '{}' is already being finalized",
+                self.spec.id
+            )));
         }
         state.finalize = true;
         self.wake();

@@ -62,11 +62,7 @@ pub struct Manager {
 
 impl Manager {
     /// No jobs yet. They will be run by `runner`, and tell what happens to `events`.
-    pub fn new(
-        runner: Arc<dyn JobRunner>,
-        clock: Arc<dyn Clock>,
-        events: EventSink,
-    ) -> Arc<Self> {
+    pub fn new(runner: Arc<dyn JobRunner>, clock: Arc<dyn Clock>, events: EventSink) -> Arc<Self> {
         Arc::new_cyclic(|myself| Self {
             inner: Mutex::default(),
             nodes: Nodes::default(),
@@ -90,7 +86,10 @@ impl Manager {
         for node in nodes {
             all.insert(node.clone(), kind);
         }
-        Ok(Lease { nodes: nodes.to_vec(), all: self.nodes.clone() })
+        Ok(Lease {
+            nodes: nodes.to_vec(),
+            all: self.nodes.clone(),
+        })
     }
 
     /// Whether a job holds `node`, and of which kind it is.
@@ -102,7 +101,9 @@ impl Manager {
     /// Whether a job could have this name.
     pub fn check_id(&self, id: &str) -> Result<(), Refused> {
         let mut characters = id.chars();
-        let well_formed = characters.next().is_some_and(|first| first.is_ascii_alphabetic())
+        let well_formed = characters
+            .next()
+            .is_some_and(|first| first.is_ascii_alphabetic())
             && characters.all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_'));
         if !well_formed {
             return Err(Refused(format!("Invalid job ID '{id}'")));
@@ -124,8 +125,12 @@ impl Manager {
         let gone = || Refused("The daemon is shutting down".to_owned());
         let manager = self.myself.upgrade().ok_or_else(gone)?;
         let name = format!("job-{}", spec.id);
-        let job =
-            Arc::new(Job::new(spec, lease, self.clock.clone(), self.events.clone()));
+        let job = Arc::new(Job::new(
+            spec,
+            lease,
+            self.clock.clone(),
+            self.events.clone(),
+        ));
         {
             let mut inner = self.inner.lock();
             if inner.closed {
@@ -159,18 +164,30 @@ impl Manager {
                 Ok(job)
             }
             // The body went down with the thread that was not to be, and its obituary with it.
-            Err(error) => Err(Refused(format!("Could not start the job's thread: {error}"))),
+            Err(error) => Err(Refused(format!(
+                "Could not start the job's thread: {error}"
+            ))),
         }
     }
 
     /// The job of this name.
     pub fn job(&self, id: &str) -> Option<Arc<Job>> {
-        self.inner.lock().jobs.iter().find(|job| job.id() == id).cloned()
+        self.inner
+            .lock()
+            .jobs
+            .iter()
+            .find(|job| job.id() == id)
+            .cloned()
     }
 
     /// All jobs, oldest first.
     pub fn list(&self) -> Vec<JobInfo> {
-        self.inner.lock().jobs.iter().map(|job| job.info()).collect()
+        self.inner
+            .lock()
+            .jobs
+            .iter()
+            .map(|job| job.info())
+            .collect()
     }
 
     /// Forgets a concluded job.

@@ -38,7 +38,10 @@ pub struct Bucket {
 impl Bucket {
     /// A limit of `speed` bytes per second from `now` on; 0 is no limit.
     pub fn new(speed: u64, now: Duration) -> Self {
-        Self { speed, paid_until: now }
+        Self {
+            speed,
+            paid_until: now,
+        }
     }
 
     /// The limit in bytes per second, or 0.
@@ -122,7 +125,12 @@ mod tests {
     impl Copier {
         fn new(speed: u64) -> Self {
             let now = Duration::from_secs(1000);
-            Self { bucket: Bucket::new(speed, now), now, moved: 0, log: vec![(now, 0)] }
+            Self {
+                bucket: Bucket::new(speed, now),
+                now,
+                moved: 0,
+                log: vec![(now, 0)],
+            }
         }
 
         fn copy(&mut self, bytes: u64, late: Duration, busy: Duration) {
@@ -185,7 +193,10 @@ mod tests {
                 }
                 let allowed = cluster.max(speed / 10);
                 let burst = copier.largest_burst();
-                assert!(burst <= allowed, "{speed} B/s, clusters of {cluster}: {burst} at once");
+                assert!(
+                    burst <= allowed,
+                    "{speed} B/s, clusters of {cluster}: {burst} at once"
+                );
             }
         }
     }
@@ -199,7 +210,9 @@ mod tests {
         let slow = copier.bucket.take(now, 512 * KIB, &mut ticket);
         assert_eq!(slow, Grant::After(Duration::from_secs(8)));
         copier.bucket.set_speed(64 * MIB, now);
-        let Grant::After(wait) = copier.bucket.take(now, 512 * KIB, &mut ticket) else { return };
+        let Grant::After(wait) = copier.bucket.take(now, 512 * KIB, &mut ticket) else {
+            return;
+        };
         assert!(wait < Duration::from_millis(10), "{wait:?}");
         copier.bucket.set_speed(0, now);
         assert_eq!(copier.bucket.take(now, u64::MAX, &mut ticket), Grant::Now);
@@ -230,6 +243,9 @@ mod tests {
         assert_eq!(bucket.smooth_request(4 * KIB, 512 * KIB), 100 * KIB);
         assert_eq!(bucket.smooth_request(2 * MIB, 512 * KIB), 512 * KIB);
         assert_eq!(bucket.smooth_request(0, 512 * KIB), 104_857);
-        assert_eq!(Bucket::new(0, Duration::ZERO).smooth_request(64 * KIB, 512 * KIB), 512 * KIB);
+        assert_eq!(
+            Bucket::new(0, Duration::ZERO).smooth_request(64 * KIB, 512 * KIB),
+            512 * KIB
+        );
     }
 }

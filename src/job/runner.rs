@@ -92,14 +92,20 @@ impl ParkTimer {
             }
             !due
         });
-        sleepers.iter().map(|(deadline, _)| deadline.saturating_duration_since(now)).min()
+        sleepers
+            .iter()
+            .map(|(deadline, _)| deadline.saturating_duration_since(now))
+            .min()
     }
 }
 
 impl Timer for ParkTimer {
     fn sleep(&self, duration: Duration) -> LocalBoxFuture<'static, ()> {
         let deadline = Instant::now() + duration.min(Duration::from_secs(3600));
-        Box::pin(Sleep { deadline, sleepers: self.sleepers.clone() })
+        Box::pin(Sleep {
+            deadline,
+            sleepers: self.sleepers.clone(),
+        })
     }
 }
 
@@ -115,7 +121,9 @@ impl Future for Sleep {
         if Instant::now() >= self.deadline {
             return Poll::Ready(());
         }
-        self.sleepers.borrow_mut().push((self.deadline, context.waker().clone()));
+        self.sleepers
+            .borrow_mut()
+            .push((self.deadline, context.waker().clone()));
         Poll::Pending
     }
 }

@@ -47,7 +47,10 @@ impl Status {
         use Status::*;
         match verb {
             Verb::Cancel => {
-                matches!(self, Created | Running | Paused | Ready | Standby | Waiting | Pending)
+                matches!(
+                    self,
+                    Created | Running | Paused | Ready | Standby | Waiting | Pending
+                )
             }
             Verb::Pause | Verb::Resume | Verb::SetSpeed => {
                 matches!(self, Created | Running | Paused | Ready | Standby)

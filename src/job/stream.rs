@@ -98,7 +98,10 @@ impl Stream {
     /// Streams `source`; `backing_file` is what to write into the header, where the base's own name
     /// is not wanted.
     pub fn new(source: Box<dyn StreamSource>, backing_file: Option<String>) -> Self {
-        Self { source, backing_file }
+        Self {
+            source,
+            backing_file,
+        }
     }
 }
 
@@ -252,10 +255,16 @@ impl<'a> Copier<'a> {
             Some(Ok((found, status))) => {
                 let end = self.next.saturating_add(found).min(len);
                 if status == ChunkStatus::NeedsCopy {
-                    self.known = Some(Range { start: self.next, end });
+                    self.known = Some(Range {
+                        start: self.next,
+                        end,
+                    });
                     return Work::Next(self.piece_of(end));
                 }
-                self.mark_done(Range { start: self.next, end });
+                self.mark_done(Range {
+                    start: self.next,
+                    end,
+                });
                 self.next = end;
                 Work::Moved
             }
@@ -270,7 +279,10 @@ impl<'a> Copier<'a> {
         let wanted = self.next.saturating_add(size);
         let aligned = wanted - wanted % cluster;
         let piece_end = if aligned > self.next { aligned } else { wanted };
-        Range { start: self.next, end: piece_end.min(end) }
+        Range {
+            start: self.next,
+            end: piece_end.min(end),
+        }
     }
 
     fn lookup_failed(&mut self, error: JobIoError) -> Work {
@@ -352,7 +364,8 @@ impl<'a> Copier<'a> {
         match action {
             ErrorAction::Report => self.fatal = Some(JobError::from_errno(error.errno)),
             ErrorAction::Ignore => {
-                self.ignored.get_or_insert_with(|| JobError::from_errno(error.errno));
+                self.ignored
+                    .get_or_insert_with(|| JobError::from_errno(error.errno));
             }
             ErrorAction::Stop => self.stopping = true,
         }

@@ -31,7 +31,9 @@ impl VirtualTime {
     /// Goes on to when the first sleeper wants to be woken, and wakes it.
     fn jump(&self) -> bool {
         let mut sleepers = self.sleepers.lock();
-        let Some(first) = sleepers.iter().map(|sleeper| sleeper.0).min() else { return false };
+        let Some(first) = sleepers.iter().map(|sleeper| sleeper.0).min() else {
+            return false;
+        };
         let mut now = self.now.lock();
         *now = first.max(*now);
         let now = *now;
@@ -61,7 +63,9 @@ impl Timer for VirtualTimer {
             if time.now() >= deadline {
                 return std::task::Poll::Ready(());
             }
-            time.sleepers.lock().push((deadline, context.waker().clone()));
+            time.sleepers
+                .lock()
+                .push((deadline, context.waker().clone()));
             std::task::Poll::Pending
         }))
     }
@@ -86,7 +90,11 @@ impl JobRunner for VirtualRunner {
         let bell = Arc::new(Bell::default());
         let waker = Waker::from(bell.clone());
         let mut future = pin!(main(Rc::new(VirtualTimer(self.0.clone()))));
-        while future.as_mut().poll(&mut Context::from_waker(&waker)).is_pending() {
+        while future
+            .as_mut()
+            .poll(&mut Context::from_waker(&waker))
+            .is_pending()
+        {
             let mut rung = bell.0.lock().unwrap();
             while !*rung {
                 drop(rung);
@@ -169,8 +177,11 @@ impl StreamSource for FakeSource {
             while end < offset + max_len && needs(end) == needs(offset) {
                 end += disk.cluster;
             }
-            let status =
-                if needs(offset) { ChunkStatus::NeedsCopy } else { ChunkStatus::AlreadyPresent };
+            let status = if needs(offset) {
+                ChunkStatus::NeedsCopy
+            } else {
+                ChunkStatus::AlreadyPresent
+            };
             Ok(((end - offset).min(max_len), status))
         })
     }
@@ -193,9 +204,16 @@ impl StreamSource for FakeSource {
             }
             disk.most_in_flight.lock().1 -= 1;
             let mut faults = disk.faults.lock();
-            if let Some(at) = faults.iter().position(|f| (offset..offset + len).contains(&f.0)) {
+            if let Some(at) = faults
+                .iter()
+                .position(|f| (offset..offset + len).contains(&f.0))
+            {
                 let (at, errno) = faults.remove(at);
-                return Err(JobIoError { errno, write: false, text: format!("read at {at}") });
+                return Err(JobIoError {
+                    errno,
+                    write: false,
+                    text: format!("read at {at}"),
+                });
             }
             let mut needed = disk.needed.lock();
             let clusters = offset / disk.cluster..(offset + len).div_ceil(disk.cluster);
@@ -207,7 +225,11 @@ impl StreamSource for FakeSource {
     fn finish(&self, backing_file: Option<String>) -> LocalBoxFuture<'_, Result<(), JobIoError>> {
         Box::pin(async move {
             if let Some(errno) = *self.0.finish_error.lock() {
-                return Err(JobIoError { errno, write: true, text: "cannot finish".to_owned() });
+                return Err(JobIoError {
+                    errno,
+                    write: true,
+                    text: "cannot finish".to_owned(),
+                });
             }
             *self.0.finished.lock() = Some(backing_file);
             Ok(())
@@ -229,7 +251,10 @@ impl Bench {
 
     /// A bench on which a job that waits for its speed limit waits for ever.
     pub fn frozen() -> Self {
-        Self::with(VirtualTime { frozen: true, ..VirtualTime::default() })
+        Self::with(VirtualTime {
+            frozen: true,
+            ..VirtualTime::default()
+        })
     }
 
     fn with(time: VirtualTime) -> Self {
@@ -237,12 +262,19 @@ impl Bench {
         let (sender, events) = mpsc::channel();
         let sink: EventSink = Arc::new(move |event| drop(sender.send(event)));
         let runner = Arc::new(VirtualRunner(time.clone()));
-        Self { manager: Manager::new(runner, time.clone(), sink), time, events }
+        Self {
+            manager: Manager::new(runner, time.clone(), sink),
+            time,
+            events,
+        }
     }
 
     pub fn start(&self, spec: JobSpec, disk: &Arc<Disk>) -> Arc<Job> {
         let disk = disk.clone();
-        let lease = self.manager.reserve(&[spec.id.clone()], "stream").unwrap();
+        let lease = self
+            .manager
+            .reserve(std::slice::from_ref(&spec.id), "stream")
+            .unwrap();
         let factory: BodyFactory = Box::new(move || {
             let source = Box::new(FakeSource(disk));
             Box::pin(async move { Ok(Box::new(Stream::new(source, None)) as Box<dyn Body>) })

@@ -14,8 +14,15 @@ fn success_goes_through_all_states() {
     let disk = Disk::new(100, [3, 4, 5, 50, 99]);
     bench.start(spec(), &disk);
     let events = bench.until("null");
-    let wanted =
-        ["created", "running", "waiting", "pending", "BLOCK_JOB_COMPLETED", "concluded", "null"];
+    let wanted = [
+        "created",
+        "running",
+        "waiting",
+        "pending",
+        "BLOCK_JOB_COMPLETED",
+        "concluded",
+        "null",
+    ];
     assert_eq!(events, wanted);
     assert!(disk.needed.lock().is_empty());
     assert_eq!(*disk.finished.lock(), Some(None));
@@ -55,16 +62,31 @@ fn several_copies_are_in_flight() {
 fn finalize_and_dismiss_wait_to_be_asked() {
     let bench = Bench::new();
     let disk = Disk::new(10, 0..10);
-    let job =
-        bench.start(JobSpec { auto_finalize: false, auto_dismiss: false, ..spec() }, &disk);
+    let job = bench.start(
+        JobSpec {
+            auto_finalize: false,
+            auto_dismiss: false,
+            ..spec()
+        },
+        &disk,
+    );
     bench.until("BLOCK_JOB_PENDING");
     assert_eq!(*disk.finished.lock(), None);
     assert_eq!(job.info().status, Status::Pending);
     assert!(bench.manager.dismiss("j").unwrap().is_err());
     job.finalize().unwrap();
-    assert_eq!(bench.until("concluded"), ["BLOCK_JOB_COMPLETED", "concluded"]);
-    assert_eq!(job.finalize().unwrap_err().0, refusal("concluded", "finalize"));
-    assert!(bench.manager.reserve(&["j".to_owned()], "stream").is_err(), "listed: still held");
+    assert_eq!(
+        bench.until("concluded"),
+        ["BLOCK_JOB_COMPLETED", "concluded"]
+    );
+    assert_eq!(
+        job.finalize().unwrap_err().0,
+        refusal("concluded", "finalize")
+    );
+    assert!(
+        bench.manager.reserve(&["j".to_owned()], "stream").is_err(),
+        "listed: still held"
+    );
     bench.manager.dismiss("j").unwrap().unwrap();
     assert_eq!(bench.until("null"), ["null"]);
     assert!(bench.manager.dismiss("j").is_none());
@@ -83,7 +105,10 @@ fn cancel_wakes_a_sleeping_job_and_keeps_the_chain() {
     let job = bench.start(JobSpec { speed: 1, ..spec() }, &disk);
     job.cancel().unwrap();
     let events = bench.until("null");
-    assert_eq!(events[2..], ["aborting", "BLOCK_JOB_CANCELLED", "concluded", "null"]);
+    assert_eq!(
+        events[2..],
+        ["aborting", "BLOCK_JOB_CANCELLED", "concluded", "null"]
+    );
     assert_eq!(*disk.finished.lock(), None);
 }
 
@@ -92,11 +117,20 @@ fn cancel_wakes_a_sleeping_job_and_keeps_the_chain() {
 fn cancel_of_a_pending_job() {
     let bench = Bench::new();
     let disk = Disk::new(1, [0]);
-    let job = bench.start(JobSpec { auto_finalize: false, ..spec() }, &disk);
+    let job = bench.start(
+        JobSpec {
+            auto_finalize: false,
+            ..spec()
+        },
+        &disk,
+    );
     bench.until("BLOCK_JOB_PENDING");
     job.block_cancel(false).unwrap();
     let events = bench.until("null");
-    assert_eq!(events, ["aborting", "BLOCK_JOB_CANCELLED", "concluded", "null"]);
+    assert_eq!(
+        events,
+        ["aborting", "BLOCK_JOB_CANCELLED", "concluded", "null"]
+    );
     assert_eq!(*disk.finished.lock(), None);
 }
 
@@ -106,11 +140,20 @@ fn verbs_are_checked_against_the_state() {
     let bench = Bench::frozen();
     let disk = Disk::new(100, 0..100);
     let job = bench.start(JobSpec { speed: 1, ..spec() }, &disk);
-    assert_eq!(job.complete().unwrap_err().0, refusal("running", "complete"));
-    assert_eq!(job.finalize().unwrap_err().0, refusal("running", "finalize"));
+    assert_eq!(
+        job.complete().unwrap_err().0,
+        refusal("running", "complete")
+    );
+    assert_eq!(
+        job.finalize().unwrap_err().0,
+        refusal("running", "finalize")
+    );
     let dismissed = bench.manager.dismiss("j").unwrap();
     assert_eq!(dismissed.unwrap_err().0, refusal("running", "dismiss"));
-    assert_eq!(job.resume().unwrap_err().0, "Can't resume a job that was not paused");
+    assert_eq!(
+        job.resume().unwrap_err().0,
+        "Can't resume a job that was not paused"
+    );
     job.pause().unwrap();
     assert_eq!(job.pause().unwrap_err().0, "Job is already paused");
     assert!(job.info().paused);
@@ -154,7 +197,10 @@ fn a_limited_job_takes_the_time_it_should() {
         bench.until("null");
         let wanted = copied as f64 / speed as f64;
         let taken = bench.time.now().as_secs_f64();
-        assert!((taken / wanted - 1.0).abs() < 0.02, "{speed} B/s: {taken} s for {wanted} s");
+        assert!(
+            (taken / wanted - 1.0).abs() < 0.02,
+            "{speed} B/s: {taken} s for {wanted} s"
+        );
     }
 }
 
@@ -164,14 +210,23 @@ fn report_ends_with_the_error() {
     let bench = Bench::new();
     let disk = Disk::new(64, 0..64);
     disk.faults.lock().push((MIB, libc::EIO));
-    let job = bench.start(JobSpec { auto_dismiss: false, ..spec() }, &disk);
+    let job = bench.start(
+        JobSpec {
+            auto_dismiss: false,
+            ..spec()
+        },
+        &disk,
+    );
     let events = bench.until("concluded");
-    assert_eq!(events[2..], [
-        "ERROR read report",
-        "aborting",
-        "BLOCK_JOB_COMPLETED Input/output error",
-        "concluded"
-    ]);
+    assert_eq!(
+        events[2..],
+        [
+            "ERROR read report",
+            "aborting",
+            "BLOCK_JOB_COMPLETED Input/output error",
+            "concluded"
+        ]
+    );
     assert_eq!(*disk.finished.lock(), None);
     let info = job.info();
     assert_eq!(info.offset, MIB, "what lies before the error was done");
@@ -183,17 +238,28 @@ fn report_ends_with_the_error() {
 fn ignore_goes_on_and_keeps_the_backing_file() {
     let bench = Bench::new();
     let disk = Disk::new(64, 0..64);
-    disk.faults.lock().extend([(MIB, libc::EIO), (3 * MIB, libc::EIO)]);
-    let job = bench
-        .start(JobSpec { auto_dismiss: false, on_error: OnError::Ignore, ..spec() }, &disk);
+    disk.faults
+        .lock()
+        .extend([(MIB, libc::EIO), (3 * MIB, libc::EIO)]);
+    let job = bench.start(
+        JobSpec {
+            auto_dismiss: false,
+            on_error: OnError::Ignore,
+            ..spec()
+        },
+        &disk,
+    );
     let events = bench.until("concluded");
-    assert_eq!(events[2..], [
-        "ERROR read ignore",
-        "ERROR read ignore",
-        "aborting",
-        "BLOCK_JOB_COMPLETED Input/output error",
-        "concluded"
-    ]);
+    assert_eq!(
+        events[2..],
+        [
+            "ERROR read ignore",
+            "ERROR read ignore",
+            "aborting",
+            "BLOCK_JOB_COMPLETED Input/output error",
+            "concluded"
+        ]
+    );
     let info = job.info();
     assert_eq!((info.offset, info.len), (4 * MIB, 4 * MIB));
     assert_eq!(*disk.finished.lock(), None);
@@ -205,9 +271,17 @@ fn ignore_goes_on_and_keeps_the_backing_file() {
 fn stop_pauses_and_tries_again() {
     let bench = Bench::new();
     let disk = Disk::new(64, 0..64);
-    disk.faults.lock().extend([(MIB, libc::ENOSPC), (2 * MIB, libc::EIO)]);
+    disk.faults
+        .lock()
+        .extend([(MIB, libc::ENOSPC), (2 * MIB, libc::EIO)]);
     disk.set_gate(true);
-    let job = bench.start(JobSpec { on_error: OnError::Stop, ..spec() }, &disk);
+    let job = bench.start(
+        JobSpec {
+            on_error: OnError::Stop,
+            ..spec()
+        },
+        &disk,
+    );
     // Both ranges are in flight when the first fails.
     while disk.most_in_flight.lock().1 < stream::MAX_IN_FLIGHT {
         std::thread::yield_now();
@@ -231,7 +305,13 @@ fn enospc_stops_only_for_lack_of_space() {
         let bench = Bench::new();
         let disk = Disk::new(64, 0..64);
         disk.faults.lock().push((0, errno));
-        bench.start(JobSpec { on_error: OnError::Enospc, ..spec() }, &disk);
+        bench.start(
+            JobSpec {
+                on_error: OnError::Enospc,
+                ..spec()
+            },
+            &disk,
+        );
         bench.until(last);
         bench.manager.shut_down();
     }
@@ -245,7 +325,10 @@ fn a_failing_end_is_an_error() {
     *disk.finish_error.lock() = Some(libc::EIO);
     bench.start(spec(), &disk);
     let events = bench.until("null");
-    assert_eq!(events[4..6], ["aborting", "BLOCK_JOB_COMPLETED cannot finish"]);
+    assert_eq!(
+        events[4..6],
+        ["aborting", "BLOCK_JOB_COMPLETED cannot finish"]
+    );
 }
 
 /// Would catch progress that jumps, goes back, or runs ahead of what has landed.
@@ -272,14 +355,29 @@ fn progress_is_a_low_water_mark() {
 fn names_and_nodes_belong_to_one_job() {
     let bench = Bench::frozen();
     for bad in ["", "1", "a b", "-a", "\u{e4}"] {
-        assert_eq!(bench.manager.check_id(bad).unwrap_err().0, format!("Invalid job ID '{bad}'"));
+        assert_eq!(
+            bench.manager.check_id(bad).unwrap_err().0,
+            format!("Invalid job ID '{bad}'")
+        );
     }
     bench.start(JobSpec { speed: 1, ..spec() }, &Disk::new(100, 0..100));
-    assert_eq!(bench.manager.check_id("j").unwrap_err().0, "Job ID 'j' already in use");
+    assert_eq!(
+        bench.manager.check_id("j").unwrap_err().0,
+        "Job ID 'j' already in use"
+    );
     let nodes = ["a".to_owned(), "j".to_owned()];
     let busy = bench.manager.reserve(&nodes, "stream").unwrap_err();
-    assert_eq!(busy, Busy { index: 1, kind: "stream" });
-    assert!(bench.manager.reserve(&nodes[..1], "stream").is_ok(), "all or none");
+    assert_eq!(
+        busy,
+        Busy {
+            index: 1,
+            kind: "stream"
+        }
+    );
+    assert!(
+        bench.manager.reserve(&nodes[..1], "stream").is_ok(),
+        "all or none"
+    );
     bench.manager.shut_down();
     assert!(bench.manager.reserve(&nodes, "stream").is_ok());
     assert!(bench.manager.list().is_empty());
@@ -293,5 +391,8 @@ fn a_dead_thread_concludes_its_job() {
     let factory: BodyFactory = Box::new(|| panic!("the body cannot be made"));
     bench.manager.start(spec(), lease, factory).unwrap();
     let events = bench.until("null");
-    assert_eq!(events[3], "BLOCK_JOB_COMPLETED The job's thread ended unexpectedly");
+    assert_eq!(
+        events[3],
+        "BLOCK_JOB_COMPLETED The job's thread ended unexpectedly"
+    );
 }

@@ -45,7 +45,9 @@ pub(super) struct Message {
 impl Message {
     /// The text of `token`.
     pub fn text(&self, token: &Token) -> &[u8] {
-        self.text.get(token.start as usize..token.end as usize).unwrap_or_default()
+        self.text
+            .get(token.start as usize..token.end as usize)
+            .unwrap_or_default()
     }
 }
 
@@ -154,7 +156,11 @@ impl Lexer {
         if !self.discarding {
             let end = self.message.text.len();
             // MAX_VALUE_BYTES is far below 4 GiB, so the positions fit.
-            let token = Token { kind, start: self.token_start as u32, end: end as u32 };
+            let token = Token {
+                kind,
+                start: self.token_start as u32,
+                end: end as u32,
+            };
             self.token_start = end;
             if self.braces + self.brackets > MAX_NESTING as i64 {
                 self.discard("JSON nesting depth limit exceeded", found);
@@ -192,7 +198,11 @@ impl Lexer {
             }
             return;
         }
-        let text = self.message.text.get(self.token_start..).unwrap_or_default();
+        let text = self
+            .message
+            .text
+            .get(self.token_start..)
+            .unwrap_or_default();
         let text = text.get(..QUOTED_BYTES).unwrap_or(text);
         let mut quoted = text.to_vec();
         if byte != 0 {
@@ -263,9 +273,7 @@ fn number(state: State, byte: u8) -> Step {
         (State::Zero, b'0'..=b'9') => Step::Stray,
         (State::Digits, b'0'..=b'9') => Step::Take(State::Digits),
         (State::Zero | State::Digits, b'.') => Step::Take(State::Point),
-        (State::Zero | State::Digits | State::Fraction, b'e' | b'E') => {
-            Step::Take(State::Exponent)
-        }
+        (State::Zero | State::Digits | State::Fraction, b'e' | b'E') => Step::Take(State::Exponent),
         (State::Point | State::Fraction, b'0'..=b'9') => Step::Take(State::Fraction),
         (State::Exponent, b'+' | b'-') => Step::Take(State::ExponentSign),
         (State::Exponent | State::ExponentSign | State::ExponentDigits, b'0'..=b'9') => {

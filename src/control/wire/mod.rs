@@ -54,7 +54,8 @@ impl Decoder {
     /// or the description of what is wrong with it.
     pub fn push(&mut self, bytes: &[u8], found: &mut dyn FnMut(Result<Value, String>)) {
         for &byte in bytes {
-            self.lexer.push(byte, &mut |item| found(item.and_then(parser::parse)));
+            self.lexer
+                .push(byte, &mut |item| found(item.and_then(parser::parse)));
         }
     }
 

@@ -8,8 +8,13 @@ use super::lexer::{Kind, Message, Token};
 
 /// Parses the value `message` holds; the error is the text a client gets to see.
 pub(super) fn parse(message: Message) -> Result<Value, String> {
-    let mut parser = Parser { message: &message, next: 0 };
-    parser.value().map_err(|why| format!("JSON parse error, {why}"))
+    let mut parser = Parser {
+        message: &message,
+        next: 0,
+    };
+    parser
+        .value()
+        .map_err(|why| format!("JSON parse error, {why}"))
 }
 
 struct Parser<'a> {
@@ -48,7 +53,10 @@ impl<'a> Parser<'a> {
                 b"true" => Ok(Value::Bool(true)),
                 b"false" => Ok(Value::Bool(false)),
                 b"null" => Ok(Value::Null),
-                _ => Err(format!("invalid keyword '{}'", String::from_utf8_lossy(text))),
+                _ => Err(format!(
+                    "invalid keyword '{}'",
+                    String::from_utf8_lossy(text)
+                )),
             },
         }
     }
@@ -103,20 +111,27 @@ fn number(text: &[u8]) -> Number {
     if let Ok(number) = text.parse::<u64>() {
         return number.into();
     }
-    let number = text.parse::<f64>().unwrap_or_default().clamp(f64::MIN, f64::MAX);
+    let number = text
+        .parse::<f64>()
+        .unwrap_or_default()
+        .clamp(f64::MIN, f64::MAX);
     Number::from_f64(number).unwrap_or_else(|| 0.into())
 }
 
 /// Takes the quotes and escapes off a string token.
 fn string(token: &[u8]) -> Result<String, String> {
-    let inner = token.get(1..token.len().saturating_sub(1)).unwrap_or_default();
+    let inner = token
+        .get(1..token.len().saturating_sub(1))
+        .unwrap_or_default();
     let mut text = String::with_capacity(inner.len());
     let mut rest = inner;
     while let Some(at) = rest.iter().position(|&byte| byte == b'\\' || byte == 0xc0) {
         let (plain, special) = rest.split_at(at);
         push_utf8(&mut text, plain)?;
         // The text shown for a bad \u runs into the closing quote, hence the token's own tail.
-        let tail = token.get(token.len() - 1 - special.len()..).unwrap_or_default();
+        let tail = token
+            .get(token.len() - 1 - special.len()..)
+            .unwrap_or_default();
         let (character, used) = match special {
             // The "modified UTF-8" spelling of NUL, which QEMU takes.
             [0xc0, 0x80, ..] => ('\0', 2),

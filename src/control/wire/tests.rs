@@ -26,7 +26,10 @@ fn any_split_gives_the_same_values() {
         assert_eq!(Vec::from(pieces), whole, "split at {split}");
     }
     let mut decoder = Decoder::new();
-    let bytewise: Vec<_> = stream.iter().flat_map(|&b| decoder.push_all(&[b])).collect();
+    let bytewise: Vec<_> = stream
+        .iter()
+        .flat_map(|&b| decoder.push_all(&[b]))
+        .collect();
     assert_eq!(bytewise, whole);
 }
 
@@ -35,41 +38,96 @@ fn any_split_gives_the_same_values() {
 fn broken_values_are_described_as_qemu_does() {
     let expecting = "JSON parse error, expecting value";
     for (bytes, wanted) in [
-        (&b"{1:2}"[..], vec!["JSON parse error, key is not a string in object"]),
-        (b"{\"a\" 1}", vec!["JSON parse error, missing : in object pair"]),
-        (b"{\"a\"}", vec!["JSON parse error, missing : in object pair"]),
-        (b"{\"a\":1 \"b\":2}", vec!["JSON parse error, expected separator in dict"]),
-        (b"{\"a\":1,\"a\":2}", vec!["JSON parse error, duplicate key"]),
-        (b"[1 2]", vec!["JSON parse error, expected separator in list"]),
+        (
+            &b"{1:2}"[..],
+            vec!["JSON parse error, key is not a string in object"],
+        ),
+        (
+            b"{\"a\" 1}",
+            vec!["JSON parse error, missing : in object pair"],
+        ),
+        (
+            b"{\"a\"}",
+            vec!["JSON parse error, missing : in object pair"],
+        ),
+        (
+            b"{\"a\":1 \"b\":2}",
+            vec!["JSON parse error, expected separator in dict"],
+        ),
+        (
+            b"{\"a\":1,\"a\":2}",
+            vec!["JSON parse error, duplicate key"],
+        ),
+        (
+            b"[1 2]",
+            vec!["JSON parse error, expected separator in list"],
+        ),
         (b"[1,]", vec![expecting]),
         (b"{\"a\":1,}", vec![expecting]),
         (b"[1,}", vec![expecting]),
         (b"]]", vec![expecting, expecting]),
         (b"[tru]", vec!["JSON parse error, invalid keyword 'tru'"]),
-        (b"[\"\\q\"]", vec!["JSON parse error, invalid escape sequence in string"]),
-        (b"[\"\\u12\"]", vec!["JSON parse error, \\u12\" is not a valid Unicode character"]),
-        (b"[\"\\ud83d\\u0041\"]", vec![
-            "JSON parse error, \\ud83d is not a valid Unicode character",
-        ]),
-        (b"[\"\xed\xa0\x80\"]", vec!["JSON parse error, invalid UTF-8 sequence in string"]),
-        (b"[\"\xe2\x82\"]", vec!["JSON parse error, invalid UTF-8 sequence in string"]),
+        (
+            b"[\"\\q\"]",
+            vec!["JSON parse error, invalid escape sequence in string"],
+        ),
+        (
+            b"[\"\\u12\"]",
+            vec!["JSON parse error, \\u12\" is not a valid Unicode character"],
+        ),
+        (
+            b"[\"\\ud83d\\u0041\"]",
+            vec!["JSON parse error, \\ud83d is not a valid Unicode character"],
+        ),
+        (
+            b"[\"\xed\xa0\x80\"]",
+            vec!["JSON parse error, invalid UTF-8 sequence in string"],
+        ),
+        (
+            b"[\"\xe2\x82\"]",
+            vec!["JSON parse error, invalid UTF-8 sequence in string"],
+        ),
         (b"[01]", vec!["JSON parse error, stray '01'", expecting]),
         (b"[1.]\n", vec!["JSON parse error, stray '1.]'"]),
         (b"[-]\n", vec!["JSON parse error, stray '-]'"]),
         (b"[TRUE]", vec!["JSON parse error, stray 'T'", expecting]),
-        (b"[\"a\tb\"]\n", vec!["JSON parse error, stray '\"a\t'", expecting]),
-        (b"\x01\x02", vec!["JSON parse error, stray '\u{1}'", "JSON parse error, stray '\u{2}'"]),
-        (b"{\"execute\":query-version}", vec!["JSON parse error, stray '-v'", expecting]),
+        (
+            b"[\"a\tb\"]\n",
+            vec!["JSON parse error, stray '\"a\t'", expecting],
+        ),
+        (
+            b"\x01\x02",
+            vec![
+                "JSON parse error, stray '\u{1}'",
+                "JSON parse error, stray '\u{2}'",
+            ],
+        ),
+        (
+            b"{\"execute\":query-version}",
+            vec!["JSON parse error, stray '-v'", expecting],
+        ),
     ] {
-        assert_eq!(errors(bytes), wanted, "for {:?}", String::from_utf8_lossy(bytes));
+        assert_eq!(
+            errors(bytes),
+            wanted,
+            "for {:?}",
+            String::from_utf8_lossy(bytes)
+        );
     }
 }
 
 /// Would catch a decoder that stays lost after an error: the next value must come through.
 #[test]
 fn reading_goes_on_after_an_error() {
-    for broken in [&b"{\"a\":@#$}\n"[..], b"\xff\xfe\n", b"\"abc\n", b"nul\n", b"{]", b"[1,}", b"\0"]
-    {
+    for broken in [
+        &b"{\"a\":@#$}\n"[..],
+        b"\xff\xfe\n",
+        b"\"abc\n",
+        b"nul\n",
+        b"{]",
+        b"[1,}",
+        b"\0",
+    ] {
         let mut stream = broken.to_vec();
         stream.extend_from_slice(b"{\"execute\":\"x\"}");
         let found = decode(&stream);
@@ -86,8 +144,15 @@ fn nesting_is_limited() {
     let mut stream = nested(MAX_NESTING + 1);
     stream.extend_from_slice(b"{}");
     let found = decode(&stream);
-    assert_eq!(found[0], Err("JSON nesting depth limit exceeded".to_owned()));
-    assert_eq!(found[1..], [Ok(json!({}))], "one error, then the next value");
+    assert_eq!(
+        found[0],
+        Err("JSON nesting depth limit exceeded".to_owned())
+    );
+    assert_eq!(
+        found[1..],
+        [Ok(json!({}))],
+        "one error, then the next value"
+    );
     // Never closed: the line's end is where the damage ends.
     let found = decode(&[&[b'['; 100_000][..], b"\n{}"].concat());
     assert_eq!(found.len(), 2);
@@ -108,7 +173,13 @@ fn size_and_token_count_are_limited() {
 
     let many = "1,".repeat(MAX_TOKENS / 2 + 1);
     let found = decode(&[b"[", many.as_bytes(), b"1] 5 "].concat());
-    assert_eq!(found, [Err("JSON token count limit exceeded".to_owned()), Ok(json!(5))]);
+    assert_eq!(
+        found,
+        [
+            Err("JSON token count limit exceeded".to_owned()),
+            Ok(json!(5))
+        ]
+    );
 }
 
 /// Would catch numbers that lose digits they had.
