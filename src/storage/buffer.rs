@@ -104,6 +104,15 @@ impl IoBufs {
         Self { iovecs, len }
     }
 
+    /// A list of nothing.
+    #[must_use]
+    pub fn empty() -> Self {
+        Self {
+            iovecs: Vec::new(),
+            len: 0,
+        }
+    }
+
     /// The part `[start, start + len)` of `buffer`, clipped to it.
     ///
     /// # Safety
