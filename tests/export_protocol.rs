@@ -646,3 +646,21 @@ fn memory_is_added_and_removed_under_a_running_queue() {
     hand.front.remove_mem_region(&hand.region()).unwrap();
     assert_eq!(hand.front.get_vring_base(0).unwrap(), 4);
 }
+
+/// Catches: a front-end that kills the daemon by shrinking the memory it shared (SIGBUS).
+#[test]
+fn memory_that_is_taken_away_costs_its_owner_only() {
+    let place = Place::new();
+    let (_export, _) = disk(&place);
+    let mut hand = Hand::ready(&place.socket(), PLAIN);
+    assert_eq!(hand.request(IN, 0, &[(DATA, 512, true)]).1, OK);
+    // From here on this side must not touch it either.
+    let file = std::fs::File::from(hand.memory.file.try_clone().unwrap());
+    file.set_len(0).unwrap();
+    hand.kick();
+    // The worker has looked at the ring when it gives the queue back.
+    hand.front.get_vring_base(0).unwrap();
+    drop(hand);
+    let mut next = Hand::ready(&place.socket(), PLAIN);
+    assert_eq!(next.request(IN, 0, &[(DATA, 512, true)]).1, OK);
+}

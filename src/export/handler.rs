@@ -24,6 +24,7 @@ use super::features;
 use super::memory::{GuestMemory, RegionInfo};
 use super::queue::{Kick, QueueSetup, Worker};
 use super::ring::{RingAddresses, SplitRing};
+use super::sigbus;
 use crate::chain::Root;
 
 /// The base address of a mapped region, which only postcopy migration asks for.
@@ -59,6 +60,8 @@ pub(super) struct Handler {
     wce: bool,
     memory: Arc<GuestMemory>,
     vrings: Vec<Vring>,
+    /// Regions that had been taken away from any export when the session began.
+    lost_before: usize,
 }
 
 impl Handler {
@@ -80,6 +83,7 @@ impl Handler {
             has_cache,
             wce: has_cache,
             memory: Arc::default(),
+            lost_before: sigbus::lost(),
         }
     }
 
@@ -90,6 +94,12 @@ impl Handler {
         }
         self.vrings.iter_mut().for_each(|v| *v = Vring::default());
         self.memory = Arc::default();
+        if sigbus::lost() != self.lost_before {
+            log::warn!(
+                "export '{}': shared memory was taken away while in use",
+                self.id
+            );
+        }
     }
 
     fn write_through(&self) -> bool {

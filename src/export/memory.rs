@@ -12,6 +12,8 @@ use std::sync::Arc;
 
 use vm_memory::{FileOffset, MmapRegion};
 
+use super::sigbus;
+
 /// What records the pages that we write, for live migration: nothing yet. Everything that maps
 /// memory names this type, so that a bitmap can take its place.
 pub type DirtyLog = ();
@@ -34,8 +36,15 @@ struct Region {
     info: RegionInfo,
     /// Address in this process.
     host: usize,
-    /// Keeps the mapping.
-    _mapping: Arc<MmapRegion<DirtyLog>>,
+    /// Keeps it mapped.
+    _mapping: Arc<Mapping>,
+}
+
+/// A mapping and what protects it. The protection ends first, since it is declared first.
+#[derive(Debug)]
+struct Mapping {
+    _guard: sigbus::Guard,
+    _map: MmapRegion<DirtyLog>,
 }
 
 /// A table of mapped regions, sorted by guest address and free of overlaps.
@@ -76,12 +85,17 @@ impl GuestMemory {
             return Err(invalid("the memory region overlaps another"));
         }
         let len = usize::try_from(info.len).map_err(|_| invalid("the memory region is too big"))?;
-        let mapping = MmapRegion::from_file(FileOffset::new(file, info.file_offset), len)
+        let map = MmapRegion::from_file(FileOffset::new(file, info.file_offset), len)
             .map_err(|error| invalid(&format!("mapping a memory region: {error}")))?;
+        let host = map.as_ptr().expose_provenance();
+        let mapping = Mapping {
+            _guard: sigbus::Guard::new(host, len),
+            _map: map,
+        };
         let mut regions = self.regions.clone();
         regions.push(Region {
             info,
-            host: mapping.as_ptr().expose_provenance(),
+            host,
             _mapping: Arc::new(mapping),
         });
         regions.sort_by_key(|region| region.info.guest);

@@ -3,7 +3,7 @@
 //! An [`Export`] is a virtio block device behind a Unix socket. What happens, from top to
 //! bottom:
 //!
-//! * The **session thread** ([`session`](self)) accepts one front-end at a time and hands its
+//! * The **session thread** (`session`) accepts one front-end at a time and hands its
 //!   messages to the handler, which keeps the device's state: features, memory, rings.
 //! * When a queue has all it needs, the handler gives it to its **worker**, a thread of the
 //!   queue's own with a [reactor](crate::reactor). It takes the queue back before anything about
@@ -28,6 +28,7 @@ mod queue;
 pub mod request;
 pub mod ring;
 mod session;
+mod sigbus;
 mod socket;
 pub mod stats;
 
