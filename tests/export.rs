@@ -1,6 +1,8 @@
 //! The device as a guest sees it, driven by the `virtio-driver` crate: a front-end and a driver
 //! that others wrote.
 
+#![allow(clippy::unwrap_used)]
+
 mod export_common;
 
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -10,6 +12,7 @@ use rand::prelude::*;
 use stratablk::export::{Export, ExportConfig, SocketSource};
 use stratablk::storage::FileStorage;
 use stratablk::storage::file::OpenFlags;
+use stratablk::storage::memory::MemoryStorage;
 use virtio_driver::VirtioFeatureFlags;
 
 fn writable_file(place: &Place, size: u64) -> std::path::PathBuf {
@@ -267,6 +270,9 @@ fn only_a_dead_socket_is_replaced() {
     assert_eq!(guest.run(0, |q| q.read(0, part, 0)), 0);
     export.shutdown();
     assert!(!place.socket().exists());
+    let fixed = std::sync::Arc::new(MemoryStorage::new(vec![0; 4096]));
+    let error = Export::start(place.config(), raw_root(fixed, 4096, true)).unwrap_err();
+    assert_eq!(error.to_string(), "Block node is read-only");
     for bad in [
         ExportConfig {
             queues: 0,

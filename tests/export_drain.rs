@@ -1,6 +1,8 @@
 //! Requests in flight: what must wait for them, and when a write counts as done. The storage
 //! holds its operations back until it is told to let them go.
 
+#![allow(clippy::unwrap_used)]
+
 mod export_common;
 
 use std::os::fd::AsRawFd;

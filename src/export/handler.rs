@@ -174,21 +174,21 @@ impl Handler {
     }
 
     /// Puts another memory table in the place of the present one, which queues may be using.
-    /// Queues whose rings are not in the new one stay stopped.
     fn replace_memory(&mut self, memory: GuestMemory) -> Result<()> {
-        let running: Vec<u32> = (0..)
-            .zip(&self.vrings)
-            .filter(|(_, vring)| vring.running)
-            .map(|(index, _)| index)
-            .collect();
         self.stop_all()?;
         self.memory = Arc::new(memory);
-        for index in running {
+        self.start_where_ready();
+        Ok(())
+    }
+
+    /// Starts the queues that can, after memory has changed. Those whose rings are not in it
+    /// wait for the next change.
+    fn start_where_ready(&mut self) {
+        for index in 0..self.vrings.len() as u32 {
             if let Err(error) = self.start_if_ready(index) {
                 log::warn!("export '{}': queue {index} stays stopped: {error}", self.id);
             }
         }
-        Ok(())
     }
 
     fn set_wce(&mut self, wce: bool) -> Result<()> {
@@ -431,6 +431,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         {
             worker.set_memory(self.memory.clone()).map_err(failed)?;
         }
+        self.start_where_ready();
         Ok(None)
     }
 

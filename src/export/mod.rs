@@ -104,6 +104,9 @@ impl Export {
     pub fn start(config: ExportConfig, root: Arc<Root>) -> Result<Self> {
         config.check()?;
         let chain = root.chain();
+        if config.writable && chain.top().read_only {
+            return Err(Error::Invalid("Block node is read-only".into()));
+        }
         let geometry = Geometry::new(&config, &chain);
         let facts = Arc::new(DeviceFacts {
             id: config.id.clone(),
@@ -136,7 +139,7 @@ impl Export {
             ending: ending.clone(),
         };
         let thread = std::thread::Builder::new()
-            .name(format!("{}-s", config.id.get(..10).unwrap_or(&config.id)))
+            .name(queue::thread_name(&config.id, "s"))
             .spawn(move || session.run(socket))
             .map_err(explain)?;
         Ok(Self {
@@ -184,7 +187,8 @@ impl Export {
     }
 
     /// Calls `callback` once there can be no more front-ends: when the one of a connected
-    /// socket has gone, or the export was shut down. At once if it is so already.
+    /// socket has gone, or the export was shut down. At once if it is so already. The export's own
+    /// thread calls it, which therefore cannot wait for the export's end.
     pub fn on_end(&self, callback: impl FnOnce() + Send + 'static) {
         let mut ending = self.ending.lock();
         if ending.ended {

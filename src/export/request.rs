@@ -227,7 +227,7 @@ fn walk(ring: Table<'_>, memory: &GuestMemory, head: u16, ranges: &mut Ranges) -
     let mut indirect = false;
     let mut index = head;
     // No chain without a loop is longer than its table.
-    let mut left = table.len();
+    let mut left = table.entries();
     loop {
         left = left.checked_sub(1)?;
         let descriptor = table.get(index)?;
@@ -237,7 +237,7 @@ fn walk(ring: Table<'_>, memory: &GuestMemory, head: u16, ranges: &mut Ranges) -
             }
             indirect = true;
             table = Table::indirect(memory, descriptor.addr, descriptor.len)?;
-            left = table.len().min(MAX_CHAIN);
+            left = table.entries().min(MAX_CHAIN);
             index = 0;
             continue;
         }

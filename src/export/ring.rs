@@ -94,7 +94,7 @@ impl<'a> Table<'a> {
 
     /// How many descriptors it has.
     #[must_use]
-    pub fn len(&self) -> u32 {
+    pub fn entries(&self) -> u32 {
         self.len
     }
 

@@ -1,5 +1,5 @@
 //! What the export tests share: a disk behind an export, and front-ends for it.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub mod hand;
 

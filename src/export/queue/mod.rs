@@ -75,6 +75,12 @@ struct Mailbox {
     orders: Mutex<VecDeque<Order>>,
 }
 
+/// A name that shows in lists of threads; the system keeps 15 bytes of it.
+pub(super) fn thread_name(id: &str, role: &str) -> String {
+    let id: String = id.chars().filter(|&c| c != '\0').take(10).collect();
+    format!("{id}-{role}")
+}
+
 /// A queue's worker thread.
 pub(super) struct Worker {
     mailbox: Arc<Mailbox>,
@@ -93,10 +99,7 @@ impl Worker {
             let (mailbox, stats) = (mailbox.clone(), stats.clone());
             let (facts, root) = (facts.clone(), root.clone());
             std::thread::Builder::new()
-                .name(format!(
-                    "{}-q{index}",
-                    facts.id.get(..10).unwrap_or(&facts.id)
-                ))
+                .name(thread_name(&facts.id, &format!("q{index}")))
                 .spawn(move || worker::run(facts, root, &mailbox, stats, &ready))
         };
         let explain = |error: std::io::Error| {

@@ -29,6 +29,7 @@ struct Worker<'a> {
     watch: u64,
     /// The last available index of a queue that was taken back.
     last_base: u16,
+    /// The thread is to end, as soon as nothing is in flight.
     exit: bool,
 }
 
@@ -60,7 +61,7 @@ pub(super) fn run(
         last_base: 0,
         exit: false,
     };
-    while !worker.exit {
+    while !worker.exit || worker.in_flight() {
         worker.turn();
     }
     drop(worker);
@@ -91,7 +92,7 @@ impl Worker<'_> {
             while self.reactor.next_completion().is_some() {}
         }
         self.finish_stop();
-        if !busy && !self.exit {
+        if !busy && (!self.exit || self.in_flight()) {
             self.rest();
         }
     }
@@ -135,8 +136,18 @@ impl Worker<'_> {
                 }
                 let _ = reply.send(());
             }
-            Order::Exit => self.exit = true,
+            Order::Exit => {
+                // Sessions give their queues back first; one that panicked has not.
+                if let Some(queue) = &mut self.queue {
+                    queue.close();
+                }
+                self.exit = true;
+            }
         }
+    }
+
+    fn in_flight(&self) -> bool {
+        self.queue.as_ref().is_some_and(|q| q.in_flight() > 0)
     }
 
     fn start(&mut self, setup: QueueSetup) {
@@ -155,11 +166,13 @@ impl Worker<'_> {
 
     /// Gives the queue back when nothing of it is in flight any more.
     fn finish_stop(&mut self) {
-        if self.stopping.is_empty() || self.queue.as_ref().is_some_and(|q| q.in_flight() > 0) {
+        if self.stopping.is_empty() || self.in_flight() {
             return;
         }
-        if let Some(queue) = self.queue.take() {
+        if let Some(mut queue) = self.queue.take() {
             self.last_base = queue.ring.next_avail();
+            // Whoever serves the ring next may count on kicks.
+            let _ = queue.ring.enable_kicks();
             if matches!(queue.kick, Kick::Event(_))
                 && let Err(error) = self.reactor.unwatch(self.watch)
             {
@@ -189,7 +202,7 @@ impl Worker<'_> {
                 return;
             }
         }
-        if self.queue.as_ref().is_none_or(|q| q.in_flight() == 0) {
+        if !self.in_flight() {
             self.context.leave();
         }
         self.context.stats.sleeps.add(1);
