@@ -194,7 +194,8 @@ impl<'a> Copier<'a> {
 
     async fn run(&mut self) -> Result<(), JobError> {
         loop {
-            if self.fatal.is_some() || self.context.interrupted() {
+            // `stopping` by itself, too: the job may have been resumed before it got here.
+            if self.fatal.is_some() || self.stopping || self.context.interrupted() {
                 self.land_all().await;
                 if let Some(error) = self.fatal.take() {
                     return Err(error);

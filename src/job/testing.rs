@@ -282,6 +282,21 @@ impl Bench {
         self.manager.start(spec, lease, factory).unwrap()
     }
 
+    /// Waits for the first event that is one of `wanted`.
+    pub fn until_any(&self, wanted: &[&str]) -> String {
+        loop {
+            match self
+                .events
+                .recv_timeout(Duration::from_secs(20))
+                .map(|event| describe(&event))
+            {
+                Ok(event) if wanted.contains(&event.as_str()) => return event,
+                Ok(_) => {}
+                Err(error) => panic!("none of {wanted:?} came ({error})"),
+            }
+        }
+    }
+
     /// The events up to and including the first that `wanted` describes, as [`describe`] has them.
     pub fn until(&self, wanted: &str) -> Vec<String> {
         let mut seen = Vec::new();

@@ -298,6 +298,36 @@ fn stop_pauses_and_tries_again() {
     assert_eq!(*disk.finished.lock(), Some(None));
 }
 
+/// Would catch errors that are tried again for ever, untold, when the job is resumed before it has
+/// come to rest.
+#[test]
+fn stop_and_resume_at_once() {
+    let bench = Bench::new();
+    let disk = Disk::new(64, 0..64);
+    disk.faults
+        .lock()
+        .extend([(0, libc::EIO), (MIB, libc::EIO), (0, libc::EIO)]);
+    let job = bench.start(
+        JobSpec {
+            on_error: OnError::Stop,
+            ..spec()
+        },
+        &disk,
+    );
+    let told = std::iter::from_fn(|| {
+        let seen = bench.until_any(&["ERROR read stop", "null"]);
+        while seen == "ERROR read stop" && job.info().paused {
+            let _ = job.resume();
+        }
+        (seen != "null").then_some(())
+    });
+    assert!(
+        told.count() >= 2,
+        "the second failure of the range at 0 has to be told, too"
+    );
+    assert!(disk.needed.lock().is_empty());
+}
+
 /// Would catch `enospc` that stops for any error, or for none.
 #[test]
 fn enospc_stops_only_for_lack_of_space() {
