@@ -123,6 +123,8 @@ pub struct Disk {
     /// What `finish` was called with.
     pub finished: Mutex<Option<Option<String>>>,
     pub finish_error: Mutex<Option<i32>>,
+    /// How often the source was closed.
+    pub closed: Mutex<u32>,
     /// While set, copies wait.
     pub gate: Mutex<bool>,
     pub gate_moved: Signal,
@@ -141,6 +143,7 @@ impl Disk {
             faults: Mutex::default(),
             finished: Mutex::default(),
             finish_error: Mutex::default(),
+            closed: Mutex::default(),
             gate: Mutex::new(false),
             gate_moved: Signal::new(),
             most_in_flight: Mutex::default(),
@@ -234,6 +237,10 @@ impl StreamSource for FakeSource {
             *self.0.finished.lock() = Some(backing_file);
             Ok(())
         })
+    }
+
+    fn close(&self) -> LocalBoxFuture<'_, ()> {
+        Box::pin(async { *self.0.closed.lock() += 1 })
     }
 }
 

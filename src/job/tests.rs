@@ -112,6 +112,25 @@ fn cancel_wakes_a_sleeping_job_and_keeps_the_chain() {
     assert_eq!(*disk.finished.lock(), None);
 }
 
+/// Would catch a source that is not closed at one of the ways to end, or after its end was told.
+#[test]
+fn sources_are_closed() {
+    for faults in [vec![], vec![(0, libc::EIO)]] {
+        let bench = Bench::new();
+        let disk = Disk::new(10, 0..10);
+        *disk.faults.lock() = faults;
+        bench.start(spec(), &disk);
+        bench.until("concluded");
+        assert_eq!(*disk.closed.lock(), 1);
+    }
+    let bench = Bench::frozen();
+    let disk = Disk::new(10, 0..10);
+    let job = bench.start(JobSpec { speed: 1, ..spec() }, &disk);
+    job.cancel().unwrap();
+    bench.until("concluded");
+    assert_eq!(*disk.closed.lock(), 1);
+}
+
 /// Would catch a cancel that is forgotten once the job waits for its finalisation.
 #[test]
 fn cancel_of_a_pending_job() {
