@@ -12,7 +12,6 @@ use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::Backing;
 use crate::job::stream::{ChunkStatus, JobIoError, StreamSource};
-use crate::reactor::Reactor;
 
 /// A stream into one layer of a chain, down to a base.
 ///
@@ -182,19 +181,5 @@ impl StreamSource for GraphSource {
                 .await
                 .map_err(|e| job_error(&e))
         })
-    }
-}
-
-impl Drop for GraphSource {
-    fn drop(&mut self) {
-        if !self.restore {
-            return;
-        }
-        let Some(reactor) = Reactor::current() else {
-            return;
-        };
-        if let Err(error) = reactor.block_on(self.graph.make_read_only(&self.target)) {
-            log::error!("node '{}': back to read-only: {error}", self.target);
-        }
     }
 }
