@@ -182,4 +182,14 @@ impl StreamSource for GraphSource {
                 .map_err(|e| job_error(&e))
         })
     }
+
+    fn close(&self) -> LocalBoxFuture<'_, ()> {
+        Box::pin(async move {
+            if self.restore
+                && let Err(error) = self.graph.make_read_only(&self.target).await
+            {
+                log::error!("node '{}': back to read-only: {error}", self.target);
+            }
+        })
+    }
 }
