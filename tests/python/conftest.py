@@ -9,6 +9,7 @@ import os
 import pathlib
 import random
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -89,3 +90,27 @@ def daemon(request, tmp_path):
 @pytest.fixture
 def is_qsd(request):
     return request.config.is_qsd
+
+
+class SmallDisk:
+    """A file system of its own, too small at first, that can be made larger."""
+
+    def __init__(self, path):
+        self.path = path
+        path.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=4M", "none", str(path)]
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("a file system can only be mounted as root")
+
+    def grow(self):
+        subprocess.run(["mount", "-o", "remount,size=64M", str(self.path)], check=True)
+
+    def close(self):
+        subprocess.run(["umount", "-l", str(self.path)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = SmallDisk(tmp_path / "small")
+    yield disk
+    disk.close()

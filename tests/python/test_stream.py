@@ -73,7 +73,7 @@ def test_partial(daemon, scene, qmp, how):
 
 def test_middle_layer(daemon, tmp_path, seed):
     """Any layer can be streamed into, also one that another stands on."""
-    scene = make_scene(tmp_path / "four", layers=4, seed=seed)
+    scene = make_scene(tmp_path / "four", layers=4, seed=seed, writable=[2])
     below = images.flatten(scene.layers[2], tmp_path / "below.raw")
     daemon.start(*scene.words)
     qmp = daemon.qmp()
@@ -88,7 +88,7 @@ def test_middle_layer(daemon, tmp_path, seed):
 
 def test_two_levels_at_once(daemon, tmp_path, seed):
     """Two jobs in one chain, on ranges of layers that do not touch."""
-    scene = make_scene(tmp_path / "five", layers=5, seed=seed)
+    scene = make_scene(tmp_path / "five", layers=5, seed=seed, writable=[2])
     daemon.start(*scene.words)
     qmp = daemon.qmp()
     qmp.cmd("block-stream", device="n4", job_id="upper", base_node="n2", speed=SLOW)

@@ -43,7 +43,7 @@ class Qmp:
         try:
             answer = self.cmd(name, **arguments)
         except ExecuteError as error:
-            return error.error.class_, error.error.desc
+            return error.error_class, str(error)
         raise AssertionError(f"{name} {arguments} was not refused but answered {answer}")
 
     def hmp(self, line):

@@ -34,21 +34,23 @@ class Scene:
         return name and (self.folder / name).resolve()
 
 
-def make_scene(folder, layers=3, size=8 * images.MIB, seed=0, prefix="", drive="drive0"):
+def make_scene(
+    folder, layers=3, size=8 * images.MIB, seed=0, prefix="", drive="drive0", writable=()
+):
+    """`writable` tells the layers below the top that may be streamed into."""
     folder = pathlib.Path(folder)
     folder.mkdir(exist_ok=True)
     paths = images.make_chain(folder, layers, size, seed)
     seen = images.flatten(paths[-1], folder / "seen.raw")
-    return Scene(folder, paths, seen, serve(paths, folder, prefix, drive))
+    return Scene(folder, paths, seen, serve(paths, folder, prefix, drive, writable))
 
 
-def serve(paths, folder, prefix="", drive="drive0"):
+def serve(paths, folder, prefix="", drive="drive0", writable=()):
     """The daemon's words for a chain, from the bottom to the top."""
     words = []
     for number, path in enumerate(paths):
         backing = f"{prefix}n{number - 1}" if number else None
-        # Layers below the top are opened as QEMU opens a backing file.
-        below = {} if number == len(paths) - 1 else {"read_only": "on"}
-        words += blockdev(path, f"{prefix}n{number}", backing=backing, **below)
+        options = {} if number in (len(paths) - 1, *writable) else {"read_only": "on"}
+        words += blockdev(path, f"{prefix}n{number}", backing=backing, **options)
     words += export(f"{prefix}n{len(paths) - 1}", drive, folder / f"{drive}.sock")
     return words
