@@ -120,6 +120,8 @@ class Qmp:
         raise AssertionError(f"{what}: not within {timeout} s")
 
     def close(self):
+        if self._loop.is_closed():
+            return
         try:
             self._run(self._client.disconnect(), PATIENCE)
         except (EOFError, OSError, ConnectError, asyncio.TimeoutError):
