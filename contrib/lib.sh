@@ -57,8 +57,10 @@ add_backports() {
     grep -rqs 'bookworm-backports' /etc/apt/sources.list /etc/apt/sources.list.d/ && return 0
     [ "$(id -u)" = 0 ] || die "root is needed once, to write $file"
     note "adding bookworm-backports to apt ($file)"
+    # From the mirror that bookworm itself comes from, however it is written down.
     local uri
-    uri=$(sed -n 's/^URIs: *//p' /etc/apt/sources.list.d/debian.sources 2>/dev/null | head -n 1)
+    uri=$(apt-get indextargets --format '$(REPO_URI)' 'Codename: bookworm' 2>/dev/null |
+        sed 's,/*$,,' | sort -u | head -n 1) || true
     printf 'Types: deb\nURIs: %s\nSuites: bookworm-backports\nComponents: main\nSigned-By: %s\n' \
         "${uri:-http://deb.debian.org/debian}" \
         /usr/share/keyrings/debian-archive-keyring.gpg >"$file"
@@ -87,7 +89,6 @@ ensure_tools() {
     have fio || want+=(fio)
     [ -x /bin/busybox ] || [ -x /usr/bin/busybox ] || want+=(busybox-static)
     have mke2fs || want+=(e2fsprogs)
-    have xz || want+=(xz-utils)
     [ ${#want[@]} -eq 0 ] && return 0
     say "Installing tools"
     apt_install "${want[@]}" || die "could not install: ${want[*]}"

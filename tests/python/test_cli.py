@@ -57,7 +57,10 @@ class TestVhostUserConventions:
     def test_socket_and_file(self, daemon, scene, tmp_path):
         """One disk in two words; backing names count from the overlay's folder."""
         daemon.start(
-            f"--socket-path={tmp_path}/s", f"--blk-file={scene.top}", "--num-queues=2", control=False
+            f"--socket-path={tmp_path}/s",
+            f"--blk-file={scene.top}",
+            "--num-queues=2",
+            control=False,
         )
         assert_serves(tmp_path / "s")
         daemon.stop()
@@ -199,7 +202,10 @@ MISTAKES = {
         ["node-name"],
     ),
     "unknown node": (["--export", GOOD_EXPORT.replace("=n,", "=nosuch,")], ["nosuch"]),
-    "unknown export type": (["--export", "type=carrier-pigeon,id=e,node-name=n"], ["carrier-pigeon"]),
+    "unknown export type": (
+        ["--export", "type=carrier-pigeon,id=e,node-name=n"],
+        ["carrier-pigeon"],
+    ),
     "not a number": (
         ["--blockdev", "driver=file,node-name=n,filename=a.raw"]
         + ["--export", GOOD_EXPORT + ",num-queues=many"],
@@ -276,7 +282,7 @@ class TestTheEnd:
         daemon.start(*scene.words)
         qmp = daemon.qmp()
         qmp.cmd("block-stream", device="n1", job_id="j", speed=SLOW)
-        qmp.poll("progress", lambda: qmp.job("j")["offset"] >= CLUSTER)
+        qmp.reached("j", CLUSTER)
         daemon.stop()
         assert scene.backing_of(1) == scene.layers[0]
         images.check(scene.top)

@@ -3,7 +3,7 @@
 import pytest
 
 from harness import images
-from harness.images import KIB, MIB
+from harness.images import MIB
 from harness.scene import SLOW, make_scene, serve
 
 

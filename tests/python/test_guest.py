@@ -150,7 +150,7 @@ def test_cancelled_and_restarted(daemon, tmp_path, golden, boot, rng):
             job = f"j{number}"
             qmp.cmd("block-stream", device="n1", job_id=job, speed=4 * MIB)
             goal = rng.randrange(64 * KIB, 4 * MIB)
-            qmp.poll("progress", lambda: qmp.job(job)["offset"] >= goal)
+            qmp.reached(job, goal)
             qmp.cmd("block-job-cancel", device=job, force=rng.random() < 0.5)
             assert qmp.job_done(job)[0] == "BLOCK_JOB_CANCELLED"
             assert images.backing(top) is not None
@@ -365,7 +365,7 @@ def test_guest_dies_in_the_middle(daemon, tmp_path, golden, boot):
         guest.held("ready")
         qmp.cmd("block-stream", device="n1", job_id="j", speed=2 * MIB)
         guest.go()
-        qmp.poll("progress", lambda: qmp.job("j")["offset"] >= 4 * MIB)
+        qmp.reached("j", 4 * MIB)
         guest.kill()
     qmp.cmd("block-job-set-speed", device="j", speed=0)
     qmp.complete("j")

@@ -131,7 +131,7 @@ def test_cancel_and_start_again(daemon, scene, qmp):
     """A cancelled job keeps what it copied and the backing file; the next one ends it."""
     before = images.allocated(scene.top)
     qmp.cmd("block-stream", device="n2", job_id="j", speed=256 * KIB)
-    qmp.poll("progress", lambda: qmp.job("j")["offset"] >= 512 * KIB)
+    qmp.reached("j", 512 * KIB)
     qmp.cmd("block-job-cancel", device="j")
     name, data = qmp.job_done("j")
     assert name == "BLOCK_JOB_CANCELLED"
@@ -150,7 +150,7 @@ def test_cancelled_image_is_whole(daemon, scene, qmp):
     """After a cancel and an end, the chain reads as before and is clean."""
     before = images.allocated(scene.top)
     qmp.cmd("block-stream", device="n2", job_id="j", speed=256 * KIB)
-    qmp.poll("progress", lambda: qmp.job("j")["offset"] >= 1 * MIB)
+    qmp.reached("j", 1 * MIB)
     qmp.cmd("block-job-cancel", device="j", force=True)
     assert qmp.job_done("j")[0] == "BLOCK_JOB_CANCELLED"
     daemon.stop()

@@ -227,6 +227,7 @@ class TestSeveralClients:
 
     def test_many_come_and_go(self, running):
         """Catches clients that leave something behind: descriptors, threads."""
+
         def held():
             base = f"/proc/{running.process.pid}"
             return len(os.listdir(f"{base}/fd")), len(os.listdir(f"{base}/task"))

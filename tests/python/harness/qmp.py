@@ -119,6 +119,16 @@ class Qmp:
             self._run(asyncio.sleep(0.01), PATIENCE)
         raise AssertionError(f"{what}: not within {timeout} s")
 
+    def reached(self, job, offset):
+        """Wait until a job, which must not end before, has come as far as `offset`."""
+
+        def there():
+            state = self.job(job)
+            assert state, f"job {job} ended before it came to {offset}"
+            return state["offset"] >= offset
+
+        self.poll(f"progress of {job} to {offset}", there)
+
     def close(self):
         if self._loop.is_closed():
             return
