@@ -32,8 +32,8 @@ report mounted "$(df -m /mnt | tail -n 1 | awk '{print $3 " MB used of " $2}')"
 verify_files before || return 1
 report working
 fio_verify || return 1
-# The stream is still running, or has just ended: both must look alike.
-verify_files during || return 1
+# The stream runs, or has just ended: both must look alike.
+verify_files again || return 1
 hold end-of-stream
 verify_files after || return 1
 fio_verify --verify_only=1 || return 1
