@@ -393,3 +393,30 @@ def test_read_only_export(daemon, tmp_path, golden, boot):
         assert guest.value("ro") == "1"
     daemon.stop()
     assert hashlib.sha256(golden.read_bytes()).digest() == before
+
+
+def test_copy_on_read(daemon, tmp_path, boot, rng):
+    """What the guest reads is copied into the overlay; what it does not, is not.
+
+    In QEMU's way: a node of its own above the image.
+    """
+    job = """
+    report sum "$(dd if=/dev/vda bs=1M skip=4 count=16 2>/dev/null | md5sum | cut -d ' ' -f 1)"
+    """
+    base = images.random_image(tmp_path / "base.qcow2", 64 * MIB, rng, holes=0)
+    top = images.create(tmp_path / "top.qcow2", backing=base.name)
+    seen = images.flatten(top)
+    with open(seen, "rb") as raw:
+        raw.seek(4 * MIB)
+        expected = hashlib.md5(raw.read(16 * MIB)).hexdigest()
+    words = blockdev(base, "n0", read_only="on") + blockdev(top, "n1", backing="n0")
+    words += ["--blockdev", "driver=copy-on-read,node-name=cor,file=n1"]
+    daemon.start(*words, *export("cor", "drive0", tmp_path / "drive0.sock"))
+    with boot(tmp_path / "drive0.sock", job=job) as guest:
+        assert guest.wait_done() == 0, guest.console()
+        assert guest.value("sum") == expected
+    daemon.stop()
+    images.check(top)
+    images.same(top, seen)
+    # The guest reads ahead, and looks for partitions; not at half the disk.
+    assert 16 * MIB <= images.allocated(top) < 32 * MIB
