@@ -302,6 +302,7 @@ class TestTheEnd:
         """The next start is not stopped by the files of the last."""
         daemon.start(*scene.words)
         daemon.kill()
+        images.let_go(scene.top)
         assert os.path.exists(daemon.qmp_path)
         daemon.start(*scene.words)
         assert_serves(scene.folder / "drive0.sock")

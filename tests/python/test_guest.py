@@ -267,6 +267,8 @@ def test_fsync_then_kill(daemon, tmp_path, golden, boot):
         guest.held("synced")
         daemon.kill()
         guest.kill()
+    images.let_go(bare)
+    images.let_go(top)
     images.check(bare, leaks=True)
     images.qemu_io(bare, f"read -P 0x5a {4 * MIB} {3 * MIB}", "read -P 0 0 4M")
     images.check(top, leaks=True)

@@ -28,7 +28,7 @@ def test_no_jobs(qmp):
 
 def test_a_job_in_words(daemon, qmp, scene):
     """Started, shown, changed and cancelled by hand."""
-    assert qmp.hmp(f"block_stream drive0 {scene.layers[0]}").strip() == ""
+    assert qmp.hmp(f"block_stream drive0 0 {scene.layers[0]}").strip() == ""
     qmp.complete("drive0")
     assert scene.backing_of(2) == scene.layers[0]
 

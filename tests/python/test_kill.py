@@ -34,6 +34,7 @@ class Rounds:
 
     def judge(self):
         """The image is free of errors, and reads as it did, alone or on its base."""
+        images.let_go(self.scene.top)
         images.check(self.scene.top, leaks=True)
         if images.backing(self.scene.top) is None:
             hidden = self.scene.folder / "hidden"
@@ -129,6 +130,7 @@ def test_a_killed_stream_is_taken_up(rounds, rng):
     wait_for(wire, "JOB_STATUS_CHANGE", status="running")
     time.sleep(rng.uniform(0, 0.5))
     rounds.daemon.kill()
+    images.let_go(rounds.scene.top)
     # Not from the beginning: with what the kill left behind.
     rounds.daemon.start(*rounds.scene.words)
     qmp = rounds.daemon.qmp()

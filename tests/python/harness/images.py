@@ -4,6 +4,7 @@ import json
 import pathlib
 import random
 import subprocess
+import time
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -104,6 +105,22 @@ def flatten(path, target=None, format="qcow2"):
     target = pathlib.Path(target or f"{path}.flat")
     qemu_img("convert", "-f", format, "-O", "raw", path, target)
     return target
+
+
+def let_go(path, timeout=30):
+    """Wait until nobody has an image open, after a kill.
+
+    The kernel takes back what a killed process had in its io_uring after the
+    process itself is gone, and the locks go with that.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return qemu_io(path, "length")
+        except Refused as refused:
+            if "lock" not in str(refused) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def check(path, leaks=False):
