@@ -4,6 +4,7 @@ use crate::Options;
 use crate::common::Res;
 use crate::disks::{Disk, Disks};
 use crate::load::{self, Load, Order, Shape};
+use crate::machine::OtherLoad;
 use crate::report::{IoSample, Report};
 use crate::variants::Variant;
 use std::path::Path;
@@ -107,9 +108,11 @@ fn run(
     if row.shape.order != Order::EachClusterOnce {
         load.run_for(options.warm_up())?;
     }
+    let other = OtherLoad::start(&daemon)?;
     let before = daemon.cpu_time()?;
     let measured = load.run_for(options.measured())?;
     let cpu = daemon.cpu_time()?.saturating_sub(before);
+    let other = other.end(&daemon)?;
     load.verify_samples()?;
     drop(load);
     daemon.stop()?;
@@ -118,5 +121,6 @@ fn run(
         p50: measured.latencies.percentile(0.50),
         p99: measured.latencies.percentile(0.99),
         cpu: cpu.as_secs_f64() * 1e6 / measured.requests.max(1) as f64,
+        other,
     })
 }

@@ -4,7 +4,7 @@ use crate::variants::Variant;
 use std::fmt::Write;
 
 /// What one run of an I/O row gave.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct IoSample {
     /// Requests per second.
     pub iops: f64,
@@ -14,10 +14,13 @@ pub struct IoSample {
     pub p99: f64,
     /// CPU seconds of the back-end per million requests.
     pub cpu: f64,
+    /// CPUs kept busy by others meanwhile.
+    pub other: f64,
 }
 
 /// What one run of a stream row gave.
-#[derive(Clone, Copy, Debug, Default)]
+/// NaN stands for a figure that the row does not have.
+#[derive(Clone, Copy, Debug)]
 pub struct StreamSample {
     /// From the command to the completion event.
     pub seconds: f64,
@@ -31,6 +34,24 @@ pub struct StreamSample {
     pub iops: f64,
     /// The guest's p99 in microseconds while it ran.
     pub p99: f64,
+    /// CPUs kept busy by others meanwhile.
+    pub other: f64,
+}
+
+impl StreamSample {
+    /// A sample without figures.
+    pub fn new() -> Self {
+        let none = f64::NAN;
+        StreamSample {
+            seconds: none,
+            cpu: none,
+            iops_before: none,
+            p99_before: none,
+            iops: none,
+            p99: none,
+            other: 0.0,
+        }
+    }
 }
 
 /// Everything that was measured.
@@ -82,6 +103,15 @@ impl Report {
         for line in &self.machine {
             let _ = writeln!(text, "- {line}");
         }
+        let mut other: Vec<f64> = self.io.iter().map(|s| s.2.other).collect();
+        other.extend(self.stream.iter().map(|s| s.2.other));
+        let mean = other.iter().sum::<f64>() / other.len().max(1) as f64;
+        let most = other.iter().copied().fold(0.0, f64::max);
+        let _ = writeln!(
+            text,
+            "- CPUs kept busy by other programs during the runs: {mean:.2} on average, \
+             {most:.2} at most"
+        );
         let _ = writeln!(
             text,
             "\nEach cell: {}. Ratios: {RATIO}.\n",
@@ -214,6 +244,9 @@ fn ratio(values: &[Option<f64>], best: Option<usize>) -> String {
 }
 
 fn cells(values: &[Option<f64>], digits: usize) -> String {
-    let cell = |v: &Option<f64>| v.map_or("–".to_owned(), |v| format!("{v:.digits$}"));
+    let cell = |v: &Option<f64>| {
+        let known = v.filter(|v| !v.is_nan());
+        known.map_or("–".to_owned(), |v| format!("{v:.digits$}"))
+    };
     values.iter().map(cell).collect::<Vec<_>>().join(" / ")
 }

@@ -3,9 +3,11 @@
 
 use crate::Options;
 use crate::common::Res;
+use crate::common::daemon::Setup;
 use crate::common::qmp::{Qmp, is_job_end};
 use crate::disks::{Disk, Disks};
 use crate::load::{self, Load, Order, Shape};
+use crate::machine::OtherLoad;
 use crate::report::{Report, StreamSample};
 use crate::variants::Variant;
 use serde_json::{Value, json};
@@ -92,16 +94,17 @@ fn run(
         options.poll,
         1 + round as u64,
     )?;
-    let mut sample = StreamSample::default();
+    let mut sample = StreamSample::new();
     if row.loaded {
         load.run_for(options.warm_up())?;
         let idle = load.run_for(options.measured())?;
         sample.iops_before = idle.iops();
         sample.p99_before = idle.latencies.percentile(0.99);
     }
+    let other = OtherLoad::start(&daemon)?;
     let cpu = daemon.cpu_time()?;
     let begin = Instant::now();
-    let arguments = json!({"device": "disk", "job-id": "stream"});
+    let arguments = json!({"device": Setup::node(0), "job-id": "stream"});
     qmp.execute("block-stream", arguments)??;
     if row.loaded {
         let measured = load.run(|| ended(&mut qmp))?;
@@ -114,6 +117,7 @@ fn run(
         sample.seconds = begin.elapsed().as_secs_f64();
         sample.cpu = daemon.cpu_time()?.saturating_sub(cpu).as_secs_f64();
     }
+    sample.other = other.end(&daemon)?;
     load.verify_samples()?;
     drop(load);
     daemon.stop()?;

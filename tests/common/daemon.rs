@@ -180,19 +180,7 @@ impl Daemon {
 
     /// CPU time of the process so far, all threads and io_uring workers included.
     pub fn cpu_time(&self) -> Res<Duration> {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid()))?;
-        // The name, in parentheses, may hold spaces: count the fields from behind it.
-        let rest = stat.rsplit(')').next().unwrap_or_default();
-        let fields: Vec<&str> = rest.split_whitespace().collect();
-        let ticks = |i: usize| fields.get(i).and_then(|f| f.parse::<u64>().ok());
-        let (user, system) = ticks(11)
-            .zip(ticks(12))
-            .ok_or("a stat line that is too short")?;
-        // SAFETY: asks for a constant of the system.
-        let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
-        Ok(Duration::from_secs_f64(
-            (user + system) as f64 / per_second as f64,
-        ))
+        cpu_time_of(self.pid())
     }
 
     /// How many descriptors the process has open.
@@ -217,6 +205,26 @@ impl Drop for Daemon {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// CPU time of a process so far, all threads included.
+pub fn cpu_time_of(pid: u32) -> Res<Duration> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name, in parentheses, may hold spaces: count the fields from behind it.
+    let rest = stat.rsplit(')').next().unwrap_or_default();
+    let fields: Vec<&str> = rest.split_whitespace().collect();
+    let field = |i: usize| fields.get(i).and_then(|f| f.parse::<u64>().ok());
+    let (user, system) = field(11)
+        .zip(field(12))
+        .ok_or("a stat line that is too short")?;
+    Ok(ticks(user + system))
+}
+
+/// The kernel's clock ticks as time.
+pub fn ticks(count: u64) -> Duration {
+    // SAFETY: asks for a constant of the system.
+    let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+    Duration::from_secs_f64(count as f64 / per_second as f64)
 }
 
 /// Keeps the calling thread on one CPU.
