@@ -144,9 +144,9 @@ pub fn write_raw(path: &Path, owners: &[Owner]) -> Res<()> {
 pub struct ChainPlan {
     /// Sectors of the disk.
     pub sectors: u64,
-    /// Options of each qcow2 layer, the guest's first. The last layer is raw if its options are
-    /// empty.
-    pub layers: Vec<String>,
+    /// Options of each qcow2 layer, the guest's first. The last layer may also be `raw`, or have
+    /// `compressed ` before its options.
+    pub layers: Vec<&'static str>,
     /// How many pieces of data each layer below the guest's gets.
     pub pieces: u64,
 }
@@ -167,13 +167,13 @@ pub fn make_chain(dir: &Path, plan: &ChainPlan, rng: &mut Rng) -> Res<Chain> {
     let mut layers: Vec<(PathBuf, &'static str)> = Vec::new();
     for (depth, options) in plan.layers.iter().enumerate().rev() {
         let bottom = depth + 1 == plan.layers.len();
-        let raw = bottom && options.is_empty();
+        let raw = bottom && *options == "raw";
+        let compressed = bottom && options.starts_with("compressed ");
+        let options = options.trim_start_matches("compressed ");
         let format = if raw { "raw" } else { "qcow2" };
         let path = dir.join(format!("layer{depth}.{format}"));
         let backing = layers.first().map(|(path, format)| (path.clone(), *format));
-        if raw {
-            File::create(&path)?.set_len(bytes)?;
-        } else {
+        if !raw {
             create(
                 &path,
                 bytes,
@@ -181,21 +181,28 @@ pub fn make_chain(dir: &Path, plan: &ChainPlan, rng: &mut Rng) -> Res<Chain> {
                 backing.as_ref().map(|(p, f)| (p.as_path(), *f)),
             )?;
         }
-        if depth > 0 {
-            let pieces = if raw { 0 } else { plan.pieces };
-            add_pieces(dir, &path, depth as u64, pieces, &mut owners, rng)?;
-            if raw {
-                for n in 0..plan.pieces {
-                    let (start, count) = range(rng, plan.sectors, 400);
-                    own(
-                        &mut owners,
-                        start,
-                        count,
-                        stamp::layer_owner(depth as u64, n),
-                    );
-                }
-                write_raw(&path, &owners)?;
+        if raw {
+            for n in 0..plan.pieces {
+                let (start, count) = range(rng, plan.sectors, 400);
+                own(
+                    &mut owners,
+                    start,
+                    count,
+                    stamp::layer_owner(depth as u64, n),
+                );
             }
+            write_raw(&path, &owners)?;
+        } else if depth > 0 {
+            add_pieces(dir, &path, depth as u64, plan.pieces, &mut owners, rng)?;
+        }
+        if compressed {
+            let plain = dir.join("plain.qcow2");
+            fs::rename(&path, &plain)?;
+            let names = (text(&plain)?, text(&path)?);
+            qemu_img(&[
+                "convert", "-c", "-O", "qcow2", "-o", options, names.0, names.1,
+            ])?;
+            fs::remove_file(plain)?;
         }
         layers.insert(0, (path, format));
     }
@@ -223,9 +230,6 @@ fn add_pieces(
     owners: &mut [Owner],
     rng: &mut Rng,
 ) -> Res<()> {
-    if pieces == 0 {
-        return Ok(());
-    }
     let sectors = owners.len() as u64;
     let mut args = vec!["-f".to_owned(), "qcow2".to_owned()];
     let mut files = Vec::new();
@@ -262,7 +266,14 @@ fn add_pieces(
     Ok(())
 }
 
-/// Reads the first `len` bytes of a file at `offset`.
+/// A number that changes when the bytes of a file do.
+pub fn fingerprint(path: &Path) -> Res<u64> {
+    let mut hasher = std::hash::DefaultHasher::new();
+    std::hash::Hasher::write(&mut hasher, &fs::read(path)?);
+    Ok(std::hash::Hasher::finish(&hasher))
+}
+
+/// Reads `len` bytes of a file at `offset`.
 pub fn read_at(path: &Path, offset: u64, len: usize) -> Res<Vec<u8>> {
     let mut data = vec![0; len];
     File::open(path)?.read_exact_at(&mut data, offset)?;
