@@ -102,7 +102,8 @@ impl Daemon {
         self.retry(|| Qmp::connect(socket))
     }
 
-    /// Does `step` again until nothing is wrong but that nobody listens yet.
+    /// Does `step` again for as long as all that is wrong with it is that nobody listens yet, or
+    /// that the daemon hangs up because it has not yet noticed that the last front-end is gone.
     pub fn retry<T>(&mut self, mut step: impl FnMut() -> Res<T>) -> Res<T> {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -110,16 +111,10 @@ impl Daemon {
                 Ok(value) => return Ok(value),
                 Err(error) => error,
             };
-            let early = error.downcast_ref::<io::Error>().is_some_and(|e| {
-                matches!(
-                    e.kind(),
-                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-                )
-            });
             if let Some(status) = self.child.try_wait()? {
                 return Err(format!("the back-end ended with {status}: {}", self.log()).into());
             }
-            if !early || Instant::now() > deadline {
+            if !is_too_early(&*error) || Instant::now() > deadline {
                 return Err(format!("{error}; the back-end says: {}", self.log()).into());
             }
             // A poll of a condition with a deadline: nothing depends on how long this takes.
@@ -188,6 +183,12 @@ impl Daemon {
         Ok(fs::read_dir(format!("/proc/{}/fd", self.pid()))?.count())
     }
 
+    /// How many pieces of other processes' shared memory it has mapped.
+    pub fn shared_mappings(&self) -> Res<usize> {
+        let maps = fs::read_to_string(format!("/proc/{}/maps", self.pid()))?;
+        Ok(maps.lines().filter(|line| line.contains("/memfd:")).count())
+    }
+
     /// How many threads the process has, without the kernel's io_uring workers, which come and go.
     pub fn threads(&self) -> Res<usize> {
         let mut count = 0;
@@ -204,6 +205,20 @@ impl Drop for Daemon {
         // Both fail if it has ended already, which is as well.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+fn is_too_early(error: &(dyn std::error::Error + 'static)) -> bool {
+    let Some(error) = error.downcast_ref::<io::Error>() else {
+        return false;
+    };
+    match error.kind() {
+        io::ErrorKind::NotFound
+        | io::ErrorKind::ConnectionRefused
+        | io::ErrorKind::ConnectionReset
+        | io::ErrorKind::BrokenPipe => true,
+        // What virtio-driver says when it reads the end of the stream.
+        _ => error.to_string().contains("failed to receive"),
     }
 }
 
@@ -261,6 +276,8 @@ pub struct Setup {
     pub aio: Option<&'static str>,
     /// Serve the export from a thread of its own.
     pub iothread: bool,
+    /// More words for the command line.
+    pub extra: Vec<String>,
 }
 
 impl Setup {
@@ -275,6 +292,7 @@ impl Setup {
             direct: false,
             aio: None,
             iothread: false,
+            extra: Vec::new(),
         }
     }
 
@@ -343,6 +361,7 @@ impl Setup {
             option("--chardev", chardev);
             option("--monitor", "chardev=control".to_owned());
         }
+        args.extend(self.extra.iter().cloned());
         args
     }
 

@@ -145,6 +145,16 @@ impl Queue {
     /// Puts a request into the ring; `kick` tells the back-end.
     pub fn submit(&mut self, op: &Op, token: u64) -> Res<()> {
         let memory = &self.memory;
+        let data: Vec<_> = op
+            .data
+            .iter()
+            .map(|&(offset, len)| piece(memory.address(offset), len))
+            .collect();
+        self.submit_at(op, &data, token)
+    }
+
+    /// As `submit`, but with the data at any addresses, be they shared memory or not.
+    pub fn submit_at(&mut self, op: &Op, data: &[iovec], token: u64) -> Res<()> {
         let id = self.ring.add_request(|shared, add| {
             let mut segments = [Segment::default(); 2];
             for (slot, segment) in segments.iter_mut().zip(op.segments) {
@@ -163,8 +173,8 @@ impl Queue {
                 let len = size_of::<Segment>() * op.segments.len().min(2);
                 add(piece(&raw mut shared.segments as usize, len), false)?;
             }
-            for &(offset, len) in op.data {
-                add(piece(memory.address(offset), len), from_device)?;
+            for &piece in data {
+                add(piece, from_device)?;
             }
             add(piece(&raw mut shared.status as usize, 1), true)
         })?;
@@ -411,7 +421,8 @@ impl Frontend {
     }
 }
 
-fn piece(address: usize, len: usize) -> iovec {
+/// A piece of memory, as the rings take it.
+pub fn piece(address: usize, len: usize) -> iovec {
     iovec {
         iov_base: address as *mut libc::c_void,
         iov_len: len,
