@@ -1,0 +1,220 @@
+//! Copying from the layers below into a layer: copy-on-read and streams.
+//!
+//! Invariant: what the guest wrote is never overwritten. A copy claims the clusters it works on
+//! and looks at their mapping under the claim; guests that allocate hold the same claims.
+
+use std::rc::Rc;
+
+use super::{Layer, Status, View};
+use crate::error::{Error, Result};
+use crate::format::qcow2::Clear;
+use crate::format::{Format, Qcow2};
+use crate::storage::{AlignedBuf, IoBufs};
+
+/// Bytes that copy-on-read claims and copies at a time.
+const COPY_ON_READ_STEP: u64 = 512 << 10;
+
+/// What a copy did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Copied {
+    /// Bytes written as data.
+    pub data: u64,
+    /// Bytes recorded as zeros.
+    pub zero: u64,
+}
+
+/// Where a copy goes and how far down it looks.
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    target: usize,
+    end: usize,
+}
+
+impl View {
+    /// Copies what the top layer lacks of `[offset, offset + len)` into it.
+    pub(super) async fn populate(self: &Rc<Self>, offset: u64, len: u64) -> Result<Copied> {
+        let end = self.chain.layers().len();
+        let mut copied = Copied::default();
+        let mut done = 0;
+        while done < len {
+            let now = (len - done).min(COPY_ON_READ_STEP);
+            let step = self.copy(0, end, offset + done, now).await?;
+            copied.data += step.data;
+            copied.zero += step.zero;
+            done += now;
+        }
+        Ok(copied)
+    }
+
+    /// Copies into layer `target` what it lacks of the clusters of `[offset, offset + len)` and
+    /// a layer above `end` has (`end`: the index of the base, or the number of layers). Clusters
+    /// of zeros are recorded as such.
+    ///
+    /// # Errors
+    /// When a layer below cannot be read or the target cannot be written; what was copied before
+    /// stays.
+    pub async fn copy(
+        self: &Rc<Self>,
+        target: usize,
+        end: usize,
+        offset: u64,
+        len: u64,
+    ) -> Result<Copied> {
+        let layer = self.chain.layer(target)?;
+        let Format::Qcow2(qcow2) = &layer.format else {
+            // A raw layer has all of its bytes: nothing ever comes from below.
+            return Ok(Copied::default());
+        };
+        let span = Span { target, end };
+        let cluster = qcow2.cluster_size();
+        let start = offset / cluster * cluster;
+        let stop = (offset + len).next_multiple_of(cluster).min(layer.format.size());
+        let _claim = qcow2.claim(start, stop.saturating_sub(start)).await;
+        let mut copied = Copied::default();
+        let mut at = start;
+        while at < stop {
+            let (status, now) = self.chain.status(target, end, at, stop - at).await?;
+            let step = match status {
+                Status::Present | Status::Absent => Copied::default(),
+                Status::Zero => self.copy_zeros(layer, qcow2, span, at, now).await?,
+                Status::Data => self.copy_data(layer, qcow2, span, at, now).await?,
+            };
+            copied.data += step.data;
+            copied.zero += step.zero;
+            at += now;
+        }
+        Ok(copied)
+    }
+
+    async fn copy_zeros(
+        &self,
+        layer: &Layer,
+        qcow2: &Qcow2,
+        span: Span,
+        offset: u64,
+        len: u64,
+    ) -> Result<Copied> {
+        let cluster = qcow2.cluster_size();
+        if qcow2.has_zero_clusters() {
+            qcow2.clear(offset / cluster, len.div_ceil(cluster), Clear::Zero).await?;
+        } else if span.end < self.chain.layers().len() {
+            // The base would come to light: without the zero flag, zeros are data.
+            let zeros = AlignedBuf::zeroed(len.next_multiple_of(cluster) as usize);
+            self.place(layer, qcow2, offset, &zeros).await?;
+        }
+        Ok(Copied { data: 0, zero: len })
+    }
+
+    async fn copy_data(
+        &self,
+        layer: &Layer,
+        qcow2: &Qcow2,
+        span: Span,
+        offset: u64,
+        len: u64,
+    ) -> Result<Copied> {
+        let cluster = qcow2.cluster_size();
+        let buffer = AlignedBuf::zeroed(len.next_multiple_of(cluster) as usize);
+        // SAFETY: `buffer` outlives the read.
+        let bufs = unsafe { IoBufs::of(&buffer, 0, len as usize) };
+        self.chain.read_from(span.target + 1, offset, &bufs).await?;
+        let mut copied = Copied::default();
+        for (start, end, zero) in runs(&buffer, cluster as usize) {
+            let at = offset + start as u64;
+            let bytes = (end - start) as u64;
+            if zero {
+                copied.zero += self.copy_zeros(layer, qcow2, span, at, bytes).await?.zero;
+                continue;
+            }
+            let part = buffer
+                .get(start..end)
+                .ok_or_else(|| Error::Invalid("a run outside its buffer".into()))?;
+            // A part of the buffer is written in place when it is all of it.
+            if part.len() == buffer.len() {
+                self.place(layer, qcow2, at, &buffer).await?;
+            } else {
+                self.place(layer, qcow2, at, &AlignedBuf::copy_of(part)).await?;
+            }
+            copied.data += bytes;
+        }
+        Ok(copied)
+    }
+
+    /// Allocates clusters for `bytes`, which are whole clusters, writes and links them.
+    async fn place(
+        &self,
+        layer: &Layer,
+        qcow2: &Qcow2,
+        offset: u64,
+        bytes: &AlignedBuf,
+    ) -> Result<()> {
+        let cluster = qcow2.cluster_size();
+        let mut done = 0;
+        while done < bytes.len() as u64 {
+            let wanted = (bytes.len() as u64 - done) / cluster;
+            let allocation = qcow2.allocate(wanted).await?;
+            let len = allocation.clusters * cluster;
+            // SAFETY: `bytes` is borrowed for the whole write.
+            let bufs = unsafe { IoBufs::of(bytes, done as usize, len as usize) };
+            if let Err(error) = layer.store(allocation.offset, &bufs).await {
+                qcow2.abandon(allocation).await;
+                return Err(error);
+            }
+            qcow2.link((offset + done) / cluster, allocation).await?;
+            done += len;
+        }
+        Ok(())
+    }
+}
+
+/// Runs of clusters that are all zeros or all not: start, end, zero.
+fn runs(bytes: &[u8], cluster: usize) -> Vec<(usize, usize, bool)> {
+    let mut runs: Vec<(usize, usize, bool)> = Vec::new();
+    for (index, part) in bytes.chunks(cluster).enumerate() {
+        let (start, zero) = (index * cluster, is_zero(part));
+        match runs.last_mut() {
+            Some((_, end, last)) if *last == zero => *end = start + part.len(),
+            _ => runs.push((start, start + part.len(), zero)),
+        }
+    }
+    runs
+}
+
+/// Whether all bytes are zero: in blocks, which the compiler turns into vector instructions.
+fn is_zero(bytes: &[u8]) -> bool {
+    let mut blocks = bytes.chunks_exact(256);
+    blocks.by_ref().all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
+        && blocks.remainder().iter().all(|&byte| byte == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    //! What would be caught: data taken for zeros, zeros taken for data, runs with gaps.
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn runs_cover_everything_and_tell_zeros(
+            clusters in prop::collection::vec(any::<Option<u16>>(), 1..40)
+        ) {
+            let mut bytes = vec![0u8; clusters.len() * 512];
+            for (index, place) in clusters.iter().enumerate() {
+                if let Some(place) = place {
+                    bytes[index * 512 + *place as usize % 512] = 1;
+                }
+            }
+            let mut at = 0;
+            for (start, end, zero) in runs(&bytes, 512) {
+                prop_assert_eq!(start, at);
+                for cluster in start / 512..end / 512 {
+                    prop_assert_eq!(clusters[cluster].is_none(), zero);
+                }
+                at = end;
+            }
+            prop_assert_eq!(at, bytes.len());
+        }
+    }
+}

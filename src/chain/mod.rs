@@ -1,0 +1,357 @@
+//! The chain: the ordered layers of a disk, and who supplies each byte.
+//!
+//! A [`Chain`] is an immutable value. A request takes it once, in a [`View`], and keeps it to
+//! its end; whoever changes the layers (a job that ends, say) publishes a new chain in the
+//! [`Root`] and the old one goes with its last request. Guest I/O is never drained for that.
+//!
+//! The data path asks [`Chain::plan_read`] and [`Chain::plan_write`] first: with the metadata in
+//! memory they answer at once with pieces that go straight to the ring. Everything else
+//! (metadata to load, clusters to allocate, copy or decompress) takes the `async` functions of
+//! [`View`], as a task on the same thread.
+
+mod copy;
+pub mod graph;
+mod read;
+mod status;
+mod write;
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use arrayvec::ArrayVec;
+
+use crate::error::{Action, Error, Result};
+use crate::format::{Format, Place};
+use crate::grace::{Era, EraCache, Grace};
+use crate::storage::{self, Limits, Storage};
+
+pub use copy::Copied;
+pub use graph::Graph;
+pub use status::Status;
+
+/// How many pieces a request is cut into before it takes the slow path.
+pub const MAX_PIECES: usize = 8;
+
+/// One image file in a chain.
+#[derive(Debug)]
+pub struct Layer {
+    /// The node's name.
+    pub name: String,
+    /// The format, with its metadata.
+    pub format: Format,
+    /// Where its bytes live.
+    pub storage: Arc<dyn Storage>,
+    /// Guest writes are refused.
+    pub read_only: bool,
+    /// Discards reach the image (`discard=unmap`).
+    pub discard: bool,
+    /// What is read from below is written into this layer (`copy-on-read`).
+    pub copy_on_read: bool,
+}
+
+impl Layer {
+    fn io_error(&self, action: Action, offset: u64, error: &std::io::Error) -> Error {
+        Error::io(action, self.storage.name(), offset, error)
+    }
+
+    /// Makes everything stable that was written to this layer.
+    ///
+    /// # Errors
+    /// What the storage reports.
+    pub async fn flush(&self) -> Result<()> {
+        if !self.storage.writable() {
+            return Ok(());
+        }
+        match &self.format {
+            Format::Raw(_) => storage::io::sync(&*self.storage)
+                .await
+                .map_err(|error| self.io_error(Action::Flush, 0, &error)),
+            Format::Qcow2(qcow2) => qcow2.flush().await,
+        }
+    }
+}
+
+/// The layers of a disk, top first.
+#[derive(Debug)]
+pub struct Chain {
+    layers: Vec<Arc<Layer>>,
+}
+
+/// A part of a request and where its bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Where the bytes are.
+    pub source: Source,
+    /// Where the part begins in the request.
+    pub start: usize,
+    /// How long it is.
+    pub len: usize,
+}
+
+/// Where a piece's bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// In the storage of a layer.
+    Storage {
+        /// Index of the layer, 0 is the top.
+        layer: usize,
+        /// Offset in the storage.
+        offset: u64,
+    },
+    /// They are zeros.
+    Zero,
+}
+
+/// A plan's pieces, in order and without gaps.
+pub type Pieces = ArrayVec<Piece, MAX_PIECES>;
+
+impl Chain {
+    /// A chain of `layers`, top first.
+    ///
+    /// # Errors
+    /// A chain without a layer.
+    pub fn new(layers: Vec<Arc<Layer>>) -> Result<Self> {
+        if layers.is_empty() {
+            return Err(Error::Invalid("a chain needs at least one layer".into()));
+        }
+        Ok(Self { layers })
+    }
+
+    /// The layers, top first. Never empty.
+    #[must_use]
+    pub fn layers(&self) -> &[Arc<Layer>] {
+        &self.layers
+    }
+
+    /// The layer that the guest writes.
+    #[must_use]
+    pub fn top(&self) -> &Arc<Layer> {
+        // A chain is made of at least one layer.
+        &self.layers[0]
+    }
+
+    /// Size of the disk in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.top().format.size()
+    }
+
+    /// The unit of allocation of the top layer in bytes, 1 if it has none.
+    #[must_use]
+    pub fn cluster_size(&self) -> u64 {
+        self.top().format.cluster_size()
+    }
+
+    /// The storage of a layer.
+    #[must_use]
+    pub fn storage(&self, layer: usize) -> Option<&dyn Storage> {
+        self.layers.get(layer).map(|layer| &*layer.storage)
+    }
+
+    /// The strictest alignment that any layer's storage asks for. A request that keeps to it can
+    /// go to the ring as it is; others take the slow path, which copies.
+    #[must_use]
+    pub fn limits(&self) -> Limits {
+        self.layers.iter().map(|layer| layer.storage.limits()).fold(
+            Limits {
+                memory_align: 1,
+                offset_align: 1,
+                zero_past_end: true,
+            },
+            |a, b| Limits {
+                memory_align: a.memory_align.max(b.memory_align),
+                offset_align: a.offset_align.max(b.offset_align),
+                zero_past_end: a.zero_past_end && b.zero_past_end,
+            },
+        )
+    }
+
+    /// Plans a read of `[offset, offset + len)`, which lies within the disk. True: `pieces` say
+    /// it all. False: take [`View::read`].
+    pub fn plan_read(&self, offset: u64, len: usize, pieces: &mut Pieces) -> bool {
+        pieces.clear();
+        let mut done = 0;
+        while done < len {
+            let Some((source, now)) = self.find(0, offset + done as u64, (len - done) as u64)
+            else {
+                return false;
+            };
+            let now = now as usize;
+            if self.top().copy_on_read && !matches!(source, Source::Storage { layer: 0, .. }) {
+                return false;
+            }
+            if pieces
+                .try_push(Piece {
+                    source,
+                    start: done,
+                    len: now,
+                })
+                .is_err()
+            {
+                return false;
+            }
+            done += now;
+        }
+        true
+    }
+
+    /// Plans a write of `[offset, offset + len)`, which lies within the disk, in place. False:
+    /// take [`View::write`].
+    pub fn plan_write(&self, offset: u64, len: usize, pieces: &mut Pieces) -> bool {
+        pieces.clear();
+        let mut done = 0;
+        while done < len {
+            let Some((at, now)) = self
+                .top()
+                .format
+                .map_write(offset + done as u64, (len - done) as u64)
+            else {
+                return false;
+            };
+            let now = now as usize;
+            let source = Source::Storage {
+                layer: 0,
+                offset: at,
+            };
+            if now == 0
+                || pieces
+                    .try_push(Piece {
+                        source,
+                        start: done,
+                        len: now,
+                    })
+                    .is_err()
+            {
+                return false;
+            }
+            done += now;
+        }
+        true
+    }
+
+    /// Finds who supplies the bytes from `offset` on, looking from layer `first` down. `None`:
+    /// metadata is missing, or the bytes are compressed.
+    fn find(&self, first: usize, offset: u64, len: u64) -> Option<(Source, u64)> {
+        let mut len = len;
+        for (layer, at) in self.layers.iter().enumerate().skip(first) {
+            let extent = at.format.map(offset, len);
+            len = extent.len;
+            match extent.place {
+                Place::Data(offset) => return Some((Source::Storage { layer, offset }, len)),
+                Place::Zero => return Some((Source::Zero, len)),
+                Place::Below => {}
+                Place::Compressed(_) | Place::Unknown => return None,
+            }
+        }
+        Some((Source::Zero, len))
+    }
+
+    /// Makes everything stable that the guest wrote.
+    ///
+    /// # Errors
+    /// What the storage reports.
+    pub async fn flush(&self) -> Result<()> {
+        self.top().flush().await
+    }
+}
+
+/// Where exports and jobs get the chain of a disk: the place in which new ones are published.
+#[derive(Debug)]
+pub struct Root {
+    chain: ArcSwap<Chain>,
+}
+
+impl Root {
+    /// A root that begins with `chain`.
+    #[must_use]
+    pub fn new(chain: Chain) -> Arc<Self> {
+        Arc::new(Self {
+            chain: ArcSwap::from_pointee(chain),
+        })
+    }
+
+    /// The chain as it is now.
+    #[must_use]
+    pub fn chain(&self) -> Arc<Chain> {
+        self.chain.load_full()
+    }
+
+    /// Publishes a new chain: requests that begin from now on use it.
+    pub fn publish(&self, chain: Arc<Chain>) {
+        self.chain.store(chain);
+    }
+}
+
+/// A chain as one request sees it, and the grace period that protects its clusters.
+///
+/// `Rc`: a view stays on its thread, and sharing it costs no atomic operation.
+#[derive(Debug)]
+pub struct View {
+    /// The layers.
+    pub chain: Arc<Chain>,
+    _era: Rc<Arc<Era>>,
+}
+
+impl View {
+    /// A view of `chain` for a task that is no queue worker's.
+    #[must_use]
+    pub fn of(chain: Arc<Chain>) -> Rc<Self> {
+        Rc::new(Self {
+            chain,
+            _era: Rc::new(Grace::global().enter()),
+        })
+    }
+}
+
+/// A worker's own reference to the current view: requests clone it for the price of a plain
+/// increment.
+#[derive(Debug)]
+pub struct ViewCache {
+    root: Arc<Root>,
+    eras: EraCache,
+    view: Option<Rc<View>>,
+}
+
+impl ViewCache {
+    /// Views of the disk at `root`.
+    #[must_use]
+    pub fn new(root: Arc<Root>) -> Self {
+        Self {
+            root,
+            eras: EraCache::default(),
+            view: None,
+        }
+    }
+
+    /// The current view. Call it once per batch.
+    pub fn get(&mut self) -> Rc<View> {
+        let chain = self.root.chain.load();
+        let era = self.eras.enter(Grace::global());
+        if let Some(view) = &self.view
+            && Arc::ptr_eq(&view.chain, &chain)
+            && Rc::ptr_eq(&view._era, &era)
+        {
+            return view.clone();
+        }
+        let view = Rc::new(View {
+            chain: arc_swap::Guard::into_inner(chain),
+            _era: era,
+        });
+        self.view = Some(view.clone());
+        view
+    }
+
+    /// Lets go of everything, since no request is in flight: call it before the thread sleeps,
+    /// so that an idle worker holds up neither freed clusters nor old chains.
+    pub fn leave(&mut self) {
+        self.view = None;
+        self.eras.leave();
+    }
+
+    /// The disk.
+    #[must_use]
+    pub fn root(&self) -> &Arc<Root> {
+        &self.root
+    }
+}

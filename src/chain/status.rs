@@ -1,0 +1,141 @@
+//! What a layer and those below it hold, without reading the data.
+
+use super::read::Found;
+use super::{Chain, Source};
+use crate::error::Result;
+use crate::format::Place;
+
+/// Whether a range is to be copied by a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// The layer itself has it.
+    Present,
+    /// No layer above the base has it.
+    Absent,
+    /// The layers between say that it is zeros.
+    Zero,
+    /// A layer between has data.
+    Data,
+}
+
+impl Chain {
+    /// Whether the layers from `first` on down say, without being read, that a range is zeros.
+    pub(super) async fn is_zero(&self, first: usize, offset: u64, len: u64) -> Result<bool> {
+        let mut done = 0;
+        while done < len {
+            let (found, now) = self.locate(first, offset + done, len - done).await?;
+            if !matches!(found, Found::Plain(Source::Zero)) {
+                return Ok(false);
+            }
+            done += now;
+        }
+        Ok(true)
+    }
+
+    /// What a stream into layer `target` down to layer `end` (exclusive: the base, or the number
+    /// of layers) has to do from `offset` on, in whole clusters of the target.
+    ///
+    /// # Errors
+    /// When metadata cannot be read.
+    pub async fn status(
+        &self,
+        target: usize,
+        end: usize,
+        offset: u64,
+        len: u64,
+    ) -> Result<(Status, u64)> {
+        let layer = self.layer(target)?;
+        let cluster = layer.format.cluster_size();
+        let size = layer.format.size();
+        let start = offset / cluster * cluster;
+        let stop = (offset + len).next_multiple_of(cluster).min(size).max(start + 1);
+        let own = layer.map_loaded(start, stop - start).await?;
+        if own.place != Place::Below {
+            return Ok((Status::Present, clip(own.len, start, offset, len)));
+        }
+        let stop = stop.min(start + own.len);
+        let (status, run) = self.status_below(target + 1, end, start, stop, cluster).await?;
+        Ok((status, clip(run, start, offset, len)))
+    }
+
+    /// The status of the clusters from `start` on that are all alike, and their length.
+    async fn status_below(
+        &self,
+        first: usize,
+        end: usize,
+        start: u64,
+        stop: u64,
+        cluster: u64,
+    ) -> Result<(Status, u64)> {
+        let mut run: Option<Status> = None;
+        let mut at = start;
+        while at < stop {
+            let (status, now) = self.extent_status(first, end, at, stop - at).await?;
+            let whole = if at + now == stop { now } else { now / cluster * cluster };
+            let (status, now) = if whole > 0 {
+                (status, whole)
+            } else {
+                let stop = stop.min(at + cluster);
+                (self.mixed_status(first, end, at, stop).await?, stop - at)
+            };
+            if *run.get_or_insert(status) != status {
+                break;
+            }
+            at += now;
+        }
+        Ok((run.unwrap_or(Status::Absent), at - start))
+    }
+
+    /// The status of one cluster that consists of several extents.
+    async fn mixed_status(
+        &self,
+        first: usize,
+        end: usize,
+        start: u64,
+        stop: u64,
+    ) -> Result<Status> {
+        let mut all: Option<Status> = None;
+        let mut at = start;
+        while at < stop {
+            let (status, now) = self.extent_status(first, end, at, stop - at).await?;
+            all = Some(match (all, status) {
+                (None, status) => status,
+                (Some(a), b) if a == b => a,
+                // Without a base what nobody has is zeros; with one it would have to be read.
+                (Some(Status::Zero | Status::Absent), Status::Zero | Status::Absent)
+                    if end >= self.layers().len() =>
+                {
+                    Status::Zero
+                }
+                _ => Status::Data,
+            });
+            at += now;
+        }
+        Ok(all.unwrap_or(Status::Absent))
+    }
+
+    async fn extent_status(
+        &self,
+        first: usize,
+        end: usize,
+        offset: u64,
+        len: u64,
+    ) -> Result<(Status, u64)> {
+        let mut len = len;
+        for layer in self.layers().iter().take(end).skip(first) {
+            let extent = layer.map_loaded(offset, len).await?;
+            len = extent.len;
+            match extent.place {
+                Place::Below => {}
+                Place::Zero => return Ok((Status::Zero, len)),
+                _ => return Ok((Status::Data, len)),
+            }
+        }
+        Ok((Status::Absent, len))
+    }
+}
+
+/// The part of a run from `start` that lies in `[offset, offset + len)`; at least one byte.
+fn clip(run: u64, start: u64, offset: u64, len: u64) -> u64 {
+    (start + run).saturating_sub(offset).clamp(1, len.max(1))
+}

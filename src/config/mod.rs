@@ -1,0 +1,99 @@
+//! From the command line to a configuration.
+//!
+//! [`parse`] turns the program's arguments into an [`Action`]; it opens nothing and changes
+//! nothing. Two dialects are understood and can be mixed:
+//!
+//! - the conventions of vhost-user back-ends (`--socket-path`, `--blk-file`, ...), which describe
+//!   one disk and are translated into the lists of the other dialect;
+//! - qemu-storage-daemon's `--blockdev`, `--export`, `--chardev`, `--monitor`, `--object`.
+//!
+//! The structured options go through three steps, of which the control socket shares the last:
+//! text to a JSON value ([`keyval`], or JSON itself), and the value to typed options
+//! ([`BlockdevOptions::from_value`] and its siblings), strictly, with an error that names the
+//! word at fault.
+//!
+//! What comes out of [`parse`] hangs together: names are unique and whatever is referred to has
+//! been defined. Whether files exist and can be opened is for the daemon to find out.
+
+mod args;
+mod blockdev;
+mod check;
+mod disk;
+mod error;
+mod export;
+mod fields;
+mod help;
+pub mod keyval;
+mod object;
+pub mod size;
+
+pub use args::parse;
+pub use blockdev::{
+    Aio, AutoOptions, BackingRef, BlockRef, BlockdevOptions, CacheOptions, CopyOnReadOptions,
+    DRIVERS, DetectZeroes, Discard, Driver, FileOptions, Locking, OverlapCheck, Qcow2Options,
+    RawOptions,
+};
+pub use error::{ConfigError, ErrorKind};
+pub use export::{ExportOptions, MAX_SERIAL, SocketAddress};
+pub use fields::{Dialect, is_well_formed_id};
+pub use object::{
+    ChardevOptions, IothreadOptions, MonitorOptions, OBJECT_TYPES, ObjectOptions, TraceOptions,
+};
+
+use std::path::PathBuf;
+
+/// What `--print-capabilities` prints, as the vhost-user conventions want it.
+pub const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
+
+/// What the program was asked to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Serve.
+    Run(Config),
+    /// Print [`CAPABILITIES`] and exit with 0.
+    PrintCapabilities,
+    /// Print this text and exit with 0.
+    Help(String),
+    /// Print [`version_line`] and exit with 0.
+    Version,
+}
+
+/// Everything the daemon sets up at its start, in the order in which it is to be done:
+/// objects, character devices, nodes, exports, monitors.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Config {
+    /// Helper objects.
+    pub objects: Vec<ObjectOptions>,
+    /// Sockets for monitors.
+    pub chardevs: Vec<ChardevOptions>,
+    /// Nodes; one that refers to another by name comes after it.
+    pub blockdevs: Vec<BlockdevOptions>,
+    /// Devices for front-ends.
+    pub exports: Vec<ExportOptions>,
+    /// Control sockets.
+    pub monitors: Vec<MonitorOptions>,
+    /// Written when all is set up, removed at exit.
+    pub pidfile: Option<PathBuf>,
+    /// Go to the background when all is set up.
+    pub daemonize: bool,
+    /// What to log.
+    pub trace: Vec<TraceOptions>,
+}
+
+impl Config {
+    /// The control sockets, each monitor with the character device that carries it.
+    pub fn monitor_sockets(&self) -> impl Iterator<Item = (&MonitorOptions, &ChardevOptions)> {
+        self.monitors.iter().filter_map(|monitor| {
+            let chardev = self
+                .chardevs
+                .iter()
+                .find(|chardev| chardev.id == monitor.chardev)?;
+            Some((monitor, chardev))
+        })
+    }
+}
+
+/// The answer to `--version`.
+pub fn version_line() -> String {
+    format!("stratablk {}", env!("CARGO_PKG_VERSION"))
+}

@@ -1,0 +1,1 @@
+//! The control tool: a QMP client and its commands.

@@ -1,0 +1,124 @@
+//! Formats: how a layer lays out guest data in its storage.
+//!
+//! The mapping core is synchronous: [`Format::map`] says where a range's bytes are, or that
+//! metadata must be loaded first ([`Format::load`]), and never waits.
+
+pub mod qcow2;
+pub mod raw;
+
+use crate::error::Result;
+
+pub use qcow2::Qcow2;
+pub use raw::Raw;
+
+/// Where the bytes of an extent are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In the layer's storage from this offset on.
+    Data(u64),
+    /// Nowhere: they read as zeros, whatever lies below.
+    Zero,
+    /// Not in this layer: the layer below supplies them, zeros if there is none.
+    Below,
+    /// In a compressed cluster.
+    Compressed(Compressed),
+    /// Unknown before [`Format::load`] has been called for the extent's first byte.
+    Unknown,
+}
+
+/// A compressed cluster: where its bytes are in the storage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Compressed {
+    /// Offset of the compressed bytes.
+    pub offset: u64,
+    /// How many bytes there are at most (the format counts in sectors).
+    pub len: u32,
+    /// Position of the wanted byte in the decompressed cluster.
+    pub within: u32,
+}
+
+/// A prefix of a mapped range whose bytes are in one place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Where.
+    pub place: Place,
+    /// How many bytes; at least one, at most what was asked for.
+    pub len: u64,
+}
+
+/// The formats that a layer can have.
+#[derive(Debug)]
+pub enum Format {
+    /// Guest bytes as they are.
+    Raw(Raw),
+    /// QEMU's copy-on-write format.
+    Qcow2(Box<Qcow2>),
+}
+
+impl Format {
+    /// The format's name in options and in image headers.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Raw(_) => "raw",
+            Self::Qcow2(_) => "qcow2",
+        }
+    }
+
+    /// Size of the disk that the guest sees, in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        match self {
+            Self::Raw(raw) => raw.size(),
+            Self::Qcow2(qcow2) => qcow2.size(),
+        }
+    }
+
+    /// The unit of allocation in bytes: 1 for a format without one.
+    #[must_use]
+    pub fn cluster_size(&self) -> u64 {
+        match self {
+            Self::Raw(_) => 1,
+            Self::Qcow2(qcow2) => qcow2.cluster_size(),
+        }
+    }
+
+    /// Where the bytes from `offset` on are. Past the layer's end they are zero: the layers
+    /// below are not looked at there.
+    #[must_use]
+    pub fn map(&self, offset: u64, len: u64) -> Extent {
+        let size = self.size();
+        if offset >= size {
+            return Extent {
+                place: Place::Zero,
+                len,
+            };
+        }
+        let len = len.min(size - offset);
+        match self {
+            Self::Raw(raw) => raw.map(offset, len),
+            Self::Qcow2(qcow2) => qcow2.map(offset, len),
+        }
+    }
+
+    /// Where the bytes from `offset` on may be overwritten in place: storage offset and length.
+    /// `None`: the write must allocate, copy or load metadata.
+    #[must_use]
+    pub fn map_write(&self, offset: u64, len: u64) -> Option<(u64, u64)> {
+        match self {
+            Self::Raw(raw) => raw.map_write(offset, len),
+            Self::Qcow2(qcow2) => qcow2.map_write(offset, len),
+        }
+    }
+
+    /// Loads the metadata that [`Format::map`] needs for the byte at `offset`.
+    ///
+    /// # Errors
+    /// When it cannot be read or contradicts the format.
+    pub async fn load(&self, offset: u64) -> Result<()> {
+        match self {
+            Self::Raw(_) => Ok(()),
+            Self::Qcow2(qcow2) => qcow2.load(offset).await,
+        }
+    }
+}

@@ -1,0 +1,341 @@
+//! What reaches the disk, and in which order.
+//!
+//! ```text
+//!   header ──► refcount table ──► refcount blocks       (how many refer to each cluster)
+//!     └──────► L1 table ──► L2 tables ──► data clusters
+//! ```
+//!
+//! Invariant: on stable storage, nothing points at what is not there. A flush takes a snapshot
+//! of all changed metadata at one instant (an entry in it points at data already written, and
+//! its reference is in the snapshot too) and writes it in phases with a barrier between:
+//!
+//! 1. refcount blocks; the barrier makes the data stable as well;
+//! 2. the refcount table, if there are new blocks;
+//! 3. L2 tables;
+//! 4. the L1 table, if there are new L2 tables.
+//!
+//! References are taken off only when the mapping without them is stable: such clusters wait
+//! for the flush, then for the grace period of requests that saw them, and are released by the
+//! next flush.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use futures_util::future::try_join_all;
+
+use super::header::{Backing, Patch, SECTOR};
+use super::{Freed, Qcow2};
+use crate::error::{Action, Error, Result};
+use crate::grace::Grace;
+use crate::storage::{self, AlignedBuf};
+
+/// Writes of one phase that are in flight together.
+const PARALLEL: usize = 32;
+/// Adjacent pieces are written together up to this size.
+const MERGE: usize = 1 << 20;
+
+/// Who flushes, and who waits for it.
+#[derive(Debug, Default)]
+pub struct Flushing {
+    lock: async_lock::Mutex<()>,
+    /// Flushes that have begun.
+    begun: AtomicU64,
+    /// The latest one that succeeded.
+    succeeded: AtomicU64,
+}
+
+/// A piece of metadata on its way to the file.
+type Piece = (u64, Vec<u8>);
+
+/// All changed metadata at one instant.
+#[derive(Debug, Default)]
+struct Snapshot {
+    refcounts: Vec<Piece>,
+    reftable: Vec<Piece>,
+    reftable_entries: BTreeSet<usize>,
+    l2: Vec<Piece>,
+    l2_slices: BTreeSet<u64>,
+    l1: Vec<Piece>,
+    l1_entries: BTreeSet<usize>,
+    unmapped: Freed,
+}
+
+impl Qcow2 {
+    /// Makes everything stable whose write had completed when this was called.
+    ///
+    /// Those that come while a flush is under way share the next one.
+    ///
+    /// # Errors
+    /// What the storage reports. Changed metadata stays in memory and is written again later.
+    pub async fn flush(&self) -> Result<()> {
+        let arrived = self.flushing.begun.load(Ordering::SeqCst);
+        let _turn = self.flushing.lock.lock().await;
+        if self.flushing.succeeded.load(Ordering::SeqCst) > arrived {
+            return Ok(());
+        }
+        let number = self.flushing.begun.fetch_add(1, Ordering::SeqCst) + 1;
+        self.write_back().await?;
+        self.flushing.succeeded.store(number, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Flushes, and releases what waits to be released: before the image is closed.
+    ///
+    /// # Errors
+    /// What the storage reports.
+    pub async fn close(&self) -> Result<()> {
+        if !self.options.writable {
+            return Ok(());
+        }
+        self.flush().await?;
+        while !self.released.lock().is_empty() {
+            self.flush().await?;
+        }
+        Ok(())
+    }
+
+    /// The body of a flush. The caller holds the flush lock.
+    async fn write_back(&self) -> Result<()> {
+        self.release_freed().await;
+        let mut snapshot = self.take_snapshot();
+        let result = self.write_snapshot(&snapshot).await;
+        self.settle(&mut snapshot, result.is_ok());
+        result
+    }
+
+    /// Takes the references off clusters that nobody can see any more.
+    async fn release_freed(&self) {
+        let freed = std::mem::take(&mut *self.released.lock());
+        for (offset, len) in freed {
+            if self.options.discard {
+                // While the cluster is still ours: afterwards it may be somebody's.
+                if let Err(error) = storage::io::discard(&*self.storage, offset, len).await {
+                    log::warn!("{}: discarding freed clusters: {error}", self.storage.name());
+                }
+            }
+            let first = offset >> self.cluster_bits;
+            for cluster in first..first + (len >> self.cluster_bits) {
+                self.release(cluster).await;
+            }
+        }
+    }
+
+    fn take_snapshot(&self) -> Snapshot {
+        let reftable_offset = self.header.lock().reftable_offset;
+        let mut meta = self.meta.lock();
+        let l1_entries = std::mem::take(&mut meta.dirty_l1);
+        let l2_slices = std::mem::take(&mut meta.dirty_slices);
+        let reftable_entries = meta.allocator.take_dirty_table();
+        let l2 = l2_slices
+            .iter()
+            .filter_map(|&number| {
+                let slice = self.slice(number)?;
+                Some((self.slice_offset(number)?, slice.as_ref()?.to_bytes()))
+            })
+            .collect();
+        meta.writing.extend(&l2_slices);
+        Snapshot {
+            refcounts: meta
+                .allocator
+                .take_dirty_slices()
+                .into_iter()
+                .map(|(_, offset, bytes)| (offset, bytes.into_vec()))
+                .collect(),
+            reftable: self.table_sectors(reftable_offset, &reftable_entries, |index| {
+                meta.allocator.table().get(index).copied()
+            }),
+            l1: self.table_sectors(self.l1_offset, &l1_entries, |index| {
+                self.l1.get(index).map(|entry| entry.load(Ordering::Relaxed))
+            }),
+            unmapped: std::mem::take(&mut meta.unmapped),
+            reftable_entries,
+            l2,
+            l2_slices,
+            l1_entries,
+        }
+    }
+
+    /// The sectors of a table in which `changed` entries are.
+    fn table_sectors(
+        &self,
+        table: u64,
+        changed: &BTreeSet<usize>,
+        entry: impl Fn(usize) -> Option<u64>,
+    ) -> Vec<Piece> {
+        let unit = (self.storage.limits().offset_align as usize).max(SECTOR);
+        let sectors: BTreeSet<usize> = changed.iter().map(|index| index * 8 / unit).collect();
+        sectors
+            .into_iter()
+            .map(|sector| {
+                let first = sector * unit / 8;
+                let words = (first..first + unit / 8).map(|index| entry(index).unwrap_or(0));
+                let bytes = words.flat_map(u64::to_be_bytes).collect();
+                (table + (sector * unit) as u64, bytes)
+            })
+            .collect()
+    }
+
+    async fn write_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
+        self.write_pieces(&snapshot.refcounts).await?;
+        self.barrier().await?;
+        if !snapshot.reftable.is_empty() {
+            self.write_pieces(&snapshot.reftable).await?;
+            self.barrier().await?;
+        }
+        if !snapshot.l2.is_empty() {
+            self.write_pieces(&snapshot.l2).await?;
+            self.barrier().await?;
+        }
+        if !snapshot.l1.is_empty() {
+            self.write_pieces(&snapshot.l1).await?;
+            self.barrier().await?;
+        }
+        Ok(())
+    }
+
+    /// Puts what a flush took where it belongs now.
+    fn settle(&self, snapshot: &mut Snapshot, success: bool) {
+        let unmapped = std::mem::take(&mut snapshot.unmapped);
+        {
+            let mut meta = self.meta.lock();
+            meta.allocator.written(&snapshot.reftable_entries, success);
+            for number in &snapshot.l2_slices {
+                meta.writing.remove(number);
+            }
+            if !success {
+                meta.dirty_slices.append(&mut snapshot.l2_slices);
+                meta.dirty_l1.append(&mut snapshot.l1_entries);
+                meta.unmapped.extend(unmapped);
+                return;
+            }
+        }
+        if !unmapped.is_empty() {
+            let released = self.released.clone();
+            Grace::global().retire(move || released.lock().extend(unmapped));
+        }
+    }
+
+    async fn barrier(&self) -> Result<()> {
+        storage::io::sync(&*self.storage)
+            .await
+            .map_err(|error| self.io_error(Action::Flush, 0, &error))
+    }
+
+    async fn write_pieces(&self, pieces: &[Piece]) -> Result<()> {
+        let merged = merge(pieces);
+        for batch in merged.chunks(PARALLEL) {
+            try_join_all(batch.iter().map(|(offset, bytes)| self.write_at(*offset, bytes))).await?;
+        }
+        Ok(())
+    }
+
+    async fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        storage::io::write_buf(&*self.storage, offset, &AlignedBuf::copy_of(bytes))
+            .await
+            .map_err(|error| self.io_error(Action::Write, offset, &error))
+    }
+
+    /// Clears the autoclear bits, since none of what they stand for is maintained here:
+    /// persistent bitmaps become invalid, as the specification wants it.
+    pub(super) async fn clear_autoclear(&self) -> Result<()> {
+        let header = self.header();
+        if header.version < 3 || header.autoclear == 0 {
+            return Ok(());
+        }
+        self.patch_header(&[header.with_autoclear(0)]).await
+    }
+
+    /// Makes the header name another backing file, or none. When this returns, everything that
+    /// was written before and the new header are stable.
+    ///
+    /// # Errors
+    /// When the header has no room or cannot be written; the old one stands then.
+    pub async fn set_backing(&self, backing: Option<&Backing>) -> Result<()> {
+        if !self.options.writable {
+            return Err(Error::Invalid("Block node is read-only".into()));
+        }
+        let _turn = self.flushing.lock.lock().await;
+        self.write_back().await?;
+        let patches = self.header().plan_backing(backing)?;
+        self.patch_header(&patches).await
+    }
+
+    /// Writes header patches, a barrier after each.
+    async fn patch_header(&self, patches: &[Patch]) -> Result<()> {
+        let patched = self.header().patched(patches)?;
+        for patch in patches {
+            self.write_at(patch.offset, &patch.bytes).await?;
+            self.barrier().await?;
+        }
+        *self.header.lock() = patched;
+        Ok(())
+    }
+
+    /// Replaces the refcount table by a longer one, unless it has more than `len` entries by now.
+    pub(super) async fn grow_reftable(&self, len: usize) -> Result<()> {
+        let _turn = self.flushing.lock.lock().await;
+        let growth = {
+            let mut meta = self.meta.lock();
+            if meta.allocator.table().len() > len {
+                return Ok(());
+            }
+            meta.allocator.plan_growth()
+        };
+        let bytes = self.meta.lock().allocator.growth_blocks(&growth);
+        let (start, blocks, clusters) = (growth.start, growth.blocks, growth.clusters);
+        let table = growth.table.iter().flat_map(|entry| entry.to_be_bytes()).collect::<Vec<_>>();
+        let result = self.install_reftable(start, blocks, clusters, &bytes, &table).await;
+        let mut meta = self.meta.lock();
+        match result {
+            Ok(old) => {
+                meta.allocator.adopt(growth);
+                meta.unmapped.push(old);
+                Ok(())
+            }
+            Err(error) => {
+                meta.allocator.abandon_growth();
+                Err(error)
+            }
+        }
+    }
+
+    /// Returns where the old table was.
+    async fn install_reftable(
+        &self,
+        start: u64,
+        blocks: u64,
+        clusters: u64,
+        block_bytes: &[u8],
+        table: &[u8],
+    ) -> Result<(u64, u64)> {
+        // Every block that the new table names must be stable before the table.
+        self.write_back().await?;
+        let offset = (start + blocks) << self.cluster_bits;
+        self.write_at(start << self.cluster_bits, block_bytes).await?;
+        self.write_at(offset, table).await?;
+        self.barrier().await?;
+        let header = self.header();
+        let old = (
+            header.reftable_offset,
+            u64::from(header.reftable_clusters) << self.cluster_bits,
+        );
+        self.patch_header(&[header.with_reftable(offset, clusters as u32)]).await?;
+        Ok(old)
+    }
+}
+
+/// Joins pieces that follow one another.
+fn merge(pieces: &[Piece]) -> Vec<Piece> {
+    let mut sorted: Vec<&Piece> = pieces.iter().collect();
+    sorted.sort_unstable_by_key(|(offset, _)| *offset);
+    let mut merged: Vec<Piece> = Vec::new();
+    for (offset, bytes) in sorted {
+        match merged.last_mut() {
+            Some((at, all)) if *at + all.len() as u64 == *offset && all.len() < MERGE => {
+                all.extend_from_slice(bytes);
+            }
+            _ => merged.push((*offset, bytes.clone())),
+        }
+    }
+    merged
+}

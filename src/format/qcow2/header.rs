@@ -1,0 +1,523 @@
+//! The qcow2 header: parsing it, and changing it so that a cut at any instant leaves either the
+//! old or the new one.
+//!
+//! Source: QEMU's `docs/interop/qcow2`, sections "Header" and "Header extensions".
+
+use crate::error::{Error, Result};
+
+/// "QFI\xfb".
+pub const MAGIC: u32 = 0x5146_49fb;
+/// Bytes of a sector: what a disk writes as a whole.
+pub const SECTOR: usize = 512;
+
+const V2_LENGTH: usize = 72;
+const V3_LENGTH: usize = 104;
+const EXT_END: u32 = 0;
+const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
+const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
+/// What takes the place of a removed extension of the same length: unknown to everybody, and
+/// unknown extensions are ignored by the specification.
+const EXT_FILLER: u32 = 0x5354_5241;
+
+/// Incompatible feature: refcounts may be out of date.
+pub const INCOMPATIBLE_DIRTY: u64 = 1;
+/// Incompatible feature: something is wrong in the image; it must not be written.
+pub const INCOMPATIBLE_CORRUPT: u64 = 1 << 1;
+const INCOMPATIBLE_DATA_FILE: u64 = 1 << 2;
+const INCOMPATIBLE_COMPRESSION: u64 = 1 << 3;
+const INCOMPATIBLE_EXTENDED_L2: u64 = 1 << 4;
+const SUPPORTED: u64 = INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT | INCOMPATIBLE_COMPRESSION;
+
+/// Limits on what an image may make us allocate; they are QEMU's.
+const MAX_L1_ENTRIES: u64 = (32 << 20) / 8;
+const MAX_REFTABLE_BYTES: u64 = 8 << 20;
+const MAX_BACKING_NAME: usize = 1023;
+
+/// How compressed clusters are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compression {
+    /// Raw deflate.
+    Zlib,
+    /// Zstandard.
+    Zstd,
+}
+
+/// A header extension as it stands in the image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Extension {
+    kind: u32,
+    data: Vec<u8>,
+}
+
+impl Extension {
+    fn padded_len(&self) -> usize {
+        8 + self.data.len().next_multiple_of(8)
+    }
+}
+
+/// The backing file as the header names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backing {
+    /// The file name, as written.
+    pub name: String,
+    /// The format, where it is recorded.
+    pub format: Option<String>,
+}
+
+/// A parsed header.
+#[derive(Clone, Debug)]
+pub struct Header {
+    /// 2 or 3.
+    pub version: u32,
+    /// The backing file.
+    pub backing: Option<Backing>,
+    /// Logarithm of the cluster size.
+    pub cluster_bits: u32,
+    /// The disk's size in bytes.
+    pub size: u64,
+    /// Entries of the L1 table.
+    pub l1_size: u32,
+    /// Where the L1 table is.
+    pub l1_offset: u64,
+    /// Where the refcount table is.
+    pub reftable_offset: u64,
+    /// How many clusters it has.
+    pub reftable_clusters: u32,
+    /// Internal snapshots.
+    pub snapshots: u32,
+    /// Feature bits.
+    pub incompatible: u64,
+    /// Feature bits.
+    pub compatible: u64,
+    /// Feature bits that a writer who does not know them clears.
+    pub autoclear: u64,
+    /// Logarithm of the refcount width in bits.
+    pub refcount_order: u32,
+    /// How compressed clusters are compressed.
+    pub compression: Compression,
+    /// The first cluster as read: changes are made to a copy of it.
+    raw: Vec<u8>,
+    header_length: usize,
+    extensions: Vec<Extension>,
+    file: String,
+}
+
+fn be32(bytes: &[u8], at: usize) -> u32 {
+    bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_be_bytes)
+}
+
+fn be64(bytes: &[u8], at: usize) -> u64 {
+    bytes.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
+}
+
+fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
+    if let Some(target) = bytes.get_mut(at..at + value.len()) {
+        target.copy_from_slice(value);
+    }
+}
+
+/// Whether `bytes`, the start of a file, are a qcow2 header's.
+#[must_use]
+pub fn probe(bytes: &[u8]) -> bool {
+    be32(bytes, 0) == MAGIC && be32(bytes, 4) >= 2
+}
+
+/// The cluster size that the first bytes of an image claim: how much to read to parse it.
+///
+/// # Errors
+/// When this is no qcow2 image that can be opened.
+pub fn cluster_bits(bytes: &[u8], file: &str) -> Result<u32> {
+    if be32(bytes, 0) != MAGIC {
+        return Err(Error::unsupported(file, "Image is not in qcow2 format"));
+    }
+    let version = be32(bytes, 4);
+    if !(2..=3).contains(&version) {
+        return Err(Error::unsupported(
+            file,
+            format!("Unsupported qcow2 version {version} (expected 2 or 3)"),
+        ));
+    }
+    let bits = be32(bytes, 20);
+    if !(9..=21).contains(&bits) {
+        return Err(Error::corrupt(
+            file,
+            format!("Unsupported cluster size: 2^{bits} (expected 2^9 to 2^21)"),
+        ));
+    }
+    Ok(bits)
+}
+
+impl Header {
+    /// Parses the first cluster of an image.
+    ///
+    /// # Errors
+    /// When it contradicts the specification, or needs a feature that is not supported.
+    pub fn parse(raw: Vec<u8>, file: &str) -> Result<Self> {
+        let cluster_bits = cluster_bits(&raw, file)?;
+        let version = be32(&raw, 4);
+        let header_length = match version {
+            2 => V2_LENGTH,
+            _ => be32(&raw, 100) as usize,
+        };
+        if version == 3 && (header_length < V3_LENGTH || header_length > raw.len()) {
+            return Err(Error::corrupt(
+                file,
+                format!("header length {header_length} (expected {V3_LENGTH} to the cluster size)"),
+            ));
+        }
+        let v3 = |at: usize| if version == 3 { be64(&raw, at) } else { 0 };
+        let mut header = Self {
+            version,
+            backing: None,
+            cluster_bits,
+            size: be64(&raw, 24),
+            l1_size: be32(&raw, 36),
+            l1_offset: be64(&raw, 40),
+            reftable_offset: be64(&raw, 48),
+            reftable_clusters: be32(&raw, 56),
+            snapshots: be32(&raw, 60),
+            incompatible: v3(72),
+            compatible: v3(80),
+            autoclear: v3(88),
+            refcount_order: if version == 3 { be32(&raw, 96) } else { 4 },
+            compression: Compression::Zlib,
+            header_length,
+            extensions: Vec::new(),
+            file: file.to_owned(),
+            raw,
+        };
+        header.parse_extensions()?;
+        header.check_features()?;
+        header.check_geometry()?;
+        header.parse_backing()?;
+        Ok(header)
+    }
+
+    fn parse_extensions(&mut self) -> Result<()> {
+        // The extensions end where the backing file's name begins, or with the cluster.
+        let name_at = be64(&self.raw, 8) as usize;
+        let end = if name_at == 0 { self.raw.len() } else { name_at.min(self.raw.len()) };
+        let mut at = self.header_length;
+        while at + 8 <= end {
+            let (kind, len) = (be32(&self.raw, at), be32(&self.raw, at + 4) as usize);
+            if kind == EXT_END {
+                break;
+            }
+            let data = at
+                .checked_add(8 + len)
+                .filter(|&stop| stop <= end)
+                .and_then(|stop| self.raw.get(at + 8..stop))
+                .ok_or_else(|| {
+                    self.corrupt(format!(
+                        "header extension {kind:#x} of {len} bytes leaves the header"
+                    ))
+                })?
+                .to_vec();
+            at += 8 + len.next_multiple_of(8);
+            self.extensions.push(Extension { kind, data });
+        }
+        Ok(())
+    }
+
+    fn check_features(&mut self) -> Result<()> {
+        match be32(&self.raw, 32) {
+            0 => {}
+            1 => return Err(self.unsupported("AES-encrypted images are not supported")),
+            2 => return Err(self.unsupported("LUKS-encrypted images are not supported")),
+            other => {
+                return Err(self.unsupported(format!("Unsupported encryption method {other}")));
+            }
+        }
+        let unknown = self.incompatible & !SUPPORTED;
+        if unknown != 0 {
+            let names: Vec<String> = (0..64)
+                .filter(|bit| unknown >> bit & 1 == 1)
+                .map(|bit| self.feature_name(0, bit))
+                .collect();
+            return Err(
+                self.unsupported(format!("Unsupported qcow2 feature(s): {}", names.join(", ")))
+            );
+        }
+        if self.incompatible & INCOMPATIBLE_COMPRESSION != 0 {
+            self.compression = match self.raw.get(104) {
+                Some(0) => Compression::Zlib,
+                Some(1) if self.header_length > V3_LENGTH => Compression::Zstd,
+                other => {
+                    let other = other.copied().unwrap_or_default();
+                    return Err(
+                        self.unsupported(format!("Unsupported compression type {other}"))
+                    );
+                }
+            };
+        }
+        Ok(())
+    }
+
+    fn feature_name(&self, kind: u8, bit: u32) -> String {
+        let known = match 1u64 << bit {
+            INCOMPATIBLE_DATA_FILE => Some("external data file"),
+            INCOMPATIBLE_EXTENDED_L2 => Some("extended L2 entries"),
+            _ => None,
+        };
+        let table = self.extensions.iter().filter(|e| e.kind == EXT_FEATURE_NAMES);
+        table
+            .flat_map(|e| e.data.chunks_exact(48))
+            .find(|row| row.first() == Some(&kind) && row.get(1).map(|&b| u32::from(b)) == Some(bit))
+            .and_then(|row| row.get(2..))
+            .map(|name| {
+                let name = name.split(|&b| b == 0).next().unwrap_or_default();
+                String::from_utf8_lossy(name).into_owned()
+            })
+            .or_else(|| known.map(str::to_owned))
+            .unwrap_or_else(|| format!("unknown incompatible feature bit {bit}"))
+    }
+
+    fn check_geometry(&self) -> Result<()> {
+        if self.refcount_order > 6 {
+            return Err(self.corrupt(format!(
+                "refcount width 2^{} bits (expected at most 64)",
+                self.refcount_order
+            )));
+        }
+        let cluster = 1u64 << self.cluster_bits;
+        if self.size > 1 << 62 {
+            return Err(self.corrupt(format!("disk size {:#x} is too large", self.size)));
+        }
+        let needed = self.size.div_ceil(cluster).div_ceil(cluster / 8);
+        if needed > MAX_L1_ENTRIES || u64::from(self.l1_size) > MAX_L1_ENTRIES {
+            return Err(self.corrupt(format!(
+                "L1 table of {} entries is too large (at most {MAX_L1_ENTRIES})",
+                needed.max(self.l1_size.into())
+            )));
+        }
+        if u64::from(self.l1_size) < needed {
+            return Err(self.corrupt(format!(
+                "L1 table is too small: {} entries (expected {needed})",
+                self.l1_size
+            )));
+        }
+        for (what, offset) in
+            [("L1 table", self.l1_offset), ("refcount table", self.reftable_offset)]
+        {
+            if offset % cluster != 0 || offset >> 56 != 0 {
+                return Err(self.corrupt(format!(
+                    "{what} at offset {offset:#x} (expected a multiple of the cluster size)"
+                )));
+            }
+        }
+        if self.l1_size > 0 && self.l1_offset == 0 {
+            return Err(self.corrupt("the L1 table overlaps the header"));
+        }
+        if self.reftable_clusters == 0 || self.reftable_offset == 0 {
+            return Err(self.corrupt("Image does not contain a reference count table"));
+        }
+        if u64::from(self.reftable_clusters) * cluster > MAX_REFTABLE_BYTES {
+            return Err(self.corrupt(format!(
+                "refcount table of {} clusters is too large",
+                self.reftable_clusters
+            )));
+        }
+        Ok(())
+    }
+
+    fn parse_backing(&mut self) -> Result<()> {
+        let (at, len) = (be64(&self.raw, 8), be32(&self.raw, 16) as usize);
+        if at == 0 {
+            return Ok(());
+        }
+        if len > MAX_BACKING_NAME {
+            return Err(self.corrupt(format!(
+                "backing file name of {len} bytes (expected at most {MAX_BACKING_NAME})"
+            )));
+        }
+        let name = usize::try_from(at)
+            .ok()
+            .and_then(|at| self.raw.get(at..at.checked_add(len)?))
+            .ok_or_else(|| self.corrupt("the backing file name leaves the first cluster"))?;
+        let format = self
+            .extensions
+            .iter()
+            .find(|e| e.kind == EXT_BACKING_FORMAT)
+            .map(|e| String::from_utf8_lossy(&e.data).into_owned());
+        let name = String::from_utf8(name.to_vec())
+            .map_err(|_| self.corrupt("the backing file name is not valid UTF-8"))?;
+        self.backing = Some(Backing { name, format });
+        Ok(())
+    }
+
+    /// The changes, in order and with a barrier between them, that give the image another
+    /// backing file or none. What the present header refers to is touched by the last change
+    /// alone, and that is one sector: a cut leaves the old header or the new one.
+    ///
+    /// # Errors
+    /// When there is no room for the name.
+    pub fn plan_backing(&self, backing: Option<&Backing>) -> Result<Vec<Patch>> {
+        let mut sector = self.raw.clone();
+        let mut patches = Vec::new();
+        self.place_backing_format(&mut sector, backing.and_then(|b| b.format.as_deref()))?;
+        let (at, len) = match backing {
+            None => (0, 0),
+            Some(Backing { name, .. }) => {
+                let at = self.room_for_name(&sector, name.len())?;
+                put(&mut sector, at, name.as_bytes());
+                let first = at / SECTOR * SECTOR;
+                let last = (at + name.len()).next_multiple_of(SECTOR);
+                if let Some(bytes) = sector.get(first.max(SECTOR)..last)
+                    && !bytes.is_empty()
+                {
+                    patches.push(Patch { offset: first.max(SECTOR) as u64, bytes: bytes.to_vec() });
+                }
+                (at as u64, name.len() as u32)
+            }
+        };
+        put(&mut sector, 8, &at.to_be_bytes());
+        put(&mut sector, 16, &len.to_be_bytes());
+        sector.truncate(SECTOR);
+        patches.push(Patch { offset: 0, bytes: sector });
+        Ok(patches)
+    }
+
+    /// Changes the backing-format extension within the first sector of `bytes`.
+    fn place_backing_format(&self, bytes: &mut [u8], format: Option<&str>) -> Result<()> {
+        let old = self.extensions.iter().position(|e| e.kind == EXT_BACKING_FORMAT);
+        let mut extensions = self.extensions.clone();
+        match (old, format) {
+            (None, None) => return Ok(()),
+            (Some(index), None) => {
+                if let Some(extension) = extensions.get_mut(index) {
+                    extension.kind = EXT_FILLER;
+                    extension.data.fill(0);
+                }
+            }
+            (Some(index), Some(format)) => {
+                if let Some(extension) = extensions.get_mut(index) {
+                    extension.data = format.as_bytes().to_vec();
+                }
+            }
+            (None, Some(format)) => {
+                let filler = extensions.iter_mut().find(|e| {
+                    e.kind == EXT_FILLER
+                        && e.padded_len() == 8 + format.len().next_multiple_of(8)
+                });
+                let new = Extension { kind: EXT_BACKING_FORMAT, data: format.as_bytes().to_vec() };
+                match filler {
+                    Some(filler) => *filler = new,
+                    None => extensions.insert(0, new),
+                }
+            }
+        }
+        let layout = |list: &[Extension]| -> Vec<usize> {
+            list.iter().map(Extension::padded_len).collect()
+        };
+        if layout(&extensions) != layout(&self.extensions) {
+            // Everything behind it moves. What names the features is for messages alone, and is
+            // given up where the rest would otherwise not fit into one sector.
+            extensions.retain(|e| e.kind != EXT_FEATURE_NAMES && e.kind != EXT_FILLER);
+        }
+        self.write_extensions(bytes, &extensions)
+    }
+
+    fn write_extensions(&self, bytes: &mut [u8], extensions: &[Extension]) -> Result<()> {
+        let before = bytes.to_vec();
+        let mut at = self.header_length;
+        for extension in extensions {
+            put(bytes, at, &extension.kind.to_be_bytes());
+            put(bytes, at + 4, &(extension.data.len() as u32).to_be_bytes());
+            let padded = extension.padded_len() - 8;
+            if let Some(area) = bytes.get_mut(at + 8..at + 8 + padded) {
+                area.fill(0);
+            }
+            put(bytes, at + 8, &extension.data);
+            at += extension.padded_len();
+        }
+        put(bytes, at, &[0; 8]);
+        let same_behind = bytes.get(SECTOR..) == before.get(SECTOR..);
+        let fits = extensions == self.extensions.as_slice() || at + 8 <= SECTOR || same_behind;
+        if fits && same_behind {
+            return Ok(());
+        }
+        Err(self.unsupported("the header has no room to change the backing file in one sector"))
+    }
+
+    /// A place for a backing file name of `len` bytes that nothing refers to now, except within
+    /// the first sector, which is written as a whole.
+    fn room_for_name(&self, bytes: &[u8], len: usize) -> Result<usize> {
+        if len > MAX_BACKING_NAME {
+            return Err(self.unsupported(format!(
+                "backing file name of {len} bytes (expected at most {MAX_BACKING_NAME})"
+            )));
+        }
+        let mut end = self.header_length + 8;
+        let mut at = self.header_length;
+        while at + 8 <= bytes.len() && be32(bytes, at) != EXT_END {
+            at += 8 + (be32(bytes, at + 4) as usize).next_multiple_of(8);
+            end = at + 8;
+        }
+        if end + len <= SECTOR {
+            return Ok(end);
+        }
+        let (old_at, old_len) = (be64(&self.raw, 8) as usize, be32(&self.raw, 16) as usize);
+        // Behind the old name, in a sector of its own: the old one stays whole meanwhile.
+        let behind = end.max(old_at.saturating_add(old_len)).next_multiple_of(SECTOR);
+        if behind + len <= bytes.len() {
+            return Ok(behind);
+        }
+        // Between the extensions and the old name.
+        let between = end.next_multiple_of(SECTOR);
+        if between + len <= old_at / SECTOR * SECTOR {
+            return Ok(between);
+        }
+        Err(self.unsupported("the header has no room for the new backing file name"))
+    }
+
+    /// The first sector with other autoclear bits.
+    #[must_use]
+    pub fn with_autoclear(&self, bits: u64) -> Patch {
+        self.first_sector(|sector| put(sector, 88, &bits.to_be_bytes()))
+    }
+
+    /// The first sector with another refcount table.
+    #[must_use]
+    pub fn with_reftable(&self, offset: u64, clusters: u32) -> Patch {
+        self.first_sector(|sector| {
+            put(sector, 48, &offset.to_be_bytes());
+            put(sector, 56, &clusters.to_be_bytes());
+        })
+    }
+
+    fn first_sector(&self, change: impl FnOnce(&mut [u8])) -> Patch {
+        let mut bytes = self.raw.clone();
+        bytes.truncate(SECTOR);
+        change(&mut bytes);
+        Patch { offset: 0, bytes }
+    }
+
+    /// The header after `patches` have reached the disk.
+    ///
+    /// # Errors
+    /// When they do not make a header.
+    pub fn patched(&self, patches: &[Patch]) -> Result<Self> {
+        let mut raw = self.raw.clone();
+        for patch in patches {
+            put(&mut raw, patch.offset as usize, &patch.bytes);
+        }
+        Self::parse(raw, &self.file)
+    }
+
+    fn corrupt(&self, what: impl Into<String>) -> Error {
+        Error::corrupt(&self.file, what)
+    }
+
+    fn unsupported(&self, what: impl Into<String>) -> Error {
+        Error::unsupported(&self.file, what)
+    }
+}
+
+/// Whole sectors to be written to the header.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Patch {
+    /// Position in the file.
+    pub offset: u64,
+    /// The bytes.
+    pub bytes: Vec<u8>,
+}

@@ -1,0 +1,491 @@
+//! The qcow2 engine.
+//!
+//! * [`header`]: the header, and changes to it that a cut cannot tear;
+//! * [`l2`]: mapping entries, cached in slices of 4 KiB that are read without a lock;
+//! * [`refcount`]: the allocator, an in-memory step;
+//! * [`claims`]: who changes the mapping of which clusters right now;
+//! * `update`: allocating, linking, zeroing and unmapping clusters;
+//! * `flush`: what reaches the disk in which order;
+//! * `compress`: reading compressed clusters.
+//!
+//! All changes to the metadata are made under one lock ([`Meta`]) that is held for memory
+//! operations only. An L2 entry is set when its data has been written, so a snapshot of the
+//! metadata under the lock is a state that may reach the disk, in the order that `flush` keeps.
+
+pub mod claims;
+mod compress;
+mod flush;
+pub mod header;
+pub mod l2;
+pub mod refcount;
+mod update;
+
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use arc_swap::ArcSwapOption;
+use event_listener::Event;
+use parking_lot::Mutex;
+
+use super::{Extent, Place};
+use crate::error::{Action, Error, Result};
+use crate::storage::{self, Storage};
+
+use claims::Claims;
+use header::Header;
+use l2::{Entry, Slice};
+use refcount::{Allocator, Geometry, SLICE_BYTES};
+
+pub use header::Backing;
+pub use refcount::Allocation;
+pub use update::Clear;
+
+/// Bytes of mapping metadata kept in memory, unless an option says otherwise.
+pub const DEFAULT_CACHE_BYTES: u64 = 32 << 20;
+/// Refcount slices kept in memory.
+const REFCOUNT_SLICES: usize = 2048;
+/// Changed slices that are gathered before they are written without being asked.
+const DIRTY_LIMIT: usize = 2048;
+
+/// How to open an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// It will be written.
+    pub writable: bool,
+    /// Space of freed clusters is given back to the file system.
+    pub discard: bool,
+    /// Bytes of mapping metadata to keep in memory.
+    pub cache_bytes: u64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { writable: false, discard: false, cache_bytes: DEFAULT_CACHE_BYTES }
+    }
+}
+
+/// Host clusters that no mapping refers to any longer: first byte and length.
+type Freed = Vec<(u64, u64)>;
+
+/// Everything that changes, but for the entries themselves.
+#[derive(Debug)]
+struct Meta {
+    allocator: Allocator,
+    dirty_l1: BTreeSet<usize>,
+    dirty_slices: BTreeSet<u64>,
+    /// Slices that a flush is writing: not to be forgotten before it is done.
+    writing: HashSet<u64>,
+    /// Slices in memory, in the order in which the eviction hand visits them.
+    loaded: VecDeque<u64>,
+    /// Unmapped since the last flush began.
+    unmapped: Freed,
+}
+
+/// A qcow2 layer.
+#[derive(Debug)]
+pub struct Qcow2 {
+    storage: Arc<dyn Storage>,
+    header: Mutex<Header>,
+    options: Options,
+    version: u32,
+    cluster_bits: u32,
+    size: u64,
+    l1: Box<[AtomicU64]>,
+    l1_offset: u64,
+    /// By number: guest cluster / entries in a slice.
+    directory: Box<[ArcSwapOption<Slice>]>,
+    meta: Mutex<Meta>,
+    /// Guest clusters whose mapping is being changed.
+    claims: Claims,
+    /// L1 entries for which a table is being allocated.
+    l1_claims: Claims,
+    loading: Mutex<HashMap<Loading, Arc<Event>>>,
+    flushing: flush::Flushing,
+    /// Freed clusters whose grace period is over.
+    released: Arc<Mutex<Freed>>,
+    decompressed: compress::Cache,
+}
+
+/// What is being loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Loading {
+    Mapping(u64),
+    Refcounts(u64),
+}
+
+impl Qcow2 {
+    /// Opens the image in `storage`.
+    ///
+    /// # Errors
+    /// When it is not a qcow2 image, contradicts the specification or needs a feature that is
+    /// not there. Nothing has been written then.
+    pub async fn open(storage: Arc<dyn Storage>, options: Options) -> Result<Self> {
+        let header = read_header(&*storage).await?;
+        check_writable(&header, &*storage, options)?;
+        let cluster = 1u64 << header.cluster_bits;
+        let l1 = read_table(&*storage, header.l1_offset, u64::from(header.l1_size)).await?;
+        check_l1(&l1, cluster, storage.name())?;
+        let entries = u64::from(header.reftable_clusters) * cluster / 8;
+        let table = read_table(&*storage, header.reftable_offset, entries).await?;
+        for (index, &entry) in table.iter().enumerate() {
+            if entry % cluster != 0 || entry >> 56 != 0 {
+                return Err(Error::corrupt(
+                    storage.name(),
+                    format!("refcount table entry {index}: {entry:#x} is no cluster"),
+                ));
+            }
+        }
+        let len = storage.len().map_err(|e| Error::io(Action::Read, storage.name(), 0, &e))?;
+        let geometry =
+            Geometry { cluster_bits: header.cluster_bits, refcount_order: header.refcount_order };
+        let allocator = Allocator::new(
+            geometry,
+            table,
+            len.div_ceil(cluster).max(1),
+            storage.limits().zero_past_end,
+        );
+        let slices = header.size.div_ceil(cluster).div_ceil(slice_entries(header.cluster_bits));
+        let image = Self {
+            options,
+            version: header.version,
+            cluster_bits: header.cluster_bits,
+            size: header.size.next_multiple_of(header::SECTOR as u64),
+            l1: l1.into_iter().map(AtomicU64::new).collect(),
+            l1_offset: header.l1_offset,
+            directory: (0..slices).map(|_| ArcSwapOption::empty()).collect(),
+            meta: Mutex::new(Meta {
+                allocator,
+                dirty_l1: BTreeSet::new(),
+                dirty_slices: BTreeSet::new(),
+                writing: HashSet::new(),
+                loaded: VecDeque::new(),
+                unmapped: Vec::new(),
+            }),
+            claims: Claims::default(),
+            l1_claims: Claims::default(),
+            loading: Mutex::default(),
+            flushing: flush::Flushing::default(),
+            released: Arc::default(),
+            decompressed: compress::Cache::default(),
+            header: Mutex::new(header),
+            storage,
+        };
+        if options.writable {
+            image.clear_autoclear().await?;
+        }
+        Ok(image)
+    }
+
+    /// The backing file that the header names.
+    #[must_use]
+    pub fn backing(&self) -> Option<Backing> {
+        self.header.lock().backing.clone()
+    }
+
+    /// The header as it is in the file.
+    #[must_use]
+    pub fn header(&self) -> Header {
+        self.header.lock().clone()
+    }
+
+    /// Size of a cluster in bytes.
+    #[must_use]
+    pub fn cluster_size(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// Whether a cluster can be recorded as zeros (version 3).
+    #[must_use]
+    pub fn has_zero_clusters(&self) -> bool {
+        self.version >= 3
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn slice_entries(&self) -> u64 {
+        slice_entries(self.cluster_bits)
+    }
+
+    /// Entries of an L2 table.
+    fn table_entries(&self) -> u64 {
+        self.cluster_size() / 8
+    }
+
+    fn l1_entry(&self, index: u64) -> u64 {
+        self.l1.get(index as usize).map_or(0, |entry| entry.load(Ordering::Acquire))
+    }
+
+    /// Slice number and index in it for a guest cluster.
+    fn place(&self, cluster: u64) -> (u64, usize) {
+        (cluster / self.slice_entries(), (cluster % self.slice_entries()) as usize)
+    }
+
+    fn slice(&self, number: u64) -> Option<arc_swap::Guard<Option<Arc<Slice>>>> {
+        let guard = self.directory.get(number as usize)?.load();
+        guard.is_some().then_some(guard)
+    }
+
+    /// Where the slice's bytes are in the file; `None`: its table does not exist.
+    fn slice_offset(&self, number: u64) -> Option<u64> {
+        let cluster = number * self.slice_entries();
+        let table = self.l1_entry(cluster / self.table_entries()) & l2::OFFSET;
+        (table != 0).then(|| table + cluster % self.table_entries() * 8)
+    }
+
+    /// See [`super::Format::map`].
+    pub(super) fn map(&self, offset: u64, len: u64) -> Extent {
+        let cluster = offset >> self.cluster_bits;
+        let (number, index) = self.place(cluster);
+        let Some(slice) = self.slice(number) else {
+            return self.map_without_slice(offset, len);
+        };
+        let Some(slice) = slice.as_ref() else {
+            return Extent { place: Place::Unknown, len };
+        };
+        slice.touch();
+        let within = offset & (self.cluster_size() - 1);
+        let first = Entry::decode(slice.get(index), self.cluster_bits);
+        let place = match first {
+            Entry::Unallocated => Place::Below,
+            Entry::Zero(_) => Place::Zero,
+            Entry::Data { offset, .. } => Place::Data(offset + within),
+            Entry::Compressed { offset, len } => {
+                Place::Compressed(Entry::compressed(offset, len, within))
+            }
+        };
+        let run = self.run(slice, index, first, within + len);
+        Extent { place, len: len.min((run << self.cluster_bits) - within) }
+    }
+
+    /// How many clusters from `index` on continue `first`, up to `bytes` of them.
+    fn run(&self, slice: &Slice, index: usize, first: Entry, bytes: u64) -> u64 {
+        let left = self.slice_entries() - index as u64;
+        let limit = bytes.div_ceil(self.cluster_size()).min(left);
+        let mut count = 1;
+        while count < limit {
+            let next = Entry::decode(slice.get(index + count as usize), self.cluster_bits);
+            let continues = match (first, next) {
+                (Entry::Unallocated, Entry::Unallocated) | (Entry::Zero(_), Entry::Zero(_)) => true,
+                (Entry::Data { offset: a, copied: c }, Entry::Data { offset: b, copied: d }) => {
+                    a + (count << self.cluster_bits) == b && c == d
+                }
+                _ => false,
+            };
+            if !continues {
+                break;
+            }
+            count += 1;
+        }
+        count
+    }
+
+    fn map_without_slice(&self, offset: u64, len: u64) -> Extent {
+        let coverage = self.table_entries() << self.cluster_bits;
+        if self.l1_entry(offset / coverage) & l2::OFFSET == 0 {
+            // No table, so nothing of its whole range is here.
+            let len = len.min(coverage - offset % coverage);
+            return Extent { place: Place::Below, len };
+        }
+        Extent { place: Place::Unknown, len }
+    }
+
+    /// See [`super::Format::map_write`].
+    pub(super) fn map_write(&self, offset: u64, len: u64) -> Option<(u64, u64)> {
+        if !self.options.writable || offset >= self.size {
+            return None;
+        }
+        let (number, index) = self.place(offset >> self.cluster_bits);
+        let slice = self.slice(number)?;
+        let slice = slice.as_ref()?;
+        slice.touch();
+        let first = Entry::decode(slice.get(index), self.cluster_bits);
+        let Entry::Data { offset: host, copied: true } = first else {
+            return None;
+        };
+        let within = offset & (self.cluster_size() - 1);
+        let len = len.min(self.size - offset);
+        let run = self.run(slice, index, first, within + len);
+        Some((host + within, len.min((run << self.cluster_bits) - within)))
+    }
+
+    /// See [`super::Format::load`].
+    pub(super) async fn load(&self, offset: u64) -> Result<()> {
+        self.load_slice(self.place(offset >> self.cluster_bits).0).await
+    }
+
+    async fn load_slice(&self, number: u64) -> Result<()> {
+        let Some(_guard) = self.begin_loading(Loading::Mapping(number)).await else {
+            return Ok(());
+        };
+        let Some(place) = self.directory.get(number as usize) else {
+            return Err(Error::corrupt(self.storage.name(), "mapping past the end of the disk"));
+        };
+        if place.load().is_some() {
+            return Ok(());
+        }
+        let Some(offset) = self.slice_offset(number) else {
+            return Ok(());
+        };
+        let bytes = SLICE_BYTES.min(self.cluster_size()) as usize;
+        let buffer = storage::io::read_buf(&*self.storage, offset, bytes)
+            .await
+            .map_err(|error| Error::io(Action::Read, self.storage.name(), offset, &error))?;
+        let slice = Slice::from_bytes(&buffer);
+        for (index, word) in slice.words().enumerate() {
+            if let Some(what) = Entry::fault(word, self.cluster_bits, self.version) {
+                let at = offset + index as u64 * 8;
+                return Err(Error::corrupt(self.storage.name(), format!("at {at:#x}: {what}")));
+            }
+        }
+        let mut meta = self.meta.lock();
+        place.store(Some(Arc::new(slice)));
+        meta.loaded.push_back(number);
+        self.evict(&mut meta);
+        Ok(())
+    }
+
+    /// Forgets slices that were not used lately, down to the limit. Changed ones stay.
+    fn evict(&self, meta: &mut Meta) {
+        let slice_bytes = self.slice_entries() * 8;
+        let limit = (self.options.cache_bytes / slice_bytes).max(8) as usize;
+        let mut looked_at = 0;
+        while meta.loaded.len() > limit && looked_at < 2 * limit {
+            looked_at += 1;
+            let Some(number) = meta.loaded.pop_front() else { return };
+            let Some(place) = self.directory.get(number as usize) else { continue };
+            let busy = meta.dirty_slices.contains(&number) || meta.writing.contains(&number);
+            let referenced = place.load().as_ref().is_some_and(|slice| slice.take_referenced());
+            if busy || referenced {
+                meta.loaded.push_back(number);
+            } else {
+                place.store(None);
+            }
+        }
+    }
+
+    async fn load_refcounts(&self, number: u64) -> Result<()> {
+        let Some(_guard) = self.begin_loading(Loading::Refcounts(number)).await else {
+            return Ok(());
+        };
+        let (offset, bytes) = {
+            let meta = self.meta.lock();
+            (meta.allocator.slice_offset(number), meta.allocator.slice_bytes())
+        };
+        let Some(offset) = offset else { return Ok(()) };
+        let buffer = storage::io::read_buf(&*self.storage, offset, bytes)
+            .await
+            .map_err(|error| Error::io(Action::Read, self.storage.name(), offset, &error))?;
+        let mut meta = self.meta.lock();
+        // Room is made before, so that what was just asked for stays.
+        meta.allocator.trim(REFCOUNT_SLICES);
+        meta.allocator.insert_slice(number, buffer.to_vec().into_boxed_slice());
+        Ok(())
+    }
+
+    /// One task loads, the others wait for it. `None`: somebody else has just loaded it.
+    async fn begin_loading(&self, what: Loading) -> Option<LoadGuard<'_>> {
+        let listener = {
+            let mut loading = self.loading.lock();
+            match loading.get(&what) {
+                Some(event) => event.listen(),
+                None => {
+                    loading.insert(what, Arc::new(Event::new()));
+                    return Some(LoadGuard { image: self, what });
+                }
+            }
+        };
+        listener.await;
+        None
+    }
+
+    fn io_error(&self, action: Action, offset: u64, error: &std::io::Error) -> Error {
+        Error::io(action, self.storage.name(), offset, error)
+    }
+}
+
+/// Ends a load, however it ends.
+struct LoadGuard<'a> {
+    image: &'a Qcow2,
+    what: Loading,
+}
+
+impl Drop for LoadGuard<'_> {
+    fn drop(&mut self) {
+        let event = self.image.loading.lock().remove(&self.what);
+        if let Some(event) = event {
+            event.notify(usize::MAX);
+        }
+    }
+}
+
+fn slice_entries(cluster_bits: u32) -> u64 {
+    SLICE_BYTES.min(1 << cluster_bits) / 8
+}
+
+async fn read_header(storage: &dyn Storage) -> Result<Header> {
+    let io_error = |error| Error::io(Action::Read, storage.name(), 0, &error);
+    let start = storage::io::read_buf(storage, 0, 4096).await.map_err(io_error)?;
+    let bits = header::cluster_bits(&start, storage.name())?;
+    let first = storage::io::read_buf(storage, 0, 1 << bits).await.map_err(io_error)?;
+    Header::parse(first.to_vec(), storage.name())
+}
+
+fn check_writable(header: &Header, storage: &dyn Storage, options: Options) -> Result<()> {
+    if storage.limits().offset_align > 1 << header.cluster_bits {
+        return Err(Error::unsupported(
+            storage.name(),
+            format!(
+                "the file's blocks of {} bytes are larger than its clusters: open it without \
+                 direct I/O",
+                storage.limits().offset_align
+            ),
+        ));
+    }
+    if !options.writable {
+        return Ok(());
+    }
+    let refused = |what: &str| Err(Error::unsupported(storage.name(), what));
+    if header.incompatible & header::INCOMPATIBLE_CORRUPT != 0 {
+        return refused("Image is corrupt; cannot be opened read/write (see qemu-img check -r)");
+    }
+    if header.incompatible & header::INCOMPATIBLE_DIRTY != 0 {
+        return refused(
+            "Image is marked dirty (lazy refcounts): repair it with 'qemu-img check -r all' \
+             before writing to it",
+        );
+    }
+    if header.snapshots > 0 {
+        return refused(
+            "Image has internal snapshots: writing to such an image is not supported, open it \
+             read-only",
+        );
+    }
+    Ok(())
+}
+
+fn check_l1(l1: &[u64], cluster: u64, file: &str) -> Result<()> {
+    for (index, &entry) in l1.iter().enumerate() {
+        if (entry & l2::OFFSET) % cluster != 0 {
+            return Err(Error::corrupt(
+                file,
+                format!("L1 entry {index}: {entry:#018x} is no multiple of the cluster size"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Reads a table of big-endian words.
+async fn read_table(storage: &dyn Storage, offset: u64, entries: u64) -> Result<Vec<u64>> {
+    let len = (entries * 8) as usize;
+    let bytes = storage::io::read_buf(storage, offset, len)
+        .await
+        .map_err(|error| Error::io(Action::Read, storage.name(), offset, &error))?;
+    Ok(bytes.chunks_exact(8).map(|w| w.try_into().map_or(0, u64::from_be_bytes)).collect())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,455 @@
+//! The allocator: refcounts in memory, and which host clusters are free.
+//!
+//! It is an in-memory step under the image's metadata lock: where a refcount slice is not in
+//! memory it says so ([`Need`]) and the caller, who may wait, loads it and asks again.
+//!
+//! Invariants:
+//! * a cluster is handed out only when its refcount is 0, and has refcount 1 from then on;
+//! * what is in `free` has refcount 0, and no request and no stable mapping refers to it;
+//! * from `virgin_from` on nothing has ever been written: those clusters read as zeros.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Range;
+
+/// Bytes of metadata that are loaded and written at a time.
+pub const SLICE_BYTES: u64 = 4096;
+
+/// What the allocator lacks.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Need {
+    /// This slice of the refcounts must be loaded.
+    Slice(u64),
+    /// The refcount table must become longer.
+    Table,
+    /// The image contradicts itself.
+    Corrupt(String),
+}
+
+/// Newly allocated host clusters, contiguous.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Allocation {
+    /// Host offset in bytes.
+    pub offset: u64,
+    /// How many clusters.
+    pub clusters: u64,
+    /// Nothing was ever written there: it reads as zeros.
+    pub fresh: bool,
+}
+
+/// Sizes that follow from the header.
+#[derive(Clone, Copy, Debug)]
+pub struct Geometry {
+    /// Logarithm of the cluster size.
+    pub cluster_bits: u32,
+    /// Logarithm of the refcount width in bits.
+    pub refcount_order: u32,
+}
+
+impl Geometry {
+    fn slice_bytes(self) -> u64 {
+        SLICE_BYTES.min(1 << self.cluster_bits)
+    }
+
+    fn per_slice(self) -> u64 {
+        self.slice_bytes() * 8 >> self.refcount_order
+    }
+
+    /// Clusters that one refcount block covers.
+    #[must_use]
+    pub fn per_block(self) -> u64 {
+        (8u64 << self.cluster_bits) >> self.refcount_order
+    }
+
+    fn slices_per_block(self) -> u64 {
+        self.per_block() / self.per_slice()
+    }
+}
+
+/// The refcounts of an image.
+#[derive(Debug)]
+pub struct Allocator {
+    geometry: Geometry,
+    /// Host offset of each refcount block, 0: none.
+    table: Vec<u64>,
+    slices: HashMap<u64, Box<[u8]>>,
+    dirty_slices: BTreeSet<u64>,
+    /// Slices that a flush is writing: not to be forgotten before it is done.
+    writing: BTreeSet<u64>,
+    dirty_table: BTreeSet<usize>,
+    /// Runs of free clusters, start → length.
+    free: BTreeMap<u64, u64>,
+    /// Where allocation goes on when `free` is empty.
+    frontier: u64,
+    virgin_from: u64,
+    /// The table is being replaced: no new refcount blocks meanwhile.
+    frozen: bool,
+}
+
+impl Allocator {
+    /// The allocator of an image whose file has `end` clusters; with `zero_past_end`, what lies
+    /// behind them reads as zeros.
+    #[must_use]
+    pub fn new(geometry: Geometry, table: Vec<u64>, end: u64, zero_past_end: bool) -> Self {
+        Self {
+            geometry,
+            table,
+            slices: HashMap::new(),
+            dirty_slices: BTreeSet::new(),
+            writing: BTreeSet::new(),
+            dirty_table: BTreeSet::new(),
+            free: BTreeMap::new(),
+            frontier: end,
+            virgin_from: if zero_past_end { end } else { u64::MAX },
+            frozen: false,
+        }
+    }
+
+    /// Where the refcounts of slice `no` are in the file; `None`: their block does not exist.
+    #[must_use]
+    pub fn slice_offset(&self, no: u64) -> Option<u64> {
+        let per_block = self.geometry.slices_per_block();
+        let block = *self.table.get((no / per_block) as usize)?;
+        (block != 0).then(|| block + no % per_block * self.geometry.slice_bytes())
+    }
+
+    /// Bytes of a slice.
+    #[must_use]
+    pub fn slice_bytes(&self) -> usize {
+        self.geometry.slice_bytes() as usize
+    }
+
+    /// Takes a loaded slice.
+    pub fn insert_slice(&mut self, no: u64, bytes: Box<[u8]>) {
+        self.slices.entry(no).or_insert(bytes);
+    }
+
+    /// The slice that covers `cluster`.
+    #[must_use]
+    pub fn slice_of(&self, cluster: u64) -> u64 {
+        cluster / self.geometry.per_slice()
+    }
+
+    /// A cluster's refcount; `None`: its block does not exist, so nothing refers to it.
+    ///
+    /// # Errors
+    /// [`Need::Slice`].
+    pub fn refcount(&self, cluster: u64) -> Result<Option<u64>, Need> {
+        let no = self.slice_of(cluster);
+        if self.slice_offset(no).is_none() {
+            return Ok(None);
+        }
+        let slice = self.slices.get(&no).ok_or(Need::Slice(no))?;
+        let index = (cluster % self.geometry.per_slice()) as usize;
+        Ok(Some(get(slice, self.geometry.refcount_order, index)))
+    }
+
+    fn set(&mut self, cluster: u64, value: u64) -> Result<(), Need> {
+        let no = self.slice_of(cluster);
+        let slice = self.slices.get_mut(&no).ok_or(Need::Slice(no))?;
+        let index = (cluster % self.geometry.per_slice()) as usize;
+        put(slice, self.geometry.refcount_order, index, value);
+        self.dirty_slices.insert(no);
+        Ok(())
+    }
+
+    /// Allocates up to `wanted` contiguous clusters, at least one.
+    ///
+    /// # Errors
+    /// What must be done first; nothing has been allocated then.
+    pub fn allocate(&mut self, wanted: u64) -> Result<Allocation, Need> {
+        while let Some((&start, &len)) = self.free.first_key_value() {
+            let range = start..start + len.min(wanted);
+            if let Some(allocation) = self.take(range, wanted)? {
+                return Ok(allocation);
+            }
+        }
+        self.append(wanted)
+    }
+
+    /// Takes a run out of `free`, checking that it is.
+    fn take(&mut self, range: Range<u64>, wanted: u64) -> Result<Option<Allocation>, Need> {
+        let mut count = 0;
+        for cluster in range.clone() {
+            match self.refcount(cluster)? {
+                Some(0) => count += 1,
+                other => {
+                    log::error!("cluster {cluster} was thought free but has refcount {other:?}");
+                    break;
+                }
+            }
+        }
+        let taken = count.max(1);
+        self.remove_free(range.start, taken);
+        if count == 0 {
+            return Ok(None);
+        }
+        debug_assert!(count <= wanted);
+        for cluster in range.start..range.start + count {
+            self.set(cluster, 1)?;
+        }
+        Ok(Some(self.allocation(range.start, count)))
+    }
+
+    fn remove_free(&mut self, start: u64, count: u64) {
+        if let Some(len) = self.free.remove(&start)
+            && len > count
+        {
+            self.free.insert(start + count, len - count);
+        }
+    }
+
+    fn allocation(&mut self, start: u64, clusters: u64) -> Allocation {
+        let fresh = start >= self.virgin_from;
+        if self.virgin_from != u64::MAX {
+            self.virgin_from = self.virgin_from.max(start + clusters);
+        }
+        Allocation { offset: start << self.geometry.cluster_bits, clusters, fresh }
+    }
+
+    /// Allocates behind everything else.
+    fn append(&mut self, wanted: u64) -> Result<Allocation, Need> {
+        loop {
+            let start = self.frontier;
+            match self.refcount(start)? {
+                None => self.add_block(start)?,
+                Some(0) => {
+                    let count = self.run_of_free(start, wanted)?;
+                    for cluster in start..start + count {
+                        self.set(cluster, 1)?;
+                    }
+                    self.frontier = start + count;
+                    return Ok(self.allocation(start, count));
+                }
+                Some(_) => self.frontier += 1,
+            }
+        }
+    }
+
+    fn run_of_free(&self, start: u64, wanted: u64) -> Result<u64, Need> {
+        let mut count = 1;
+        while count < wanted {
+            match self.refcount(start + count) {
+                Ok(Some(0)) => count += 1,
+                // Where the next block begins, or its slice is not loaded: a shorter run.
+                Ok(_) | Err(Need::Slice(_)) => break,
+                Err(other) => return Err(other),
+            }
+        }
+        Ok(count)
+    }
+
+    /// Makes `cluster`, the first one without a refcount block, that block: it covers itself.
+    fn add_block(&mut self, cluster: u64) -> Result<(), Need> {
+        let index = (cluster / self.geometry.per_block()) as usize;
+        if self.frozen || index >= self.table.len() {
+            return Err(Need::Table);
+        }
+        let fresh = self.allocation(cluster, 1).fresh;
+        if let Some(entry) = self.table.get_mut(index) {
+            *entry = cluster << self.geometry.cluster_bits;
+        }
+        self.dirty_table.insert(index);
+        let per_block = self.geometry.slices_per_block();
+        let first = index as u64 * per_block;
+        for no in first..first + per_block {
+            self.slices.insert(no, vec![0; self.slice_bytes()].into_boxed_slice());
+            if !fresh {
+                // Whatever was in the cluster must go.
+                self.dirty_slices.insert(no);
+            }
+        }
+        self.set(cluster, 1)?;
+        self.frontier = cluster + 1;
+        Ok(())
+    }
+
+    /// Takes one reference off `cluster`; at 0 it may be used again.
+    ///
+    /// # Errors
+    /// [`Need::Slice`], or an image whose refcounts are wrong.
+    pub fn release(&mut self, cluster: u64) -> Result<(), Need> {
+        match self.refcount(cluster)? {
+            None | Some(0) => Err(Need::Corrupt(format!(
+                "cluster {cluster} is released but has no reference"
+            ))),
+            Some(count) => {
+                self.set(cluster, count - 1)?;
+                if count == 1 {
+                    self.add_free(cluster, 1);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn add_free(&mut self, start: u64, len: u64) {
+        let mut range = start..start + len;
+        if let Some((&before, &count)) = self.free.range(..start).next_back()
+            && before + count == start
+        {
+            self.free.remove(&before);
+            range.start = before;
+        }
+        if let Some(count) = self.free.remove(&range.end) {
+            range.end += count;
+        }
+        self.free.insert(range.start, range.end - range.start);
+    }
+
+    /// How many slices and table entries wait to be written.
+    #[must_use]
+    pub fn dirty(&self) -> usize {
+        self.dirty_slices.len() + self.dirty_table.len()
+    }
+
+    /// Hands out the changed slices, and forgets that they were changed.
+    pub fn take_dirty_slices(&mut self) -> Vec<(u64, u64, Box<[u8]>)> {
+        let dirty = std::mem::take(&mut self.dirty_slices);
+        self.writing.extend(&dirty);
+        dirty
+            .into_iter()
+            .filter_map(|no| Some((no, self.slice_offset(no)?, self.slices.get(&no)?.clone())))
+            .collect()
+    }
+
+    /// Hands out the changed table entries, and forgets that they were changed.
+    pub fn take_dirty_table(&mut self) -> BTreeSet<usize> {
+        std::mem::take(&mut self.dirty_table)
+    }
+
+    /// Says how writing them ended. What failed is to be written again.
+    pub fn written(&mut self, table: &BTreeSet<usize>, success: bool) {
+        let mut slices = std::mem::take(&mut self.writing);
+        if !success {
+            self.dirty_slices.append(&mut slices);
+            self.dirty_table.extend(table);
+        }
+    }
+
+    /// The refcount table.
+    #[must_use]
+    pub fn table(&self) -> &[u64] {
+        &self.table
+    }
+
+    /// Forgets clean slices beyond `limit`, so that memory stays bounded.
+    pub fn trim(&mut self, limit: usize) {
+        if self.slices.len() <= limit {
+            return;
+        }
+        let mut excess = self.slices.len() - limit;
+        let (dirty, writing) = (&self.dirty_slices, &self.writing);
+        self.slices.retain(|no, _| {
+            let keep = excess == 0 || dirty.contains(no) || writing.contains(no);
+            if !keep {
+                excess -= 1;
+            }
+            keep
+        });
+    }
+
+    /// Plans a longer table, and keeps others from adding blocks until [`Allocator::adopt`].
+    ///
+    /// The new table and the blocks that cover it stand together where no block covers anything
+    /// yet, so that nothing else changes.
+    pub fn plan_growth(&mut self) -> Growth {
+        self.frozen = true;
+        let per_block = self.geometry.per_block();
+        let per_cluster = (1u64 << self.geometry.cluster_bits) / 8;
+        let old = self.table.len() as u64;
+        let start = old * per_block;
+        let mut blocks = 1;
+        let clusters = loop {
+            let entries = (old + old / 2 + blocks + 1).max(old + blocks);
+            let clusters = entries.div_ceil(per_cluster);
+            if blocks * per_block >= blocks + clusters {
+                break clusters;
+            }
+            blocks += 1;
+        };
+        let mut table = self.table.clone();
+        table.extend((0..blocks).map(|i| (start + i) << self.geometry.cluster_bits));
+        table.resize((clusters * per_cluster) as usize, 0);
+        Growth { start, blocks, clusters, table }
+    }
+
+    /// The refcount blocks of a growth, as they go to the disk.
+    #[must_use]
+    pub fn growth_blocks(&self, growth: &Growth) -> Vec<u8> {
+        let mut bytes = vec![0; (growth.blocks << self.geometry.cluster_bits) as usize];
+        for index in 0..growth.blocks + growth.clusters {
+            put(&mut bytes, self.geometry.refcount_order, index as usize, 1);
+        }
+        bytes
+    }
+
+    /// Takes the new table, which is stable and named by the header.
+    pub fn adopt(&mut self, growth: Growth) {
+        let skipped = self.frontier..growth.start;
+        self.table = growth.table;
+        self.frontier = growth.start + growth.blocks + growth.clusters;
+        if self.virgin_from != u64::MAX {
+            self.virgin_from = self.virgin_from.max(self.frontier);
+        }
+        self.frozen = false;
+        // Between the old end and the new table there may be clusters that a block covers.
+        for cluster in skipped {
+            if matches!(self.refcount(cluster), Ok(Some(0))) {
+                self.add_free(cluster, 1);
+            }
+        }
+    }
+
+    /// Gives up a growth that failed.
+    pub fn abandon_growth(&mut self) {
+        self.frozen = false;
+    }
+}
+
+/// A longer refcount table that is to be.
+#[derive(Debug)]
+pub struct Growth {
+    /// First cluster of the new blocks; the table follows them.
+    pub start: u64,
+    /// New refcount blocks.
+    pub blocks: u64,
+    /// Clusters of the new table.
+    pub clusters: u64,
+    /// The new table.
+    pub table: Vec<u64>,
+}
+
+/// Refcount number `index` of a block or slice; entries are big-endian, those below a byte wide
+/// begin at the least significant bit.
+fn get(bytes: &[u8], order: u32, index: usize) -> u64 {
+    if order < 3 {
+        let bit = index << order;
+        let byte = bytes.get(bit / 8).copied().unwrap_or_default();
+        return u64::from(byte >> (bit % 8)) & ((1 << (1 << order)) - 1);
+    }
+    let width = 1usize << (order - 3);
+    let entry = bytes.get(index * width..(index + 1) * width).unwrap_or_default();
+    entry.iter().fold(0, |value, &byte| value << 8 | u64::from(byte))
+}
+
+fn put(bytes: &mut [u8], order: u32, index: usize, value: u64) {
+    if order < 3 {
+        let bit = index << order;
+        let mask = ((1u8 << (1 << order)) - 1) << (bit % 8);
+        if let Some(byte) = bytes.get_mut(bit / 8) {
+            *byte = *byte & !mask | ((value as u8) << (bit % 8)) & mask;
+        }
+        return;
+    }
+    let width = 1usize << (order - 3);
+    let value = value.to_be_bytes();
+    if let Some(entry) = bytes.get_mut(index * width..(index + 1) * width)
+        && let Some(low) = value.get(8 - width..)
+    {
+        entry.copy_from_slice(low);
+    }
+}
+
+#[cfg(test)]
+#[path = "refcount_tests.rs"]
+mod tests;

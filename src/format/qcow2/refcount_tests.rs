@@ -1,0 +1,96 @@
+//! What would be caught: a cluster handed out twice, refcounts written into a neighbour's bits,
+//! a table growth that does not cover itself.
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn allocator(cluster_bits: u32, refcount_order: u32) -> Allocator {
+    let geometry = Geometry { cluster_bits, refcount_order };
+    let entries = (1usize << cluster_bits) / 8;
+    let mut table = vec![0; entries];
+    // Header, table and first block are the image's first three clusters.
+    table[0] = 2 << cluster_bits;
+    let mut allocator = Allocator::new(geometry, table, 3, true);
+    for no in 0..geometry.slices_per_block() {
+        let bytes = vec![0; allocator.slice_bytes()].into_boxed_slice();
+        allocator.insert_slice(no, bytes);
+    }
+    for cluster in 0..3 {
+        allocator.set(cluster, 1).unwrap();
+    }
+    allocator
+}
+
+proptest! {
+    #[test]
+    fn refcounts_of_any_width_do_not_touch_their_neighbours(
+        order in 0u32..=6, writes in prop::collection::vec((0usize..64, any::<u64>()), 1..100)
+    ) {
+        let mut bytes = vec![0u8; 512];
+        let mut model = [0u64; 64];
+        let mask = if order == 6 { u64::MAX } else { (1 << (1 << order)) - 1 };
+        for (index, value) in writes {
+            put(&mut bytes, order, index, value & mask);
+            model[index] = value & mask;
+            for (index, expected) in model.iter().enumerate() {
+                prop_assert_eq!(get(&bytes, order, index), *expected);
+            }
+        }
+    }
+
+    #[test]
+    fn no_cluster_is_handed_out_twice(
+        order in 0u32..=6, steps in prop::collection::vec((1u64..20, any::<bool>()), 1..200)
+    ) {
+        let mut allocator = allocator(9, order);
+        let mut used: BTreeSet<u64> = (0..3).collect();
+        for (wanted, release) in steps {
+            if release && used.len() > 10 {
+                let victim = *used.iter().nth(used.len() / 2).unwrap();
+                let blocks = allocator.table().iter().any(|&at| at == victim << 9);
+                if victim >= 3 && !blocks {
+                    allocator.release(victim).unwrap();
+                    used.remove(&victim);
+                }
+                continue;
+            }
+            match allocator.allocate(wanted) {
+                Ok(new) => {
+                    prop_assert!(new.clusters >= 1 && new.clusters <= wanted);
+                    for cluster in (new.offset >> 9)..(new.offset >> 9) + new.clusters {
+                        prop_assert!(used.insert(cluster), "cluster {} twice", cluster);
+                        prop_assert_eq!(allocator.refcount(cluster), Ok(Some(1)));
+                    }
+                    for &block in allocator.table().iter().filter(|&&at| at != 0) {
+                        let cluster = block >> 9;
+                        prop_assert!(
+                            !(new.offset >> 9..(new.offset >> 9) + new.clusters).contains(&cluster),
+                            "a refcount block was handed out"
+                        );
+                    }
+                }
+                Err(Need::Table) => {
+                    let growth = allocator.plan_growth();
+                    let bytes = allocator.growth_blocks(&growth);
+                    let covered = growth.blocks * allocator.geometry.per_block();
+                    prop_assert!(growth.blocks + growth.clusters <= covered);
+                    let (start, blocks) = (growth.start, growth.blocks + growth.clusters);
+                    let table = growth.table.clone();
+                    allocator.adopt(growth);
+                    prop_assert_eq!(allocator.table(), &table[..]);
+                    let size = allocator.slice_bytes();
+                    for (i, slice) in bytes.chunks(size).enumerate() {
+                        let no = allocator.slice_of(start) + i as u64;
+                        allocator.insert_slice(no, slice.into());
+                    }
+                    for cluster in start..start + blocks {
+                        prop_assert_eq!(allocator.refcount(cluster), Ok(Some(1)));
+                        prop_assert!(used.insert(cluster));
+                    }
+                }
+                Err(other) => prop_assert!(false, "{other:?}"),
+            }
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! Grace periods: when is nobody left who may still use what was taken away?
+//!
+//! A freed cluster must not be used again while a request that saw the old mapping is in flight.
+//! Requests hold the *era* in which they began; what is freed is retired into the current era,
+//! and a new one begins. When the last holder of an era and of all eras before it is gone, what
+//! was retired into it is handed back.
+//!
+//! Holding an era costs the data path a count that only its own thread touches: each thread
+//! keeps one reference ([`EraCache`]) and requests share it. A thread with nothing in flight
+//! lets go of it, so that idle threads hold nothing up.
+
+use std::rc::Rc;
+use std::sync::{Arc, OnceLock};
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+
+/// What to do when the grace period is over.
+type Release = Box<dyn FnOnce() + Send>;
+
+/// A stretch of time between two retirements.
+pub struct Era {
+    retired: Mutex<Vec<Release>>,
+    /// Keeps the next era, and so everything retired later, from ending before this one.
+    next: OnceLock<Arc<Era>>,
+}
+
+impl Era {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            retired: Mutex::new(Vec::new()),
+            next: OnceLock::new(),
+        })
+    }
+}
+
+impl std::fmt::Debug for Era {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Era")
+    }
+}
+
+impl Drop for Era {
+    fn drop(&mut self) {
+        for release in std::mem::take(&mut *self.retired.lock()) {
+            release();
+        }
+        // A long run of eras that end together is taken apart in a loop, not by recursion.
+        let mut next = self.next.take();
+        while let Some(era) = next {
+            next = Arc::into_inner(era).and_then(|mut era| {
+                for release in std::mem::take(&mut *era.retired.lock()) {
+                    release();
+                }
+                era.next.take()
+            });
+        }
+    }
+}
+
+/// The eras of the process, one after another.
+#[derive(Debug)]
+pub struct Grace {
+    current: ArcSwap<Era>,
+    turning: Mutex<()>,
+}
+
+impl Default for Grace {
+    fn default() -> Self {
+        Self {
+            current: ArcSwap::new(Era::new()),
+            turning: Mutex::new(()),
+        }
+    }
+}
+
+impl Grace {
+    /// The grace periods that all images of the process share.
+    #[must_use]
+    pub fn global() -> &'static Self {
+        static GLOBAL: OnceLock<Grace> = OnceLock::new();
+        GLOBAL.get_or_init(Self::default)
+    }
+
+    /// The current era. Whoever holds it may use what is retired from now on.
+    #[must_use]
+    pub fn enter(&self) -> Arc<Era> {
+        self.current.load_full()
+    }
+
+    /// Calls `release` when everybody who is in an era now has left it.
+    pub fn retire(&self, release: impl FnOnce() + Send + 'static) {
+        let turning = self.turning.lock();
+        let old = self.current.load_full();
+        let next = Era::new();
+        old.retired.lock().push(Box::new(release));
+        // Set before the swap: no one can leave the old era without passing the duty on.
+        let _ = old.next.set(next.clone());
+        self.current.store(next);
+        drop(turning);
+        // Outside the lock: the last reference may be ours, and releases run then.
+        drop(old);
+    }
+
+    fn is_current(&self, era: &Arc<Era>) -> bool {
+        Arc::ptr_eq(&self.current.load(), era)
+    }
+}
+
+/// A thread's own reference to the current era.
+#[derive(Debug, Default)]
+pub struct EraCache {
+    era: Option<Rc<Arc<Era>>>,
+}
+
+impl EraCache {
+    /// The current era, as a reference whose count no other thread touches.
+    pub fn enter(&mut self, grace: &Grace) -> Rc<Arc<Era>> {
+        match &self.era {
+            Some(era) if grace.is_current(era) => era.clone(),
+            _ => {
+                let era = Rc::new(grace.enter());
+                self.era = Some(era.clone());
+                era
+            }
+        }
+    }
+
+    /// Lets go, since nothing is in flight on this thread.
+    pub fn leave(&mut self) {
+        self.era = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! What would be caught: a release that comes too early, out of order, or never.
+
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    fn counter() -> (Arc<AtomicUsize>, impl Fn(&Grace)) {
+        let count = Arc::new(AtomicUsize::new(0));
+        let retire = {
+            let count = count.clone();
+            move |grace: &Grace| {
+                let count = count.clone();
+                grace.retire(move || {
+                    count.fetch_add(1, Ordering::SeqCst);
+                });
+            }
+        };
+        (count, retire)
+    }
+
+    #[test]
+    fn nothing_is_released_before_the_holder_leaves() {
+        let grace = Grace::default();
+        let (count, retire) = counter();
+        let era = grace.enter();
+        retire(&grace);
+        assert_eq!(count.load(Ordering::SeqCst), 0);
+        drop(era);
+        assert_eq!(count.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn a_later_retirement_waits_for_an_older_holder() {
+        let grace = Grace::default();
+        let (count, retire) = counter();
+        let old = grace.enter();
+        retire(&grace);
+        let middle = grace.enter();
+        retire(&grace);
+        drop(middle);
+        assert_eq!(
+            count.load(Ordering::SeqCst),
+            0,
+            "the oldest holder saw both"
+        );
+        drop(old);
+        assert_eq!(count.load(Ordering::SeqCst), 2);
+    }
+
+    #[test]
+    fn without_holders_it_is_released_at_once_and_long_runs_do_not_recurse() {
+        let grace = Grace::default();
+        let (count, retire) = counter();
+        retire(&grace);
+        assert_eq!(count.load(Ordering::SeqCst), 1);
+        let old = grace.enter();
+        for _ in 0..200_000 {
+            retire(&grace);
+        }
+        drop(old);
+        assert_eq!(count.load(Ordering::SeqCst), 200_001);
+    }
+
+    #[test]
+    fn an_idle_thread_holds_nothing_up() {
+        let grace = Grace::default();
+        let (count, retire) = counter();
+        let mut cache = EraCache::default();
+        let request = cache.enter(&grace);
+        retire(&grace);
+        drop(request);
+        assert_eq!(count.load(Ordering::SeqCst), 0);
+        cache.leave();
+        assert_eq!(count.load(Ordering::SeqCst), 1);
+    }
+}

@@ -1,0 +1,77 @@
+//! What other threads may do to a reactor: queue one of its tasks, and wake it.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// The part of a reactor that is shared between threads.
+///
+/// Invariant: a task identifier that is in the queue before the reactor sleeps keeps it awake;
+/// one pushed while it sleeps comes with a write to the eventfd.
+#[derive(Debug)]
+pub struct Remote {
+    ready: Mutex<Vec<usize>>,
+    has_work: AtomicBool,
+    sleeping: AtomicBool,
+    event: EventFd,
+}
+
+impl Remote {
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self {
+            ready: Mutex::new(Vec::with_capacity(64)),
+            has_work: AtomicBool::new(false),
+            sleeping: AtomicBool::new(false),
+            event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+        })
+    }
+
+    pub(super) fn fd(&self) -> RawFd {
+        self.event.as_raw_fd()
+    }
+
+    /// Makes a sleeping reactor run one turn: for state that it looks at by itself. One that is
+    /// awake does not fall asleep before it has run one.
+    pub fn wake(&self) {
+        self.has_work.store(true, Ordering::SeqCst);
+        self.notify();
+    }
+
+    pub(super) fn push(&self, task: usize) {
+        self.ready.lock().push(task);
+        self.wake();
+    }
+
+    fn notify(&self) {
+        if self.sleeping.swap(false, Ordering::SeqCst)
+            && let Err(error) = self.event.write(1)
+        {
+            // The counter is full: the reactor has been woken often enough.
+            log::debug!("waking a reactor: {error}");
+        }
+    }
+
+    /// Moves the queued tasks into `tasks`.
+    pub(super) fn take(&self, tasks: &mut Vec<usize>) {
+        if self.has_work.swap(false, Ordering::SeqCst) {
+            tasks.append(&mut self.ready.lock());
+        }
+    }
+
+    pub(super) fn has_work(&self) -> bool {
+        self.has_work.load(Ordering::Relaxed)
+    }
+
+    /// Announces that the reactor is about to sleep. False: there is work, it must not.
+    pub(super) fn prepare_sleep(&self) -> bool {
+        self.sleeping.store(true, Ordering::SeqCst);
+        !self.has_work.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn end_sleep(&self) {
+        self.sleeping.store(false, Ordering::SeqCst);
+    }
+}

@@ -1,0 +1,75 @@
+//! What would be caught: lost wake-ups, operations whose memory is freed under the kernel,
+//! timers that fire early, tasks that starve others.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use super::*;
+
+#[test]
+fn a_wake_from_another_thread_reaches_a_sleeping_task() {
+    let reactor = Reactor::for_this_thread().unwrap();
+    let event = std::sync::Arc::new(event_listener::Event::new());
+    let listener = event.listen();
+    let other = std::thread::spawn({
+        let event = event.clone();
+        move || event.notify(1)
+    });
+    reactor.block_on(listener);
+    other.join().unwrap();
+}
+
+#[test]
+fn sleep_does_not_end_early_and_tasks_run_meanwhile() {
+    let reactor = Reactor::for_this_thread().unwrap();
+    let ran = Rc::new(Cell::new(0));
+    for _ in 0..3 {
+        let ran = ran.clone();
+        reactor.spawn(async move {
+            yield_now().await;
+            ran.set(ran.get() + 1);
+        });
+    }
+    let start = Instant::now();
+    reactor.block_on(reactor.sleep(Duration::from_millis(20)));
+    assert!(start.elapsed() >= Duration::from_millis(20));
+    assert_eq!(ran.get(), 3);
+    assert_eq!(reactor.tasks(), 0);
+}
+
+#[test]
+fn a_watched_eventfd_is_reported_on_every_signal_without_being_read() {
+    let reactor = Reactor::for_this_thread().unwrap();
+    let event = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
+    reactor.watch(event.as_raw_fd(), 7).unwrap();
+    for _ in 0..3 {
+        event.write(1).unwrap();
+        let seen = loop {
+            reactor.turn();
+            if let Some(completion) = reactor.next_completion() {
+                break completion;
+            }
+            reactor.wait(None);
+        };
+        assert_eq!(seen.value, 7);
+    }
+    reactor.unwatch(7).unwrap();
+}
+
+#[test]
+fn dropping_an_operation_waits_for_the_kernel() {
+    let reactor = Reactor::for_this_thread().unwrap();
+    let event = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
+    let mut buffer = [0u8; 8];
+    let mut guard = reactor.reserve();
+    let entry = opcode::Read::new(types::Fd(event.as_raw_fd()), buffer.as_mut_ptr(), 8).build();
+    // SAFETY: the buffer outlives the guard, whose drop waits for the operation.
+    unsafe { reactor.start(entry, guard.token()) }.unwrap();
+    guard.mark_started();
+    reactor.submit();
+    event.write(5).unwrap();
+    drop(guard);
+    assert_eq!(u64::from_ne_bytes(buffer), 5);
+    assert_eq!(reactor.in_flight(), 0);
+}

@@ -1,0 +1,243 @@
+//! Buffers for I/O: aligned memory of our own, and lists of borrowed memory (guest pages).
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+
+/// Alignment of every [`AlignedBuf`]: enough for direct I/O on any disk.
+pub const BUFFER_ALIGN: usize = 4096;
+
+/// Heap memory aligned to 4 KiB; zeroed when new.
+pub struct AlignedBuf {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the buffer owns its memory alone, like a Vec<u8>.
+unsafe impl Send for AlignedBuf {}
+// SAFETY: shared references only read.
+unsafe impl Sync for AlignedBuf {}
+
+impl AlignedBuf {
+    /// A zeroed buffer of `len` bytes.
+    #[must_use]
+    pub fn zeroed(len: usize) -> Self {
+        let layout = Self::layout(len);
+        // SAFETY: the layout has a size above zero.
+        let start = unsafe { alloc_zeroed(layout) };
+        let start = NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout));
+        Self { start, len }
+    }
+
+    /// A buffer that holds `bytes`.
+    #[must_use]
+    pub fn copy_of(bytes: &[u8]) -> Self {
+        let mut buffer = Self::zeroed(bytes.len());
+        buffer.copy_from_slice(bytes);
+        buffer
+    }
+
+    fn layout(len: usize) -> Layout {
+        let size = len.max(1);
+        // A size near isize::MAX cannot be allocated anyway; the error is the allocator's.
+        Layout::from_size_align(size, BUFFER_ALIGN)
+            .unwrap_or_else(|_| handle_alloc_error(Layout::new::<[u8; BUFFER_ALIGN]>()))
+    }
+}
+
+impl Drop for AlignedBuf {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `zeroed` with the same layout.
+        unsafe { dealloc(self.start.as_ptr(), Self::layout(self.len)) };
+    }
+}
+
+impl Deref for AlignedBuf {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: `len` initialised bytes are owned by self.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl DerefMut for AlignedBuf {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and self is borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl std::fmt::Debug for AlignedBuf {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "AlignedBuf({} bytes)", self.len)
+    }
+}
+
+/// A list of memory ranges that a request reads from or writes to: guest pages, or parts of our
+/// own buffers. It does not own them; whoever builds one vouches for them.
+#[derive(Clone)]
+pub struct IoBufs {
+    iovecs: Vec<libc::iovec>,
+    len: usize,
+}
+
+impl IoBufs {
+    /// A list of ranges.
+    ///
+    /// # Safety
+    /// Every range stays valid for reads and writes by anyone (guest memory may change at any
+    /// time) for as long as this value, its clones and slices, and operations on them live.
+    #[must_use]
+    pub unsafe fn new(iovecs: &[libc::iovec]) -> Self {
+        // SAFETY: passed on to the caller.
+        unsafe { Self::from_vec(iovecs.to_vec()) }
+    }
+
+    /// As [`IoBufs::new`], from a vector.
+    ///
+    /// # Safety
+    /// As for [`IoBufs::new`].
+    #[must_use]
+    pub unsafe fn from_vec(iovecs: Vec<libc::iovec>) -> Self {
+        let len = iovecs.iter().map(|v| v.iov_len).sum();
+        Self { iovecs, len }
+    }
+
+    /// A list of nothing.
+    #[must_use]
+    pub fn empty() -> Self {
+        Self { iovecs: Vec::new(), len: 0 }
+    }
+
+    /// The part `[start, start + len)` of `buffer`, clipped to it.
+    ///
+    /// # Safety
+    /// `buffer` must outlive the list and all operations on it.
+    #[must_use]
+    pub unsafe fn of(buffer: &AlignedBuf, start: usize, len: usize) -> Self {
+        let start = start.min(buffer.len);
+        let len = len.min(buffer.len - start);
+        // SAFETY: `start` is within the buffer.
+        let base = unsafe { buffer.start.as_ptr().add(start) };
+        Self {
+            iovecs: vec![libc::iovec {
+                iov_base: base.cast(),
+                iov_len: len,
+            }],
+            len,
+        }
+    }
+
+    /// Total length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True for a list of nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The ranges.
+    #[must_use]
+    pub fn iovecs(&self) -> &[libc::iovec] {
+        &self.iovecs
+    }
+
+    /// The ranges of `[start, start + len)`, clipped to the list.
+    #[must_use]
+    pub fn slice(&self, start: usize, len: usize) -> Self {
+        let mut iovecs = Vec::with_capacity(self.iovecs.len());
+        slice_iovecs(&self.iovecs, start, len, |iovec| iovecs.push(iovec));
+        let len = iovecs.iter().map(|v| v.iov_len).sum();
+        Self { iovecs, len }
+    }
+
+    /// Appends the ranges of `other`.
+    pub fn append(&mut self, other: &Self) {
+        self.iovecs.extend_from_slice(&other.iovecs);
+        self.len += other.len;
+    }
+
+    /// True when every address and every length is a multiple of what `limits` ask for memory.
+    #[must_use]
+    pub fn is_aligned(&self, align: usize) -> bool {
+        iovecs_aligned(&self.iovecs, align)
+    }
+
+    /// Fills all of it with zeros.
+    pub fn zero(&self) {
+        for iovec in &self.iovecs {
+            // SAFETY: the ranges are valid by the contract of `new`.
+            unsafe { std::ptr::write_bytes(iovec.iov_base.cast::<u8>(), 0, iovec.iov_len) };
+        }
+    }
+
+    /// Copies from `source` into the ranges; returns the bytes copied.
+    pub fn copy_from(&self, mut source: &[u8]) -> usize {
+        let all = source.len();
+        for iovec in &self.iovecs {
+            let (now, rest) = source.split_at(iovec.iov_len.min(source.len()));
+            // SAFETY: the range is valid and at least as long as `now`; `copy` allows overlap.
+            unsafe { std::ptr::copy(now.as_ptr(), iovec.iov_base.cast::<u8>(), now.len()) };
+            source = rest;
+        }
+        all - source.len()
+    }
+
+    /// Copies the ranges into `target`; returns the bytes copied.
+    pub fn copy_to(&self, target: &mut [u8]) -> usize {
+        let mut done = 0;
+        for iovec in &self.iovecs {
+            let rest = target.get_mut(done..).unwrap_or(&mut []);
+            let now = iovec.iov_len.min(rest.len());
+            // SAFETY: the range is valid and at least `now` long; `copy` allows overlap.
+            unsafe { std::ptr::copy(iovec.iov_base.cast::<u8>(), rest.as_mut_ptr(), now) };
+            done += now;
+        }
+        done
+    }
+}
+
+impl std::fmt::Debug for IoBufs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "IoBufs({} bytes in {})", self.len, self.iovecs.len())
+    }
+}
+
+/// Calls `push` with the vectors that cover `[start, start + len)` of `iovecs`.
+pub fn slice_iovecs(
+    iovecs: &[libc::iovec],
+    mut start: usize,
+    mut len: usize,
+    mut push: impl FnMut(libc::iovec),
+) {
+    for iovec in iovecs {
+        if len == 0 {
+            return;
+        }
+        if start >= iovec.iov_len {
+            start -= iovec.iov_len;
+            continue;
+        }
+        let now = (iovec.iov_len - start).min(len);
+        push(libc::iovec {
+            iov_base: iovec.iov_base.cast::<u8>().wrapping_add(start).cast(),
+            iov_len: now,
+        });
+        len -= now;
+        start = 0;
+    }
+}
+
+/// True when addresses and lengths are multiples of `align`.
+#[must_use]
+pub fn iovecs_aligned(iovecs: &[libc::iovec], align: usize) -> bool {
+    align <= 1
+        || iovecs
+            .iter()
+            .all(|v| (v.iov_base as usize).is_multiple_of(align) && v.iov_len % align == 0)
+}

@@ -1,0 +1,315 @@
+//! A local file or block device, through the reactor's io_uring.
+//!
+//! Files on tmpfs are memory: there the call is made in line, since io_uring would hand it to a
+//! kernel worker thread (tmpfs has no non-blocking I/O), at twice the cost.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use io_uring::{opcode, types};
+
+use super::locking::{self, Access};
+use super::{Limits, Op, Storage, Submission};
+use crate::reactor::{Reactor, Token};
+
+/// How to open a file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OpenFlags {
+    /// Open for writing.
+    pub writable: bool,
+    /// Bypass the page cache (`O_DIRECT`).
+    pub direct: bool,
+    /// Flushes do nothing: for throw-away guests (`cache.no-flush`).
+    pub no_flush: bool,
+    /// Take no image locks (`locking=off`).
+    pub no_lock: bool,
+    /// Let others write the file meanwhile (`force-share`); read-only opens alone.
+    pub force_share: bool,
+}
+
+/// An open image file.
+#[derive(Debug)]
+pub struct FileStorage {
+    file: File,
+    name: String,
+    flags: OpenFlags,
+    limits: Limits,
+    /// The file is memory: calls are made in line.
+    in_line: bool,
+    block_device: bool,
+}
+
+impl FileStorage {
+    /// Opens `path` and takes QEMU's image locks on it.
+    ///
+    /// # Errors
+    /// When it cannot be opened, is in use, or is neither a file nor a block device; the text
+    /// names the file.
+    pub fn open(path: &Path, flags: OpenFlags) -> io::Result<Self> {
+        let explain = |error: io::Error| {
+            io::Error::new(
+                error.kind(),
+                format!("Could not open '{}': {error}", path.display()),
+            )
+        };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(flags.writable)
+            .custom_flags(libc::O_CLOEXEC | if flags.direct { libc::O_DIRECT } else { 0 })
+            .open(path)
+            .map_err(|error| match error.raw_os_error() {
+                Some(code) => {
+                    let text = crate::error::errno_text(code);
+                    io::Error::new(
+                        error.kind(),
+                        format!("Could not open '{}': {text}", path.display()),
+                    )
+                }
+                None => explain(error),
+            })?;
+        let kind = file.metadata().map_err(explain)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!(
+                    "Could not open '{}': not a file or a block device",
+                    path.display()
+                ),
+            ));
+        }
+        if kind.is_file() && !flags.no_lock {
+            let access = match (flags.writable, flags.force_share) {
+                (true, _) => Access::Write,
+                (false, true) => Access::ReadShared,
+                (false, false) => Access::Read,
+            };
+            locking::lock(&file, access, path)?;
+        }
+        let block_device = kind.is_block_device();
+        Ok(Self {
+            limits: limits_of(&file, flags.direct, block_device),
+            in_line: is_memory(&file),
+            name: path.display().to_string(),
+            file,
+            flags,
+            block_device,
+        })
+    }
+
+    /// The path that the file was opened by.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
+        PathBuf::from(&self.name)
+    }
+
+    /// How it was opened.
+    #[must_use]
+    pub fn flags(&self) -> OpenFlags {
+        self.flags
+    }
+
+    fn fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+
+    /// # Safety
+    /// The vectors of `op` are valid.
+    unsafe fn call(&self, op: Op<'_>) -> io::Result<u32> {
+        let result = match op {
+            // SAFETY: the vectors are valid by contract.
+            Op::Read { iovecs, offset } => unsafe {
+                libc::preadv(
+                    self.fd(),
+                    iovecs.as_ptr(),
+                    iovecs.len() as i32,
+                    offset as i64,
+                )
+            },
+            // SAFETY: the vectors are valid by contract.
+            Op::Write { iovecs, offset } => unsafe {
+                libc::pwritev(
+                    self.fd(),
+                    iovecs.as_ptr(),
+                    iovecs.len() as i32,
+                    offset as i64,
+                )
+            },
+            // SAFETY: no memory is passed.
+            Op::Sync => unsafe { libc::fdatasync(self.fd()) as isize },
+            Op::Zero { offset, len, unmap } => {
+                let mode = zero_mode(unmap);
+                // SAFETY: no memory is passed.
+                unsafe { libc::fallocate(self.fd(), mode, offset as i64, len as i64) as isize }
+            }
+        };
+        u32::try_from(result).map_err(|_| io::Error::last_os_error())
+    }
+}
+
+fn zero_mode(unmap: bool) -> i32 {
+    if unmap {
+        libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE
+    } else {
+        libc::FALLOC_FL_ZERO_RANGE
+    }
+}
+
+impl Storage for FileStorage {
+    unsafe fn submit(&self, reactor: &Reactor, op: Op<'_>, token: Token) -> Submission {
+        if matches!(op, Op::Sync) && self.flags.no_flush {
+            return Submission::Ready(Ok(0));
+        }
+        if self.in_line {
+            // SAFETY: passed on to the caller.
+            return Submission::Ready(unsafe { self.call(op) });
+        }
+        let fd = types::Fd(self.fd());
+        let entry = match op {
+            Op::Read {
+                iovecs: [one],
+                offset,
+            } => opcode::Read::new(fd, one.iov_base.cast(), one.iov_len as u32)
+                .offset(offset)
+                .build(),
+            Op::Write {
+                iovecs: [one],
+                offset,
+            } => opcode::Write::new(fd, one.iov_base.cast(), one.iov_len as u32)
+                .offset(offset)
+                .build(),
+            Op::Read { iovecs, offset } => {
+                opcode::Readv::new(fd, iovecs.as_ptr(), iovecs.len() as u32)
+                    .offset(offset)
+                    .build()
+            }
+            Op::Write { iovecs, offset } => {
+                opcode::Writev::new(fd, iovecs.as_ptr(), iovecs.len() as u32)
+                    .offset(offset)
+                    .build()
+            }
+            Op::Sync => opcode::Fsync::new(fd)
+                .flags(types::FsyncFlags::DATASYNC)
+                .build(),
+            Op::Zero { offset, len, unmap } => opcode::Fallocate::new(fd, len)
+                .offset(offset)
+                .mode(zero_mode(unmap))
+                .build(),
+        };
+        // SAFETY: the memory is valid until the completion, by contract.
+        match unsafe { reactor.start(entry, token) } {
+            Ok(()) => Submission::Pending,
+            Err(error) => Submission::Ready(Err(error)),
+        }
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        if self.block_device {
+            return device_len(&self.file);
+        }
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        if self.block_device {
+            return if len <= device_len(&self.file)? {
+                Ok(())
+            } else {
+                Err(io::Error::from_raw_os_error(libc::ENOSPC))
+            };
+        }
+        self.file.set_len(len)
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn writable(&self) -> bool {
+        self.flags.writable
+    }
+
+    fn next_data(&self, offset: u64) -> Option<(u64, u64)> {
+        // SAFETY: no memory is passed. The file position is used by nobody.
+        let start = unsafe { libc::lseek(self.fd(), offset as i64, libc::SEEK_DATA) };
+        if start < 0 {
+            return match io::Error::last_os_error().raw_os_error() {
+                Some(libc::ENXIO) => None,
+                _ => Some((offset, u64::MAX)),
+            };
+        }
+        // SAFETY: as above.
+        let end = unsafe { libc::lseek(self.fd(), start, libc::SEEK_HOLE) };
+        Some((start as u64, u64::try_from(end).unwrap_or(u64::MAX)))
+    }
+}
+
+fn device_len(file: &File) -> io::Result<u64> {
+    let mut len = 0u64;
+    // BLKGETSIZE64
+    const REQUEST: libc::c_ulong = 0x8008_1272;
+    // SAFETY: the request writes one u64.
+    if unsafe { libc::ioctl(file.as_raw_fd(), REQUEST, &raw mut len) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(len)
+}
+
+fn is_memory(file: &File) -> bool {
+    // SAFETY: all-zero bytes are a valid statfs.
+    let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the call writes one statfs.
+    let result = unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut stat) };
+    result == 0
+        && matches!(
+            stat.f_type,
+            libc::TMPFS_MAGIC | 0x8584_58f6 /* ramfs */
+        )
+}
+
+/// Asks the kernel for the alignment of direct I/O (`STATX_DIOALIGN`, Linux 6.1); without an
+/// answer 4 KiB for memory and the common sector size of 512 bytes for offsets are assumed.
+fn limits_of(file: &File, direct: bool, block_device: bool) -> Limits {
+    let zero_past_end = !block_device;
+    if !direct {
+        return Limits {
+            memory_align: 1,
+            offset_align: 1,
+            zero_past_end,
+        };
+    }
+    // SAFETY: all-zero bytes are a valid statx.
+    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: the path is an empty string and the call writes one statx.
+    let result = unsafe {
+        libc::statx(
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            &raw mut stat,
+        )
+    };
+    if result == 0
+        && stat.stx_mask & libc::STATX_DIOALIGN != 0
+        && stat.stx_dio_offset_align != 0
+        && stat.stx_dio_mem_align != 0
+    {
+        return Limits {
+            memory_align: stat.stx_dio_mem_align as usize,
+            offset_align: u64::from(stat.stx_dio_offset_align),
+            zero_past_end,
+        };
+    }
+    Limits {
+        memory_align: 512,
+        offset_align: 512,
+        zero_past_end,
+    }
+}

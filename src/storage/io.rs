@@ -1,0 +1,218 @@
+//! Asynchronous operations on storage for tasks: whole transfers, whatever the kernel splits,
+//! and whatever alignment the storage asks for.
+
+use std::io;
+
+use super::{AlignedBuf, IoBufs, Op, Storage, Submission};
+use crate::reactor::Reactor;
+
+/// Zeros are written from here where the storage cannot make them by itself.
+const ZERO_CHUNK: usize = 256 * 1024;
+
+async fn run(storage: &dyn Storage, op: Op<'_>) -> io::Result<u32> {
+    let reactor = Reactor::current()
+        .ok_or_else(|| io::Error::other("storage used on a thread without a reactor"))?;
+    let mut guard = reactor.reserve();
+    // SAFETY: the vectors and their memory are borrowed from the caller, whose buffers outlive
+    // this future's guard; dropping the guard waits for the operation.
+    match unsafe { storage.submit(&reactor, op, guard.token()) } {
+        Submission::Ready(result) => result,
+        Submission::Pending => {
+            guard.mark_started();
+            guard.await
+        }
+    }
+}
+
+/// Reads `bufs.len()` bytes at `offset`. What lies past the end of the storage reads as zeros.
+///
+/// # Errors
+/// What the storage reports.
+pub async fn read(storage: &dyn Storage, bufs: &IoBufs, offset: u64) -> io::Result<()> {
+    let limits = storage.limits();
+    if !bufs.is_aligned(limits.memory_align)
+        || !offset.is_multiple_of(limits.offset_align)
+        || !(bufs.len() as u64).is_multiple_of(limits.offset_align)
+    {
+        return read_unaligned(storage, bufs, offset).await;
+    }
+    let mut done = 0;
+    while done < bufs.len() {
+        let rest = bufs.slice(done, bufs.len() - done);
+        // The kernel takes at most 1024 vectors (IOV_MAX).
+        let iovecs = rest.iovecs().get(..1024).unwrap_or(rest.iovecs());
+        let count = run(
+            storage,
+            Op::Read {
+                iovecs,
+                offset: offset + done as u64,
+            },
+        )
+        .await?;
+        if count == 0 {
+            rest.zero();
+            return Ok(());
+        }
+        done += count as usize;
+        if done < bufs.len() && !(done as u64).is_multiple_of(limits.offset_align) {
+            // A direct read that ends unaligned has met the end of the file.
+            bufs.slice(done, bufs.len() - done).zero();
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+async fn read_unaligned(storage: &dyn Storage, bufs: &IoBufs, offset: u64) -> io::Result<()> {
+    let align = storage.limits().offset_align.max(1);
+    let start = offset / align * align;
+    let end = (offset + bufs.len() as u64).div_ceil(align) * align;
+    let bounce = AlignedBuf::zeroed((end - start) as usize);
+    // SAFETY: `bounce` outlives the operation below.
+    let whole = unsafe { IoBufs::of(&bounce, 0, bounce.len()) };
+    Box::pin(read(storage, &whole, start)).await?;
+    let skip = (offset - start) as usize;
+    bufs.copy_from(bounce.get(skip..).unwrap_or(&[]));
+    Ok(())
+}
+
+/// Writes all of `bufs` at `offset`.
+///
+/// # Errors
+/// What the storage reports; some of the bytes may have been written then.
+pub async fn write(storage: &dyn Storage, bufs: &IoBufs, offset: u64) -> io::Result<()> {
+    let limits = storage.limits();
+    if !offset.is_multiple_of(limits.offset_align)
+        || !(bufs.len() as u64).is_multiple_of(limits.offset_align)
+    {
+        return write_unaligned(storage, bufs, offset).await;
+    }
+    if !bufs.is_aligned(limits.memory_align) {
+        let mut bounce = AlignedBuf::zeroed(bufs.len());
+        bufs.copy_to(&mut bounce);
+        // SAFETY: `bounce` outlives the operation below.
+        let whole = unsafe { IoBufs::of(&bounce, 0, bounce.len()) };
+        return Box::pin(write(storage, &whole, offset)).await;
+    }
+    let mut done = 0;
+    while done < bufs.len() {
+        let rest = bufs.slice(done, bufs.len() - done);
+        let iovecs = rest.iovecs().get(..1024).unwrap_or(rest.iovecs());
+        let count = run(
+            storage,
+            Op::Write {
+                iovecs,
+                offset: offset + done as u64,
+            },
+        )
+        .await?;
+        if count == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        done += count as usize;
+    }
+    Ok(())
+}
+
+/// Reads the blocks around an unaligned write and writes them whole. Callers must see to it that
+/// nobody else writes those blocks meanwhile.
+async fn write_unaligned(storage: &dyn Storage, bufs: &IoBufs, offset: u64) -> io::Result<()> {
+    let align = storage.limits().offset_align.max(1);
+    let start = offset / align * align;
+    let end = (offset + bufs.len() as u64).div_ceil(align) * align;
+    let mut bounce = AlignedBuf::zeroed((end - start) as usize);
+    // SAFETY: `bounce` outlives the operations below.
+    let whole = unsafe { IoBufs::of(&bounce, 0, bounce.len()) };
+    Box::pin(read(storage, &whole, start)).await?;
+    let skip = (offset - start) as usize;
+    if let Some(target) = bounce.get_mut(skip..) {
+        bufs.copy_to(target);
+    }
+    Box::pin(write(storage, &whole, start)).await
+}
+
+/// Makes everything written before this call stable.
+///
+/// # Errors
+/// What the storage reports: nothing is known about what was written since the last sync then.
+pub async fn sync(storage: &dyn Storage) -> io::Result<()> {
+    run(storage, Op::Sync).await.map(drop)
+}
+
+/// Makes `[offset, offset + len)` read as zeros, by the storage's own means where it has them.
+/// With `unmap` the space may be given back.
+///
+/// # Errors
+/// What the storage reports.
+pub async fn zero(storage: &dyn Storage, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+    if len == 0 {
+        return Ok(());
+    }
+    match run(storage, Op::Zero { offset, len, unmap }).await {
+        Ok(_) => Ok(()),
+        Err(error) if cannot(&error) => write_zeros(storage, offset, len).await,
+        Err(error) => Err(error),
+    }
+}
+
+/// Tells the storage that a range is no longer needed. It may do nothing.
+///
+/// # Errors
+/// What the storage reports, except that it cannot do this.
+pub async fn discard(storage: &dyn Storage, offset: u64, len: u64) -> io::Result<()> {
+    match run(
+        storage,
+        Op::Zero {
+            offset,
+            len,
+            unmap: true,
+        },
+    )
+    .await
+    {
+        Err(error) if !cannot(&error) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn cannot(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL)
+    )
+}
+
+async fn write_zeros(storage: &dyn Storage, offset: u64, len: u64) -> io::Result<()> {
+    let zeros = AlignedBuf::zeroed(ZERO_CHUNK.min(len as usize));
+    let mut done = 0;
+    while done < len {
+        let now = (len - done).min(ZERO_CHUNK as u64);
+        // SAFETY: `zeros` outlives the operation.
+        let bufs = unsafe { IoBufs::of(&zeros, 0, now as usize) };
+        write(storage, &bufs, offset + done).await?;
+        done += now;
+    }
+    Ok(())
+}
+
+/// Reads `len` bytes at `offset` into a new buffer.
+///
+/// # Errors
+/// What the storage reports.
+pub async fn read_buf(storage: &dyn Storage, offset: u64, len: usize) -> io::Result<AlignedBuf> {
+    let buffer = AlignedBuf::zeroed(len);
+    // SAFETY: `buffer` outlives the operation.
+    let bufs = unsafe { IoBufs::of(&buffer, 0, len) };
+    read(storage, &bufs, offset).await?;
+    Ok(buffer)
+}
+
+/// Writes `bytes` at `offset`.
+///
+/// # Errors
+/// What the storage reports.
+pub async fn write_buf(storage: &dyn Storage, offset: u64, bytes: &AlignedBuf) -> io::Result<()> {
+    // SAFETY: `bytes` is borrowed for the whole operation.
+    let bufs = unsafe { IoBufs::of(bytes, 0, bytes.len()) };
+    write(storage, &bufs, offset).await
+}

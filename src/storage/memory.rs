@@ -1,0 +1,186 @@
+//! Storage in memory that records what is done to it and breaks on demand, for tests of
+//! everything above it.
+
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
+
+use super::{Limits, Op, Storage, Submission};
+use crate::reactor::{Reactor, Token};
+
+/// One step of the recording.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Bytes written at an offset.
+    Write {
+        /// Position in bytes.
+        offset: u64,
+        /// The bytes.
+        bytes: Vec<u8>,
+    },
+    /// A range zeroed.
+    Zero {
+        /// Position in bytes.
+        offset: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+    /// The length set.
+    SetLen(u64),
+    /// A barrier: everything before is stable.
+    Sync,
+}
+
+/// Storage in a vector.
+#[derive(Debug)]
+pub struct MemoryStorage {
+    bytes: Mutex<Vec<u8>>,
+    log: Mutex<Option<Vec<Step>>>,
+    /// Operations until one fails; `usize::MAX`: never.
+    fail_after: AtomicUsize,
+    errno: AtomicUsize,
+}
+
+impl MemoryStorage {
+    /// Storage that holds `bytes`.
+    #[must_use]
+    pub fn new(bytes: Vec<u8>) -> Self {
+        Self {
+            bytes: Mutex::new(bytes),
+            log: Mutex::new(None),
+            fail_after: AtomicUsize::new(usize::MAX),
+            errno: AtomicUsize::new(libc::EIO as usize),
+        }
+    }
+
+    /// Starts a recording.
+    pub fn record(&self) {
+        *self.log.lock() = Some(Vec::new());
+    }
+
+    /// Ends the recording and returns it.
+    #[must_use]
+    pub fn take_log(&self) -> Vec<Step> {
+        self.log.lock().take().unwrap_or_default()
+    }
+
+    /// How many steps have been recorded.
+    #[must_use]
+    pub fn steps(&self) -> usize {
+        self.log.lock().as_ref().map_or(0, Vec::len)
+    }
+
+    /// The bytes as they are.
+    #[must_use]
+    pub fn snapshot(&self) -> Vec<u8> {
+        self.bytes.lock().clone()
+    }
+
+    /// Every operation after the next `count` fails with `errno`; `usize::MAX` heals it.
+    pub fn fail_after(&self, count: usize, errno: i32) {
+        self.errno
+            .store(errno.unsigned_abs() as usize, Ordering::SeqCst);
+        self.fail_after.store(count, Ordering::SeqCst);
+    }
+
+    fn step(&self, step: impl FnOnce() -> Step) {
+        if let Some(log) = self.log.lock().as_mut() {
+            log.push(step());
+        }
+    }
+
+    fn maybe_fail(&self) -> io::Result<()> {
+        let left = self.fail_after.load(Ordering::SeqCst);
+        if left == 0 {
+            let errno = self.errno.load(Ordering::SeqCst) as i32;
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        if left != usize::MAX {
+            self.fail_after.store(left - 1, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// The vectors of `op` are valid.
+    unsafe fn call(&self, op: Op<'_>) -> io::Result<u32> {
+        self.maybe_fail()?;
+        match op {
+            Op::Read { iovecs, offset } => {
+                let bytes = self.bytes.lock();
+                let mut rest = bytes.get(offset as usize..).unwrap_or(&[]);
+                let all = rest.len();
+                // SAFETY: valid by contract.
+                let bufs = unsafe { super::IoBufs::new(iovecs) };
+                rest = rest.get(..bufs.len()).unwrap_or(rest);
+                bufs.copy_from(rest);
+                Ok(all.min(bufs.len()) as u32)
+            }
+            Op::Write { iovecs, offset } => {
+                // SAFETY: valid by contract.
+                let bufs = unsafe { super::IoBufs::new(iovecs) };
+                let mut new = vec![0; bufs.len()];
+                bufs.copy_to(&mut new);
+                let mut bytes = self.bytes.lock();
+                let end = offset as usize + new.len();
+                if bytes.len() < end {
+                    bytes.resize(end, 0);
+                }
+                if let Some(target) = bytes.get_mut(offset as usize..end) {
+                    target.copy_from_slice(&new);
+                }
+                let count = new.len() as u32;
+                self.step(|| Step::Write { offset, bytes: new });
+                Ok(count)
+            }
+            Op::Sync => {
+                self.step(|| Step::Sync);
+                Ok(0)
+            }
+            Op::Zero { offset, len, .. } => {
+                let mut bytes = self.bytes.lock();
+                let end = (offset + len).min(bytes.len() as u64) as usize;
+                if let Some(range) = bytes.get_mut(offset as usize..end) {
+                    range.fill(0);
+                }
+                self.step(|| Step::Zero { offset, len });
+                Ok(0)
+            }
+        }
+    }
+}
+
+impl Storage for MemoryStorage {
+    unsafe fn submit(&self, _reactor: &Reactor, op: Op<'_>, _token: Token) -> Submission {
+        // SAFETY: passed on to the caller.
+        Submission::Ready(unsafe { self.call(op) })
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.bytes.lock().len() as u64)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.maybe_fail()?;
+        self.bytes.lock().resize(len as usize, 0);
+        self.step(|| Step::SetLen(len));
+        Ok(())
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            memory_align: 1,
+            offset_align: 1,
+            zero_past_end: true,
+        }
+    }
+
+    fn name(&self) -> &str {
+        "memory"
+    }
+
+    fn writable(&self) -> bool {
+        true
+    }
+}

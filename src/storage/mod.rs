@@ -1,0 +1,106 @@
+//! Storage: where the bytes of a layer live.
+//!
+//! [`Storage`] is asynchronous and may be slow or fail: a local file today, remote stores later,
+//! and in tests storage that records, delays and breaks. The data path calls
+//! [`Storage::submit`] with a client token and guest memory as it is; everything else uses the
+//! `async` functions of [`io`], which own their buffers.
+
+pub mod buffer;
+pub mod file;
+pub mod io;
+pub mod locking;
+pub mod memory;
+
+use crate::reactor::{Reactor, Token};
+
+pub use buffer::{AlignedBuf, IoBufs};
+pub use file::FileStorage;
+
+/// An operation on storage.
+#[derive(Clone, Copy, Debug)]
+pub enum Op<'a> {
+    /// Read into the vectors from `offset`. May be short; 0 bytes means the end of the file.
+    Read {
+        /// Where the bytes go.
+        iovecs: &'a [libc::iovec],
+        /// Position in the storage, in bytes.
+        offset: u64,
+    },
+    /// Write from the vectors to `offset`. May be short.
+    Write {
+        /// Where the bytes come from.
+        iovecs: &'a [libc::iovec],
+        /// Position in the storage, in bytes.
+        offset: u64,
+    },
+    /// Make everything written before stable (`fdatasync`).
+    Sync,
+    /// Make a range read as zeros; with `unmap` its space may be given back.
+    Zero {
+        /// Start in bytes.
+        offset: u64,
+        /// Length in bytes.
+        len: u64,
+        /// Whether space may be given back.
+        unmap: bool,
+    },
+}
+
+/// What became of a submitted operation.
+#[derive(Debug)]
+pub enum Submission {
+    /// It is done: bytes transferred, or the error. The token will not be completed.
+    Ready(std::io::Result<u32>),
+    /// The token's completion will tell.
+    Pending,
+}
+
+/// What the storage asks of its callers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Alignment of buffer addresses, bytes (1: any).
+    pub memory_align: usize,
+    /// Alignment of offsets and lengths, bytes (1: any).
+    pub offset_align: u64,
+    /// True when what lies past the end reads as zeros once a later write extends it
+    /// (regular files).
+    pub zero_past_end: bool,
+}
+
+/// A place that holds the bytes of one layer.
+pub trait Storage: Send + Sync + std::fmt::Debug {
+    /// Starts `op`.
+    ///
+    /// # Safety
+    /// The memory that the operation names, the array of vectors included, stays valid until
+    /// the operation is done: when `Ready` is returned, or when `token`'s completion has been
+    /// delivered.
+    unsafe fn submit(&self, reactor: &Reactor, op: Op<'_>, token: Token) -> Submission;
+
+    /// Length in bytes: the end of what was ever written.
+    ///
+    /// # Errors
+    /// What the system reports.
+    fn len(&self) -> std::io::Result<u64>;
+
+    /// Sets the length; new bytes read as zeros.
+    ///
+    /// # Errors
+    /// What the system reports.
+    fn set_len(&self, len: u64) -> std::io::Result<()>;
+
+    /// What callers must keep to.
+    fn limits(&self) -> Limits;
+
+    /// A name for messages: the file name.
+    fn name(&self) -> &str;
+
+    /// Whether it was opened for writing.
+    fn writable(&self) -> bool;
+
+    /// The first range of data at or after `offset` (`SEEK_DATA`, `SEEK_HOLE`), start and end.
+    /// `None`: only zeros follow. Storage that cannot tell says everything is data.
+    fn next_data(&self, offset: u64) -> Option<(u64, u64)> {
+        Some((offset, u64::MAX))
+    }
+}
