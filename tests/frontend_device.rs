@@ -583,7 +583,8 @@ fn a_second_front_end_does_no_harm_to_the_first() -> Res<()> {
     let bed = Bed::new()?;
     let (mut daemon, mut first) = bed.both()?;
     let socket = bed.socket().to_owned();
-    let second = std::thread::spawn(move || Frontend::connect(&socket, 1, QUEUE, MEMORY));
+    let (sender, second) = std::sync::mpsc::channel();
+    std::thread::spawn(move || sender.send(Frontend::connect(&socket, 1, QUEUE, MEMORY)));
     for round in 1..200 {
         let sector = round * 8 % 4000;
         assert_eq!(write(&mut first, sector, 8, round)?, OK, "round {round}");
@@ -596,10 +597,9 @@ fn a_second_front_end_does_no_harm_to_the_first() -> Res<()> {
     assert!(daemon.alive()?, "the daemon ended");
     drop(first);
     // If it had to wait, its turn has come.
-    match second.join() {
-        Ok(Ok(mut second)) => alive(&mut second)?,
-        Ok(Err(refused)) => println!("the second front-end was refused: {refused}"),
-        Err(_) => return Err("the second front-end panicked".into()),
+    match second.recv_timeout(PATIENCE)? {
+        Ok(mut second) => alive(&mut second)?,
+        Err(refused) => println!("the second front-end was refused: {refused}"),
     }
     alive(&mut bed.connect(&mut daemon)?)?;
     daemon.stop()

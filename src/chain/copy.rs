@@ -68,7 +68,9 @@ impl View {
         let span = Span { target, end };
         let cluster = qcow2.cluster_size();
         let start = offset / cluster * cluster;
-        let stop = (offset + len).next_multiple_of(cluster).min(layer.format.size());
+        let stop = (offset + len)
+            .next_multiple_of(cluster)
+            .min(layer.format.size());
         let _claim = qcow2.claim(start, stop.saturating_sub(start)).await;
         let mut copied = Copied::default();
         let mut at = start;
@@ -96,7 +98,9 @@ impl View {
     ) -> Result<Copied> {
         let cluster = qcow2.cluster_size();
         if qcow2.has_zero_clusters() {
-            qcow2.clear(offset / cluster, len.div_ceil(cluster), Clear::Zero).await?;
+            qcow2
+                .clear(offset / cluster, len.div_ceil(cluster), Clear::Zero)
+                .await?;
         } else if span.end < self.chain.layers().len() {
             // The base would come to light: without the zero flag, zeros are data.
             let zeros = AlignedBuf::zeroed(len.next_multiple_of(cluster) as usize);
@@ -133,7 +137,8 @@ impl View {
             if part.len() == buffer.len() {
                 self.place(layer, qcow2, at, &buffer).await?;
             } else {
-                self.place(layer, qcow2, at, &AlignedBuf::copy_of(part)).await?;
+                self.place(layer, qcow2, at, &AlignedBuf::copy_of(part))
+                    .await?;
             }
             copied.data += bytes;
         }
@@ -183,7 +188,9 @@ fn runs(bytes: &[u8], cluster: usize) -> Vec<(usize, usize, bool)> {
 /// Whether all bytes are zero: in blocks, which the compiler turns into vector instructions.
 fn is_zero(bytes: &[u8]) -> bool {
     let mut blocks = bytes.chunks_exact(256);
-    blocks.by_ref().all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
+    blocks
+        .by_ref()
+        .all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
         && blocks.remainder().iter().all(|&byte| byte == 0)
 }
 

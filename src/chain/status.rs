@@ -48,13 +48,18 @@ impl Chain {
         let cluster = layer.format.cluster_size();
         let size = layer.format.size();
         let start = offset / cluster * cluster;
-        let stop = (offset + len).next_multiple_of(cluster).min(size).max(start + 1);
+        let stop = (offset + len)
+            .next_multiple_of(cluster)
+            .min(size)
+            .max(start + 1);
         let own = layer.map_loaded(start, stop - start).await?;
         if own.place != Place::Below {
             return Ok((Status::Present, clip(own.len, start, offset, len)));
         }
         let stop = stop.min(start + own.len);
-        let (status, run) = self.status_below(target + 1, end, start, stop, cluster).await?;
+        let (status, run) = self
+            .status_below(target + 1, end, start, stop, cluster)
+            .await?;
         Ok((status, clip(run, start, offset, len)))
     }
 
@@ -71,7 +76,11 @@ impl Chain {
         let mut at = start;
         while at < stop {
             let (status, now) = self.extent_status(first, end, at, stop - at).await?;
-            let whole = if at + now == stop { now } else { now / cluster * cluster };
+            let whole = if at + now == stop {
+                now
+            } else {
+                now / cluster * cluster
+            };
             let (status, now) = if whole > 0 {
                 (status, whole)
             } else {

@@ -90,7 +90,8 @@ impl View {
         while done < len {
             let at = offset + done;
             if let Some((host, now)) = top.format.map_write(at, len - done) {
-                top.store(host, &bufs.slice(done as usize, now as usize)).await?;
+                top.store(host, &bufs.slice(done as usize, now as usize))
+                    .await?;
                 done += now;
                 continue;
             }
@@ -130,7 +131,9 @@ impl View {
         let allocation = qcow2.allocate(wanted).await?;
         let end = (first + allocation.clusters) * cluster_size;
         let len = len.min(end - offset);
-        let result = self.fill(top, allocation, offset, &bufs.slice(0, len as usize)).await;
+        let result = self
+            .fill(top, allocation, offset, &bufs.slice(0, len as usize))
+            .await;
         if let Err(error) = result {
             qcow2.abandon(allocation).await;
             return Err(error);
@@ -203,10 +206,19 @@ impl View {
             return self.write_zero_bytes(top, qcow2, offset, len).await;
         }
         let cluster_size = qcow2.cluster_size();
-        let (start, end) = (first * cluster_size, (whole_end * cluster_size).min(offset + len));
-        self.write_zero_bytes(top, qcow2, offset, start - offset).await?;
-        self.write_zero_bytes(top, qcow2, end, offset + len - end).await?;
-        let how = match (qcow2.has_zero_clusters(), self.has_below(), unmap && top.discard) {
+        let (start, end) = (
+            first * cluster_size,
+            (whole_end * cluster_size).min(offset + len),
+        );
+        self.write_zero_bytes(top, qcow2, offset, start - offset)
+            .await?;
+        self.write_zero_bytes(top, qcow2, end, offset + len - end)
+            .await?;
+        let how = match (
+            qcow2.has_zero_clusters(),
+            self.has_below(),
+            unmap && top.discard,
+        ) {
             (true, _, true) => Clear::Zero,
             (true, _, false) => Clear::ZeroKeep,
             // Without the zero flag an unallocated cluster is zero if nothing lies below.
@@ -216,13 +228,7 @@ impl View {
         self.clear_clusters(top, qcow2, first, whole_end, how).await
     }
 
-    async fn discard_qcow2(
-        &self,
-        top: &Layer,
-        qcow2: &Qcow2,
-        offset: u64,
-        len: u64,
-    ) -> Result<()> {
+    async fn discard_qcow2(&self, top: &Layer, qcow2: &Qcow2, offset: u64, len: u64) -> Result<()> {
         let (first, end) = whole_clusters(qcow2, offset, len, self.chain.size());
         if first >= end {
             return Ok(());
@@ -321,6 +327,10 @@ fn allocation_step(qcow2: &Qcow2, offset: u64, len: u64) -> u64 {
 fn whole_clusters(qcow2: &Qcow2, offset: u64, len: u64, size: u64) -> (u64, u64) {
     let cluster_size = qcow2.cluster_size();
     let end = offset + len;
-    let last = if end >= size { end.div_ceil(cluster_size) } else { end / cluster_size };
+    let last = if end >= size {
+        end.div_ceil(cluster_size)
+    } else {
+        end / cluster_size
+    };
     (offset.div_ceil(cluster_size), last)
 }

@@ -107,7 +107,10 @@ impl IoBufs {
     /// A list of nothing.
     #[must_use]
     pub fn empty() -> Self {
-        Self { iovecs: Vec::new(), len: 0 }
+        Self {
+            iovecs: Vec::new(),
+            len: 0,
+        }
     }
 
     /// The part `[start, start + len)` of `buffer`, clipped to it.

@@ -8,6 +8,7 @@ use std::io;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 /// The program to start, and what may be expected of it.
@@ -105,6 +106,7 @@ impl Daemon {
     /// Does `step` again for as long as all that is wrong with it is that nobody listens yet, or
     /// that the daemon hangs up because it has not yet noticed that the last front-end is gone.
     pub fn retry<T>(&mut self, mut step: impl FnMut() -> Res<T>) -> Res<T> {
+        let _watchdog = Watchdog::new(self.pid());
         let deadline = Instant::now() + PATIENCE;
         loop {
             let error = match step() {
@@ -205,6 +207,28 @@ impl Drop for Daemon {
         // Both fail if it has ended already, which is as well.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// Kills a process that takes too long over something; dropping this calls it off. A handshake has
+/// no time limit of its own, and must not hang the tests for ever.
+struct Watchdog {
+    _called_off: mpsc::Sender<()>,
+}
+
+impl Watchdog {
+    /// The process must be a child that is not waited for in the meantime.
+    fn new(pid: u32) -> Self {
+        let (sender, receiver) = mpsc::channel();
+        std::thread::spawn(move || {
+            if receiver.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
+                // SAFETY: a system call without memory; the child still has its id.
+                unsafe { libc::kill(pid as i32, libc::SIGKILL) };
+            }
+        });
+        Watchdog {
+            _called_off: sender,
+        }
     }
 }
 

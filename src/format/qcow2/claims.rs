@@ -45,7 +45,10 @@ impl Claims {
             return Err(event.listen());
         }
         ranges.insert(range.start, (range.end, Arc::new(Event::new())));
-        Ok(Claim { claims: self, range: range.clone() })
+        Ok(Claim {
+            claims: self,
+            range: range.clone(),
+        })
     }
 
     #[cfg(test)]

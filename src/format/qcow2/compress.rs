@@ -21,7 +21,10 @@ pub struct Cache(Mutex<VecDeque<(u64, Arc<[u8]>)>>);
 impl Cache {
     fn get(&self, offset: u64) -> Option<Arc<[u8]>> {
         let cache = self.0.lock();
-        cache.iter().find(|(at, _)| *at == offset).map(|(_, cluster)| cluster.clone())
+        cache
+            .iter()
+            .find(|(at, _)| *at == offset)
+            .map(|(_, cluster)| cluster.clone())
     }
 
     fn insert(&self, offset: u64, cluster: &Arc<[u8]>) {
@@ -84,7 +87,10 @@ fn inflate(
     if produced == cluster.len() as u64 {
         return Ok(());
     }
-    Err(format!("{produced} bytes after decompression (expected {})", cluster.len()))
+    Err(format!(
+        "{produced} bytes after decompression (expected {})",
+        cluster.len()
+    ))
 }
 
 fn inflate_zstd(bytes: &[u8], cluster: &mut [u8]) -> std::result::Result<u64, String> {
@@ -96,7 +102,9 @@ fn inflate_zstd(bytes: &[u8], cluster: &mut [u8]) -> std::result::Result<u64, St
     let mut output = OutBuffer::around(cluster);
     while output.pos() < len {
         let before = (input.pos(), output.pos());
-        decoder.run(&mut input, &mut output).map_err(|error| error.to_string())?;
+        decoder
+            .run(&mut input, &mut output)
+            .map_err(|error| error.to_string())?;
         if (input.pos(), output.pos()) == before {
             break;
         }

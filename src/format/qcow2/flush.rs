@@ -110,7 +110,10 @@ impl Qcow2 {
             if self.options.discard {
                 // While the cluster is still ours: afterwards it may be somebody's.
                 if let Err(error) = storage::io::discard(&*self.storage, offset, len).await {
-                    log::warn!("{}: discarding freed clusters: {error}", self.storage.name());
+                    log::warn!(
+                        "{}: discarding freed clusters: {error}",
+                        self.storage.name()
+                    );
                 }
             }
             let first = offset >> self.cluster_bits;
@@ -145,7 +148,9 @@ impl Qcow2 {
                 meta.allocator.table().get(index).copied()
             }),
             l1: self.table_sectors(self.l1_offset, &l1_entries, |index| {
-                self.l1.get(index).map(|entry| entry.load(Ordering::Relaxed))
+                self.l1
+                    .get(index)
+                    .map(|entry| entry.load(Ordering::Relaxed))
             }),
             unmapped: std::mem::take(&mut meta.unmapped),
             reftable_entries,
@@ -224,7 +229,12 @@ impl Qcow2 {
     async fn write_pieces(&self, pieces: &[Piece]) -> Result<()> {
         let merged = merge(pieces);
         for batch in merged.chunks(PARALLEL) {
-            try_join_all(batch.iter().map(|(offset, bytes)| self.write_at(*offset, bytes))).await?;
+            try_join_all(
+                batch
+                    .iter()
+                    .map(|(offset, bytes)| self.write_at(*offset, bytes)),
+            )
+            .await?;
         }
         Ok(())
     }
@@ -283,8 +293,14 @@ impl Qcow2 {
         };
         let bytes = self.meta.lock().allocator.growth_blocks(&growth);
         let (start, blocks, clusters) = (growth.start, growth.blocks, growth.clusters);
-        let table = growth.table.iter().flat_map(|entry| entry.to_be_bytes()).collect::<Vec<_>>();
-        let result = self.install_reftable(start, blocks, clusters, &bytes, &table).await;
+        let table = growth
+            .table
+            .iter()
+            .flat_map(|entry| entry.to_be_bytes())
+            .collect::<Vec<_>>();
+        let result = self
+            .install_reftable(start, blocks, clusters, &bytes, &table)
+            .await;
         let mut meta = self.meta.lock();
         match result {
             Ok(old) => {
@@ -311,7 +327,8 @@ impl Qcow2 {
         // Every block that the new table names must be stable before the table.
         self.write_back().await?;
         let offset = (start + blocks) << self.cluster_bits;
-        self.write_at(start << self.cluster_bits, block_bytes).await?;
+        self.write_at(start << self.cluster_bits, block_bytes)
+            .await?;
         self.write_at(offset, table).await?;
         self.barrier().await?;
         let header = self.header();
@@ -319,7 +336,8 @@ impl Qcow2 {
             header.reftable_offset,
             u64::from(header.reftable_clusters) << self.cluster_bits,
         );
-        self.patch_header(&[header.with_reftable(offset, clusters as u32)]).await?;
+        self.patch_header(&[header.with_reftable(offset, clusters as u32)])
+            .await?;
         Ok(old)
     }
 }

@@ -103,11 +103,17 @@ pub struct Header {
 }
 
 fn be32(bytes: &[u8], at: usize) -> u32 {
-    bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_be_bytes)
+    bytes
+        .get(at..at + 4)
+        .and_then(|b| b.try_into().ok())
+        .map_or(0, u32::from_be_bytes)
 }
 
 fn be64(bytes: &[u8], at: usize) -> u64 {
-    bytes.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
+    bytes
+        .get(at..at + 8)
+        .and_then(|b| b.try_into().ok())
+        .map_or(0, u64::from_be_bytes)
 }
 
 fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
@@ -196,7 +202,11 @@ impl Header {
     fn parse_extensions(&mut self) -> Result<()> {
         // The extensions end where the backing file's name begins, or with the cluster.
         let name_at = be64(&self.raw, 8) as usize;
-        let end = if name_at == 0 { self.raw.len() } else { name_at.min(self.raw.len()) };
+        let end = if name_at == 0 {
+            self.raw.len()
+        } else {
+            name_at.min(self.raw.len())
+        };
         let mut at = self.header_length;
         while at + 8 <= end {
             let (kind, len) = (be32(&self.raw, at), be32(&self.raw, at + 4) as usize);
@@ -234,9 +244,10 @@ impl Header {
                 .filter(|bit| unknown >> bit & 1 == 1)
                 .map(|bit| self.feature_name(0, bit))
                 .collect();
-            return Err(
-                self.unsupported(format!("Unsupported qcow2 feature(s): {}", names.join(", ")))
-            );
+            return Err(self.unsupported(format!(
+                "Unsupported qcow2 feature(s): {}",
+                names.join(", ")
+            )));
         }
         if self.incompatible & INCOMPATIBLE_COMPRESSION != 0 {
             self.compression = match self.raw.get(104) {
@@ -244,9 +255,7 @@ impl Header {
                 Some(1) if self.header_length > V3_LENGTH => Compression::Zstd,
                 other => {
                     let other = other.copied().unwrap_or_default();
-                    return Err(
-                        self.unsupported(format!("Unsupported compression type {other}"))
-                    );
+                    return Err(self.unsupported(format!("Unsupported compression type {other}")));
                 }
             };
         }
@@ -259,10 +268,15 @@ impl Header {
             INCOMPATIBLE_EXTENDED_L2 => Some("extended L2 entries"),
             _ => None,
         };
-        let table = self.extensions.iter().filter(|e| e.kind == EXT_FEATURE_NAMES);
+        let table = self
+            .extensions
+            .iter()
+            .filter(|e| e.kind == EXT_FEATURE_NAMES);
         table
             .flat_map(|e| e.data.chunks_exact(48))
-            .find(|row| row.first() == Some(&kind) && row.get(1).map(|&b| u32::from(b)) == Some(bit))
+            .find(|row| {
+                row.first() == Some(&kind) && row.get(1).map(|&b| u32::from(b)) == Some(bit)
+            })
             .and_then(|row| row.get(2..))
             .map(|name| {
                 let name = name.split(|&b| b == 0).next().unwrap_or_default();
@@ -296,9 +310,10 @@ impl Header {
                 self.l1_size
             )));
         }
-        for (what, offset) in
-            [("L1 table", self.l1_offset), ("refcount table", self.reftable_offset)]
-        {
+        for (what, offset) in [
+            ("L1 table", self.l1_offset),
+            ("refcount table", self.reftable_offset),
+        ] {
             if offset % cluster != 0 || offset >> 56 != 0 {
                 return Err(self.corrupt(format!(
                     "{what} at offset {offset:#x} (expected a multiple of the cluster size)"
@@ -365,7 +380,10 @@ impl Header {
                 if let Some(bytes) = sector.get(first.max(SECTOR)..last)
                     && !bytes.is_empty()
                 {
-                    patches.push(Patch { offset: first.max(SECTOR) as u64, bytes: bytes.to_vec() });
+                    patches.push(Patch {
+                        offset: first.max(SECTOR) as u64,
+                        bytes: bytes.to_vec(),
+                    });
                 }
                 (at as u64, name.len() as u32)
             }
@@ -373,13 +391,19 @@ impl Header {
         put(&mut sector, 8, &at.to_be_bytes());
         put(&mut sector, 16, &len.to_be_bytes());
         sector.truncate(SECTOR);
-        patches.push(Patch { offset: 0, bytes: sector });
+        patches.push(Patch {
+            offset: 0,
+            bytes: sector,
+        });
         Ok(patches)
     }
 
     /// Changes the backing-format extension within the first sector of `bytes`.
     fn place_backing_format(&self, bytes: &mut [u8], format: Option<&str>) -> Result<()> {
-        let old = self.extensions.iter().position(|e| e.kind == EXT_BACKING_FORMAT);
+        let old = self
+            .extensions
+            .iter()
+            .position(|e| e.kind == EXT_BACKING_FORMAT);
         let mut extensions = self.extensions.clone();
         match (old, format) {
             (None, None) => return Ok(()),
@@ -396,19 +420,20 @@ impl Header {
             }
             (None, Some(format)) => {
                 let filler = extensions.iter_mut().find(|e| {
-                    e.kind == EXT_FILLER
-                        && e.padded_len() == 8 + format.len().next_multiple_of(8)
+                    e.kind == EXT_FILLER && e.padded_len() == 8 + format.len().next_multiple_of(8)
                 });
-                let new = Extension { kind: EXT_BACKING_FORMAT, data: format.as_bytes().to_vec() };
+                let new = Extension {
+                    kind: EXT_BACKING_FORMAT,
+                    data: format.as_bytes().to_vec(),
+                };
                 match filler {
                     Some(filler) => *filler = new,
                     None => extensions.insert(0, new),
                 }
             }
         }
-        let layout = |list: &[Extension]| -> Vec<usize> {
-            list.iter().map(Extension::padded_len).collect()
-        };
+        let layout =
+            |list: &[Extension]| -> Vec<usize> { list.iter().map(Extension::padded_len).collect() };
         if layout(&extensions) != layout(&self.extensions) {
             // Everything behind it moves. What names the features is for messages alone, and is
             // given up where the rest would otherwise not fit into one sector.
@@ -458,7 +483,9 @@ impl Header {
         }
         let (old_at, old_len) = (be64(&self.raw, 8) as usize, be32(&self.raw, 16) as usize);
         // Behind the old name, in a sector of its own: the old one stays whole meanwhile.
-        let behind = end.max(old_at.saturating_add(old_len)).next_multiple_of(SECTOR);
+        let behind = end
+            .max(old_at.saturating_add(old_len))
+            .next_multiple_of(SECTOR);
         if behind + len <= bytes.len() {
             return Ok(behind);
         }

@@ -46,7 +46,10 @@ impl Entry {
             let descriptor = word & (COMPRESSED - 1);
             let offset = descriptor & ((1 << shift) - 1);
             let sectors = (descriptor >> shift) + 1;
-            return Self::Compressed { offset, len: (sectors * 512 - offset % 512) as u32 };
+            return Self::Compressed {
+                offset,
+                len: (sectors * 512 - offset % 512) as u32,
+            };
         }
         let offset = word & OFFSET;
         if word & ZERO != 0 {
@@ -54,7 +57,10 @@ impl Entry {
         }
         match offset {
             0 => Self::Unallocated,
-            offset => Self::Data { offset, copied: word & COPIED != 0 },
+            offset => Self::Data {
+                offset,
+                copied: word & COPIED != 0,
+            },
         }
     }
 
@@ -81,12 +87,12 @@ impl Entry {
                      cluster size)"
                 ))
             }
-            Self::Zero(_) if version < 3 => {
-                Some(format!("L2 entry {word:#018x} has the zero flag (expected in version 3)"))
-            }
-            Self::Compressed { offset: 0, .. } => {
-                Some(format!("L2 entry {word:#018x}: a compressed cluster in the header"))
-            }
+            Self::Zero(_) if version < 3 => Some(format!(
+                "L2 entry {word:#018x} has the zero flag (expected in version 3)"
+            )),
+            Self::Compressed { offset: 0, .. } => Some(format!(
+                "L2 entry {word:#018x}: a compressed cluster in the header"
+            )),
             _ => None,
         }
     }
@@ -94,7 +100,11 @@ impl Entry {
     /// The compressed cluster, with the position of the wanted byte in it.
     #[must_use]
     pub fn compressed(offset: u64, len: u32, within: u64) -> Compressed {
-        Compressed { offset, len, within: within as u32 }
+        Compressed {
+            offset,
+            len,
+            within: within as u32,
+        }
     }
 }
 
@@ -114,29 +124,41 @@ impl Slice {
             .chunks_exact(8)
             .map(|word| AtomicU64::new(word.try_into().map_or(0, u64::from_be_bytes)))
             .collect();
-        Self { entries, referenced: AtomicBool::new(true) }
+        Self {
+            entries,
+            referenced: AtomicBool::new(true),
+        }
     }
 
     /// As it goes to the file.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
-        self.entries.iter().flat_map(|e| e.load(Ordering::Relaxed).to_be_bytes()).collect()
+        self.entries
+            .iter()
+            .flat_map(|e| e.load(Ordering::Relaxed).to_be_bytes())
+            .collect()
     }
 
     /// Entry `index`; 0 past the end.
     #[must_use]
     pub fn get(&self, index: usize) -> u64 {
-        self.entries.get(index).map_or(0, |entry| entry.load(Ordering::Acquire))
+        self.entries
+            .get(index)
+            .map_or(0, |entry| entry.load(Ordering::Acquire))
     }
 
     /// Sets entry `index`; returns what it was.
     pub fn set(&self, index: usize, word: u64) -> u64 {
-        self.entries.get(index).map_or(0, |entry| entry.swap(word, Ordering::AcqRel))
+        self.entries
+            .get(index)
+            .map_or(0, |entry| entry.swap(word, Ordering::AcqRel))
     }
 
     /// Every word.
     pub fn words(&self) -> impl Iterator<Item = u64> {
-        self.entries.iter().map(|entry| entry.load(Ordering::Relaxed))
+        self.entries
+            .iter()
+            .map(|entry| entry.load(Ordering::Relaxed))
     }
 
     /// Notes a use; writes the flag only when it changes, so that readers share the line.

@@ -61,7 +61,11 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { writable: false, discard: false, cache_bytes: DEFAULT_CACHE_BYTES }
+        Self {
+            writable: false,
+            discard: false,
+            cache_bytes: DEFAULT_CACHE_BYTES,
+        }
     }
 }
 
@@ -136,16 +140,23 @@ impl Qcow2 {
                 ));
             }
         }
-        let len = storage.len().map_err(|e| Error::io(Action::Read, storage.name(), 0, &e))?;
-        let geometry =
-            Geometry { cluster_bits: header.cluster_bits, refcount_order: header.refcount_order };
+        let len = storage
+            .len()
+            .map_err(|e| Error::io(Action::Read, storage.name(), 0, &e))?;
+        let geometry = Geometry {
+            cluster_bits: header.cluster_bits,
+            refcount_order: header.refcount_order,
+        };
         let allocator = Allocator::new(
             geometry,
             table,
             len.div_ceil(cluster).max(1),
             storage.limits().zero_past_end,
         );
-        let slices = header.size.div_ceil(cluster).div_ceil(slice_entries(header.cluster_bits));
+        let slices = header
+            .size
+            .div_ceil(cluster)
+            .div_ceil(slice_entries(header.cluster_bits));
         let image = Self {
             options,
             version: header.version,
@@ -215,12 +226,17 @@ impl Qcow2 {
     }
 
     fn l1_entry(&self, index: u64) -> u64 {
-        self.l1.get(index as usize).map_or(0, |entry| entry.load(Ordering::Acquire))
+        self.l1
+            .get(index as usize)
+            .map_or(0, |entry| entry.load(Ordering::Acquire))
     }
 
     /// Slice number and index in it for a guest cluster.
     fn place(&self, cluster: u64) -> (u64, usize) {
-        (cluster / self.slice_entries(), (cluster % self.slice_entries()) as usize)
+        (
+            cluster / self.slice_entries(),
+            (cluster % self.slice_entries()) as usize,
+        )
     }
 
     fn slice(&self, number: u64) -> Option<arc_swap::Guard<Option<Arc<Slice>>>> {
@@ -243,7 +259,10 @@ impl Qcow2 {
             return self.map_without_slice(offset, len);
         };
         let Some(slice) = slice.as_ref() else {
-            return Extent { place: Place::Unknown, len };
+            return Extent {
+                place: Place::Unknown,
+                len,
+            };
         };
         slice.touch();
         let within = offset & (self.cluster_size() - 1);
@@ -257,7 +276,10 @@ impl Qcow2 {
             }
         };
         let run = self.run(slice, index, first, within + len);
-        Extent { place, len: len.min((run << self.cluster_bits) - within) }
+        Extent {
+            place,
+            len: len.min((run << self.cluster_bits) - within),
+        }
     }
 
     /// How many clusters from `index` on continue `first`, up to `bytes` of them.
@@ -269,9 +291,16 @@ impl Qcow2 {
             let next = Entry::decode(slice.get(index + count as usize), self.cluster_bits);
             let continues = match (first, next) {
                 (Entry::Unallocated, Entry::Unallocated) | (Entry::Zero(_), Entry::Zero(_)) => true,
-                (Entry::Data { offset: a, copied: c }, Entry::Data { offset: b, copied: d }) => {
-                    a + (count << self.cluster_bits) == b && c == d
-                }
+                (
+                    Entry::Data {
+                        offset: a,
+                        copied: c,
+                    },
+                    Entry::Data {
+                        offset: b,
+                        copied: d,
+                    },
+                ) => a + (count << self.cluster_bits) == b && c == d,
                 _ => false,
             };
             if !continues {
@@ -287,9 +316,15 @@ impl Qcow2 {
         if self.l1_entry(offset / coverage) & l2::OFFSET == 0 {
             // No table, so nothing of its whole range is here.
             let len = len.min(coverage - offset % coverage);
-            return Extent { place: Place::Below, len };
+            return Extent {
+                place: Place::Below,
+                len,
+            };
         }
-        Extent { place: Place::Unknown, len }
+        Extent {
+            place: Place::Unknown,
+            len,
+        }
     }
 
     /// See [`super::Format::map_write`].
@@ -302,7 +337,11 @@ impl Qcow2 {
         let slice = slice.as_ref()?;
         slice.touch();
         let first = Entry::decode(slice.get(index), self.cluster_bits);
-        let Entry::Data { offset: host, copied: true } = first else {
+        let Entry::Data {
+            offset: host,
+            copied: true,
+        } = first
+        else {
             return None;
         };
         let within = offset & (self.cluster_size() - 1);
@@ -313,7 +352,8 @@ impl Qcow2 {
 
     /// See [`super::Format::load`].
     pub(super) async fn load(&self, offset: u64) -> Result<()> {
-        self.load_slice(self.place(offset >> self.cluster_bits).0).await
+        self.load_slice(self.place(offset >> self.cluster_bits).0)
+            .await
     }
 
     async fn load_slice(&self, number: u64) -> Result<()> {
@@ -321,7 +361,10 @@ impl Qcow2 {
             return Ok(());
         };
         let Some(place) = self.directory.get(number as usize) else {
-            return Err(Error::corrupt(self.storage.name(), "mapping past the end of the disk"));
+            return Err(Error::corrupt(
+                self.storage.name(),
+                "mapping past the end of the disk",
+            ));
         };
         if place.load().is_some() {
             return Ok(());
@@ -337,7 +380,10 @@ impl Qcow2 {
         for (index, word) in slice.words().enumerate() {
             if let Some(what) = Entry::fault(word, self.cluster_bits, self.version) {
                 let at = offset + index as u64 * 8;
-                return Err(Error::corrupt(self.storage.name(), format!("at {at:#x}: {what}")));
+                return Err(Error::corrupt(
+                    self.storage.name(),
+                    format!("at {at:#x}: {what}"),
+                ));
             }
         }
         let mut meta = self.meta.lock();
@@ -354,10 +400,17 @@ impl Qcow2 {
         let mut looked_at = 0;
         while meta.loaded.len() > limit && looked_at < 2 * limit {
             looked_at += 1;
-            let Some(number) = meta.loaded.pop_front() else { return };
-            let Some(place) = self.directory.get(number as usize) else { continue };
+            let Some(number) = meta.loaded.pop_front() else {
+                return;
+            };
+            let Some(place) = self.directory.get(number as usize) else {
+                continue;
+            };
             let busy = meta.dirty_slices.contains(&number) || meta.writing.contains(&number);
-            let referenced = place.load().as_ref().is_some_and(|slice| slice.take_referenced());
+            let referenced = place
+                .load()
+                .as_ref()
+                .is_some_and(|slice| slice.take_referenced());
             if busy || referenced {
                 meta.loaded.push_back(number);
             } else {
@@ -372,7 +425,10 @@ impl Qcow2 {
         };
         let (offset, bytes) = {
             let meta = self.meta.lock();
-            (meta.allocator.slice_offset(number), meta.allocator.slice_bytes())
+            (
+                meta.allocator.slice_offset(number),
+                meta.allocator.slice_bytes(),
+            )
         };
         let Some(offset) = offset else { return Ok(()) };
         let buffer = storage::io::read_buf(&*self.storage, offset, bytes)
@@ -381,7 +437,8 @@ impl Qcow2 {
         let mut meta = self.meta.lock();
         // Room is made before, so that what was just asked for stays.
         meta.allocator.trim(REFCOUNT_SLICES);
-        meta.allocator.insert_slice(number, buffer.to_vec().into_boxed_slice());
+        meta.allocator
+            .insert_slice(number, buffer.to_vec().into_boxed_slice());
         Ok(())
     }
 
@@ -427,9 +484,13 @@ fn slice_entries(cluster_bits: u32) -> u64 {
 
 async fn read_header(storage: &dyn Storage) -> Result<Header> {
     let io_error = |error| Error::io(Action::Read, storage.name(), 0, &error);
-    let start = storage::io::read_buf(storage, 0, 4096).await.map_err(io_error)?;
+    let start = storage::io::read_buf(storage, 0, 4096)
+        .await
+        .map_err(io_error)?;
     let bits = header::cluster_bits(&start, storage.name())?;
-    let first = storage::io::read_buf(storage, 0, 1 << bits).await.map_err(io_error)?;
+    let first = storage::io::read_buf(storage, 0, 1 << bits)
+        .await
+        .map_err(io_error)?;
     Header::parse(first.to_vec(), storage.name())
 }
 
@@ -484,7 +545,10 @@ async fn read_table(storage: &dyn Storage, offset: u64, entries: u64) -> Result<
     let bytes = storage::io::read_buf(storage, offset, len)
         .await
         .map_err(|error| Error::io(Action::Read, storage.name(), offset, &error))?;
-    Ok(bytes.chunks_exact(8).map(|w| w.try_into().map_or(0, u64::from_be_bytes)).collect())
+    Ok(bytes
+        .chunks_exact(8)
+        .map(|w| w.try_into().map_or(0, u64::from_be_bytes))
+        .collect())
 }
 
 #[cfg(test)]

@@ -203,7 +203,11 @@ impl Allocator {
         if self.virgin_from != u64::MAX {
             self.virgin_from = self.virgin_from.max(start + clusters);
         }
-        Allocation { offset: start << self.geometry.cluster_bits, clusters, fresh }
+        Allocation {
+            offset: start << self.geometry.cluster_bits,
+            clusters,
+            fresh,
+        }
     }
 
     /// Allocates behind everything else.
@@ -252,7 +256,8 @@ impl Allocator {
         let per_block = self.geometry.slices_per_block();
         let first = index as u64 * per_block;
         for no in first..first + per_block {
-            self.slices.insert(no, vec![0; self.slice_bytes()].into_boxed_slice());
+            self.slices
+                .insert(no, vec![0; self.slice_bytes()].into_boxed_slice());
             if !fresh {
                 // Whatever was in the cluster must go.
                 self.dirty_slices.insert(no);
@@ -370,7 +375,12 @@ impl Allocator {
         let mut table = self.table.clone();
         table.extend((0..blocks).map(|i| (start + i) << self.geometry.cluster_bits));
         table.resize((clusters * per_cluster) as usize, 0);
-        Growth { start, blocks, clusters, table }
+        Growth {
+            start,
+            blocks,
+            clusters,
+            table,
+        }
     }
 
     /// The refcount blocks of a growth, as they go to the disk.
@@ -428,8 +438,12 @@ fn get(bytes: &[u8], order: u32, index: usize) -> u64 {
         return u64::from(byte >> (bit % 8)) & ((1 << (1 << order)) - 1);
     }
     let width = 1usize << (order - 3);
-    let entry = bytes.get(index * width..(index + 1) * width).unwrap_or_default();
-    entry.iter().fold(0, |value, &byte| value << 8 | u64::from(byte))
+    let entry = bytes
+        .get(index * width..(index + 1) * width)
+        .unwrap_or_default();
+    entry
+        .iter()
+        .fold(0, |value, &byte| value << 8 | u64::from(byte))
 }
 
 fn put(bytes: &mut [u8], order: u32, index: usize, value: u64) {

@@ -6,7 +6,10 @@ use proptest::prelude::*;
 use super::*;
 
 fn allocator(cluster_bits: u32, refcount_order: u32) -> Allocator {
-    let geometry = Geometry { cluster_bits, refcount_order };
+    let geometry = Geometry {
+        cluster_bits,
+        refcount_order,
+    };
     let entries = (1usize << cluster_bits) / 8;
     let mut table = vec![0; entries];
     // Header, table and first block are the image's first three clusters.

@@ -73,7 +73,10 @@ impl Qcow2 {
                 Ok(()) => return,
                 Err(Need::Slice(number)) => self.load_refcounts(number).await,
                 Err(need) => {
-                    log::error!("{}: freeing cluster {cluster}: {need:?}", self.storage.name());
+                    log::error!(
+                        "{}: freeing cluster {cluster}: {need:?}",
+                        self.storage.name()
+                    );
                     return;
                 }
             };
@@ -102,11 +105,19 @@ impl Qcow2 {
     /// When metadata cannot be read or written; a prefix may have been cleared.
     pub async fn clear(&self, cluster: u64, count: u64, how: Clear) -> Result<()> {
         let bits = self.cluster_bits;
-        self.modify(cluster, count, |_, old| match (how, Entry::decode(old, bits)) {
-            (Clear::Unmap, _) => 0,
-            (Clear::ZeroKeep, Entry::Data { offset, copied: true }) => Entry::zero(Some(offset)),
-            (Clear::ZeroKeep, Entry::Zero(Some(_))) => old,
-            (Clear::Zero | Clear::ZeroKeep, _) => Entry::zero(None),
+        self.modify(cluster, count, |_, old| {
+            match (how, Entry::decode(old, bits)) {
+                (Clear::Unmap, _) => 0,
+                (
+                    Clear::ZeroKeep,
+                    Entry::Data {
+                        offset,
+                        copied: true,
+                    },
+                ) => Entry::zero(Some(offset)),
+                (Clear::ZeroKeep, Entry::Zero(Some(_))) => old,
+                (Clear::Zero | Clear::ZeroKeep, _) => Entry::zero(None),
+            }
         })
         .await
     }
@@ -230,7 +241,10 @@ impl Qcow2 {
         if let Some(freed) = old_host
             && old_host != new_host
         {
-            if matches!(Entry::decode(old, self.cluster_bits), Entry::Compressed { .. }) {
+            if matches!(
+                Entry::decode(old, self.cluster_bits),
+                Entry::Compressed { .. }
+            ) {
                 self.decompressed.clear();
             }
             meta.unmapped.push(freed);
