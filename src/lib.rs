@@ -1,13 +1,18 @@
 //! A vhost-user-blk backend that serves layered disk images.
 //!
-//! Each floor knows only those under it: `export` and `control` at the top, then `job`,
-//! [`chain`], [`format`], [`storage`] and [`reactor`].
+//! Each floor knows only those under it: [`daemon`] puts together [`export`] (the data path),
+//! [`control`] and [`job`] (the control path); under both are [`chain`], [`format`], [`storage`]
+//! and [`reactor`]. [`config`] is the command line, [`ctl`] the control tool.
 
 pub mod chain;
 pub mod config;
+pub mod control;
 pub mod ctl;
+pub mod daemon;
 pub mod error;
+pub mod export;
 pub mod format;
 pub mod grace;
+pub mod job;
 pub mod reactor;
 pub mod storage;

@@ -1,6 +1,7 @@
 //! The command line: what is understood, what it means, and what is said when it is wrong.
 
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
+
 use proptest::prelude::*;
 use serde_json::json;
 use std::path::{Path, PathBuf};

@@ -1,3 +1,7 @@
 //! The `stratactl` program.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    ExitCode::from(stratablk::ctl::run(std::env::args_os()))
+}

@@ -1,5 +1,269 @@
-//! The graph of nodes: names, files and backing links.
+//! The graph of nodes: names, files, backing links; and the disks that hang on it.
+//!
+//! A node is a layer with a name, and what it was opened with. The links between nodes are the
+//! one thing that changes: when they do, every [`Root`] above gets its chain anew. Control
+//! commands come here, guests never do.
 
-/// All nodes.
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+
+use super::{Chain, Layer, Root};
+use crate::config::BlockdevOptions;
+use crate::error::{Error, Result};
+use crate::format::Format;
+
+/// A named layer, as of one moment.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// Its name.
+    pub name: String,
+    /// Its driver: `file`, `raw`, `qcow2`, `copy-on-read`.
+    pub driver: &'static str,
+    /// The layer that it stands for.
+    pub layer: Arc<Layer>,
+    /// The file that its bytes are in.
+    pub filename: PathBuf,
+    /// The node under it that supplies what it lacks.
+    pub backing: Option<String>,
+    /// The node that it is a filter of, or that its bytes are in.
+    pub file: Option<String>,
+    /// What it was opened with.
+    pub options: BlockdevOptions,
+    /// Nobody asked for it by name: it goes when nothing uses it any longer.
+    pub implicit: bool,
+    /// It is never to be written, whoever asks.
+    pub fixed_read_only: bool,
+}
+
+/// All nodes, and the disks that hang on them.
 #[derive(Debug, Default)]
-pub struct Graph {}
+pub struct Graph {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    nodes: Vec<Node>,
+    roots: Vec<(Weak<Root>, String)>,
+    named: u64,
+}
+
+impl State {
+    fn node(&self, name: &str) -> Result<&Node> {
+        self.nodes
+            .iter()
+            .find(|node| node.name == name)
+            .ok_or_else(|| Error::Invalid(format!("Cannot find node '{name}'")))
+    }
+
+    fn node_mut(&mut self, name: &str) -> Result<&mut Node> {
+        self.nodes
+            .iter_mut()
+            .find(|node| node.name == name)
+            .ok_or_else(|| Error::Invalid(format!("Cannot find node '{name}'")))
+    }
+
+    /// The nodes that supply a disk's bytes, top first: filters stand for what they filter.
+    fn chain_nodes(&self, top: &str) -> Result<Vec<&Node>> {
+        let mut nodes = Vec::new();
+        let mut next = Some(top.to_owned());
+        while let Some(name) = next {
+            let node = self.node(&name)?;
+            if nodes.len() >= self.nodes.len() {
+                return Err(Error::Invalid(format!("node '{name}' is under itself")));
+            }
+            nodes.push(node);
+            next = node.backing.clone();
+        }
+        Ok(nodes)
+    }
+
+    fn chain(&self, top: &str) -> Result<Chain> {
+        let nodes = self.chain_nodes(top)?;
+        Chain::new(nodes.iter().map(|node| node.layer.clone()).collect())
+    }
+
+    /// Gives every disk its chain anew.
+    fn publish(&mut self) -> Result<()> {
+        self.roots.retain(|(root, _)| root.strong_count() > 0);
+        for (root, top) in &self.roots {
+            if let Some(root) = root.upgrade() {
+                root.publish(Arc::new(self.chain(top)?));
+            }
+        }
+        Ok(())
+    }
+
+    /// Drops implicit nodes that nothing refers to.
+    fn collect(&mut self) {
+        let mut used: HashSet<String> = HashSet::new();
+        let explicit = self
+            .nodes
+            .iter()
+            .filter(|node| !node.implicit)
+            .map(|n| n.name.clone());
+        let tops = self
+            .roots
+            .iter()
+            .filter(|(r, _)| r.strong_count() > 0)
+            .map(|(_, t)| t.clone());
+        let mut open: Vec<String> = explicit.chain(tops).collect();
+        while let Some(name) = open.pop() {
+            if let Ok(node) = self.node(&name)
+                && used.insert(name)
+            {
+                open.extend(node.backing.iter().chain(&node.file).cloned());
+            }
+        }
+        self.nodes.retain(|node| used.contains(&node.name));
+    }
+}
+
+impl Graph {
+    /// Adds a node.
+    ///
+    /// # Errors
+    /// When its name is taken.
+    pub fn add(&self, node: Node) -> Result<()> {
+        let mut state = self.state.lock();
+        if state.nodes.iter().any(|other| other.name == node.name) {
+            return Err(Error::Invalid(format!(
+                "Duplicate nodes with node-name='{}'",
+                node.name
+            )));
+        }
+        state.nodes.push(node);
+        Ok(())
+    }
+
+    /// A name for a node that was given none.
+    #[must_use]
+    pub fn make_name(&self) -> String {
+        let mut state = self.state.lock();
+        state.named += 1;
+        format!("#block{:03}", state.named)
+    }
+
+    /// A node as it is now.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub fn node(&self, name: &str) -> Result<Node> {
+        self.state.lock().node(name).cloned()
+    }
+
+    /// All nodes as they are now.
+    #[must_use]
+    pub fn nodes(&self) -> Vec<Node> {
+        self.state.lock().nodes.clone()
+    }
+
+    /// The nodes of a disk, top first.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub fn chain_nodes(&self, top: &str) -> Result<Vec<Node>> {
+        let state = self.state.lock();
+        Ok(state.chain_nodes(top)?.into_iter().cloned().collect())
+    }
+
+    /// Removes a node and what only it used, for instance when opening did not go to its end.
+    pub fn remove(&self, name: &str) {
+        let mut state = self.state.lock();
+        state.nodes.retain(|node| node.name != name);
+        state.collect();
+    }
+
+    /// A disk whose top is node `top`. It is kept up to date while somebody holds it.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub fn root(&self, top: &str) -> Result<Arc<Root>> {
+        let mut state = self.state.lock();
+        let root = Root::new(state.chain(top)?);
+        state.roots.push((Arc::downgrade(&root), top.to_owned()));
+        Ok(root)
+    }
+
+    /// Gives a node another layer: one that can be written, or no longer.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub fn replace_layer(&self, name: &str, layer: Arc<Layer>) -> Result<()> {
+        let mut state = self.state.lock();
+        let filters: Vec<String> = state
+            .nodes
+            .iter()
+            .filter(|node| node.driver == "copy-on-read" && node.file.as_deref() == Some(name))
+            .map(|node| node.name.clone())
+            .collect();
+        for filter in filters {
+            let of = filter_layer(&layer, &filter);
+            state.node_mut(&filter)?.layer = of;
+        }
+        state.node_mut(name)?.layer = layer;
+        state.publish()
+    }
+
+    /// Puts another node under `name`, or none. Nodes that nobody uses any longer go.
+    ///
+    /// # Errors
+    /// When a node does not exist.
+    pub fn set_backing(&self, name: &str, backing: Option<&str>) -> Result<()> {
+        let mut state = self.state.lock();
+        if let Some(backing) = backing {
+            state.node(backing)?;
+        }
+        let filters: Vec<String> = state
+            .nodes
+            .iter()
+            .filter(|node| node.driver == "copy-on-read" && node.file.as_deref() == Some(name))
+            .map(|node| node.name.clone())
+            .collect();
+        for changed in filters.iter().map(String::as_str).chain([name]) {
+            state.node_mut(changed)?.backing = backing.map(str::to_owned);
+        }
+        state.publish()?;
+        state.collect();
+        Ok(())
+    }
+
+    /// Flushes and closes every image that was written.
+    pub async fn close(&self) {
+        for node in self.nodes() {
+            let Format::Qcow2(qcow2) = &node.layer.format else {
+                if !node.layer.read_only
+                    && let Err(error) = node.layer.flush().await
+                {
+                    log::error!("closing '{}': {error}", node.name);
+                }
+                continue;
+            };
+            if let Err(error) = qcow2.close().await {
+                log::error!("closing '{}': {error}", node.name);
+            }
+        }
+    }
+}
+
+/// The layer of a copy-on-read filter over `layer`.
+pub(super) fn filter_layer(layer: &Layer, name: &str) -> Arc<Layer> {
+    Arc::new(Layer {
+        name: name.to_owned(),
+        copy_on_read: true,
+        ..layer.clone()
+    })
+}
+
+/// Where the file that an image names is: relative names start from the image's own folder.
+#[must_use]
+pub fn resolve(image: &Path, name: &str) -> PathBuf {
+    let name = Path::new(name);
+    match image.parent() {
+        Some(folder) if name.is_relative() => folder.join(name),
+        _ => name.to_owned(),
+    }
+}

@@ -11,6 +11,7 @@
 
 mod copy;
 pub mod graph;
+mod open;
 mod read;
 mod status;
 mod write;
@@ -34,7 +35,7 @@ pub use status::Status;
 pub const MAX_PIECES: usize = 8;
 
 /// One image file in a chain.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Layer {
     /// The node's name.
     pub name: String,

@@ -4,8 +4,7 @@
 //! and an export of it.
 
 use super::blockdev::{
-    AutoOptions, BackingRef, BlockRef, BlockdevOptions, CacheOptions, Discard, Driver,
-    OverlapCheck, Qcow2Options, RawOptions,
+    AutoOptions, BlockRef, BlockdevOptions, CacheOptions, Discard, Driver, Qcow2Options, RawOptions,
 };
 use super::error::ConfigError;
 use super::export::{check_serial, check_socket_path};
@@ -190,29 +189,6 @@ fn disk_node(args: &DiskArgs, image: &Path, id: &str) -> BlockdevOptions {
         })),
     };
     node
-}
-
-impl Qcow2Options {
-    /// An image stored in `file`, with nothing else said.
-    pub fn new(file: BlockRef) -> Self {
-        Self {
-            file,
-            backing: BackingRef::Default,
-            data_file: None,
-            copy_on_read: false,
-            lazy_refcounts: None,
-            pass_discard_request: None,
-            pass_discard_snapshot: true,
-            pass_discard_other: false,
-            discard_no_unref: false,
-            overlap_check: OverlapCheck::default(),
-            cache_size: None,
-            l2_cache_size: None,
-            l2_cache_entry_size: None,
-            refcount_cache_size: None,
-            cache_clean_interval: None,
-        }
-    }
 }
 
 /// Adds a monitor with its socket for every `--qmp`.

@@ -17,6 +17,7 @@
 
 mod args;
 mod blockdev;
+mod blockdev_read;
 mod check;
 mod disk;
 mod error;

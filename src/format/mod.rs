@@ -6,6 +6,8 @@
 pub mod qcow2;
 pub mod raw;
 
+use std::sync::Arc;
+
 use crate::error::Result;
 
 pub use qcow2::Qcow2;
@@ -47,12 +49,12 @@ pub struct Extent {
 }
 
 /// The formats that a layer can have.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum Format {
     /// Guest bytes as they are.
     Raw(Raw),
     /// QEMU's copy-on-write format.
-    Qcow2(Box<Qcow2>),
+    Qcow2(Arc<Qcow2>),
 }
 
 impl Format {

@@ -3,7 +3,7 @@
 use super::{Extent, Place};
 
 /// A raw layer.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub struct Raw {
     size: u64,
     /// Where the disk begins in the storage.

@@ -43,7 +43,9 @@ pub struct FileStorage {
 }
 
 impl FileStorage {
-    /// Opens `path` and takes QEMU's image locks on it.
+    /// Opens `path` and takes QEMU's image locks on it, as a reader: who is going to write asks
+    /// for that with [`Storage::set_access`], so that an image which might be written can be
+    /// shared as long as it is not.
     ///
     /// # Errors
     /// When it cannot be opened, is in use, or is neither a file nor a block device; the text
@@ -80,23 +82,21 @@ impl FileStorage {
                 ),
             ));
         }
-        if kind.is_file() && !flags.no_lock {
-            let access = match (flags.writable, flags.force_share) {
-                (true, _) => Access::Write,
-                (false, true) => Access::ReadShared,
-                (false, false) => Access::Read,
-            };
-            locking::lock(&file, access, path)?;
-        }
         let block_device = kind.is_block_device();
-        Ok(Self {
+        let storage = Self {
             limits: limits_of(&file, flags.direct, block_device),
             in_line: is_memory(&file),
             name: path.display().to_string(),
             file,
             flags,
             block_device,
-        })
+        };
+        storage.set_access(if flags.force_share {
+            Access::ReadShared
+        } else {
+            Access::Read
+        })?;
+        Ok(storage)
     }
 
     /// The path that the file was opened by.
@@ -233,6 +233,13 @@ impl Storage for FileStorage {
 
     fn writable(&self) -> bool {
         self.flags.writable
+    }
+
+    fn set_access(&self, access: Access) -> io::Result<()> {
+        if self.block_device || self.flags.no_lock {
+            return Ok(());
+        }
+        locking::lock(&self.file, access, Path::new(&self.name))
     }
 
     fn next_data(&self, offset: u64) -> Option<(u64, u64)> {

@@ -49,11 +49,34 @@ impl Access {
     }
 }
 
-/// Takes the locks for `access`; they go with the file.
+/// Takes the locks for `access` and gives back those that it does not need; all go with the file.
 ///
 /// # Errors
 /// When somebody else's use of the image does not go with it. The text is QEMU's.
 pub fn lock(file: &File, access: Access, path: &Path) -> io::Result<()> {
+    let result = take(file, access, path);
+    if result.is_err() {
+        // What was held before is not known here; a reader's locks harm nobody.
+        release_all_but(file, Access::Read)?;
+    } else {
+        release_all_but(file, access)?;
+    }
+    result
+}
+
+fn release_all_but(file: &File, access: Access) -> io::Result<()> {
+    for bit in [CONSISTENT_READ, WRITE, RESIZE] {
+        if !access.used().iter().any(|&(b, _)| b == bit) {
+            set_lock(file, libc::F_UNLCK, USED + bit)?;
+        }
+        if !access.unshared().iter().any(|&(b, _)| b == bit) {
+            set_lock(file, libc::F_UNLCK, UNSHARED + bit)?;
+        }
+    }
+    Ok(())
+}
+
+fn take(file: &File, access: Access, path: &Path) -> io::Result<()> {
     for &(bit, name) in access.used() {
         hold(file, USED + bit).map_err(|e| refused("shared ", name, path, &e))?;
     }
@@ -106,7 +129,11 @@ fn flock(kind: i32, start: i64) -> libc::flock {
 }
 
 fn hold(file: &File, byte: i64) -> io::Result<()> {
-    let lock = flock(libc::F_RDLCK, byte);
+    set_lock(file, libc::F_RDLCK, byte)
+}
+
+fn set_lock(file: &File, kind: libc::c_int, byte: i64) -> io::Result<()> {
+    let lock = flock(kind, byte);
     // SAFETY: the call reads one flock.
     if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) } < 0 {
         return Err(io::Error::last_os_error());

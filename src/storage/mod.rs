@@ -15,6 +15,7 @@ use crate::reactor::{Reactor, Token};
 
 pub use buffer::{AlignedBuf, IoBufs};
 pub use file::FileStorage;
+pub use locking::Access;
 
 /// An operation on storage.
 #[derive(Clone, Copy, Debug)]
@@ -68,6 +69,7 @@ pub struct Limits {
 }
 
 /// A place that holds the bytes of one layer.
+#[allow(clippy::len_without_is_empty)] // An empty file is nothing special.
 pub trait Storage: Send + Sync + std::fmt::Debug {
     /// Starts `op`.
     ///
@@ -97,6 +99,14 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
 
     /// Whether it was opened for writing.
     fn writable(&self) -> bool;
+
+    /// Changes what other programs may do with the file meanwhile (image locks).
+    ///
+    /// # Errors
+    /// When their use of it does not go with `access`.
+    fn set_access(&self, _access: Access) -> std::io::Result<()> {
+        Ok(())
+    }
 
     /// The first range of data at or after `offset` (`SEEK_DATA`, `SEEK_HOLE`), start and end.
     /// `None`: only zeros follow. Storage that cannot tell says everything is data.

@@ -550,6 +550,3 @@ async fn read_table(storage: &dyn Storage, offset: u64, entries: u64) -> Result<
         .map(|w| w.try_into().map_or(0, u64::from_be_bytes))
         .collect())
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,0 +1,518 @@
+//! Opening images: from options to nodes, down to the last backing file.
+//!
+//! Images are opened as readers: they share their files with other readers, and nothing is
+//! written to them. Whoever is going to write (an export, a job) asks for it with
+//! [`Graph::make_writable`].
+
+use std::collections::HashSet;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use futures_util::future::LocalBoxFuture;
+
+use super::Layer;
+use super::graph::{Graph, Node, filter_layer, resolve};
+use crate::config::{
+    AutoOptions, BackingRef, BlockRef, BlockdevOptions, Dialect, Discard, Driver, FileOptions,
+    Locking, Qcow2Options, RawOptions,
+};
+use crate::error::{Action, Error, Result};
+use crate::format::qcow2::{self, Backing, header};
+use crate::format::{Format, Qcow2, Raw};
+use crate::storage::file::OpenFlags;
+use crate::storage::{self, Access, FileStorage, Storage};
+
+/// Layers that a chain may have.
+const MAX_DEPTH: usize = 200;
+
+/// Who asked for a node.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Origin {
+    /// A user, by name.
+    Named,
+    /// It is written inside another node.
+    Nested,
+    /// The header of the image above it.
+    Header,
+}
+
+/// What has been opened on the way down: to find loops, and to take it back after an error.
+#[derive(Default)]
+struct Descent {
+    files: HashSet<(u64, u64)>,
+    depth: usize,
+    added: Vec<String>,
+}
+
+impl Graph {
+    /// Opens an image with everything under it. Returns the node's name.
+    ///
+    /// # Errors
+    /// When a file cannot be opened or is no image that can be served. No node is added then.
+    pub async fn open(&self, options: &BlockdevOptions) -> Result<String> {
+        let mut descent = Descent::default();
+        let result = self.open_node(options, &mut descent, Origin::Named).await;
+        if result.is_err() {
+            for name in descent.added.iter().rev() {
+                self.remove(name);
+            }
+        }
+        result
+    }
+
+    fn open_node<'a>(
+        &'a self,
+        options: &'a BlockdevOptions,
+        descent: &'a mut Descent,
+        origin: Origin,
+    ) -> LocalBoxFuture<'a, Result<String>> {
+        Box::pin(async move {
+            let name = options
+                .node_name
+                .clone()
+                .unwrap_or_else(|| self.make_name());
+            let node = match &options.driver {
+                Driver::File(file) | Driver::HostDevice(file) => {
+                    open_file(&name, options, file, descent)?
+                }
+                Driver::Raw(raw) => self.open_raw(&name, options, raw, descent).await?,
+                Driver::Qcow2(qcow2) => self.open_qcow2(&name, options, qcow2, descent).await?,
+                Driver::Auto(auto) => {
+                    return self
+                        .open_probed(&name, options, auto, descent, origin)
+                        .await;
+                }
+                Driver::CopyOnRead(filter) => {
+                    let file = self.open_ref(&filter.file, descent).await?;
+                    let below = self.node(&file)?;
+                    Node {
+                        name: name.clone(),
+                        driver: "copy-on-read",
+                        layer: filter_layer(&below.layer, &name),
+                        file: Some(file),
+                        options: options.clone(),
+                        ..below
+                    }
+                }
+            };
+            // A node that is not a user's own may be made writable by a job that needs it.
+            let own = origin == Origin::Named;
+            let fixed_read_only = options.read_only && own;
+            self.add(Node {
+                implicit: !own,
+                fixed_read_only,
+                ..node
+            })?;
+            descent.added.push(name.clone());
+            Ok(name)
+        })
+    }
+
+    async fn open_ref(&self, node: &BlockRef, descent: &mut Descent) -> Result<String> {
+        match node {
+            BlockRef::Name(name) => Ok(self.node(name)?.name),
+            BlockRef::Inline(options) => self.open_node(options, descent, Origin::Nested).await,
+        }
+    }
+
+    async fn open_raw(
+        &self,
+        name: &str,
+        options: &BlockdevOptions,
+        raw: &RawOptions,
+        descent: &mut Descent,
+    ) -> Result<Node> {
+        let file = self.node(&self.open_ref(&raw.file, descent).await?)?;
+        let storage = file.layer.storage.clone();
+        let len = storage_len(&*storage)?;
+        let size = match raw.size {
+            Some(size) if raw.offset.checked_add(size).is_none_or(|end| end > len) => {
+                return Err(Error::Invalid(format!(
+                    "The sum of offset ({}) and size ({size}) has to be smaller or equal to the \
+                     actual size of the containing file ({len})",
+                    raw.offset
+                )));
+            }
+            Some(size) => size,
+            None => len.saturating_sub(raw.offset),
+        };
+        let format = Format::Raw(Raw::new(raw.offset, size.next_multiple_of(512)));
+        Ok(make_node(name, "raw", options, format, &file, None))
+    }
+
+    async fn open_qcow2(
+        &self,
+        name: &str,
+        options: &BlockdevOptions,
+        qcow2: &Qcow2Options,
+        descent: &mut Descent,
+    ) -> Result<Node> {
+        if qcow2.data_file.is_some() {
+            return Err(Error::Invalid(
+                "external data files are not supported".into(),
+            ));
+        }
+        let file = self.node(&self.open_ref(&qcow2.file, descent).await?)?;
+        let storage = file.layer.storage.clone();
+        let image = Qcow2::open(storage, image_options(options, false)).await?;
+        let backing = match &qcow2.backing {
+            BackingRef::None => None,
+            BackingRef::Node(node) => Some(self.open_ref(node, descent).await?),
+            BackingRef::Default => match image.backing() {
+                None => None,
+                Some(backing) => Some(
+                    self.open_backing(options, &file.filename, &backing, descent)
+                        .await?,
+                ),
+            },
+        };
+        let format = Format::Qcow2(Arc::new(image));
+        let mut node = make_node(name, "qcow2", options, format, &file, backing);
+        if qcow2.copy_on_read {
+            node.layer = Arc::new(Layer {
+                copy_on_read: true,
+                ..(*node.layer).clone()
+            });
+        }
+        Ok(node)
+    }
+
+    /// Opens the backing file that a header names.
+    async fn open_backing(
+        &self,
+        above: &BlockdevOptions,
+        image: &Path,
+        backing: &Backing,
+        descent: &mut Descent,
+    ) -> Result<String> {
+        descent.depth += 1;
+        if descent.depth >= MAX_DEPTH {
+            return Err(Error::Invalid(format!(
+                "{}: the chain has more than {MAX_DEPTH} layers",
+                image.display()
+            )));
+        }
+        let context = |error: Error| match error {
+            Error::Invalid(text) => Error::Invalid(format!("Could not open backing file: {text}")),
+            other => other,
+        };
+        let options = backing_options(above, image, backing).map_err(context)?;
+        self.open_node(&options, descent, Origin::Header)
+            .await
+            .map_err(context)
+    }
+
+    async fn open_probed(
+        &self,
+        name: &str,
+        options: &BlockdevOptions,
+        auto: &AutoOptions,
+        descent: &mut Descent,
+        origin: Origin,
+    ) -> Result<String> {
+        let file = self.open_ref(&auto.file, descent).await?;
+        let storage = self.node(&file)?.layer.storage.clone();
+        let start = storage::io::read_buf(&*storage, 0, 512)
+            .await
+            .map_err(|error| Error::io(Action::Read, storage.name(), 0, &error))?;
+        let file = BlockRef::Name(file);
+        let driver = if header::probe(&start) {
+            let mut qcow2 = Qcow2Options::new(file);
+            qcow2.copy_on_read = auto.copy_on_read;
+            Driver::Qcow2(Box::new(qcow2))
+        } else {
+            log::warn!(
+                "{}: no format was named and it looks raw; name it, since whoever writes a raw \
+                 disk can make it look like another format",
+                storage.name()
+            );
+            Driver::Raw(RawOptions {
+                file,
+                offset: 0,
+                size: None,
+            })
+        };
+        let options = BlockdevOptions {
+            node_name: Some(name.to_owned()),
+            driver,
+            ..options.clone()
+        };
+        self.open_node(&options, descent, origin).await
+    }
+
+    /// Makes a node's image ready to be written: takes the writer's locks and opens it anew.
+    ///
+    /// # Errors
+    /// When the node is read-only, somebody else uses the image, or its state forbids it.
+    pub async fn make_writable(&self, name: &str) -> Result<()> {
+        let node = self.node(name)?;
+        if node.driver == "copy-on-read"
+            && let Some(file) = &node.file
+        {
+            let file = file.clone();
+            return Box::pin(self.make_writable(&file)).await;
+        }
+        if !node.layer.read_only {
+            return Ok(());
+        }
+        if node.fixed_read_only {
+            return Err(Error::Invalid("Block node is read-only".into()));
+        }
+        let mut storage = node.layer.storage.clone();
+        if !storage.writable() {
+            let flags = OpenFlags {
+                writable: true,
+                ..file_flags(&self.file_options(&node)?)
+            };
+            storage = Arc::new(FileStorage::open(&node.filename, flags).map_err(text)?);
+        }
+        storage.set_access(Access::Write).map_err(text)?;
+        let format = match &node.layer.format {
+            Format::Raw(raw) => Format::Raw(*raw),
+            Format::Qcow2(_) => {
+                let options = image_options(&node.options, true);
+                let opened = Qcow2::open(storage.clone(), options).await;
+                match opened {
+                    Ok(image) => Format::Qcow2(Arc::new(image)),
+                    Err(error) => {
+                        // Others may go on reading it.
+                        let _ = storage.set_access(Access::Read);
+                        return Err(error);
+                    }
+                }
+            }
+        };
+        let layer = Layer {
+            format,
+            storage,
+            read_only: false,
+            ..(*node.layer).clone()
+        };
+        self.replace_layer(name, Arc::new(layer))
+    }
+
+    /// Gives a node's image back to its readers, since nobody writes it any longer.
+    ///
+    /// # Errors
+    /// When what was written cannot be made stable; it stays writable then.
+    pub async fn make_read_only(&self, name: &str) -> Result<()> {
+        let node = self.node(name)?;
+        if node.driver == "copy-on-read"
+            && let Some(file) = &node.file
+        {
+            let file = file.clone();
+            return Box::pin(self.make_read_only(&file)).await;
+        }
+        if node.layer.read_only {
+            return Ok(());
+        }
+        match &node.layer.format {
+            Format::Raw(_) => node.layer.flush().await?,
+            Format::Qcow2(qcow2) => qcow2.close().await?,
+        }
+        let layer = Layer {
+            read_only: true,
+            ..(*node.layer).clone()
+        };
+        self.replace_layer(name, Arc::new(layer))?;
+        node.layer.storage.set_access(Access::Read).map_err(text)
+    }
+
+    /// The options of the file node under `node`.
+    fn file_options(&self, node: &Node) -> Result<BlockdevOptions> {
+        match &node.file {
+            Some(file) => Ok(self.node(file)?.options),
+            None => Ok(node.options.clone()),
+        }
+    }
+}
+
+fn text(error: std::io::Error) -> Error {
+    Error::Invalid(error.to_string())
+}
+
+fn storage_len(storage: &dyn Storage) -> Result<u64> {
+    storage
+        .len()
+        .map_err(|error| Error::io(Action::Read, storage.name(), 0, &error))
+}
+
+fn image_options(options: &BlockdevOptions, writable: bool) -> qcow2::Options {
+    let cache_bytes = match &options.driver {
+        Driver::Qcow2(qcow2) => qcow2.l2_cache_size.or(qcow2.cache_size),
+        _ => None,
+    };
+    qcow2::Options {
+        writable,
+        discard: match &options.driver {
+            Driver::Qcow2(qcow2) => qcow2
+                .pass_discard_request
+                .unwrap_or(options.discard == Discard::Unmap),
+            _ => options.discard == Discard::Unmap,
+        },
+        cache_bytes: cache_bytes.unwrap_or(qcow2::DEFAULT_CACHE_BYTES),
+    }
+}
+
+fn file_flags(options: &BlockdevOptions) -> OpenFlags {
+    let locking = match &options.driver {
+        Driver::File(file) | Driver::HostDevice(file) => file.locking,
+        _ => Locking::Auto,
+    };
+    OpenFlags {
+        writable: !options.read_only,
+        direct: options.cache.direct,
+        no_flush: options.cache.no_flush,
+        no_lock: locking == Locking::Off,
+        force_share: options.force_share,
+    }
+}
+
+fn open_file(
+    name: &str,
+    options: &BlockdevOptions,
+    file: &FileOptions,
+    descent: &mut Descent,
+) -> Result<Node> {
+    if let Ok(stat) = std::fs::metadata(&file.filename)
+        && !descent.files.insert((stat.dev(), stat.ino()))
+    {
+        return Err(Error::Invalid(format!(
+            "{}: the image is under itself: the chain is a loop",
+            file.filename.display()
+        )));
+    }
+    let flags = file_flags(options);
+    let storage = match FileStorage::open(&file.filename, flags) {
+        Err(error) if flags.writable && options.auto_read_only && is_denied(&error) => {
+            FileStorage::open(
+                &file.filename,
+                OpenFlags {
+                    writable: false,
+                    ..flags
+                },
+            )
+        }
+        other => other,
+    };
+    let storage: Arc<dyn Storage> = Arc::new(storage.map_err(text)?);
+    let size = storage_len(&*storage)?.next_multiple_of(512);
+    Ok(Node {
+        name: name.to_owned(),
+        driver: if matches!(options.driver, Driver::File(_)) {
+            "file"
+        } else {
+            "host_device"
+        },
+        layer: Arc::new(Layer {
+            name: name.to_owned(),
+            format: Format::Raw(Raw::new(0, size)),
+            storage,
+            read_only: true,
+            discard: options.discard == Discard::Unmap,
+            copy_on_read: false,
+        }),
+        filename: file.filename.clone(),
+        backing: None,
+        file: None,
+        options: options.clone(),
+        implicit: false,
+        fixed_read_only: false,
+    })
+}
+
+fn is_denied(error: &std::io::Error) -> bool {
+    matches!(
+        error.kind(),
+        std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem
+    )
+}
+
+fn make_node(
+    name: &str,
+    driver: &'static str,
+    options: &BlockdevOptions,
+    format: Format,
+    file: &Node,
+    backing: Option<String>,
+) -> Node {
+    Node {
+        name: name.to_owned(),
+        driver,
+        layer: Arc::new(Layer {
+            name: name.to_owned(),
+            format,
+            storage: file.layer.storage.clone(),
+            read_only: true,
+            discard: options.discard == Discard::Unmap,
+            copy_on_read: false,
+        }),
+        filename: file.filename.clone(),
+        backing,
+        file: Some(file.name.clone()),
+        options: options.clone(),
+        implicit: false,
+        fixed_read_only: false,
+    }
+}
+
+/// The options of the node for a backing file that a header names.
+fn backing_options(
+    above: &BlockdevOptions,
+    image: &Path,
+    backing: &Backing,
+) -> Result<BlockdevOptions> {
+    if let Some(json) = backing.name.strip_prefix("json:") {
+        let value = serde_json::from_str(json)
+            .map_err(|error| Error::Invalid(format!("backing file name '{json}': {error}")))?;
+        let mut options = BlockdevOptions::from_nested(&value, above, Dialect::Json)
+            .map_err(|error| Error::Invalid(error.to_string()))?;
+        options.read_only = true;
+        return Ok(options);
+    }
+    let path = backing_path(image, &backing.name)?;
+    let placeholder = above.backing_node(Driver::Auto(AutoOptions {
+        file: BlockRef::Name(String::new()),
+        copy_on_read: false,
+    }));
+    let file = BlockRef::Inline(Box::new(placeholder.child_file(&path)));
+    let driver = match backing.format.as_deref() {
+        Some("raw" | "file" | "host_device") => Driver::Raw(RawOptions {
+            file,
+            offset: 0,
+            size: None,
+        }),
+        Some("qcow2") => Driver::Qcow2(Box::new(Qcow2Options::new(file))),
+        None => Driver::Auto(AutoOptions {
+            file,
+            copy_on_read: false,
+        }),
+        Some(other) => {
+            return Err(Error::Invalid(format!(
+                "{}: Unknown driver '{other}' (expected raw or qcow2)",
+                path.display()
+            )));
+        }
+    };
+    Ok(BlockdevOptions {
+        driver,
+        ..placeholder
+    })
+}
+
+/// The path that a backing file's name stands for.
+fn backing_path(image: &Path, name: &str) -> Result<PathBuf> {
+    let plain = name.strip_prefix("file:").unwrap_or(name);
+    let protocol = name.split_once(':').map(|(protocol, _)| protocol);
+    if let Some(protocol) = protocol
+        && plain == name
+        && !protocol.is_empty()
+        && !protocol.contains('/')
+    {
+        return Err(Error::Invalid(format!(
+            "'{name}': Unknown protocol '{protocol}' (expected a file)"
+        )));
+    }
+    Ok(resolve(image, plain))
+}

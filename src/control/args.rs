@@ -1,0 +1,155 @@
+//! The arguments of commands: what is allowed, and the checking of what came.
+
+use serde_json::{Map, Value};
+
+use super::error::CommandError;
+
+/// The type of an argument.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A string.
+    Str,
+    /// A whole number that fits 64 bits.
+    Int,
+    /// True or false.
+    Bool,
+    /// One of some words; the type's name comes first.
+    Enum(&'static str, &'static [&'static str]),
+    /// A list of words.
+    EnumList(&'static str, &'static [&'static str]),
+}
+
+/// An argument a command takes.
+#[derive(Clone, Copy, Debug)]
+pub struct Arg {
+    /// Its name.
+    pub name: &'static str,
+    /// Its type.
+    pub kind: Kind,
+    /// Whether the command cannot do without it.
+    pub required: bool,
+}
+
+impl Arg {
+    /// An argument that has to be there.
+    pub const fn required(name: &'static str, kind: Kind) -> Self {
+        Self {
+            name,
+            kind,
+            required: true,
+        }
+    }
+
+    /// An argument that may be left out.
+    pub const fn optional(name: &'static str, kind: Kind) -> Self {
+        Self {
+            name,
+            kind,
+            required: false,
+        }
+    }
+}
+
+/// Arguments that were found to be as the command wants them.
+#[derive(Debug, Default)]
+pub struct Args(Map<String, Value>);
+
+impl Args {
+    /// Checks `given` against what a command takes. The first thing wrong is told, in the order of
+    /// `wanted`, then what is too much.
+    pub fn check(wanted: &[Arg], given: Map<String, Value>) -> Result<Self, CommandError> {
+        for arg in wanted {
+            match given.get(arg.name) {
+                Some(value) => check_value(arg, value)?,
+                None if arg.required => {
+                    return Err(CommandError::generic(format!(
+                        "Parameter '{}' is missing",
+                        arg.name
+                    )));
+                }
+                None => {}
+            }
+        }
+        match given
+            .keys()
+            .find(|name| !wanted.iter().any(|arg| arg.name == *name))
+        {
+            Some(name) => Err(CommandError::generic(format!(
+                "Parameter '{name}' is unexpected"
+            ))),
+            None => Ok(Self(given)),
+        }
+    }
+
+    /// The string `name`, if it was given.
+    pub fn str(&self, name: &str) -> Option<&str> {
+        self.0.get(name)?.as_str()
+    }
+
+    /// The number `name`, if it was given.
+    pub fn int(&self, name: &str) -> Option<i64> {
+        self.0.get(name)?.as_i64()
+    }
+
+    /// The flag `name`, if it was given.
+    pub fn bool(&self, name: &str) -> Option<bool> {
+        self.0.get(name)?.as_bool()
+    }
+
+    /// The words of the list `name`.
+    pub fn words(&self, name: &str) -> impl Iterator<Item = &str> {
+        self.0
+            .get(name)
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+    }
+
+    /// A string that the command cannot do without.
+    pub fn required_str(&self, name: &str) -> Result<&str, CommandError> {
+        self.str(name)
+            .ok_or_else(|| CommandError::generic(format!("Parameter '{name}' is missing")))
+    }
+}
+
+fn wrong_type(name: &str, expected: &str) -> CommandError {
+    CommandError::generic(format!(
+        "Invalid parameter type for '{name}', expected: {expected}"
+    ))
+}
+
+fn check_value(arg: &Arg, value: &Value) -> Result<(), CommandError> {
+    let name = arg.name;
+    match arg.kind {
+        Kind::Str if !value.is_string() => Err(wrong_type(name, "string")),
+        Kind::Int if value.as_i64().is_none() => Err(wrong_type(name, "integer")),
+        Kind::Bool if !value.is_boolean() => Err(wrong_type(name, "boolean")),
+        Kind::Enum(_, words) => check_word(name, name, words, value),
+        Kind::EnumList(_, words) => {
+            let items = value.as_array().ok_or_else(|| wrong_type(name, "array"))?;
+            // An item has no name of its own, and this is what QEMU calls it.
+            items.iter().enumerate().try_for_each(|(at, item)| {
+                check_word(&format!("{name}[{at}]"), "null", words, item)
+            })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn check_word(
+    full_name: &str,
+    name: &str,
+    words: &[&str],
+    value: &Value,
+) -> Result<(), CommandError> {
+    let word = value
+        .as_str()
+        .ok_or_else(|| wrong_type(full_name, "string"))?;
+    if words.contains(&word) {
+        return Ok(());
+    }
+    Err(CommandError::generic(format!(
+        "Parameter '{name}' does not accept value '{word}'"
+    )))
+}

@@ -1,0 +1,289 @@
+//! What can be asked for: the table of commands, and those that fit in a few lines.
+
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use super::args::{Arg, Args, Kind};
+use super::error::{CommandError, ErrorClass};
+use super::session::Control;
+use super::{hmp, schema, stream};
+use crate::job::Job;
+
+/// The command that ends the negotiation.
+pub(super) const NEGOTIATE: &str = "qmp_capabilities";
+
+/// What a command gives back.
+#[derive(Debug, PartialEq)]
+pub struct Answer {
+    /// For the client.
+    pub value: Value,
+    /// The daemon is to end once the answer is out.
+    pub quit: bool,
+}
+
+impl From<Value> for Answer {
+    fn from(value: Value) -> Self {
+        Self { value, quit: false }
+    }
+}
+
+/// What a command gives back if it works out.
+pub(super) type Done = Result<Answer, CommandError>;
+
+/// A command.
+pub(super) struct Command {
+    pub name: &'static str,
+    pub args: &'static [Arg],
+    /// What `query-qmp-schema` says about what it gives back.
+    pub returns: Returns,
+    pub run: fn(&Control, &Args) -> Done,
+}
+
+/// What a command gives back, roughly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Returns {
+    Nothing,
+    Object,
+    List,
+    Text,
+}
+
+const fn command(
+    name: &'static str,
+    args: &'static [Arg],
+    returns: Returns,
+    run: fn(&Control, &Args) -> Done,
+) -> Command {
+    Command {
+        name,
+        args,
+        returns,
+        run,
+    }
+}
+
+const CAPABILITIES: Kind = Kind::EnumList("QMPCapability", &["oob"]);
+const ON_ERROR: Kind = Kind::Enum(
+    "BlockdevOnError",
+    &["report", "ignore", "enospc", "stop", "auto"],
+);
+
+const NO_ARGS: &[Arg] = &[];
+const DEVICE: &[Arg] = &[Arg::required("device", Kind::Str)];
+const ID: &[Arg] = &[Arg::required("id", Kind::Str)];
+const CANCEL: &[Arg] = &[
+    Arg::required("device", Kind::Str),
+    Arg::optional("force", Kind::Bool),
+];
+const SPEED: &[Arg] = &[
+    Arg::required("device", Kind::Str),
+    Arg::required("speed", Kind::Int),
+];
+const OLD_SPEED: &[Arg] = &[
+    Arg::required("device", Kind::Str),
+    Arg::required("value", Kind::Int),
+];
+const STREAM: &[Arg] = &[
+    Arg::optional("job-id", Kind::Str),
+    Arg::required("device", Kind::Str),
+    Arg::optional("base", Kind::Str),
+    Arg::optional("base-node", Kind::Str),
+    Arg::optional("backing-file", Kind::Str),
+    Arg::optional("backing-mask-protocol", Kind::Bool),
+    Arg::optional("bottom", Kind::Str),
+    Arg::optional("speed", Kind::Int),
+    Arg::optional("on-error", ON_ERROR),
+    Arg::optional("filter-node-name", Kind::Str),
+    Arg::optional("auto-finalize", Kind::Bool),
+    Arg::optional("auto-dismiss", Kind::Bool),
+];
+
+/// All commands, in the order in which `query-commands` lists them.
+#[rustfmt::skip]
+pub(super) static COMMANDS: &[Command] = &[
+    command(NEGOTIATE, &[Arg::optional("enable", CAPABILITIES)], Returns::Nothing, negotiate),
+    command("query-version", NO_ARGS, Returns::Object, |_, _| Ok(version().into())),
+    command("query-commands", NO_ARGS, Returns::List, |_, _| Ok(schema::commands().into())),
+    command("query-qmp-schema", NO_ARGS, Returns::List, |_, _| Ok(schema::schema().into())),
+    command("quit", NO_ARGS, Returns::Nothing, |_, _| Ok(Answer { value: json!({}), quit: true })),
+    command("human-monitor-command",
+        &[Arg::required("command-line", Kind::Str), Arg::optional("cpu-index", Kind::Int)],
+        Returns::Text, hmp::human_monitor_command),
+    command("query-named-block-nodes", &[Arg::optional("flat", Kind::Bool)],
+        Returns::List, query_named_block_nodes),
+    command("query-block-exports", NO_ARGS, Returns::List, query_block_exports),
+    command("query-block", NO_ARGS, Returns::List, query_block),
+    command("query-block-jobs", NO_ARGS, Returns::List, query_block_jobs),
+    command("query-jobs", NO_ARGS, Returns::List, query_jobs),
+    command("block-stream", STREAM, Returns::Nothing, stream::block_stream),
+    command("block-job-set-speed", SPEED, Returns::Nothing, |c, a| set_speed(c, a, "speed")),
+    command("block-job-cancel", CANCEL, Returns::Nothing, block_job_cancel),
+    command("block-job-pause", DEVICE, Returns::Nothing, |c, a| on_block_job(c, a, Job::pause)),
+    command("block-job-resume", DEVICE, Returns::Nothing, |c, a| on_block_job(c, a, Job::resume)),
+    command("block-job-complete", DEVICE, Returns::Nothing,
+        |c, a| on_block_job(c, a, Job::complete)),
+    command("block-job-finalize", ID, Returns::Nothing, block_job_finalize),
+    command("block-job-dismiss", ID, Returns::Nothing, block_job_dismiss),
+    command("job-pause", ID, Returns::Nothing, |c, a| on_job(c, a, Job::pause)),
+    command("job-resume", ID, Returns::Nothing, |c, a| on_job(c, a, Job::resume)),
+    command("job-cancel", ID, Returns::Nothing, |c, a| on_job(c, a, Job::cancel)),
+    command("job-complete", ID, Returns::Nothing, |c, a| on_job(c, a, Job::complete)),
+    command("job-finalize", ID, Returns::Nothing, |c, a| on_job(c, a, Job::finalize)),
+    command("job-dismiss", ID, Returns::Nothing, job_dismiss),
+    // The names of 2011.
+    command("block_stream", STREAM, Returns::Nothing, stream::block_stream),
+    command("block_job_set_speed", OLD_SPEED, Returns::Nothing, |c, a| set_speed(c, a, "value")),
+    command("block_job_cancel", CANCEL, Returns::Nothing, block_job_cancel),
+];
+
+/// The command of this name.
+pub(super) fn find(name: &str) -> Option<&'static Command> {
+    COMMANDS.iter().find(|command| command.name == name)
+}
+
+/// Our version, in the form that clients of QEMU know.
+pub(super) fn version() -> Value {
+    let number = |text: &str| text.parse::<u32>().unwrap_or_default();
+    json!({
+        "qemu": {
+            "major": number(env!("CARGO_PKG_VERSION_MAJOR")),
+            "minor": number(env!("CARGO_PKG_VERSION_MINOR")),
+            "micro": number(env!("CARGO_PKG_VERSION_PATCH")),
+        },
+        "package": concat!("stratablk-", env!("CARGO_PKG_VERSION")),
+    })
+}
+
+fn nothing() -> Done {
+    Ok(json!({}).into())
+}
+
+fn negotiate(_: &Control, args: &Args) -> Done {
+    match args.words("enable").next() {
+        Some(word) => Err(CommandError::generic(format!(
+            "Capability {word} not available"
+        ))),
+        None => nothing(),
+    }
+}
+
+fn query_named_block_nodes(control: &Control, args: &Args) -> Done {
+    let nodes = control.backend.block_nodes();
+    let all = (args.bool("flat") != Some(true)).then_some(nodes.as_slice());
+    Ok(nodes
+        .iter()
+        .map(|node| node.to_value(all))
+        .collect::<Value>()
+        .into())
+}
+
+fn query_block_exports(control: &Control, _: &Args) -> Done {
+    let exports = control.backend.exports();
+    Ok(exports
+        .iter()
+        .map(|export| export.to_value())
+        .collect::<Value>()
+        .into())
+}
+
+fn query_block(control: &Control, _: &Args) -> Done {
+    let nodes = control.backend.block_nodes();
+    let devices = control.backend.exports().into_iter().map(|export| {
+        let mut device = json!({
+            "device": export.id,
+            "locked": false,
+            "removable": false,
+            "type": "unknown",
+        });
+        let node = nodes.iter().find(|node| node.node_name == export.node_name);
+        if let (Some(node), Some(members)) = (node, device.as_object_mut()) {
+            members.insert("inserted".to_owned(), node.to_value(Some(&nodes)));
+        }
+        device
+    });
+    Ok(devices.collect::<Value>().into())
+}
+
+fn query_block_jobs(control: &Control, _: &Args) -> Done {
+    Ok(control
+        .jobs
+        .list()
+        .iter()
+        .map(|job| job.to_block_job())
+        .collect::<Value>()
+        .into())
+}
+
+fn query_jobs(control: &Control, _: &Args) -> Done {
+    Ok(control
+        .jobs
+        .list()
+        .iter()
+        .map(|job| job.to_job())
+        .collect::<Value>()
+        .into())
+}
+
+fn no_block_job(id: &str) -> CommandError {
+    CommandError {
+        class: ErrorClass::DeviceNotActive,
+        desc: format!("Block job '{id}' not found"),
+    }
+}
+
+fn no_job() -> CommandError {
+    CommandError::generic("Job not found")
+}
+
+/// The job that the older commands call `device`.
+pub(super) fn block_job(control: &Control, id: &str) -> Result<Arc<Job>, CommandError> {
+    control.jobs.job(id).ok_or_else(|| no_block_job(id))
+}
+
+type JobVerb = fn(&Job) -> Result<(), crate::job::Refused>;
+
+fn on_block_job(control: &Control, args: &Args, verb: JobVerb) -> Done {
+    verb(&*block_job(control, args.required_str("device")?)?)?;
+    nothing()
+}
+
+fn on_job(control: &Control, args: &Args, verb: JobVerb) -> Done {
+    let job = control
+        .jobs
+        .job(args.required_str("id")?)
+        .ok_or_else(no_job)?;
+    verb(&job)?;
+    nothing()
+}
+
+fn set_speed(control: &Control, args: &Args, name: &str) -> Done {
+    let job = block_job(control, args.required_str("device")?)?;
+    job.set_speed(args.int(name).unwrap_or_default())?;
+    nothing()
+}
+
+fn block_job_cancel(control: &Control, args: &Args) -> Done {
+    let job = block_job(control, args.required_str("device")?)?;
+    job.block_cancel(args.bool("force") == Some(true))?;
+    nothing()
+}
+
+fn block_job_finalize(control: &Control, args: &Args) -> Done {
+    block_job(control, args.required_str("id")?)?.finalize()?;
+    nothing()
+}
+
+fn block_job_dismiss(control: &Control, args: &Args) -> Done {
+    let id = args.required_str("id")?;
+    control.jobs.dismiss(id).ok_or_else(|| no_block_job(id))??;
+    nothing()
+}
+
+fn job_dismiss(control: &Control, args: &Args) -> Done {
+    control
+        .jobs
+        .dismiss(args.required_str("id")?)
+        .ok_or_else(no_job)??;
+    nothing()
+}

@@ -1,0 +1,248 @@
+//! The words of `stratactl`'s command line.
+
+use super::units::parse_rate;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde_json::Value;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// The variable that stands in for `--socket`.
+pub const SOCKET_VARIABLE: &str = "STRATABLK_QMP";
+
+/// Heading of the options that every command has.
+const CONNECTION: &str = "With every command";
+
+const AFTER_HELP: &str = "\
+RATE is in bytes per second: 512K, 20M, 1G (powers of 1024), or 0 or 'unlimited' for no limit.
+
+Exit codes:
+  0  done
+  1  the daemon answered with an error
+  2  wrong options
+  3  cannot connect, or the connection was lost
+  4  a job that was waited for (--wait, --watch) failed or was cancelled
+
+Examples:
+  export STRATABLK_QMP=/run/vm1.qmp
+  stratactl info                            what is served, with its layers
+  stratactl stream disk0 --speed 20M        copy the layers below into the image, slowly
+  stratactl jobs --watch                    look on, until all is done
+  stratactl speed disk0 unlimited           now fast
+  stratactl stream disk0 --base golden.raw --wait   keep golden.raw below, take in the rest
+  stratactl qmp query-named-block-nodes '{\"flat\": true}'";
+
+/// Controls a running stratablk over its control socket
+#[derive(Debug, Parser)]
+#[command(name = "stratactl", version, after_help = AFTER_HELP, infer_subcommands = true)]
+pub struct Cli {
+    /// The daemon's control socket [default: the variable STRATABLK_QMP]
+    #[arg(short, long, global = true, value_name = "PATH", help_heading = CONNECTION)]
+    pub socket: Option<PathBuf>,
+
+    /// Print JSON, one value a line; errors too, on standard error
+    #[arg(long, global = true, help_heading = CONNECTION)]
+    pub json: bool,
+
+    /// Longest time to wait for an answer, in seconds; 0 is for ever
+    #[arg(long, global = true, value_name = "SECONDS", default_value_t = 60,
+          help_heading = CONNECTION)]
+    pub timeout: u32,
+
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+impl Cli {
+    /// The longest wait for an answer.
+    pub fn timeout(&self) -> Option<Duration> {
+        (self.timeout > 0).then(|| Duration::from_secs(self.timeout.into()))
+    }
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// List the jobs
+    Jobs {
+        /// Show their progress until all have ended
+        #[arg(short, long)]
+        watch: bool,
+    },
+    /// Copy data from the layers below into an image while the guest runs
+    Stream(StreamArgs),
+    /// Limit the speed of a job
+    Speed {
+        /// The job
+        job: String,
+        /// Bytes per second
+        #[arg(value_parser = parse_rate)]
+        rate: u64,
+    },
+    /// Halt a job
+    Pause {
+        /// The job
+        job: String,
+    },
+    /// Let a paused job go on
+    Resume {
+        /// The job
+        job: String,
+    },
+    /// End a job. What it copied is kept, and a new job goes on from there
+    Cancel {
+        /// The job
+        job: String,
+        /// Do not wait for a job that is ready to complete
+        #[arg(long)]
+        force: bool,
+    },
+    /// Complete a job that is ready
+    Complete {
+        /// The job
+        job: String,
+    },
+    /// Make the outcome of a pending job effective (--no-auto-finalize)
+    Finalize {
+        /// The job
+        job: String,
+    },
+    /// Remove an ended job from the list (--no-auto-dismiss)
+    Dismiss {
+        /// The job
+        job: String,
+    },
+    /// Show the version, the exports with their layers, and the jobs
+    Info,
+    /// Send any QMP command and print what it returns
+    Qmp {
+        /// The command's name
+        command: String,
+        /// Its arguments, a JSON object
+        #[arg(value_parser = parse_object)]
+        arguments: Option<Value>,
+    },
+    /// Send a line for people (human-monitor-command) and print the answer
+    Hmp {
+        /// The words of the line
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        line: Vec<String>,
+    },
+    /// End the daemon
+    Quit,
+}
+
+/// Options of `stream`.
+#[derive(Debug, Args)]
+pub struct StreamArgs {
+    /// The export or node to copy into
+    pub device: String,
+    /// Stop above the layer in this file, which stays as the backing file. As it is written in
+    /// the image above it
+    #[arg(long, value_name = "FILE", group = "until")]
+    pub base: Option<String>,
+    /// Stop above this node
+    #[arg(long, value_name = "NODE", group = "until")]
+    pub base_node: Option<String>,
+    /// Copy from this node and those above it only
+    #[arg(long, value_name = "NODE", group = "until")]
+    pub bottom: Option<String>,
+    /// The name of the base to write into the image
+    #[arg(long, value_name = "NAME", requires = "until")]
+    pub backing_file: Option<String>,
+    /// Bytes per second
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub speed: Option<u64>,
+    /// The job's name [default: DEVICE]
+    #[arg(long, value_name = "NAME")]
+    pub job_id: Option<String>,
+    /// What to do when data cannot be read or written
+    #[arg(long, value_enum, value_name = "ACTION")]
+    pub on_error: Option<OnError>,
+    /// Stay pending at the end until 'finalize'
+    #[arg(long)]
+    pub no_auto_finalize: bool,
+    /// Stay in the list after the end until 'dismiss'
+    #[arg(long)]
+    pub no_auto_dismiss: bool,
+    /// Show the progress and return when the job has ended. It goes on when this is interrupted
+    #[arg(short, long)]
+    pub wait: bool,
+}
+
+/// What a job does about errors.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum OnError {
+    /// End with the error (the default)
+    Report,
+    /// Go on, and end with the error
+    Ignore,
+    /// Pause; 'resume' tries again
+    Stop,
+    /// Pause when space ran out, else end with the error
+    Enospc,
+}
+
+impl OnError {
+    /// QMP's word for it.
+    pub fn word(self) -> &'static str {
+        match self {
+            OnError::Report => "report",
+            OnError::Ignore => "ignore",
+            OnError::Stop => "stop",
+            OnError::Enospc => "enospc",
+        }
+    }
+}
+
+/// Reads the arguments, the first being the program's own name.
+pub fn parse<I, T>(args: I) -> Result<Cli, clap::Error>
+where
+    I: IntoIterator<Item = T>,
+    T: Into<OsString> + Clone,
+{
+    Cli::try_parse_from(args)
+}
+
+fn parse_object(text: &str) -> Result<Value, String> {
+    match serde_json::from_str(text) {
+        Ok(value @ Value::Object(_)) => Ok(value),
+        Ok(_) => Err("expected a JSON object such as '{\"device\": \"disk0\"}'".to_owned()),
+        Err(error) => Err(format!("invalid JSON: {error}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    /// Would catch options that clash, which clap finds only when they are used.
+    #[test]
+    fn definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    /// Would catch wrong options that are sent to the daemon all the same.
+    #[test]
+    fn wrong_options() {
+        for args in [
+            &["stream"][..],
+            &["stream", "d", "--base", "x", "--base-node", "y"],
+            &["stream", "d", "--backing-file", "x"],
+            &["stream", "d", "--on-error", "panic"],
+            &["stream", "d", "--speed", "-1"],
+            &["speed", "j", "fast"],
+            &["speed", "j"],
+            &["qmp", "x", "[1]"],
+            &["hmp"],
+            &["nonsense"],
+            &[],
+        ] {
+            let error = parse(std::iter::once("stratactl").chain(args.iter().copied()))
+                .expect_err(&format!("{args:?}"));
+            assert!(error.use_stderr(), "{args:?}");
+        }
+    }
+}

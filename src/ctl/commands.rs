@@ -1,0 +1,210 @@
+//! What each command sends, and how its answer is printed.
+
+use super::args::{Cli, Command, SOCKET_VARIABLE, StreamArgs};
+use super::client::Client;
+use super::tracker::{Tracker, merge};
+use super::watch::watch;
+use super::{Failure, info, units};
+use serde_json::{Map, Value, json};
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// Connects and carries out the command.
+pub fn execute(cli: Cli, out: &mut dyn Write) -> Result<(), Failure> {
+    let socket = socket_path(&cli)?;
+    let mut client = Client::connect(&socket, cli.timeout())?;
+    let json = cli.json;
+    let client = &mut client;
+    match cli.command {
+        Command::Jobs { watch: false } => list_jobs(client, json, out),
+        Command::Jobs { watch: true } => {
+            watch(client, Tracker::new(None, Instant::now()), json, out)
+        }
+        Command::Stream(args) => stream(client, &args, json, out),
+        Command::Speed { job, rate } => send(
+            client,
+            "block-job-set-speed",
+            json!({"device": job, "speed": rate}),
+            json,
+            out,
+        ),
+        Command::Pause { job } => send(client, "job-pause", json!({"id": job}), json, out),
+        Command::Resume { job } => send(client, "job-resume", json!({"id": job}), json, out),
+        Command::Cancel { job, force } => {
+            let arguments = json!({"device": job, "force": force});
+            send(client, "block-job-cancel", arguments, json, out)
+        }
+        Command::Complete { job } => send(client, "job-complete", json!({"id": job}), json, out),
+        Command::Finalize { job } => send(client, "job-finalize", json!({"id": job}), json, out),
+        Command::Dismiss { job } => send(client, "job-dismiss", json!({"id": job}), json, out),
+        Command::Info => info::show(client, json, out),
+        Command::Qmp { command, arguments } => {
+            let result = client.execute(&command, arguments.unwrap_or(Value::Null))?;
+            if json {
+                writeln!(out, "{result}")?
+            } else {
+                writeln!(out, "{result:#}")?
+            }
+            Ok(())
+        }
+        Command::Hmp { line } => human(client, &line, json, out),
+        Command::Quit => send(client, "quit", Value::Null, json, out),
+    }
+}
+
+fn socket_path(cli: &Cli) -> Result<PathBuf, Failure> {
+    let variable = || std::env::var_os(SOCKET_VARIABLE).filter(|path| !path.is_empty());
+    cli.socket
+        .clone()
+        .or_else(|| variable().map(PathBuf::from))
+        .ok_or_else(|| {
+            Failure::Usage(format!(
+                "which daemon? Give its control socket with --socket or in {SOCKET_VARIABLE}"
+            ))
+        })
+}
+
+/// A command whose answer says nothing beyond that it was done.
+fn send(
+    client: &mut Client,
+    command: &str,
+    arguments: Value,
+    json: bool,
+    out: &mut dyn Write,
+) -> Result<(), Failure> {
+    let result = client.execute(command, arguments)?;
+    if json {
+        writeln!(out, "{result}")?;
+    }
+    Ok(())
+}
+
+fn human(
+    client: &mut Client,
+    line: &[String],
+    json: bool,
+    out: &mut dyn Write,
+) -> Result<(), Failure> {
+    let arguments = json!({"command-line": line.join(" ")});
+    let result = client.execute("human-monitor-command", arguments)?;
+    match result.as_str() {
+        Some(text) if !json => {
+            // The text has line ends of the wire's kind, and perhaps none at its end.
+            for line in text.lines() {
+                writeln!(out, "{line}")?;
+            }
+        }
+        _ => writeln!(out, "{result}")?,
+    }
+    Ok(())
+}
+
+fn stream(
+    client: &mut Client,
+    args: &StreamArgs,
+    json: bool,
+    out: &mut dyn Write,
+) -> Result<(), Failure> {
+    let job = args.job_id.as_deref().unwrap_or(&args.device);
+    let began = Instant::now();
+    client.execute("block-stream", stream_arguments(args, job))?;
+    if args.wait {
+        return watch(client, Tracker::new(Some(job), began), json, out);
+    }
+    if json {
+        writeln!(out, "{}", json!({"job": job}))?;
+    } else {
+        writeln!(out, "job '{job}' started")?;
+    }
+    Ok(())
+}
+
+fn stream_arguments(args: &StreamArgs, job: &str) -> Value {
+    let mut map = Map::new();
+    // Always with a name for the job: it is the one to wait for.
+    map.insert("device".to_owned(), json!(args.device));
+    map.insert("job-id".to_owned(), json!(job));
+    let texts = [
+        ("base", args.base.as_deref()),
+        ("base-node", args.base_node.as_deref()),
+        ("bottom", args.bottom.as_deref()),
+        ("backing-file", args.backing_file.as_deref()),
+        ("on-error", args.on_error.map(|action| action.word())),
+    ];
+    for (key, text) in texts {
+        if let Some(text) = text {
+            map.insert(key.to_owned(), json!(text));
+        }
+    }
+    if let Some(speed) = args.speed {
+        map.insert("speed".to_owned(), json!(speed));
+    }
+    for (key, off) in [
+        ("auto-finalize", args.no_auto_finalize),
+        ("auto-dismiss", args.no_auto_dismiss),
+    ] {
+        if off {
+            map.insert(key.to_owned(), json!(false));
+        }
+    }
+    Value::Object(map)
+}
+
+/// The jobs that there are, in one list.
+pub fn query_jobs(client: &mut Client) -> Result<(Value, Value), Failure> {
+    let jobs = client.execute("query-jobs", Value::Null)?;
+    let block_jobs = client.execute("query-block-jobs", Value::Null)?;
+    Ok((jobs, block_jobs))
+}
+
+fn list_jobs(client: &mut Client, json: bool, out: &mut dyn Write) -> Result<(), Failure> {
+    let (jobs, block_jobs) = query_jobs(client)?;
+    if json {
+        writeln!(out, "{}", Value::Array(merge(&jobs, &block_jobs)))?;
+        return Ok(());
+    }
+    write_jobs(&jobs, &block_jobs, out)
+}
+
+/// A table of the jobs.
+pub fn write_jobs(jobs: &Value, block_jobs: &Value, out: &mut dyn Write) -> Result<(), Failure> {
+    let mut tracker = Tracker::new(None, Instant::now());
+    tracker.poll(jobs, block_jobs, &[], Instant::now());
+    if tracker.jobs().is_empty() {
+        writeln!(out, "No active jobs")?;
+        return Ok(());
+    }
+    let mut rows =
+        vec![["JOB", "TYPE", "STATUS", "DONE", "OF", "", "LIMIT", "ERROR"].map(String::from)];
+    for job in tracker.jobs() {
+        rows.push([
+            job.id.clone(),
+            job.kind.clone(),
+            job.state(),
+            units::bytes(job.offset),
+            units::bytes(job.len),
+            units::percent(job.offset, job.len),
+            units::limit(job.speed),
+            job.error.clone().unwrap_or_default(),
+        ]);
+    }
+    write_table(&rows, out)
+}
+
+fn write_table<const N: usize>(rows: &[[String; N]], out: &mut dyn Write) -> Result<(), Failure> {
+    let mut widths = [0; N];
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.chars().count().max(*width);
+        }
+    }
+    for row in rows {
+        let mut line = String::new();
+        for (width, cell) in widths.iter().zip(row) {
+            line.push_str(&format!("{cell:<width$}  "));
+        }
+        writeln!(out, "{}", line.trim_end())?;
+    }
+    Ok(())
+}

@@ -1,0 +1,99 @@
+//! Sizes, rates and times as people write and read them.
+
+use crate::config::size;
+use std::time::Duration;
+
+/// Reads a rate in bytes per second: `512K`, `20M`, `1G`, or `0` and `unlimited` for no limit.
+pub fn parse_rate(text: &str) -> Result<u64, String> {
+    if text == "unlimited" {
+        return Ok(0);
+    }
+    let number = text.strip_suffix("/s").unwrap_or(text);
+    match size::parse(number) {
+        // QMP's integers are signed.
+        Some(rate) if i64::try_from(rate).is_ok() => Ok(rate),
+        _ => Err("expected bytes per second such as 512K, 20M or 1G, or 'unlimited'".to_owned()),
+    }
+}
+
+/// `1.5 GiB`.
+pub fn bytes(count: u64) -> String {
+    const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    if count < 1024 {
+        return format!("{count} B");
+    }
+    let mut value = count as f64 / 1024.0;
+    let mut unit = "KiB";
+    for larger in UNITS.iter().skip(1) {
+        // What would be rounded to 1024.0 belongs to the next unit.
+        if value < 1023.95 {
+            break;
+        }
+        value /= 1024.0;
+        unit = larger;
+    }
+    format!("{value:.1} {unit}")
+}
+
+/// A speed limit, 0 being none.
+pub fn limit(rate: u64) -> String {
+    if rate == 0 {
+        "unlimited".to_owned()
+    } else {
+        format!("{}/s", bytes(rate))
+    }
+}
+
+/// How much of `total` is done. Only what is whole is 100 %.
+pub fn percent(done: u64, total: u64) -> String {
+    if total == 0 || done >= total {
+        return "100.0%".to_owned();
+    }
+    let tenths = (u128::from(done) * 1000) / u128::from(total);
+    format!("{}.{}%", tenths / 10, tenths % 10)
+}
+
+/// `0:42`, `1:05:09`.
+pub fn clock(time: Duration) -> String {
+    let seconds = time.as_secs();
+    let (hours, minutes, seconds) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    if hours > 0 {
+        format!("{hours}:{minutes:02}:{seconds:02}")
+    } else {
+        format!("{minutes}:{seconds:02}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Would catch a rate that is set a thousand times too high or taken from a typing mistake.
+    #[test]
+    fn rates() {
+        assert_eq!(parse_rate("512K"), Ok(512 << 10));
+        assert_eq!(parse_rate("20M/s"), Ok(20 << 20));
+        assert_eq!(parse_rate("1G"), Ok(1 << 30));
+        assert_eq!(parse_rate("1048576"), Ok(1 << 20));
+        assert_eq!(parse_rate("0"), Ok(0));
+        assert_eq!(parse_rate("unlimited"), Ok(0));
+        for bad in ["", "-1", "fast", "10Mb", "8E", "unlimited/s"] {
+            assert!(parse_rate(bad).is_err(), "{bad}");
+        }
+    }
+
+    /// Would catch a progress display that shows an unfinished job as finished.
+    #[test]
+    fn for_people() {
+        assert_eq!(bytes(1023), "1023 B");
+        assert_eq!(bytes(1536), "1.5 KiB");
+        assert_eq!(bytes((1 << 30) - 1), "1.0 GiB");
+        assert_eq!(bytes(u64::MAX), "16.0 EiB");
+        assert_eq!(percent(999_999, 1_000_000), "99.9%");
+        assert_eq!(percent(0, 0), "100.0%");
+        assert_eq!(percent(u64::MAX - 1, u64::MAX), "99.9%");
+        assert_eq!(clock(Duration::from_secs(42)), "0:42");
+        assert_eq!(clock(Duration::from_secs(3909)), "1:05:09");
+        assert_eq!(limit(0), "unlimited");
+    }
+}

@@ -1,0 +1,485 @@
+//! The vhost-user protocol: what each message of a front-end does to the device.
+//!
+//! A queue runs when its front-end has given a size, addresses and a kick, has enabled it, and
+//! its rings lie in memory that is mapped. Every message that touches one of these stops the
+//! queue first if it runs (draining it), changes the state, and starts it again if it still
+//! should run: [`Handler::while_stopped`]. So nothing in use is ever changed, and messages that
+//! must answer after the last request has completed do so.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use vhost::vhost_user::GpuBackend;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
+    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{Error as VhostError, Result, VhostUserBackendReqHandlerMut};
+
+use super::config::{self, Geometry};
+use super::event;
+use super::features;
+use super::memory::{GuestMemory, RegionInfo};
+use super::queue::{Kick, QueueSetup, Worker};
+use super::ring::{RingAddresses, SplitRing};
+use crate::chain::Root;
+
+/// The base address of a mapped region, which only postcopy migration asks for.
+type RegionBase = vhost::VhostUserMemoryRegionBase;
+
+/// Memory regions of one front-end.
+const MAX_MEM_SLOTS: u64 = 509;
+
+/// What the front-end has said about one queue.
+#[derive(Debug, Default)]
+struct Vring {
+    size: u16,
+    at: Option<RingAddresses>,
+    base: u16,
+    kick: Option<Kick>,
+    call: Option<Arc<File>>,
+    error: Option<Arc<File>>,
+    enabled: bool,
+    /// The worker has it.
+    running: bool,
+}
+
+/// The state of one front-end's session.
+pub(super) struct Handler {
+    id: String,
+    root: Arc<Root>,
+    geometry: Geometry,
+    workers: Arc<Vec<Worker>>,
+    offered: u64,
+    acked: u64,
+    has_cache: bool,
+    /// The guest is told of a write cache, and has not switched it off.
+    wce: bool,
+    memory: Arc<GuestMemory>,
+    vrings: Vec<Vring>,
+}
+
+impl Handler {
+    pub(super) fn new(
+        id: &str,
+        root: &Arc<Root>,
+        geometry: &Geometry,
+        workers: &Arc<Vec<Worker>>,
+        (writable, has_cache): (bool, bool),
+    ) -> Self {
+        Self {
+            id: id.to_owned(),
+            root: root.clone(),
+            geometry: geometry.clone(),
+            vrings: workers.iter().map(|_| Vring::default()).collect(),
+            workers: workers.clone(),
+            offered: features::offered(writable, has_cache),
+            acked: 0,
+            has_cache,
+            wce: has_cache,
+            memory: Arc::default(),
+        }
+    }
+
+    /// Ends the session: all queues are drained and given back, all memory is unmapped.
+    pub(super) fn disconnect(&mut self) {
+        if let Err(error) = self.stop_all() {
+            log::error!("export '{}': ending a session: {error}", self.id);
+        }
+        self.vrings.iter_mut().for_each(|v| *v = Vring::default());
+        self.memory = Arc::default();
+    }
+
+    fn write_through(&self) -> bool {
+        !self.wce || self.acked & features::BLK_FLUSH == 0
+    }
+
+    fn space(&self) -> [u8; config::CONFIG_LEN] {
+        self.geometry.space(&self.root.chain(), self.wce)
+    }
+
+    fn vring(&mut self, index: u32) -> Result<&mut Vring> {
+        self.vrings
+            .get_mut(index as usize)
+            .ok_or(VhostError::InvalidParam)
+    }
+
+    fn worker(&self, index: u32) -> Result<&Worker> {
+        self.workers
+            .get(index as usize)
+            .ok_or(VhostError::InvalidParam)
+    }
+
+    /// Changes a queue's state while its worker does not have it.
+    fn while_stopped(&mut self, index: u32, change: impl FnOnce(&mut Vring)) -> Result<()> {
+        self.stop(index)?;
+        change(self.vring(index)?);
+        self.start_if_ready(index)
+    }
+
+    /// Takes a queue back from its worker, when it has completed its requests.
+    fn stop(&mut self, index: u32) -> Result<()> {
+        if !self.vring(index)?.running {
+            return Ok(());
+        }
+        let base = self.worker(index)?.stop().map_err(failed)?;
+        let vring = self.vring(index)?;
+        vring.running = false;
+        vring.base = base;
+        Ok(())
+    }
+
+    fn stop_all(&mut self) -> Result<()> {
+        let count = self.vrings.len() as u32;
+        (0..count).try_for_each(|index| self.stop(index))
+    }
+
+    fn start_if_ready(&mut self, index: u32) -> Result<()> {
+        let event_idx = self.acked & features::RING_EVENT_IDX != 0;
+        let write_through = self.write_through();
+        let memory = self.memory.clone();
+        // Without protocol features there is no message that enables a queue.
+        let always_enabled = self.acked & features::PROTOCOL_FEATURES == 0;
+        let vring = self.vring(index)?;
+        if vring.running || vring.size == 0 || !(vring.enabled || always_enabled) {
+            return Ok(());
+        }
+        let (Some(at), Some(kick)) = (vring.at, vring.kick.clone()) else {
+            return Ok(());
+        };
+        let ring =
+            SplitRing::new(memory, &at, vring.size, vring.base, event_idx).map_err(failed)?;
+        let setup = QueueSetup {
+            ring,
+            kick,
+            call: vring.call.clone(),
+            error: vring.error.clone(),
+            write_through,
+        };
+        self.worker(index)?.start(setup).map_err(failed)?;
+        self.vring(index)?.running = true;
+        Ok(())
+    }
+
+    /// Puts another memory table in the place of the present one, which queues may be using.
+    /// Queues whose rings are not in the new one stay stopped.
+    fn replace_memory(&mut self, memory: GuestMemory) -> Result<()> {
+        let running: Vec<u32> = (0..)
+            .zip(&self.vrings)
+            .filter(|(_, vring)| vring.running)
+            .map(|(index, _)| index)
+            .collect();
+        self.stop_all()?;
+        self.memory = Arc::new(memory);
+        for index in running {
+            if let Err(error) = self.start_if_ready(index) {
+                log::warn!("export '{}': queue {index} stays stopped: {error}", self.id);
+            }
+        }
+        Ok(())
+    }
+
+    fn set_wce(&mut self, wce: bool) -> Result<()> {
+        if wce != self.wce && !(self.has_cache && self.acked & features::BLK_CONFIG_WCE != 0) {
+            return Err(VhostError::InvalidOperation("the write cache is fixed"));
+        }
+        self.wce = wce;
+        let on = self.write_through();
+        for (worker, _) in self
+            .workers
+            .iter()
+            .zip(&self.vrings)
+            .filter(|(_, v)| v.running)
+        {
+            worker.set_write_through(on).map_err(failed)?;
+        }
+        Ok(())
+    }
+}
+
+impl VhostUserBackendReqHandlerMut for Handler {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// The specification recommends to disable all rings, and nothing else.
+    fn reset_owner(&mut self) -> Result<()> {
+        self.stop_all()?;
+        self.vrings.iter_mut().for_each(|v| v.enabled = false);
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        self.stop_all()?;
+        for vring in &mut self.vrings {
+            // Signals may be needed before the front-end sets the descriptor again.
+            let call = vring.call.take();
+            *vring = Vring {
+                call,
+                ..Vring::default()
+            };
+        }
+        self.acked = 0;
+        self.wce = self.has_cache;
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(self.offered)
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        if features & !self.offered != 0 {
+            log::warn!(
+                "export '{}': the front-end wants features {:#x} that are not offered",
+                self.id,
+                features & !self.offered
+            );
+            return Err(VhostError::InvalidParam);
+        }
+        if features == self.acked {
+            return Ok(());
+        }
+        self.stop_all()?;
+        self.acked = features;
+        (0..self.vrings.len() as u32).try_for_each(|index| self.start_if_ready(index))
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<Vec<RegionBase>>> {
+        let mut memory = GuestMemory::default();
+        for (region, file) in regions.iter().zip(files) {
+            memory = memory.with(region_info(region), file).map_err(|error| {
+                log::warn!("export '{}': {error}", self.id);
+                failed(error)
+            })?;
+        }
+        self.replace_memory(memory)?;
+        Ok(None)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let max = self.geometry.queue_size_max;
+        let vring = self.vring(index)?;
+        match u16::try_from(num) {
+            Ok(size) if size.is_power_of_two() && size <= max => {
+                if vring.running && vring.size != size {
+                    return Err(VhostError::InvalidOperation("the queue is running"));
+                }
+                vring.size = size;
+                Ok(())
+            }
+            _ => Err(VhostError::InvalidParam),
+        }
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        let at = RingAddresses {
+            desc: descriptor,
+            avail: available,
+            used,
+        };
+        if self.vring(index)?.at == Some(at) {
+            return Ok(());
+        }
+        self.while_stopped(index, |vring| vring.at = Some(at))
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let vring = self.vring(index)?;
+        if vring.running {
+            return Err(VhostError::InvalidOperation("the queue is running"));
+        }
+        vring.base = u16::try_from(base).map_err(|_| VhostError::InvalidParam)?;
+        Ok(())
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        self.stop(index)?;
+        let vring = self.vring(index)?;
+        // It starts again with the next kick descriptor.
+        vring.kick = None;
+        Ok(VhostUserVringState::new(index, u32::from(vring.base)))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let kick = match fd {
+            Some(file) => Kick::Event(Arc::new(event::accept(file).map_err(failed)?)),
+            None => Kick::Polling,
+        };
+        self.while_stopped(u32::from(index), |vring| vring.kick = Some(kick))
+    }
+
+    /// The new descriptor is signalled once: what the old one was told may have been lost.
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let index = u32::from(index);
+        let call = fd
+            .map(event::accept)
+            .transpose()
+            .map_err(failed)?
+            .map(Arc::new);
+        let vring = self.vring(index)?;
+        vring.call.clone_from(&call);
+        if vring.running {
+            return self.worker(index)?.set_call(call).map_err(failed);
+        }
+        if let Some(call) = call {
+            event::signal(&call);
+        }
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let error = fd
+            .map(event::accept)
+            .transpose()
+            .map_err(failed)?
+            .map(Arc::new);
+        self.vring(u32::from(index))?.error = error;
+        Ok(())
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(features::protocol())
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        if features & !features::protocol().bits() != 0 {
+            return Err(VhostError::InvalidParam);
+        }
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(self.vrings.len() as u64)
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        if self.vring(index)?.enabled == enable {
+            return Ok(());
+        }
+        self.while_stopped(index, |vring| vring.enabled = enable)
+    }
+
+    fn get_config(
+        &mut self,
+        offset: u32,
+        size: u32,
+        _flags: VhostUserConfigFlags,
+    ) -> Result<Vec<u8>> {
+        Ok(config::read_space(&self.space(), offset, size))
+    }
+
+    fn set_config(&mut self, offset: u32, bytes: &[u8], _: VhostUserConfigFlags) -> Result<()> {
+        let wce = config::write_space(&self.space(), offset, bytes).ok_or(
+            VhostError::InvalidOperation("only the write cache can be set"),
+        )?;
+        self.set_wce(wce)
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(MAX_MEM_SLOTS)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<RegionBase>> {
+        if self.memory.len() as u64 >= MAX_MEM_SLOTS {
+            return Err(VhostError::InvalidParam);
+        }
+        let memory = self
+            .memory
+            .with(region_info(region), file)
+            .map_err(|error| {
+                log::warn!("export '{}': {error}", self.id);
+                failed(error)
+            })?;
+        self.memory = Arc::new(memory);
+        // Nothing goes away: queues need not stop.
+        for (worker, _) in self
+            .workers
+            .iter()
+            .zip(&self.vrings)
+            .filter(|(_, v)| v.running)
+        {
+            worker.set_memory(self.memory.clone()).map_err(failed)?;
+        }
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let memory = self.memory.without(&region_info(region)).map_err(failed)?;
+        self.replace_memory(memory)
+    }
+
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
+        Err(unknown())
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        Err(unknown())
+    }
+
+    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        Err(unknown())
+    }
+
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
+        Err(unknown())
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _file: File,
+    ) -> Result<Option<File>> {
+        Err(unknown())
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        Err(unknown())
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        Err(unknown())
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        Err(unknown())
+    }
+}
+
+fn failed(error: io::Error) -> VhostError {
+    VhostError::ReqHandlerError(error)
+}
+
+fn unknown() -> VhostError {
+    VhostError::InvalidOperation("the device does not offer this")
+}
+
+fn region_info(region: &VhostUserMemoryRegion) -> RegionInfo {
+    RegionInfo {
+        guest: region.guest_phys_addr,
+        len: region.memory_size,
+        user: region.user_addr,
+        file_offset: region.mmap_offset,
+    }
+}

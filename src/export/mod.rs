@@ -1,0 +1,258 @@
+//! Exports: disks offered to virtual machines over vhost-user.
+//!
+//! An [`Export`] is a virtio block device behind a Unix socket. What happens, from top to
+//! bottom:
+//!
+//! * The **session thread** ([`session`](self)) accepts one front-end at a time and hands its
+//!   messages to the handler, which keeps the device's state: features, memory, rings.
+//! * When a queue has all it needs, the handler gives it to its **worker**, a thread of the
+//!   queue's own with a [reactor](crate::reactor). It takes the queue back before anything about
+//!   it changes, and the worker lets go only when every request has completed and is visible in
+//!   the used ring.
+//! * The worker takes chains of descriptors from the ring, finds out what they want, asks the
+//!   chain of layers for a plan and submits the plan's pieces with the guest's own memory; or
+//!   spawns a task for what takes longer.
+//! * What is done goes into the used ring, a batch at a time, and the driver is signalled if it
+//!   asked for that. With nothing to do the worker polls for a moment and then sleeps.
+//!
+//! Guests and front-ends are not trusted. A guest that breaks its ring loses the queue, a
+//! front-end that breaks the protocol loses its connection, and the next one is welcome.
+
+mod config;
+mod event;
+mod features;
+mod handler;
+mod limit;
+pub mod memory;
+mod queue;
+pub mod request;
+pub mod ring;
+mod session;
+mod socket;
+pub mod stats;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use parking_lot::Mutex;
+
+pub use config::{DEFAULT_POLL_MAX_US, DEFAULT_QUEUE_SIZE, ExportConfig, MAX_QUEUES, SocketSource};
+pub use stats::QueueStats;
+
+use config::Geometry;
+use handler::Handler;
+use queue::{DeviceFacts, Worker};
+use session::Control;
+use socket::Socket;
+
+use crate::chain::Root;
+use crate::error::{Error, Result};
+
+/// What an export says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExportInfo {
+    /// Its name.
+    pub id: String,
+    /// The node that it shows: the top of its chain at the moment.
+    pub node_name: String,
+    /// Whether the guest may write.
+    pub writable: bool,
+    /// How many queues it has.
+    pub queues: u16,
+    /// Whether a front-end is connected.
+    pub connected: bool,
+    /// Whether it is ending.
+    pub shutting_down: bool,
+}
+
+/// What is called when the last front-end has gone.
+type OnEnd = Box<dyn FnOnce() + Send>;
+
+#[derive(Default)]
+struct Ending {
+    ended: bool,
+    callback: Option<OnEnd>,
+}
+
+/// A disk offered on a socket. Dropping it ends it as [`Export::shutdown`] does.
+pub struct Export {
+    id: String,
+    writable: bool,
+    queues: u16,
+    root: Arc<Root>,
+    control: Arc<Control>,
+    stats: Vec<Arc<QueueStats>>,
+    shutting_down: AtomicBool,
+    session: Mutex<Option<JoinHandle<()>>>,
+    ending: Arc<Mutex<Ending>>,
+}
+
+impl std::fmt::Debug for Export {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Export").field("id", &self.id).finish()
+    }
+}
+
+impl Export {
+    /// Offers the disk at `root`. When this returns front-ends can connect.
+    ///
+    /// # Errors
+    /// When the settings make no sense, the socket cannot be had, or threads or their rings
+    /// cannot be made.
+    pub fn start(config: ExportConfig, root: Arc<Root>) -> Result<Self> {
+        config.check()?;
+        let chain = root.chain();
+        let geometry = Geometry::new(&config, &chain);
+        let facts = Arc::new(DeviceFacts {
+            id: config.id.clone(),
+            serial: config.serial_bytes(),
+            writable: config.writable,
+            block_size: u64::from(geometry.block_size),
+            poll_max_us: config.poll_max_us,
+        });
+        let workers = (0..config.queues)
+            .map(|index| Worker::spawn(index, &facts, &root))
+            .collect::<Result<Vec<_>>>()?;
+        let stats = workers
+            .iter()
+            .map(|worker| worker.stats().clone())
+            .collect();
+        let socket = Socket::open(&config.id, config.socket)?;
+        let explain = |error: std::io::Error| {
+            Error::Invalid(format!("starting export '{}': {error}", config.id))
+        };
+        let control = Arc::new(Control::new().map_err(explain)?);
+        let ending = Arc::new(Mutex::new(Ending::default()));
+        let switches = (config.writable, config.write_cache);
+        let session = Session {
+            id: config.id.clone(),
+            root: root.clone(),
+            geometry,
+            workers: Arc::new(workers),
+            switches,
+            control: control.clone(),
+            ending: ending.clone(),
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("{}-s", config.id.get(..10).unwrap_or(&config.id)))
+            .spawn(move || session.run(socket))
+            .map_err(explain)?;
+        Ok(Self {
+            id: config.id,
+            writable: config.writable,
+            queues: config.queues,
+            root,
+            control,
+            stats,
+            shutting_down: AtomicBool::new(false),
+            session: Mutex::new(Some(thread)),
+            ending,
+        })
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The disk that it shows.
+    #[must_use]
+    pub fn root(&self) -> &Arc<Root> {
+        &self.root
+    }
+
+    /// What it is and how it is.
+    #[must_use]
+    pub fn info(&self) -> ExportInfo {
+        ExportInfo {
+            id: self.id.clone(),
+            node_name: self.root.chain().top().name.clone(),
+            writable: self.writable,
+            queues: self.queues,
+            connected: self.control.connected.load(Ordering::SeqCst),
+            shutting_down: self.shutting_down.load(Ordering::SeqCst),
+        }
+    }
+
+    /// The counters of each queue.
+    #[must_use]
+    pub fn stats(&self) -> &[Arc<QueueStats>] {
+        &self.stats
+    }
+
+    /// Calls `callback` once there can be no more front-ends: when the one of a connected
+    /// socket has gone, or the export was shut down. At once if it is so already.
+    pub fn on_end(&self, callback: impl FnOnce() + Send + 'static) {
+        let mut ending = self.ending.lock();
+        if ending.ended {
+            drop(ending);
+            callback();
+        } else {
+            ending.callback = Some(Box::new(callback));
+        }
+    }
+
+    /// Ends the export: every request that was taken is completed, threads end, the socket is
+    /// removed. Returns when that is done.
+    pub fn shutdown(&self) {
+        self.shutting_down.store(true, Ordering::SeqCst);
+        self.control.stop();
+        let session = self.session.lock().take();
+        if let Some(session) = session
+            && session.join().is_err()
+        {
+            log::error!("export '{}': the session thread has panicked", self.id);
+        }
+    }
+}
+
+impl Drop for Export {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}
+
+/// What the session thread owns.
+struct Session {
+    id: String,
+    root: Arc<Root>,
+    geometry: Geometry,
+    workers: Arc<Vec<Worker>>,
+    switches: (bool, bool),
+    control: Arc<Control>,
+    ending: Arc<Mutex<Ending>>,
+}
+
+impl Session {
+    fn run(self, socket: Socket) {
+        let (source, guard) = socket.split();
+        let new_handler = || {
+            Handler::new(
+                &self.id,
+                &self.root,
+                &self.geometry,
+                &self.workers,
+                self.switches,
+            )
+        };
+        if let Err(error) = session::run(&self.id, source, &self.control, new_handler) {
+            log::error!(
+                "export '{}': no more front-ends are accepted: {error}",
+                self.id
+            );
+        }
+        drop(guard);
+        // The last of the workers' owners, but for a handler that is gone by now: they end here.
+        drop(self.workers);
+        let callback = {
+            let mut ending = self.ending.lock();
+            ending.ended = true;
+            ending.callback.take()
+        };
+        if let Some(callback) = callback {
+            callback();
+        }
+    }
+}

@@ -1,0 +1,557 @@
+//! A queue at work: takes chains from the ring, carries the requests out, puts them back.
+//!
+//! The fast path needs no task and allocates nothing: the chain of layers answers with a plan,
+//! and the plan's pieces go to storage with the guest's own memory. What the plan cannot say,
+//! and what comes back short or failed, is done once more as a task by [`View::read`] and
+//! [`View::write`], which load metadata, allocate, copy and explain errors; doing it twice is
+//! harmless, since the guest has not been told yet.
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use super::flush::FlushGroup;
+use super::slot::Slot;
+use super::{DeviceFacts, Kick, QueueSetup};
+use crate::chain::{Pieces, Source, View, ViewCache};
+use crate::error::{Error, Result};
+use crate::export::config::{MAX_DISCARD, MAX_WRITE_ZEROES};
+use crate::export::event;
+use crate::export::limit::LogLimit;
+use crate::export::memory::{self, GuestMemory};
+use crate::export::request::{self, Kind, MAX_RANGES, Parsed, Status};
+use crate::export::ring::SplitRing;
+use crate::export::stats::QueueStats;
+use crate::reactor::{Completion, Reactor, Token};
+use crate::storage::buffer::{iovecs_aligned, slice_iovecs};
+use crate::storage::{IoBufs, Limits, Op, Submission};
+
+/// Chains taken from the ring before completions are looked at again.
+const BATCH: u16 = 64;
+/// Requests that are done before the driver is shown them, within a batch.
+const PUBLISH_BATCH: u16 = 16;
+/// Bytes that a task moves at a time, which bounds the memory of its copies.
+const TASK_CHUNK: u64 = 4 << 20;
+
+/// What a task reports when it has ended.
+pub(super) enum Done {
+    Request(u16, Status),
+    Flush(Vec<u16>, Status),
+}
+
+/// What all queues that a worker has in the course of time share.
+pub(super) struct Context {
+    pub(super) facts: Arc<DeviceFacts>,
+    pub(super) reactor: Reactor,
+    pub(super) views: ViewCache,
+    pub(super) stats: Arc<QueueStats>,
+    /// Tasks leave their results here.
+    pub(super) done: Rc<RefCell<Vec<Done>>>,
+    pub(super) log: LogLimit,
+    /// The limits of the chain that was looked at last.
+    limits: Option<(Rc<View>, Limits)>,
+}
+
+impl Context {
+    pub(super) fn new(
+        facts: Arc<DeviceFacts>,
+        reactor: Reactor,
+        views: ViewCache,
+        stats: Arc<QueueStats>,
+    ) -> Self {
+        Self {
+            facts,
+            reactor,
+            views,
+            stats,
+            done: Rc::default(),
+            log: LogLimit::default(),
+            limits: None,
+        }
+    }
+
+    /// Lets go of the chain, since nothing is in flight.
+    pub(super) fn leave(&mut self) {
+        self.limits = None;
+        self.views.leave();
+    }
+
+    fn limits(&mut self, view: &Rc<View>) -> Limits {
+        match &self.limits {
+            Some((known, limits)) if Rc::ptr_eq(known, view) => *limits,
+            _ => {
+                let limits = view.chain.limits();
+                self.limits = Some((view.clone(), limits));
+                limits
+            }
+        }
+    }
+
+    fn warn(&mut self, what: std::fmt::Arguments<'_>) {
+        if self.log.allow() {
+            log::warn!("export '{}': {what}", self.facts.id);
+        }
+    }
+}
+
+/// A queue that a worker has been given.
+pub(super) struct Queue {
+    pub(super) ring: SplitRing,
+    pub(super) kick: Kick,
+    call: Option<Arc<File>>,
+    error: Option<Arc<File>>,
+    write_through: bool,
+    memory: Arc<GuestMemory>,
+    slots: Vec<Slot>,
+    in_flight: u32,
+    flushes: FlushGroup,
+    /// Nothing more is taken from the ring: it is being given back, or its driver broke it.
+    closed: bool,
+}
+
+impl Queue {
+    pub(super) fn new(setup: QueueSetup) -> Self {
+        let slots = std::iter::repeat_with(Slot::new)
+            .take(usize::from(setup.ring.size()))
+            .collect();
+        Self {
+            memory: setup.ring.memory().clone(),
+            ring: setup.ring,
+            kick: setup.kick,
+            call: setup.call,
+            error: setup.error,
+            write_through: setup.write_through,
+            slots,
+            in_flight: 0,
+            flushes: FlushGroup::default(),
+            closed: false,
+        }
+    }
+
+    pub(super) fn in_flight(&self) -> u32 {
+        self.in_flight
+    }
+
+    /// Takes no more requests.
+    pub(super) fn close(&mut self) {
+        self.closed = true;
+    }
+
+    pub(super) fn is_open(&self) -> bool {
+        !self.closed
+    }
+
+    pub(super) fn set_call(&mut self, call: Option<Arc<File>>) {
+        self.call = call;
+        self.ring.forget_signalled();
+        // The driver may have missed a signal that went to the old descriptor.
+        self.notify();
+    }
+
+    pub(super) fn set_memory(&mut self, memory: Arc<GuestMemory>) {
+        self.memory = memory;
+    }
+
+    pub(super) fn set_write_through(&mut self, on: bool) {
+        self.write_through = on;
+    }
+
+    /// Takes what is available, up to a batch. True: there was something.
+    pub(super) fn take_available(&mut self, context: &mut Context) -> bool {
+        if self.closed {
+            return false;
+        }
+        let count = match self.ring.available() {
+            Ok(0) => return false,
+            Ok(count) => count.min(BATCH),
+            Err(error) => {
+                self.give_up(context, format_args!("{error}"));
+                return false;
+            }
+        };
+        let view = context.views.get();
+        let limits = context.limits(&view);
+        for _ in 0..count {
+            let head = self.ring.take();
+            self.begin(context, head, &view, &limits);
+            if self.closed {
+                break;
+            }
+            if self.ring.unpublished() >= PUBLISH_BATCH {
+                self.show(context);
+            }
+        }
+        true
+    }
+
+    /// Handles the completion of an operation of the fast path.
+    pub(super) fn completed(&mut self, context: &mut Context, completion: Completion) {
+        let head = completion.value as u16;
+        let Some(slot) = self.slots.get_mut(usize::from(head)) else {
+            return;
+        };
+        match completion.result {
+            Ok(count) => slot.transferred += u64::from(count),
+            Err(_) => slot.failed = true,
+        }
+        slot.pending = slot.pending.saturating_sub(1);
+        if slot.pending == 0 {
+            self.settle(context, head);
+        }
+    }
+
+    /// Handles what tasks have finished.
+    pub(super) fn tasks_done(&mut self, context: &mut Context) -> bool {
+        if context.done.borrow().is_empty() {
+            return false;
+        }
+        let done = std::mem::take(&mut *context.done.borrow_mut());
+        for done in done {
+            match done {
+                Done::Request(head, Status::Ok) => self.carried_out(context, head),
+                Done::Request(head, status) => self.complete(context, head, status),
+                Done::Flush(heads, status) => {
+                    self.flushes.end();
+                    for head in heads {
+                        self.complete(context, head, status);
+                    }
+                }
+            }
+        }
+        true
+    }
+
+    /// Starts a flush if requests wait for one and none is running.
+    pub(super) fn flush(&mut self, context: &mut Context) {
+        let Some(heads) = self.flushes.begin() else {
+            return;
+        };
+        let view = context.views.get();
+        let (done, id) = (context.done.clone(), context.facts.clone());
+        context.reactor.spawn(async move {
+            let status = match view.chain.flush().await {
+                Ok(()) => Status::Ok,
+                Err(error) => {
+                    log::error!("export '{}': {error}", id.id);
+                    Status::IoError
+                }
+            };
+            done.borrow_mut().push(Done::Flush(heads, status));
+        });
+    }
+
+    /// Shows the driver what is done, and signals it if it wants that.
+    pub(super) fn show(&mut self, context: &Context) {
+        self.ring.publish();
+        if self.call.is_some() && self.ring.needs_signal() {
+            self.notify();
+            context.stats.signals.add(1);
+        }
+    }
+
+    fn notify(&self) {
+        if let Some(call) = &self.call {
+            event::signal(call);
+        }
+    }
+
+    /// The ring cannot be believed any more: nothing is taken from it until it is reset.
+    fn give_up(&mut self, context: &mut Context, why: std::fmt::Arguments<'_>) {
+        self.closed = true;
+        context.warn(format_args!("a queue is broken and stops: {why}"));
+        if let Some(error) = &self.error {
+            event::signal(error);
+        }
+    }
+
+    fn begin(&mut self, context: &mut Context, head: u16, view: &Rc<View>, limits: &Limits) {
+        let Some(slot) = self.slots.get_mut(usize::from(head)) else {
+            return self.give_up(context, format_args!("no descriptor {head}"));
+        };
+        if slot.busy {
+            return self.give_up(context, format_args!("chain {head} is there twice"));
+        }
+        let parsed = request::parse(&self.ring, &self.memory, head, &mut slot.ranges);
+        let (kind, status) = match parsed {
+            Parsed::Request { kind, status } => (kind, status),
+            Parsed::Refused { with, status } => {
+                context.stats.errors.add(1);
+                // SAFETY: the address was translated with `self.memory`.
+                unsafe { memory::store_byte(status, with as u8) };
+                return self.ring.put_used(head, 1);
+            }
+            Parsed::Malformed => {
+                context.stats.errors.add(1);
+                context.warn(format_args!("a request has no place for its status"));
+                return self.ring.put_used(head, 0);
+            }
+        };
+        slot.begin(kind, status);
+        slot.busy = true;
+        slot.view = Some(view.clone());
+        self.in_flight += 1;
+        if let Some(refusal) = self.refusal(context, kind, head, view) {
+            return self.complete(context, head, refusal);
+        }
+        match kind {
+            Kind::In { offset } => self.transfer(context, head, offset, false, view, limits),
+            Kind::Out { offset } => self.transfer(context, head, offset, true, view, limits),
+            Kind::Flush => self.flushes.join(head),
+            Kind::GetId => self.identify(context, head),
+            Kind::Discard { .. } | Kind::WriteZeroes { .. } => self.spawn(context, head),
+        }
+    }
+
+    /// Why a well-formed request is not carried out.
+    fn refusal(&self, context: &Context, kind: Kind, head: u16, view: &View) -> Option<Status> {
+        let data_len = self.slots.get(usize::from(head))?.ranges.data_len();
+        let (offset, len, max, write) = match kind {
+            Kind::In { offset } => (offset, data_len, u64::MAX, false),
+            Kind::Out { offset } => (offset, data_len, u64::MAX, true),
+            Kind::Discard { offset, len } => (offset, len, MAX_DISCARD, true),
+            Kind::WriteZeroes { offset, len, .. } => (offset, len, MAX_WRITE_ZEROES, true),
+            Kind::Flush | Kind::GetId => return None,
+        };
+        let block = context.facts.block_size - 1;
+        let inside = offset
+            .checked_add(len)
+            .is_some_and(|end| end <= view.chain.size());
+        let allowed = !write || (context.facts.writable && !view.chain.top().read_only);
+        let fits = inside && len <= max && (offset | len) & block == 0;
+        (!fits || !allowed).then_some(Status::IoError)
+    }
+
+    /// Reads or writes by the chain's plan, or else by a task.
+    fn transfer(
+        &mut self,
+        context: &mut Context,
+        head: u16,
+        offset: u64,
+        write: bool,
+        view: &View,
+        limits: &Limits,
+    ) {
+        let Some(slot) = self.slots.get_mut(usize::from(head)) else {
+            return;
+        };
+        let len = slot.ranges.data_len() as usize;
+        let mut pieces = Pieces::new();
+        let planned = iovecs_aligned(slot.ranges.data(), limits.memory_align)
+            && if write {
+                view.chain.plan_write(offset, len, &mut pieces)
+            } else {
+                view.chain.plan_read(offset, len, &mut pieces)
+            }
+            && aligned(&pieces, limits.offset_align);
+        if !planned || !submit(context, slot, head, view, &pieces, write) {
+            return self.spawn(context, head);
+        }
+        if slot.pending == 0 {
+            self.settle(context, head);
+        }
+    }
+
+    /// All operations of a request have ended.
+    fn settle(&mut self, context: &mut Context, head: u16) {
+        let complete = self
+            .slots
+            .get(usize::from(head))
+            .is_some_and(Slot::is_complete);
+        if complete {
+            self.carried_out(context, head);
+        } else {
+            self.spawn(context, head);
+        }
+    }
+
+    /// A request has been carried out; a change may have to become stable first.
+    fn carried_out(&mut self, context: &mut Context, head: u16) {
+        let changes = self.slots.get(usize::from(head)).is_some_and(|slot| {
+            matches!(
+                slot.kind,
+                Kind::Out { .. } | Kind::Discard { .. } | Kind::WriteZeroes { .. }
+            )
+        });
+        if changes && self.write_through {
+            self.flushes.join(head);
+        } else {
+            self.complete(context, head, Status::Ok);
+        }
+    }
+
+    fn identify(&mut self, context: &mut Context, head: u16) {
+        if let Some(slot) = self.slots.get(usize::from(head)) {
+            // SAFETY: the ranges were translated with `self.memory`.
+            unsafe { memory::scatter(slot.ranges.data(), &context.facts.serial) };
+        }
+        self.complete(context, head, Status::Ok);
+    }
+
+    /// Carries a request out by a task.
+    fn spawn(&mut self, context: &mut Context, head: u16) {
+        let Some(slot) = self.slots.get_mut(usize::from(head)) else {
+            return;
+        };
+        let Some(view) = slot.view.clone() else {
+            return;
+        };
+        context.stats.slow.add(1);
+        // SAFETY: the queue keeps the memory, and takes no new request into this slot, until
+        // the task has reported.
+        let bufs = unsafe { IoBufs::new(slot.ranges.data()) };
+        let (kind, done, facts) = (slot.kind, context.done.clone(), context.facts.clone());
+        context.reactor.spawn(async move {
+            let status = match perform(view, kind, bufs).await {
+                Ok(()) => Status::Ok,
+                Err(error) => {
+                    log::error!("export '{}': {error}", facts.id);
+                    Status::IoError
+                }
+            };
+            done.borrow_mut().push(Done::Request(head, status));
+        });
+    }
+
+    /// Answers a request and puts its chain into the used ring.
+    fn complete(&mut self, context: &mut Context, head: u16, status: Status) {
+        let Some(slot) = self.slots.get_mut(usize::from(head)) else {
+            return;
+        };
+        slot.view = None;
+        slot.busy = false;
+        let len = count(&context.stats, slot, status);
+        // SAFETY: the address was translated with `self.memory`, or with a smaller table whose
+        // regions it still has.
+        unsafe { memory::store_byte(slot.status, status as u8) };
+        self.in_flight -= 1;
+        self.ring.put_used(head, len);
+    }
+}
+
+/// Counts a request that is done; the bytes that were written into the guest's memory for it.
+fn count(stats: &QueueStats, slot: &Slot, status: Status) -> u32 {
+    if status != Status::Ok {
+        stats.errors.add(1);
+        return 1;
+    }
+    let len = slot.ranges.data_len();
+    match slot.kind {
+        Kind::In { .. } => {
+            stats.reads.add(1);
+            stats.read_bytes.add(len);
+            // The length was bounded when the request was parsed.
+            return len as u32 + 1;
+        }
+        Kind::Out { .. } => {
+            stats.writes.add(1);
+            stats.write_bytes.add(len);
+        }
+        Kind::Flush => stats.flushes.add(1),
+        Kind::GetId => return len.min(request::ID_LEN as u64) as u32 + 1,
+        Kind::Discard { .. } | Kind::WriteZeroes { .. } => stats.discards.add(1),
+    }
+    1
+}
+
+fn aligned(pieces: &Pieces, align: u64) -> bool {
+    align <= 1
+        || pieces.iter().all(|piece| match piece.source {
+            Source::Storage { offset, .. } => (offset | piece.len as u64) & (align - 1) == 0,
+            Source::Zero => true,
+        })
+}
+
+/// Gives the pieces to storage. False: nothing was started, a task must do it.
+fn submit(
+    context: &Context,
+    slot: &mut Slot,
+    head: u16,
+    view: &View,
+    pieces: &Pieces,
+    write: bool,
+) -> bool {
+    slot.cuts.clear();
+    let mut bounds = [(0, 0); crate::chain::MAX_PIECES];
+    if let [_] = pieces.as_slice() {
+        // The one piece is all the data, as it is.
+    } else {
+        for (piece, bounds) in pieces.iter().zip(&mut bounds) {
+            let start = slot.cuts.len();
+            let cuts = &mut slot.cuts;
+            slice_iovecs(slot.ranges.data(), piece.start, piece.len, |cut| {
+                cuts.push(cut);
+            });
+            *bounds = (start, slot.cuts.len());
+        }
+    }
+    let whole = pieces.len() == 1;
+    let known = pieces.iter().all(|piece| match piece.source {
+        Source::Storage { layer, .. } => view.chain.storage(layer).is_some(),
+        Source::Zero => !write,
+    });
+    if !known || slot.cuts.len() > MAX_RANGES {
+        return false;
+    }
+    for (piece, &(start, end)) in pieces.iter().zip(&bounds) {
+        let iovecs = if whole {
+            slot.ranges.data()
+        } else {
+            slot.cuts.get(start..end).unwrap_or(&[])
+        };
+        let Source::Storage { layer, offset } = piece.source else {
+            // SAFETY: the ranges were translated with memory that the queue keeps.
+            unsafe { memory::zero(iovecs) };
+            slot.transferred += piece.len as u64;
+            continue;
+        };
+        let Some(storage) = view.chain.storage(layer) else {
+            slot.failed = true;
+            continue;
+        };
+        let op = if write {
+            Op::Write { iovecs, offset }
+        } else {
+            Op::Read { iovecs, offset }
+        };
+        // SAFETY: the vectors are in the slot, which takes no new request before all its
+        // operations have completed; the memory they name is kept by the queue, which is not
+        // given back before that either.
+        match unsafe { storage.submit(&context.reactor, op, Token::client(u64::from(head))) } {
+            Submission::Pending => slot.pending += 1,
+            Submission::Ready(Ok(count)) => slot.transferred += u64::from(count),
+            Submission::Ready(Err(_)) => slot.failed = true,
+        }
+    }
+    true
+}
+
+/// Carries out a request with whatever it needs.
+async fn perform(view: Rc<View>, kind: Kind, bufs: IoBufs) -> Result<()> {
+    match kind {
+        Kind::In { offset } => {
+            for (start, len) in chunks(bufs.len() as u64) {
+                let part = bufs.slice(start as usize, len as usize);
+                view.clone().read(offset + start, part).await?;
+            }
+            Ok(())
+        }
+        Kind::Out { offset } => {
+            for (start, len) in chunks(bufs.len() as u64) {
+                let part = bufs.slice(start as usize, len as usize);
+                view.clone().write(offset + start, part).await?;
+            }
+            Ok(())
+        }
+        Kind::Discard { offset, len } => view.discard(offset, len).await,
+        Kind::WriteZeroes { offset, len, unmap } => view.write_zeroes(offset, len, unmap).await,
+        Kind::Flush | Kind::GetId => Err(Error::Invalid("a request without a task".into())),
+    }
+}
+
+fn chunks(len: u64) -> impl Iterator<Item = (u64, u64)> {
+    (0..len.div_ceil(TASK_CHUNK)).map(move |index| {
+        let start = index * TASK_CHUNK;
+        (start, TASK_CHUNK.min(len - start))
+    })
+}

@@ -1,0 +1,175 @@
+//! Queues: the session's handle of a worker thread.
+//!
+//! A worker lives as long as its export. The session gives it a queue ([`Worker::start`]) and
+//! takes it back ([`Worker::stop`]); between the two the worker alone touches the ring. Orders
+//! go through a list under a lock and a wake-up; all are answered, so that the session knows
+//! that its order has been carried out before it answers the front-end.
+
+mod device;
+mod flush;
+mod poller;
+mod slot;
+mod worker;
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread::JoinHandle;
+
+use parking_lot::Mutex;
+
+use super::memory::GuestMemory;
+use super::request::ID_LEN;
+use super::ring::SplitRing;
+use super::stats::QueueStats;
+use crate::chain::Root;
+use crate::error::{Error, Result};
+use crate::reactor::Remote;
+
+/// How the driver tells of new requests.
+#[derive(Clone, Debug)]
+pub(super) enum Kick {
+    /// By this eventfd.
+    Event(Arc<File>),
+    /// Not at all: the ring must be polled.
+    Polling,
+}
+
+/// A queue, as the session gives it to a worker.
+#[derive(Debug)]
+pub(super) struct QueueSetup {
+    pub(super) ring: SplitRing,
+    pub(super) kick: Kick,
+    pub(super) call: Option<Arc<File>>,
+    pub(super) error: Option<Arc<File>>,
+    /// Every write is stable before it completes.
+    pub(super) write_through: bool,
+}
+
+/// What is the same for all queues of an export.
+#[derive(Clone, Debug)]
+pub(super) struct DeviceFacts {
+    /// Names the device in messages.
+    pub(super) id: String,
+    pub(super) serial: [u8; ID_LEN],
+    pub(super) writable: bool,
+    /// Requests keep to multiples of it.
+    pub(super) block_size: u64,
+    pub(super) poll_max_us: u32,
+}
+
+/// An order to a worker.
+enum Order {
+    Start(Box<QueueSetup>, SyncSender<()>),
+    /// Answered with the next available index when nothing is in flight any more.
+    Stop(SyncSender<u16>),
+    SetCall(Option<Arc<File>>, SyncSender<()>),
+    SetMemory(Arc<GuestMemory>, SyncSender<()>),
+    SetWriteThrough(bool, SyncSender<()>),
+    Exit,
+}
+
+#[derive(Default)]
+struct Mailbox {
+    orders: Mutex<VecDeque<Order>>,
+}
+
+/// A queue's worker thread.
+pub(super) struct Worker {
+    mailbox: Arc<Mailbox>,
+    remote: Arc<Remote>,
+    stats: Arc<QueueStats>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts the thread of queue `index`.
+    pub(super) fn spawn(index: u16, facts: &Arc<DeviceFacts>, root: &Arc<Root>) -> Result<Self> {
+        let mailbox = Arc::new(Mailbox::default());
+        let stats = Arc::new(QueueStats::default());
+        let (ready, started) = sync_channel(1);
+        let thread = {
+            let (mailbox, stats) = (mailbox.clone(), stats.clone());
+            let (facts, root) = (facts.clone(), root.clone());
+            std::thread::Builder::new()
+                .name(format!(
+                    "{}-q{index}",
+                    facts.id.get(..10).unwrap_or(&facts.id)
+                ))
+                .spawn(move || worker::run(facts, root, &mailbox, stats, &ready))
+        };
+        let explain = |error: std::io::Error| {
+            Error::Invalid(format!(
+                "starting a worker of export '{}': {error}",
+                facts.id
+            ))
+        };
+        let thread = thread.map_err(explain)?;
+        let remote = started
+            .recv()
+            .unwrap_or_else(|_| Err(std::io::Error::other("the thread ended at once")))
+            .map_err(explain)?;
+        Ok(Self {
+            mailbox,
+            remote,
+            stats,
+            thread: Some(thread),
+        })
+    }
+
+    /// Gives the worker a queue.
+    pub(super) fn start(&self, queue: QueueSetup) -> std::io::Result<()> {
+        self.ask(|reply| Order::Start(Box::new(queue), reply))
+    }
+
+    /// Takes the queue back once all its requests are done and visible in the used ring; the
+    /// next available index.
+    pub(super) fn stop(&self) -> std::io::Result<u16> {
+        self.ask(Order::Stop)
+    }
+
+    /// Replaces the call descriptor, and signals the new one once.
+    pub(super) fn set_call(&self, call: Option<Arc<File>>) -> std::io::Result<()> {
+        self.ask(|reply| Order::SetCall(call, reply))
+    }
+
+    /// Lets the queue use a larger memory table. What it used before must be in it.
+    pub(super) fn set_memory(&self, memory: Arc<GuestMemory>) -> std::io::Result<()> {
+        self.ask(|reply| Order::SetMemory(memory, reply))
+    }
+
+    /// Switches the write cache.
+    pub(super) fn set_write_through(&self, on: bool) -> std::io::Result<()> {
+        self.ask(|reply| Order::SetWriteThrough(on, reply))
+    }
+
+    /// The queue's counters.
+    pub(super) fn stats(&self) -> &Arc<QueueStats> {
+        &self.stats
+    }
+
+    fn ask<T>(&self, order: impl FnOnce(SyncSender<T>) -> Order) -> std::io::Result<T> {
+        let (reply, answer) = sync_channel(1);
+        self.send(order(reply));
+        answer
+            .recv()
+            .map_err(|_| std::io::Error::other("the queue's worker has ended"))
+    }
+
+    fn send(&self, order: Order) {
+        self.mailbox.orders.lock().push_back(order);
+        self.remote.wake();
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.send(Order::Exit);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("a queue worker has panicked");
+        }
+    }
+}

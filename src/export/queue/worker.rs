@@ -1,0 +1,205 @@
+//! A queue's thread: one loop of taking, completing, showing and, when there is nothing to do,
+//! sleeping.
+
+use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
+use std::time::{Duration, Instant};
+
+use super::device::{Context, Queue};
+use super::poller::Poller;
+use super::{DeviceFacts, Kick, Mailbox, Order, QueueSetup};
+use crate::chain::{Root, ViewCache};
+use crate::export::stats::QueueStats;
+use crate::reactor::{Reactor, Remote};
+
+/// Marks the completions of kick descriptors; heads of chains are below it.
+const KICK: u64 = 1 << 32;
+/// How often a ring without a kick descriptor is looked at.
+const POLL_INTERVAL: Duration = Duration::from_micros(50);
+
+struct Worker<'a> {
+    mailbox: &'a Mailbox,
+    reactor: Reactor,
+    context: Context,
+    poller: Poller,
+    queue: Option<Queue>,
+    /// Who waits for the queue to be given back.
+    stopping: Vec<SyncSender<u16>>,
+    /// Names the watch of the present kick descriptor.
+    watch: u64,
+    /// The last available index of a queue that was taken back.
+    last_base: u16,
+    exit: bool,
+}
+
+/// The thread's main function. `ready` hears whether it has what it needs.
+pub(super) fn run(
+    facts: Arc<DeviceFacts>,
+    root: Arc<Root>,
+    mailbox: &Mailbox,
+    stats: Arc<QueueStats>,
+    ready: &SyncSender<std::io::Result<Arc<Remote>>>,
+) {
+    let reactor = match Reactor::for_this_thread() {
+        Ok(reactor) => reactor,
+        Err(error) => {
+            let _ = ready.send(Err(error));
+            return;
+        }
+    };
+    let _ = ready.send(Ok(reactor.remote()));
+    let poller = Poller::new(facts.poll_max_us);
+    let mut worker = Worker {
+        mailbox,
+        context: Context::new(facts, reactor.clone(), ViewCache::new(root), stats),
+        reactor,
+        poller,
+        queue: None,
+        stopping: Vec::new(),
+        watch: KICK,
+        last_base: 0,
+        exit: false,
+    };
+    while !worker.exit {
+        worker.turn();
+    }
+    drop(worker);
+    Reactor::leave_thread();
+}
+
+impl Worker<'_> {
+    fn turn(&mut self) {
+        self.take_orders();
+        let mut busy = false;
+        if let Some(queue) = &mut self.queue {
+            busy |= queue.take_available(&mut self.context);
+            queue.flush(&mut self.context);
+        }
+        busy |= self.reactor.turn();
+        if let Some(queue) = &mut self.queue {
+            while let Some(completion) = self.reactor.next_completion() {
+                busy = true;
+                if completion.value < KICK {
+                    queue.completed(&mut self.context, completion);
+                }
+            }
+            busy |= queue.tasks_done(&mut self.context);
+            queue.flush(&mut self.context);
+            queue.show(&self.context);
+        } else {
+            // Late news of a descriptor that is watched no more.
+            while self.reactor.next_completion().is_some() {}
+        }
+        self.finish_stop();
+        if !busy && !self.exit {
+            self.rest();
+        }
+    }
+
+    fn take_orders(&mut self) {
+        loop {
+            let Some(order) = self.mailbox.orders.lock().pop_front() else {
+                return;
+            };
+            self.obey(order);
+        }
+    }
+
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Start(setup, reply) => {
+                self.start(*setup);
+                let _ = reply.send(());
+            }
+            Order::Stop(reply) => {
+                if let Some(queue) = &mut self.queue {
+                    queue.close();
+                }
+                self.stopping.push(reply);
+            }
+            Order::SetCall(call, reply) => {
+                if let Some(queue) = &mut self.queue {
+                    queue.set_call(call);
+                }
+                let _ = reply.send(());
+            }
+            Order::SetMemory(memory, reply) => {
+                if let Some(queue) = &mut self.queue {
+                    queue.set_memory(memory);
+                }
+                let _ = reply.send(());
+            }
+            Order::SetWriteThrough(on, reply) => {
+                if let Some(queue) = &mut self.queue {
+                    queue.set_write_through(on);
+                }
+                let _ = reply.send(());
+            }
+            Order::Exit => self.exit = true,
+        }
+    }
+
+    fn start(&mut self, setup: QueueSetup) {
+        self.watch += 1;
+        if let Kick::Event(kick) = &setup.kick {
+            let fd = std::os::fd::AsRawFd::as_raw_fd(&**kick);
+            if let Err(error) = self.reactor.watch(fd, self.watch) {
+                log::error!(
+                    "export '{}': watching a kick: {error}",
+                    self.context.facts.id
+                );
+            }
+        }
+        self.queue = Some(Queue::new(setup));
+    }
+
+    /// Gives the queue back when nothing of it is in flight any more.
+    fn finish_stop(&mut self) {
+        if self.stopping.is_empty() || self.queue.as_ref().is_some_and(|q| q.in_flight() > 0) {
+            return;
+        }
+        if let Some(queue) = self.queue.take() {
+            self.last_base = queue.ring.next_avail();
+            if matches!(queue.kick, Kick::Event(_))
+                && let Err(error) = self.reactor.unwatch(self.watch)
+            {
+                log::error!("export '{}': a kick: {error}", self.context.facts.id);
+            }
+        }
+        self.context.leave();
+        for reply in self.stopping.drain(..) {
+            let _ = reply.send(self.last_base);
+        }
+    }
+
+    /// Waits for something to do.
+    fn rest(&mut self) {
+        let mut timeout = None;
+        if let Some(queue) = self.queue.as_mut().filter(|queue| queue.is_open()) {
+            let found = self
+                .poller
+                .poll(|| queue.ring.has_available() || self.reactor.has_completions());
+            if found {
+                return;
+            }
+            if matches!(queue.kick, Kick::Polling) {
+                timeout = Some(POLL_INTERVAL);
+            } else if queue.ring.enable_kicks() {
+                queue.ring.disable_kicks();
+                return;
+            }
+        }
+        if self.queue.as_ref().is_none_or(|q| q.in_flight() == 0) {
+            self.context.leave();
+        }
+        self.context.stats.sleeps.add(1);
+        let start = self.poller.is_on().then(Instant::now);
+        self.reactor.wait(timeout);
+        if let Some(start) = start {
+            self.poller.slept(start.elapsed());
+        }
+        if let Some(queue) = &mut self.queue {
+            queue.ring.disable_kicks();
+        }
+    }
+}

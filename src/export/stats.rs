@@ -1,0 +1,47 @@
+//! Counters of a queue: written by its worker alone, read by whoever asks.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A counter with one writer.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds `count`. Only the owner may call it: a plain load and store, no locked instruction.
+    pub fn add(&self, count: u64) {
+        self.0
+            .store(self.0.load(Ordering::Relaxed) + count, Ordering::Relaxed);
+    }
+
+    /// The value.
+    #[must_use]
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What a queue has done since the export began. On cache lines of its own.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct QueueStats {
+    /// Requests that read.
+    pub reads: Counter,
+    /// Bytes read.
+    pub read_bytes: Counter,
+    /// Requests that wrote.
+    pub writes: Counter,
+    /// Bytes written.
+    pub write_bytes: Counter,
+    /// Flushes.
+    pub flushes: Counter,
+    /// Discards and requests to write zeros.
+    pub discards: Counter,
+    /// Requests answered with an error.
+    pub errors: Counter,
+    /// Requests that needed a task of their own.
+    pub slow: Counter,
+    /// Signals sent to the driver.
+    pub signals: Counter,
+    /// Times that the worker slept.
+    pub sleeps: Counter,
+}

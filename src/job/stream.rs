@@ -1,0 +1,401 @@
+//! The stream job: copies into a layer what it takes from the layers below, down to a base, so that
+//! the layers between are no longer needed.
+//!
+//! The job walks through the device from its start. Ranges that need no copy are passed over at no
+//! cost; of the others several copies are in flight at once, in pieces small enough for the speed
+//! limit to be kept smoothly. Copies may land in any order; what clients see as `offset` is the mark
+//! below which all have landed.
+//!
+//! How ranges are looked up and copied, and what makes the result count, is the business of a
+//! [`StreamSource`].
+
+use std::collections::{BTreeMap, VecDeque};
+use std::future::Future;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll};
+
+use futures_util::StreamExt;
+use futures_util::future::{self, Either, LocalBoxFuture};
+use futures_util::stream::FuturesUnordered;
+
+use super::context::{ErrorAction, Flow, JobContext};
+use super::{Body, JobError};
+
+/// The most that is copied by one request. Larger clusters are copied whole all the same: the first
+/// request that touches one does it.
+pub const MAX_COPY: u64 = 512 << 10;
+
+/// How many copies are in flight at most.
+pub const MAX_IN_FLIGHT: usize = 8;
+
+/// How far ahead ranges are looked up at once.
+const LOOK_AHEAD: u64 = 64 << 20;
+
+/// What a range needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChunkStatus {
+    /// The layer has its own data (or zeros) there.
+    AlreadyPresent,
+    /// No layer above the base has data there.
+    NotNeeded,
+    /// A layer between has data there: it has to be copied.
+    NeedsCopy,
+}
+
+/// An I/O error, as a job needs to know it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{text}")]
+pub struct JobIoError {
+    /// The error number, for clients and for deciding what to do.
+    pub errno: i32,
+    /// Whether writing failed, rather than reading.
+    pub write: bool,
+    /// What failed where, for the log.
+    pub text: String,
+}
+
+/// Where a stream job reads and writes.
+///
+/// Futures are polled on the job's thread, several at once; a copy that was begun is always polled
+/// to its end, unless the thread dies.
+pub trait StreamSource {
+    /// The length of the device in bytes.
+    fn len(&self) -> u64;
+
+    /// Whether there is nothing to do.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The cluster size of the layer streamed into.
+    fn cluster_size(&self) -> u64;
+
+    /// What the range at `offset` needs, and how far that holds: at least one byte, at most
+    /// `max_len`. It may change before the range is copied.
+    fn chunk_status(
+        &self,
+        offset: u64,
+        max_len: u64,
+    ) -> LocalBoxFuture<'_, Result<(u64, ChunkStatus), JobIoError>>;
+
+    /// Copies what the range still needs. Says how many bytes were moved: none where a guest has
+    /// written in the meantime, more than `len` where clusters are larger.
+    fn copy(&self, offset: u64, len: u64) -> LocalBoxFuture<'_, Result<u64, JobIoError>>;
+
+    /// Makes what was copied, and all mappings to it, stable; then makes the layer's header point
+    /// at the base, under the name `backing_file` or, without one, its own; and when that is stable,
+    /// puts the shorter chain in force. Nothing of it happens when this is not called.
+    fn finish(&self, backing_file: Option<String>) -> LocalBoxFuture<'_, Result<(), JobIoError>>;
+}
+
+/// The body of a stream job.
+pub struct Stream {
+    source: Box<dyn StreamSource>,
+    backing_file: Option<String>,
+}
+
+impl Stream {
+    /// Streams `source`; `backing_file` is what to write into the header, where the base's own name
+    /// is not wanted.
+    pub fn new(source: Box<dyn StreamSource>, backing_file: Option<String>) -> Self {
+        Self {
+            source,
+            backing_file,
+        }
+    }
+}
+
+impl Body for Stream {
+    fn run<'a>(&'a mut self, context: &'a JobContext) -> LocalBoxFuture<'a, Result<(), JobError>> {
+        Box::pin(async move {
+            context.set_len(self.source.len());
+            Copier::new(self.source.as_ref(), context).run().await
+        })
+    }
+
+    fn commit<'a>(
+        &'a mut self,
+        _context: &'a JobContext,
+    ) -> LocalBoxFuture<'a, Result<(), JobError>> {
+        let finish = self.source.finish(self.backing_file.take());
+        Box::pin(async move { finish.await.map_err(|error| JobError::new(error.text)) })
+    }
+}
+
+/// A stretch of the device.
+#[derive(Clone, Copy, Debug)]
+struct Range {
+    start: u64,
+    end: u64,
+}
+
+impl Range {
+    fn len(self) -> u64 {
+        self.end - self.start
+    }
+}
+
+/// A copy that came to its end.
+struct Landed {
+    range: Range,
+    result: Result<u64, JobIoError>,
+}
+
+/// What is to be done next.
+enum Work {
+    /// Copy this; it was tried before.
+    Again(Range),
+    /// Copy this, the next in order.
+    Next(Range),
+    /// A range was passed over, or an error was seen to.
+    Moved,
+    /// All has been begun.
+    None,
+}
+
+struct Copier<'a> {
+    source: &'a dyn StreamSource,
+    context: &'a JobContext,
+    /// All before it was begun or passed over.
+    next: u64,
+    /// What is known to need copying from `next` on.
+    known: Option<Range>,
+    /// What failed and is to be tried again.
+    failed: VecDeque<Range>,
+    in_flight: FuturesUnordered<LocalBoxFuture<'a, Landed>>,
+    /// All before it is done.
+    low_water: u64,
+    /// What is done beyond `low_water`: starts and ends.
+    done: BTreeMap<u64, u64>,
+    /// The job was told to stop at an error, and did not get there yet.
+    stopping: bool,
+    /// The first error that was ignored.
+    ignored: Option<JobError>,
+    /// The error that ends the job.
+    fatal: Option<JobError>,
+}
+
+impl<'a> Copier<'a> {
+    fn new(source: &'a dyn StreamSource, context: &'a JobContext) -> Self {
+        Self {
+            source,
+            context,
+            next: 0,
+            known: None,
+            failed: VecDeque::new(),
+            in_flight: FuturesUnordered::new(),
+            low_water: 0,
+            done: BTreeMap::new(),
+            stopping: false,
+            ignored: None,
+            fatal: None,
+        }
+    }
+
+    async fn run(&mut self) -> Result<(), JobError> {
+        loop {
+            if self.fatal.is_some() || self.context.interrupted() {
+                self.land_all().await;
+                if let Some(error) = self.fatal.take() {
+                    return Err(error);
+                }
+                self.context.pause_point().await;
+                if self.context.should_stop() {
+                    return Ok(());
+                }
+                self.stopping = false;
+            }
+            if self.in_flight.len() >= MAX_IN_FLIGHT {
+                self.land_one().await;
+                continue;
+            }
+            match self.find_work().await {
+                Work::Again(range) => {
+                    if self.pay(range).await {
+                        self.failed.pop_front();
+                        self.launch(range);
+                    }
+                }
+                Work::Next(range) => {
+                    if self.pay(range).await {
+                        self.next = range.end;
+                        self.launch(range);
+                    }
+                }
+                Work::Moved => yield_now().await,
+                Work::None if self.in_flight.is_empty() => break,
+                Work::None => self.land_one().await,
+            }
+        }
+        self.ignored.take().map_or(Ok(()), Err)
+    }
+
+    async fn find_work(&mut self) -> Work {
+        if let Some(range) = self.failed.front() {
+            return Work::Again(*range);
+        }
+        let len = self.source.len();
+        if self.next >= len {
+            return Work::None;
+        }
+        if let Some(known) = self.known
+            && known.end > self.next
+        {
+            return Work::Next(self.piece_of(known.end));
+        }
+        let source = self.source;
+        let lookup = source.chunk_status(self.next, LOOK_AHEAD.min(len - self.next));
+        match self.meanwhile(lookup).await {
+            None => Work::Moved,
+            Some(Ok((0, _))) => self.lookup_failed(JobIoError {
+                errno: libc::EIO,
+                write: false,
+                text: format!("nothing is known about the device at {}", self.next),
+            }),
+            Some(Ok((found, status))) => {
+                let end = self.next.saturating_add(found).min(len);
+                if status == ChunkStatus::NeedsCopy {
+                    self.known = Some(Range {
+                        start: self.next,
+                        end,
+                    });
+                    return Work::Next(self.piece_of(end));
+                }
+                self.mark_done(Range {
+                    start: self.next,
+                    end,
+                });
+                self.next = end;
+                Work::Moved
+            }
+            Some(Err(error)) => self.lookup_failed(error),
+        }
+    }
+
+    /// The next piece to copy, where all up to `end` needs it. Pieces end where clusters do.
+    fn piece_of(&self, end: u64) -> Range {
+        let cluster = self.source.cluster_size().clamp(1, MAX_COPY);
+        let size = self.context.smooth_request(cluster, MAX_COPY);
+        let wanted = self.next.saturating_add(size);
+        let aligned = wanted - wanted % cluster;
+        let piece_end = if aligned > self.next { aligned } else { wanted };
+        Range {
+            start: self.next,
+            end: piece_end.min(end),
+        }
+    }
+
+    fn lookup_failed(&mut self, error: JobIoError) -> Work {
+        let range = self.piece_of(self.source.len());
+        if self.decide(&error) == Some(ErrorAction::Ignore) {
+            self.mark_done(range);
+            self.next = range.end;
+        }
+        Work::Moved
+    }
+
+    /// Waits for the speed limit; false if there is something else to see to first.
+    async fn pay(&mut self, range: Range) -> bool {
+        let context = self.context;
+        self.meanwhile(context.limit(range.len())).await == Some(Flow::Go)
+    }
+
+    fn launch(&mut self, range: Range) {
+        let source = self.source;
+        self.in_flight.push(Box::pin(async move {
+            let result = source.copy(range.start, range.len()).await;
+            Landed { range, result }
+        }));
+    }
+
+    /// Waits for `future` while copies go on; nothing if one of them ends the job.
+    async fn meanwhile<T>(&mut self, future: impl Future<Output = T>) -> Option<T> {
+        let mut future = pin!(future);
+        while !self.in_flight.is_empty() {
+            match future::select(future.as_mut(), self.in_flight.next()).await {
+                Either::Left((value, _)) => return Some(value),
+                Either::Right((landed, _)) => {
+                    if let Some(landed) = landed {
+                        self.land(landed);
+                    }
+                    if self.fatal.is_some() {
+                        return None;
+                    }
+                }
+            }
+        }
+        Some(future.await)
+    }
+
+    async fn land_one(&mut self) {
+        if let Some(landed) = self.in_flight.next().await {
+            self.land(landed);
+        }
+    }
+
+    async fn land_all(&mut self) {
+        while !self.in_flight.is_empty() {
+            self.land_one().await;
+        }
+    }
+
+    fn land(&mut self, landed: Landed) {
+        let Landed { range, result } = landed;
+        match result {
+            Ok(moved) => {
+                self.context.settle(range.len(), moved);
+                self.mark_done(range);
+            }
+            Err(error) => match self.decide(&error) {
+                Some(ErrorAction::Ignore) => self.mark_done(range),
+                _ => self.failed.push_back(range),
+            },
+        }
+    }
+
+    /// What is done about an error; nothing if the job is about to stop anyway. Then whatever
+    /// failed is tried again later, and fails again if it must.
+    fn decide(&mut self, error: &JobIoError) -> Option<ErrorAction> {
+        log::warn!("stream: {error}");
+        if self.stopping || self.fatal.is_some() || self.context.should_stop() {
+            return None;
+        }
+        let action = self.context.error_action(error.errno, error.write);
+        match action {
+            ErrorAction::Report => self.fatal = Some(JobError::from_errno(error.errno)),
+            ErrorAction::Ignore => {
+                self.ignored
+                    .get_or_insert_with(|| JobError::from_errno(error.errno));
+            }
+            ErrorAction::Stop => self.stopping = true,
+        }
+        Some(action)
+    }
+
+    fn mark_done(&mut self, range: Range) {
+        self.done.insert(range.start, range.end);
+        while let Some(entry) = self.done.first_entry() {
+            if *entry.key() > self.low_water {
+                break;
+            }
+            self.low_water = self.low_water.max(entry.remove());
+        }
+        self.context.advance(self.low_water);
+    }
+}
+
+/// Lets the other tasks of the thread run.
+async fn yield_now() {
+    struct Yield(bool);
+    impl Future for Yield {
+        type Output = ();
+        fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+            if std::mem::replace(&mut self.0, true) {
+                return Poll::Ready(());
+            }
+            context.waker().wake_by_ref();
+            Poll::Pending
+        }
+    }
+    Yield(false).await;
+}

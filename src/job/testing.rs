@@ -1,0 +1,306 @@
+//! What the tests of jobs need: a source with faults, time that tests own, and an ear for events.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::pin::pin;
+use std::rc::Rc;
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Condvar};
+use std::task::{Context, Wake, Waker};
+use std::time::Duration;
+
+use event_listener::Event as Signal;
+use futures_util::future::LocalBoxFuture;
+use parking_lot::Mutex;
+
+use super::stream::{ChunkStatus, JobIoError, Stream, StreamSource};
+use super::*;
+
+pub const KIB: u64 = 1 << 10;
+pub const MIB: u64 = 1 << 20;
+
+/// Time that passes only when nobody has anything else to do (or never, with `frozen`).
+#[derive(Default)]
+pub struct VirtualTime {
+    now: Mutex<Duration>,
+    sleepers: Mutex<Vec<(Duration, Waker)>>,
+    pub frozen: bool,
+}
+
+impl VirtualTime {
+    /// Goes on to when the first sleeper wants to be woken, and wakes it.
+    fn jump(&self) -> bool {
+        let mut sleepers = self.sleepers.lock();
+        let Some(first) = sleepers.iter().map(|sleeper| sleeper.0).min() else {
+            return false;
+        };
+        let mut now = self.now.lock();
+        *now = first.max(*now);
+        let now = *now;
+        sleepers.retain(|(deadline, waker)| {
+            if *deadline <= now {
+                waker.wake_by_ref();
+            }
+            *deadline > now
+        });
+        true
+    }
+}
+
+impl Clock for VirtualTime {
+    fn now(&self) -> Duration {
+        *self.now.lock()
+    }
+}
+
+struct VirtualTimer(Arc<VirtualTime>);
+
+impl Timer for VirtualTimer {
+    fn sleep(&self, duration: Duration) -> LocalBoxFuture<'static, ()> {
+        let time = self.0.clone();
+        let deadline = time.now() + duration;
+        Box::pin(std::future::poll_fn(move |context| {
+            if time.now() >= deadline {
+                return std::task::Poll::Ready(());
+            }
+            time.sleepers
+                .lock()
+                .push((deadline, context.waker().clone()));
+            std::task::Poll::Pending
+        }))
+    }
+}
+
+/// Whether a task wants to be polled, and a bell for whoever polls it.
+#[derive(Default)]
+struct Bell(std::sync::Mutex<bool>, Condvar);
+
+impl Wake for Bell {
+    fn wake(self: Arc<Self>) {
+        *self.0.lock().unwrap() = true;
+        self.1.notify_all();
+    }
+}
+
+/// Runs jobs in [`VirtualTime`].
+pub struct VirtualRunner(pub Arc<VirtualTime>);
+
+impl JobRunner for VirtualRunner {
+    fn run(&self, main: JobMain) -> io::Result<()> {
+        let bell = Arc::new(Bell::default());
+        let waker = Waker::from(bell.clone());
+        let mut future = pin!(main(Rc::new(VirtualTimer(self.0.clone()))));
+        while future
+            .as_mut()
+            .poll(&mut Context::from_waker(&waker))
+            .is_pending()
+        {
+            let mut rung = bell.0.lock().unwrap();
+            while !*rung {
+                drop(rung);
+                let jumped = !self.0.frozen && self.0.jump();
+                rung = bell.0.lock().unwrap();
+                if !jumped && !*rung {
+                    rung = bell.1.wait(rung).unwrap();
+                }
+            }
+            *rung = false;
+        }
+        Ok(())
+    }
+}
+
+/// What a [`FakeSource`] is made of, shared with the test.
+pub struct Disk {
+    pub len: u64,
+    pub cluster: u64,
+    /// Clusters that have to be copied, and (removed from it) were.
+    pub needed: Mutex<BTreeSet<u64>>,
+    /// What was copied, in the order in which it was begun.
+    pub copied: Mutex<Vec<(u64, u64)>>,
+    /// Reads at these offsets fail, each as often as it is listed, with this error number.
+    pub faults: Mutex<Vec<(u64, i32)>>,
+    /// What `finish` was called with.
+    pub finished: Mutex<Option<Option<String>>>,
+    pub finish_error: Mutex<Option<i32>>,
+    /// While set, copies wait.
+    pub gate: Mutex<bool>,
+    pub gate_moved: Signal,
+    /// How many copies were in flight at once at most, and are now.
+    pub most_in_flight: Mutex<(usize, usize)>,
+}
+
+impl Disk {
+    pub fn new(clusters: u64, needed: impl IntoIterator<Item = u64>) -> Arc<Self> {
+        let cluster = 64 * KIB;
+        Arc::new(Self {
+            len: clusters * cluster,
+            cluster,
+            needed: Mutex::new(needed.into_iter().collect()),
+            copied: Mutex::default(),
+            faults: Mutex::default(),
+            finished: Mutex::default(),
+            finish_error: Mutex::default(),
+            gate: Mutex::new(false),
+            gate_moved: Signal::new(),
+            most_in_flight: Mutex::default(),
+        })
+    }
+
+    pub fn set_gate(&self, shut: bool) {
+        *self.gate.lock() = shut;
+        self.gate_moved.notify(usize::MAX);
+    }
+}
+
+struct FakeSource(Arc<Disk>);
+
+impl StreamSource for FakeSource {
+    fn len(&self) -> u64 {
+        self.0.len
+    }
+
+    fn cluster_size(&self) -> u64 {
+        self.0.cluster
+    }
+
+    fn chunk_status(
+        &self,
+        offset: u64,
+        max_len: u64,
+    ) -> LocalBoxFuture<'_, Result<(u64, ChunkStatus), JobIoError>> {
+        let disk = &self.0;
+        Box::pin(async move {
+            let needed = disk.needed.lock();
+            let needs = |at: u64| needed.contains(&(at / disk.cluster));
+            let mut end = offset - offset % disk.cluster + disk.cluster;
+            while end < offset + max_len && needs(end) == needs(offset) {
+                end += disk.cluster;
+            }
+            let status = if needs(offset) {
+                ChunkStatus::NeedsCopy
+            } else {
+                ChunkStatus::AlreadyPresent
+            };
+            Ok(((end - offset).min(max_len), status))
+        })
+    }
+
+    fn copy(&self, offset: u64, len: u64) -> LocalBoxFuture<'_, Result<u64, JobIoError>> {
+        let disk = &self.0;
+        disk.copied.lock().push((offset, len));
+        Box::pin(async move {
+            {
+                let mut count = disk.most_in_flight.lock();
+                count.1 += 1;
+                count.0 = count.0.max(count.1);
+            }
+            loop {
+                let moved = disk.gate_moved.listen();
+                if !*disk.gate.lock() {
+                    break;
+                }
+                moved.await;
+            }
+            disk.most_in_flight.lock().1 -= 1;
+            let mut faults = disk.faults.lock();
+            if let Some(at) = faults
+                .iter()
+                .position(|f| (offset..offset + len).contains(&f.0))
+            {
+                let (at, errno) = faults.remove(at);
+                return Err(JobIoError {
+                    errno,
+                    write: false,
+                    text: format!("read at {at}"),
+                });
+            }
+            let mut needed = disk.needed.lock();
+            let clusters = offset / disk.cluster..(offset + len).div_ceil(disk.cluster);
+            let moved = clusters.filter(|cluster| needed.remove(cluster)).count() as u64;
+            Ok(moved * disk.cluster)
+        })
+    }
+
+    fn finish(&self, backing_file: Option<String>) -> LocalBoxFuture<'_, Result<(), JobIoError>> {
+        Box::pin(async move {
+            if let Some(errno) = *self.0.finish_error.lock() {
+                return Err(JobIoError {
+                    errno,
+                    write: true,
+                    text: "cannot finish".to_owned(),
+                });
+            }
+            *self.0.finished.lock() = Some(backing_file);
+            Ok(())
+        })
+    }
+}
+
+/// A manager, and what it tells.
+pub struct Bench {
+    pub manager: Arc<Manager>,
+    pub time: Arc<VirtualTime>,
+    events: Receiver<Event>,
+}
+
+impl Bench {
+    pub fn new() -> Self {
+        Self::with(VirtualTime::default())
+    }
+
+    /// A bench on which a job that waits for its speed limit waits for ever.
+    pub fn frozen() -> Self {
+        Self::with(VirtualTime {
+            frozen: true,
+            ..VirtualTime::default()
+        })
+    }
+
+    fn with(time: VirtualTime) -> Self {
+        let time = Arc::new(time);
+        let (sender, events) = mpsc::channel();
+        let sink: EventSink = Arc::new(move |event| drop(sender.send(event)));
+        let runner = Arc::new(VirtualRunner(time.clone()));
+        Self {
+            manager: Manager::new(runner, time.clone(), sink),
+            time,
+            events,
+        }
+    }
+
+    pub fn start(&self, spec: JobSpec, disk: &Arc<Disk>) -> Arc<Job> {
+        let disk = disk.clone();
+        let lease = self
+            .manager
+            .reserve(std::slice::from_ref(&spec.id), "stream")
+            .unwrap();
+        let factory: BodyFactory = Box::new(move || {
+            let source = Box::new(FakeSource(disk));
+            Box::pin(async move { Ok(Box::new(Stream::new(source, None)) as Box<dyn Body>) })
+        });
+        self.manager.start(spec, lease, factory).unwrap()
+    }
+
+    /// The events up to and including the first that `wanted` describes, as [`describe`] has them.
+    pub fn until(&self, wanted: &str) -> Vec<String> {
+        let mut seen = Vec::new();
+        while seen.last().map(String::as_str) != Some(wanted) {
+            match self.events.recv_timeout(Duration::from_secs(20)) {
+                Ok(event) => seen.push(describe(&event)),
+                Err(error) => panic!("{wanted} did not come ({error}); seen: {seen:?}"),
+            }
+        }
+        seen
+    }
+}
+
+/// An event in a word: the state reached, or the event's name with what matters of its members.
+pub fn describe(event: &Event) -> String {
+    let member = |name: &str| event.data[name].as_str().unwrap_or_default().to_owned();
+    match event.name {
+        "JOB_STATUS_CHANGE" => member("status"),
+        "BLOCK_JOB_ERROR" => format!("ERROR {} {}", member("operation"), member("action")),
+        name => [name, &member("error")].join(" ").trim_end().to_owned(),
+    }
+}

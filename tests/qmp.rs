@@ -1,0 +1,667 @@
+//! The control protocol over a real socket, with a daemon of names behind it.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod qmp_support;
+
+use std::io::Read;
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::atomic::Ordering;
+
+use qmp_support::{Bench, Client, FakeDaemon, MIB, Shared};
+use serde_json::{Value, json};
+use stratablk::control::{Control, Endpoint, Server};
+use stratablk::job::Event;
+
+fn generic(text: &str) -> (String, String) {
+    ("GenericError".to_owned(), text.to_owned())
+}
+
+/// Would catch a greeting that `qemu.qmp` refuses, and commands that work before negotiation.
+#[test]
+fn negotiation() {
+    let bench = Bench::new();
+    let mut client = Client::connect(&bench.path);
+    let version = &client.greeting["QMP"]["version"];
+    assert!(version["qemu"]["major"].is_u64() && version["qemu"]["micro"].is_u64());
+    assert!(
+        version["package"]
+            .as_str()
+            .unwrap()
+            .starts_with("stratablk-")
+    );
+    assert_eq!(client.greeting["QMP"]["capabilities"], json!([]));
+    for command in ["query-version", "nope"] {
+        let (class, desc) = client.fail(command, json!({}));
+        assert_eq!(class, "CommandNotFound");
+        assert_eq!(
+            desc,
+            "Expecting capabilities negotiation with 'qmp_capabilities'"
+        );
+    }
+    let refused = client.fail("qmp_capabilities", json!({"enable": ["warp"]}));
+    assert_eq!(
+        refused,
+        generic("Parameter 'null' does not accept value 'warp'")
+    );
+    let refused = client.fail("qmp_capabilities", json!({"enable": ["oob"]}));
+    assert_eq!(refused, generic("Capability oob not available"));
+    client.get("qmp_capabilities", json!({"enable": []}));
+    let (class, desc) = client.fail("qmp_capabilities", json!({}));
+    assert_eq!(class, "CommandNotFound");
+    assert_eq!(
+        desc,
+        "Capabilities negotiation is already complete, command ignored"
+    );
+}
+
+/// Would catch an `id` that is lost or changed, in answers and in errors.
+#[test]
+fn ids_come_back() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    for id in [
+        json!(1),
+        json!("x"),
+        json!(null),
+        json!([1, {"a": [null, 2.5]}]),
+        json!({}),
+    ] {
+        for command in ["query-jobs", "nope"] {
+            client.send(json!({"execute": command, "id": id}).to_string().as_bytes());
+            assert_eq!(client.answer().get("id"), Some(&id));
+        }
+    }
+    client.send(b"{\"execute\":\"query-jobs\"}");
+    assert!(client.answer().get("id").is_none());
+}
+
+/// Would catch a server that takes a packet for a command.
+#[test]
+fn packets_mean_nothing() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    client.send(b"{'execute':'query-jobs','id':1}{\"execute\":\"query-jobs\",\"id\":2} {\"exec");
+    assert_eq!(client.answer()["id"], 1);
+    assert_eq!(client.answer()["id"], 2);
+    client.send(b"ute\":\"query-jobs\",\"id\":");
+    client.send(b"3}");
+    assert_eq!(client.answer()["id"], 3);
+}
+
+/// Would catch a session that ends, or gets out of step, because of nonsense.
+#[test]
+fn nonsense_is_answered_and_survived() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    let deep = vec![b'['; 5000];
+    for nonsense in [
+        &b"{]\n"[..],
+        b"\xff\n",
+        b"{\"a\":nul}",
+        b"{\"execute\":1}",
+        b"[]",
+        &deep,
+    ] {
+        client.send(nonsense);
+        client.send(b"\n");
+        assert!(client.answer().get("error").is_some());
+        assert_eq!(client.get("query-jobs", json!({})), json!([]));
+    }
+}
+
+/// Would catch a decoder that grows with its input, or gives up the session at the limit.
+#[test]
+fn an_oversized_value_is_answered_and_survived() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    client.send(b"{\"execute\":\"");
+    let block = vec![b'x'; 1 << 20];
+    for _ in 0..65 {
+        client.send(&block);
+    }
+    client.send(b"\"}");
+    assert_eq!(
+        client.answer()["error"]["desc"],
+        "JSON token size limit exceeded"
+    );
+    assert_eq!(client.get("query-jobs", json!({})), json!([]));
+}
+
+/// Would catch a second client that has to wait for the first, or gets none of the events.
+#[test]
+fn several_clients_at_once() {
+    let bench = Bench::new();
+    let mut silent = Client::connect(&bench.path);
+    let mut clients: Vec<_> = (0..5).map(|_| bench.client()).collect();
+    clients[3].get("block-stream", json!({"device": "e0"}));
+    for client in &mut clients {
+        client.status("e0", "null");
+        assert_eq!(client.get("query-jobs", json!({})), json!([]));
+    }
+    // Who has not negotiated gets no events: the first line is the answer.
+    silent.send(b"{'execute':'qmp_capabilities'}");
+    assert_eq!(silent.line(), Some(json!({"return": {}})));
+}
+
+/// Would catch events without a usable time, and members missing from them.
+#[test]
+fn a_whole_stream() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    client.get("block-stream", json!({"device": "top", "speed": 100 * MIB}));
+    let created = client.event(|_| true);
+    assert_eq!(created["data"], json!({"status": "created", "id": "e0"}));
+    let seconds = created["timestamp"]["seconds"].as_u64().unwrap();
+    assert!(seconds > 1_600_000_000 && created["timestamp"]["microseconds"].is_u64());
+    let done = client.named("BLOCK_JOB_COMPLETED");
+    assert_eq!(
+        done,
+        json!({"device": "e0", "len": 4 * MIB, "offset": 4 * MIB, "speed": 100 * MIB,
+               "type": "stream"})
+    );
+    client.status("e0", "null");
+    let (spec, backing) = bench.daemon.finished.lock().unwrap().pop().unwrap();
+    assert_eq!(
+        (spec.target.as_str(), spec.base, backing),
+        ("top", None, None)
+    );
+    assert_eq!(spec.layers, ["top", "mid", "low", "base"]);
+}
+
+/// Would catch layers that are left out of a partial stream, or are in it and should not be.
+#[test]
+fn partial_streams_stop_where_they_should() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    for (arguments, base, layers, backing) in [
+        (json!({"base": "low.qcow2"}), "low", 2, None),
+        (json!({"base-node": "low"}), "low", 2, None),
+        (json!({"bottom": "mid"}), "low", 2, None),
+        (
+            json!({"bottom": "low", "backing-file": "/b"}),
+            "base",
+            3,
+            Some("/b"),
+        ),
+    ] {
+        let mut arguments = arguments;
+        arguments["device"] = json!("e0");
+        client.get("block-stream", arguments);
+        client.status("e0", "null");
+        let (spec, written) = bench.daemon.finished.lock().unwrap().pop().unwrap();
+        assert_eq!(spec.base.as_deref(), Some(base));
+        assert_eq!(spec.layers.len(), layers);
+        assert_eq!(written.as_deref(), backing);
+    }
+}
+
+/// Would catch any error text of the contract that is not word for word as tools expect it.
+#[test]
+fn block_stream_refuses_in_the_words_of_qemu() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    for (arguments, desc) in [
+        (
+            json!({"device": "x"}),
+            "Cannot find device='x' nor node-name='x'",
+        ),
+        (json!({}), "Parameter 'device' is missing"),
+        (
+            json!({"device": 1}),
+            "Invalid parameter type for 'device', expected: string",
+        ),
+        (
+            json!({"device": "x", "speed": 1.5}),
+            "Invalid parameter type for 'speed', expected: integer",
+        ),
+        (
+            json!({"device": "x", "zz": 1}),
+            "Parameter 'zz' is unexpected",
+        ),
+        (
+            json!({"device": "x", "on-error": "boo"}),
+            "Parameter 'on-error' does not accept value 'boo'",
+        ),
+        (
+            json!({"device": "top", "base": "a", "base-node": "b"}),
+            "'base' and 'base-node' cannot be specified at the same time",
+        ),
+        (
+            json!({"device": "top", "base": "a"}),
+            "Can't find 'a' in the backing chain",
+        ),
+        (
+            json!({"device": "top", "base": "top.qcow2"}),
+            "Can't find 'top.qcow2' in the backing chain",
+        ),
+        (
+            json!({"device": "top", "base-node": "a"}),
+            "Cannot find device='' nor node-name='a'",
+        ),
+        (
+            json!({"device": "top", "base-node": "solo"}),
+            "Node 'solo' is not a backing image of 'top'",
+        ),
+        (
+            json!({"device": "mid", "bottom": "top"}),
+            "Node 'top' is not in a chain starting from 'mid'",
+        ),
+        (
+            json!({"device": "top", "backing-file": "a"}),
+            "backing file specified, but streaming the entire chain",
+        ),
+        (
+            json!({"device": "top", "speed": -1}),
+            "Parameter 'speed' expects a non-negative value",
+        ),
+        (json!({"device": "mid"}), "Invalid job ID ''"),
+        (
+            json!({"device": "top", "job-id": "1 x"}),
+            "Invalid job ID '1 x'",
+        ),
+        (
+            json!({"device": "solo", "job-id": "j"}),
+            "Block node is read-only",
+        ),
+        (
+            json!({"device": "top", "filter-node-name": "mid"}),
+            "Could not create node: Duplicate nodes with node-name='mid'",
+        ),
+    ] {
+        assert_eq!(
+            client.fail("block-stream", arguments.clone()),
+            generic(desc),
+            "{arguments}"
+        );
+    }
+    assert_eq!(
+        client.get("query-jobs", json!({})),
+        json!([]),
+        "nothing was left behind"
+    );
+    client.get("block-stream", json!({"device": "e0"}));
+    client.status("e0", "null");
+}
+
+/// Would catch jobs that meet in a layer, and a refusal of jobs that do not.
+#[test]
+fn layers_belong_to_one_job() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    bench.daemon.shut_gate();
+    client.get("block-stream", json!({"device": "e0", "base-node": "low"}));
+    let busy = |node: &str| {
+        generic(&format!(
+            "Node '{node}' is busy: block device is in use by block job: stream"
+        ))
+    };
+    assert_eq!(
+        client.fail("block-stream", json!({"device": "e0"})),
+        busy("e0")
+    );
+    assert_eq!(
+        client.fail("block-stream", json!({"device": "top"})),
+        busy("top")
+    );
+    let middle = json!({"device": "mid", "job-id": "m"});
+    assert_eq!(client.fail("block-stream", middle), busy("mid"));
+    client.get("block-stream", json!({"device": "low", "job-id": "l"}));
+    let jobs = client.get("query-block-jobs", json!({}));
+    assert_eq!(jobs.as_array().unwrap().len(), 2);
+    bench.daemon.open_gate();
+    client.status("e0", "null");
+}
+
+/// Would catch verbs on jobs that are not there answered in the wrong class or words.
+#[test]
+fn unknown_jobs() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    let inactive = (
+        "DeviceNotActive".to_owned(),
+        "Block job 'j' not found".to_owned(),
+    );
+    for command in ["cancel", "pause", "resume", "complete"] {
+        let command = format!("block-job-{command}");
+        assert_eq!(client.fail(&command, json!({"device": "j"})), inactive);
+    }
+    for command in ["finalize", "dismiss"] {
+        assert_eq!(
+            client.fail(&format!("block-job-{command}"), json!({"id": "j"})),
+            inactive
+        );
+    }
+    let speed = json!({"device": "j", "speed": 1});
+    assert_eq!(client.fail("block-job-set-speed", speed), inactive);
+    for command in [
+        "pause", "resume", "cancel", "complete", "finalize", "dismiss",
+    ] {
+        let refused = client.fail(&format!("job-{command}"), json!({"id": "j"}));
+        assert_eq!(refused, generic("Job not found"));
+    }
+}
+
+/// Would catch a query that lacks members or shows an old speed, by either family of names.
+#[test]
+fn speed_pause_and_cancel() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    let slow = json!({"device": "e0", "auto-dismiss": false, "speed": 1});
+    client.get("block_stream", slow);
+    client.get(
+        "block_job_set_speed",
+        json!({"device": "e0", "value": 65536}),
+    );
+    let refused = client.fail("block_job_set_speed", json!({"device": "e0", "value": -1}));
+    assert_eq!(
+        refused,
+        generic("Parameter 'speed' expects a non-negative value")
+    );
+    let mut job = client.get("query-block-jobs", json!({}))[0].take();
+    assert!(job["busy"].is_boolean());
+    job["busy"] = Value::Null;
+    assert_eq!(
+        job,
+        json!({"auto-finalize": true, "io-status": "ok", "device": "e0", "auto-dismiss": false,
+               "busy": null, "len": 4 * MIB, "offset": 0, "status": "running", "paused": false,
+               "speed": 65536, "ready": false, "type": "stream"})
+    );
+    client.get("job-pause", json!({"id": "e0"}));
+    assert_eq!(client.get("query-block-jobs", json!({}))[0]["paused"], true);
+    client.status("e0", "paused");
+    client.get("block-job-set-speed", json!({"device": "e0", "speed": 1}));
+    client.get("block-job-resume", json!({"device": "e0"}));
+    client.get("block_job_cancel", json!({"device": "e0"}));
+    let cancelled = client.named("BLOCK_JOB_CANCELLED");
+    assert_eq!(
+        (&cancelled["speed"], &cancelled["type"]),
+        (&json!(1), &json!("stream"))
+    );
+    client.status("e0", "concluded");
+    let jobs = client.get("query-jobs", json!({}));
+    assert_eq!(
+        (&jobs[0]["status"], &jobs[0]["id"]),
+        (&json!("concluded"), &json!("e0"))
+    );
+    client.get("job-dismiss", json!({"id": "e0"}));
+    assert_eq!(client.get("query-jobs", json!({})), json!([]));
+    assert!(bench.daemon.finished.lock().unwrap().is_empty());
+}
+
+/// Would catch a client that learns of an end and then finds the job, or its layers, still there.
+#[test]
+fn an_end_that_was_told_is_an_end() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    for _ in 0..100 {
+        client.get("block-stream", json!({"device": "e0"}));
+        client.named("BLOCK_JOB_COMPLETED");
+        assert_eq!(client.get("query-jobs", json!({})), json!([]));
+    }
+}
+
+/// Would catch an error of a job that does not reach its clients.
+#[test]
+fn job_errors_are_told() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    bench.daemon.faults.lock().unwrap().push(libc::EIO);
+    client.get(
+        "block-stream",
+        json!({"device": "e0", "on-error": "stop", "speed": 100 * MIB}),
+    );
+    let error = client.named("BLOCK_JOB_ERROR");
+    assert_eq!(
+        error,
+        json!({"device": "e0", "operation": "read", "action": "stop"})
+    );
+    client.status("e0", "paused");
+    assert_eq!(
+        client.get("query-block-jobs", json!({}))[0]["io-status"],
+        "failed"
+    );
+    client.get("block-job-resume", json!({"device": "e0"}));
+    let done = client.named("BLOCK_JOB_COMPLETED");
+    assert_eq!(
+        (done["offset"].as_u64(), done.get("error")),
+        (Some(4 * MIB), None)
+    );
+}
+
+/// Would catch a queue that grows for a client that does not read, and events that stop for the
+/// others because of it.
+#[test]
+fn a_client_that_does_not_read_is_cut_off() {
+    let bench = Bench::new();
+    let mut deaf = bench.client();
+    let mut client = bench.client();
+    let padding = "x".repeat(1 << 20);
+    for number in 0..12 {
+        let data = json!({"number": number, "padding": padding});
+        bench.hub.send(&Event { name: "TEST", data });
+        let seen = client.event(|event| event["data"]["number"] == number);
+        assert_eq!(seen["event"], "TEST");
+    }
+    // What its socket held is all that it gets.
+    let mut rest = Vec::new();
+    let _ = deaf.stream.read_to_end(&mut rest);
+    assert!(rest.len() < 12 << 20, "{} bytes", rest.len());
+    assert_eq!(client.get("query-jobs", json!({})), json!([]));
+}
+
+/// Would catch answers that pile up for a client that asks and does not read.
+#[test]
+fn a_client_that_only_asks_waits() {
+    let bench = Bench::new();
+    let mut greedy = bench.client();
+    let asking = greedy.stream.try_clone().unwrap();
+    let asker = std::thread::spawn(move || {
+        let request = b"{'execute':'query-qmp-schema'}";
+        let mut asking = asking;
+        for _ in 0..2000 {
+            if std::io::Write::write_all(&mut asking, request).is_err() {
+                return;
+            }
+        }
+        let _ = asking.shutdown(Shutdown::Write);
+    });
+    let mut other = bench.client();
+    assert_eq!(other.get("query-jobs", json!({})), json!([]));
+    let mut answers = 0;
+    while greedy.line().is_some() {
+        answers += 1;
+    }
+    assert_eq!(answers, 2000, "asked and read to the end, nothing is lost");
+    asker.join().unwrap();
+}
+
+/// Would catch texts of the human monitor that scripts no longer recognise.
+#[test]
+fn the_human_monitor() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    assert_eq!(client.human("info block-jobs"), "No active jobs\r\n");
+    assert_eq!(client.human(""), "");
+    assert_eq!(client.human("boo"), "unknown command: 'boo'\r\n");
+    assert_eq!(client.human("info boo"), "unknown command: 'info boo'\r\n");
+    assert_eq!(
+        client.human("block_stream"),
+        "block_stream: block device name expected\r\n\
+         Try \"help block_stream\" for more information\r\n"
+    );
+    assert_eq!(
+        client.human("block_stream nope"),
+        "Error: Cannot find device='nope' nor node-name='nope'\r\n"
+    );
+    bench.daemon.shut_gate();
+    assert_eq!(client.human("block_stream e0 64k base.qcow2"), "");
+    assert_eq!(
+        client.human(" info  block-jobs "),
+        "Streaming device e0: Completed 0 of 4194304 bytes, speed limit 65536 bytes/s\r\n"
+    );
+    for (size, bytes) in [
+        ("1", MIB),
+        ("1.5", 3 * MIB / 2),
+        ("2b", 2),
+        ("3K", 3072),
+        ("0", 0),
+    ] {
+        assert_eq!(client.human(&format!("block_job_set_speed e0 {size}")), "");
+        assert_eq!(client.get("query-block-jobs", json!({}))[0]["speed"], bytes);
+    }
+    let bad = "invalid size\r\nTry \"help block_job_set_speed\" for more information\r\n";
+    for size in ["", "-1", "x", "99999999999999999999", "8E"] {
+        assert_eq!(client.human(&format!("block_job_set_speed e0 {size}")), bad);
+    }
+    assert_eq!(client.human("block_job_pause e0"), "");
+    assert_eq!(
+        client.human("block_job_cancel e0"),
+        "Error: The block job for device 'e0' is currently paused\r\n"
+    );
+    assert_eq!(client.human("block_job_cancel -f e0"), "");
+    bench.daemon.open_gate();
+    client.status("e0", "null");
+    assert_eq!(
+        client.human("block_job_cancel e0"),
+        "Error: Block job 'e0' not found\r\n"
+    );
+    assert_eq!(
+        client.human("info block e0"),
+        "e0 (top): top.qcow2 (qcow2)\r\n    Cache mode:       writeback\r\n    \
+         Backing file:     mid.qcow2 (chain depth: 3)\r\n"
+    );
+    assert_eq!(client.human("info block zz"), "");
+    assert!(
+        client
+            .human("help")
+            .contains("block_job_set_speed device speed -- ")
+    );
+    assert_eq!(client.human("quit"), "");
+    while !bench.daemon.quit.load(Ordering::SeqCst) {
+        std::thread::yield_now();
+    }
+}
+
+/// Would catch a command that is not listed, and a schema that refers to what it does not define.
+#[test]
+fn commands_and_schema_agree() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    let commands = client.get("query-commands", json!({}));
+    let schema = client.get("query-qmp-schema", json!({}));
+    let defined = |name: &Value| {
+        schema
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|e| &e["name"] == name)
+    };
+    for command in commands.as_array().unwrap() {
+        assert!(defined(&command["name"]), "{command}");
+    }
+    for wanted in [
+        "block-stream",
+        "block_stream",
+        "query-block-jobs",
+        "job-dismiss",
+        "quit",
+    ] {
+        assert!(
+            commands
+                .as_array()
+                .unwrap()
+                .contains(&json!({"name": wanted})),
+            "{wanted}"
+        );
+    }
+    for entry in schema.as_array().unwrap() {
+        for reference in ["arg-type", "ret-type", "element-type"] {
+            assert!(entry.get(reference).is_none_or(defined), "{entry}");
+        }
+        for member in entry["members"].as_array().into_iter().flatten() {
+            assert!(member.get("type").is_none_or(defined), "{entry}");
+        }
+    }
+}
+
+/// Would catch queries that lack what tools look for.
+#[test]
+fn queries_about_nodes() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    let nodes = client.get("query-named-block-nodes", json!({}));
+    assert_eq!(nodes.as_array().unwrap().len(), 5);
+    assert_eq!(nodes[0]["node-name"], "top");
+    assert_eq!(nodes[0]["backing_file_depth"], 3);
+    let image = &nodes[0]["image"];
+    assert_eq!(
+        image["backing-image"]["backing-image"]["filename"],
+        "low.qcow2"
+    );
+    let flat = client.get("query-named-block-nodes", json!({"flat": true}));
+    assert!(flat[0]["image"].get("backing-image").is_none());
+    let exports = client.get("query-block-exports", json!({}));
+    assert_eq!(
+        exports,
+        json!([{"node-name": "top", "shutting-down": false, "type": "vhost-user-blk", "id": "e0"}])
+    );
+    let devices = client.get("query-block", json!({}));
+    assert_eq!(devices[0]["device"], "e0");
+    assert_eq!(devices[0]["inserted"]["node-name"], "top");
+}
+
+/// Would catch a socket file that stays, a stale one in the way, and a live one that is stolen.
+#[test]
+fn socket_files() {
+    let mut bench = Bench::new();
+    assert!(Endpoint::bind(&bench.path).is_err(), "it is in use");
+    let mut client = bench.client();
+    bench.server.stop();
+    assert!(client.line().is_none(), "hung up");
+    assert!(!bench.path.exists());
+    drop(UnixListener::bind(&bench.path).unwrap());
+    assert!(bench.path.exists(), "stale");
+    drop(Endpoint::bind(&bench.path).unwrap());
+    std::fs::remove_file(&bench.path).unwrap();
+    std::fs::write(&bench.path, "precious").unwrap();
+    assert!(Endpoint::bind(&bench.path).is_err());
+    assert_eq!(std::fs::read(&bench.path).unwrap(), b"precious");
+}
+
+/// Would catch inherited sockets that are not told apart.
+#[test]
+fn inherited_sockets() {
+    let bench = Bench::new();
+    let control = Control::new(
+        std::sync::Arc::new(Shared(FakeDaemon::new())),
+        bench.jobs.clone(),
+    );
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let directory = tempfile::TempDir::new().unwrap();
+    let path = directory.path().join("inherited");
+    let listener = UnixListener::bind(&path).unwrap();
+    let endpoints = [OwnedFd::from(theirs), OwnedFd::from(listener)]
+        .map(Endpoint::from_fd)
+        .into();
+    let mut server = Server::start(endpoints, control, bench.hub.clone()).unwrap();
+    assert!(server.wait_for_client(None));
+    for mut client in [Client::new(ours), Client::connect(&path)] {
+        client.get("qmp_capabilities", json!({}));
+        assert_eq!(client.get("query-jobs", json!({})), json!([]));
+    }
+    server.stop();
+    assert!(path.exists(), "not ours to remove");
+}
+
+/// Would catch a `quit` whose answer is lost.
+#[test]
+fn quit_is_answered_first() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    assert_eq!(client.ask("quit", json!({})), json!({"return": {}}));
+    while !bench.daemon.quit.load(Ordering::SeqCst) {
+        std::thread::yield_now();
+    }
+}
