@@ -1,3 +1,28 @@
-//! The `stratablk` program.
+//! The `stratablk` daemon: see the library's `config` for its options and `daemon` for the rest.
 
-fn main() {}
+use std::io::Write;
+use std::process::ExitCode;
+
+use stratablk::config::{self, Action};
+
+fn main() -> ExitCode {
+    let action = match config::parse(std::env::args_os()) {
+        Ok(action) => action,
+        Err(error) => {
+            eprintln!("stratablk: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match action {
+        Action::Run(config) => ExitCode::from(stratablk::daemon::run(&config)),
+        Action::PrintCapabilities => print(config::CAPABILITIES),
+        Action::Help(text) => print(&text),
+        Action::Version => print(&config::version_line()),
+    }
+}
+
+/// Prints to standard output; a reader who has gone away is no error.
+fn print(text: &str) -> ExitCode {
+    let _ = writeln!(std::io::stdout(), "{}", text.trim_end());
+    ExitCode::SUCCESS
+}

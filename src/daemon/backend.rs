@@ -1,0 +1,206 @@
+//! The daemon as the control socket sees it.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+use serde_json::{Value, json};
+
+use super::stream::GraphSource;
+use super::{Exports, on_this_thread};
+use crate::chain::Graph;
+use crate::chain::graph::{Node, resolve};
+use crate::config::{DetectZeroes, Driver};
+use crate::control::backend::{
+    Backend, Backing, BlockNode, ChainView, Export, LayerView, SourceFactory, StreamSpec,
+};
+use crate::format::Format;
+use crate::format::qcow2::header::Compression;
+use crate::job::stream::StreamSource;
+use crate::job::{JobError, Refused};
+
+/// Nodes and exports, for commands.
+pub struct DaemonBackend {
+    graph: Arc<Graph>,
+    exports: Arc<Exports>,
+    quit: Sender<super::Stop>,
+}
+
+impl DaemonBackend {
+    /// The backend over what the daemon has.
+    #[must_use]
+    pub fn new(graph: Arc<Graph>, exports: Arc<Exports>, quit: Sender<super::Stop>) -> Self {
+        Self {
+            graph,
+            exports,
+            quit,
+        }
+    }
+
+    /// The node that holds a filter's image; any other node stands for itself.
+    fn image_node(&self, name: &str) -> Option<Node> {
+        let node = self.graph.node(name).ok()?;
+        match &node.file {
+            Some(file) if node.driver == "copy-on-read" => self.image_node(file),
+            _ => Some(node),
+        }
+    }
+
+    /// The node that a device's name stands for, and the export it is the top of.
+    fn resolve(&self, device: &str) -> Option<(String, Option<String>)> {
+        let exports = self.exports.list();
+        if let Some(export) = exports.iter().find(|export| export.id == device) {
+            return Some((export.node_name.clone(), Some(export.id.clone())));
+        }
+        self.graph.node(device).ok()?;
+        let export = exports.iter().find(|export| export.node_name == device);
+        Some((device.to_owned(), export.map(|export| export.id.clone())))
+    }
+}
+
+impl Backend for DaemonBackend {
+    fn block_nodes(&self) -> Vec<BlockNode> {
+        let nodes = self.graph.nodes();
+        nodes.iter().map(|node| block_node(node, &nodes)).collect()
+    }
+
+    fn exports(&self) -> Vec<Export> {
+        self.exports.list()
+    }
+
+    fn chain(&self, device: &str) -> Option<ChainView> {
+        let (top, export) = self.resolve(device)?;
+        let top = self.image_node(&top)?.name;
+        let nodes = self.graph.chain_nodes(&top).ok()?;
+        let mut layers = Vec::with_capacity(nodes.len());
+        let mut above: Option<&Node> = None;
+        for node in &nodes {
+            let mut filenames = vec![node.filename.display().to_string()];
+            filenames.extend(above.and_then(header_backing).map(|(name, _)| name));
+            filenames.extend(
+                std::path::absolute(&node.filename)
+                    .ok()
+                    .map(|path| path.display().to_string()),
+            );
+            layers.push(LayerView {
+                node_name: node.name.clone(),
+                filenames,
+                read_only: node.fixed_read_only,
+            });
+            above = Some(node);
+        }
+        let len = nodes.first()?.layer.format.size();
+        Some(ChainView {
+            export,
+            len,
+            layers,
+        })
+    }
+
+    fn open_stream(&self, spec: &StreamSpec) -> Result<SourceFactory, Refused> {
+        let refused = |error: crate::error::Error| Refused(error.to_string());
+        let node = self.graph.node(&spec.target).map_err(refused)?;
+        let restore = node.layer.read_only;
+        if restore {
+            on_this_thread(|reactor| reactor.block_on(self.graph.make_writable(&spec.target)))
+                .map_err(refused)?;
+        }
+        let (graph, spec) = (self.graph.clone(), spec.clone());
+        Ok(Box::new(move || {
+            let source = GraphSource::new(graph, &spec, restore)
+                .map(|source| Box::new(source) as Box<dyn StreamSource>)
+                .map_err(|error| JobError::new(error.to_string()));
+            Box::pin(std::future::ready(source))
+        }))
+    }
+
+    fn quit(&self) {
+        // When nobody listens any more, the daemon is ending already.
+        let _ = self.quit.send(super::Stop);
+    }
+}
+
+fn header_backing(node: &Node) -> Option<(String, Option<String>)> {
+    match &node.layer.format {
+        Format::Qcow2(image) => image
+            .backing()
+            .map(|backing| (backing.name, backing.format)),
+        Format::Raw(_) => None,
+    }
+}
+
+fn block_node(node: &Node, all: &[Node]) -> BlockNode {
+    let cluster_size = match &node.layer.format {
+        Format::Qcow2(image) => Some(image.cluster_size()),
+        Format::Raw(_) => None,
+    };
+    let options = &node.options;
+    BlockNode {
+        node_name: node.name.clone(),
+        driver: node.driver.to_owned(),
+        filename: node.filename.display().to_string(),
+        read_only: options.read_only,
+        virtual_size: node.layer.format.size(),
+        actual_size: actual_size(&node.filename),
+        cluster_size,
+        dirty: false,
+        cache_direct: options.cache.direct,
+        cache_no_flush: options.cache.no_flush,
+        cache_writeback: true,
+        detect_zeroes: match options.detect_zeroes {
+            DetectZeroes::Off => "off",
+            DetectZeroes::On => "on",
+            DetectZeroes::Unmap => "unmap",
+        }
+        .to_owned(),
+        backing: backing_of(node, all),
+        format_specific: format_specific(node),
+    }
+}
+
+fn backing_of(node: &Node, all: &[Node]) -> Option<Backing> {
+    let name = node.backing.as_ref()?;
+    let below = all.iter().find(|other| other.name == *name)?;
+    let full = below.filename.display().to_string();
+    let (filename, format) = header_backing(node).unwrap_or_else(|| (full.clone(), None));
+    // The header may name another file than the one that was asked for.
+    let names_it = resolve(&node.filename, &filename) == below.filename;
+    Some(Backing {
+        filename: if names_it { filename } else { full.clone() },
+        full_filename: full,
+        format: format.or_else(|| Some(below.driver.to_owned())),
+        node_name: name.clone(),
+    })
+}
+
+/// What an image takes on the disk.
+fn actual_size(path: &Path) -> u64 {
+    std::fs::metadata(path).map_or(0, |stat| stat.blocks() * 512)
+}
+
+fn format_specific(node: &Node) -> Option<Value> {
+    let Format::Qcow2(image) = &node.layer.format else {
+        return match &node.options.driver {
+            Driver::File(_) => Some(json!({"type": "file", "data": {}})),
+            _ => None,
+        };
+    };
+    let header = image.header();
+    let mut data = json!({
+        "compat": if header.version >= 3 { "1.1" } else { "0.10" },
+        "compression-type": match header.compression {
+            Compression::Zlib => "zlib",
+            Compression::Zstd => "zstd",
+        },
+        "refcount-bits": 1u64 << header.refcount_order,
+    });
+    if header.version >= 3
+        && let Some(data) = data.as_object_mut()
+    {
+        data.insert("lazy-refcounts".into(), (header.compatible & 1 != 0).into());
+        data.insert("corrupt".into(), (header.incompatible & 2 != 0).into());
+        data.insert("extended-l2".into(), false.into());
+    }
+    Some(json!({"type": "qcow2", "data": data}))
+}

@@ -1,0 +1,303 @@
+//! The daemon: puts the parts together as the configuration says, and takes them apart again.
+//!
+//! Set-up goes from the bottom to the top (nodes, exports, monitors), the end the other way
+//! round: monitors first, then jobs, then exports with all their requests, and at last the
+//! images, which are closed clean.
+
+mod backend;
+mod monitors;
+mod process;
+mod stream;
+
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use futures_util::future::LocalBoxFuture;
+use parking_lot::Mutex;
+
+use crate::chain::Graph;
+use crate::config::{Config, ExportOptions, ObjectOptions, SocketAddress};
+use crate::control::backend::Export as ExportView;
+use crate::control::{Control, EventHub};
+use crate::error::{Error, Result};
+use crate::export::{Export, ExportConfig, SocketSource};
+use crate::job::{JobMain, JobRunner, Manager, SystemClock, Timer};
+use crate::reactor::Reactor;
+
+use backend::DaemonBackend;
+use monitors::Monitors;
+use process::{Foreground, PidFile};
+
+/// The order to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stop;
+
+/// The exports of the daemon.
+#[derive(Debug, Default)]
+pub struct Exports {
+    list: Mutex<Vec<(Export, ExportOptions)>>,
+}
+
+impl Exports {
+    /// All exports, for queries.
+    #[must_use]
+    pub fn list(&self) -> Vec<ExportView> {
+        self.list
+            .lock()
+            .iter()
+            .map(|(export, options)| ExportView {
+                id: options.id.clone(),
+                kind: "vhost-user-blk".to_owned(),
+                node_name: options.node_name.clone(),
+                shutting_down: export.info().shutting_down,
+            })
+            .collect()
+    }
+
+    fn shut_down(&self) {
+        for (export, _) in self.list.lock().drain(..) {
+            export.shutdown();
+        }
+    }
+}
+
+/// Runs the daemon until it is told to end. Returns the process's exit code.
+#[must_use]
+pub fn run(config: &Config) -> u8 {
+    process::start_log(!config.trace.is_empty());
+    match serve(config) {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("stratablk: {error}");
+            1
+        }
+    }
+}
+
+fn serve(config: &Config) -> Result<()> {
+    let foreground = match config.daemonize {
+        true => Some(process::daemonize().map_err(|e| during("going to the background", &e))?),
+        false => None,
+    };
+    let (stop, stopped) = channel();
+    watch_signals(&stop)?;
+    let reactor = Reactor::for_this_thread().map_err(|e| during("starting", &e))?;
+    let graph = Arc::new(Graph::default());
+    let exports = Arc::new(Exports::default());
+    let result = set_up(config, &reactor, &graph, &exports, &stop)
+        .and_then(|running| wait(config, running, foreground, &stopped));
+    exports.shut_down();
+    reactor.block_on(graph.close());
+    result
+}
+
+fn during(what: &str, error: &std::io::Error) -> Error {
+    Error::Invalid(format!("{what}: {error}"))
+}
+
+/// SIGTERM, SIGINT and SIGHUP end the daemon in good order.
+fn watch_signals(stop: &Sender<Stop>) -> Result<()> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
+    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGHUP])
+        .map_err(|error| during("watching for signals", &error))?;
+    let stop = stop.clone();
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            for _ in signals.forever() {
+                if stop.send(Stop).is_err() {
+                    return;
+                }
+            }
+        })
+        .map_err(|error| during("watching for signals", &error))?;
+    Ok(())
+}
+
+/// What runs beside the exports.
+struct Running {
+    manager: Arc<Manager>,
+    monitors: Monitors,
+}
+
+fn set_up(
+    config: &Config,
+    reactor: &Reactor,
+    graph: &Arc<Graph>,
+    exports: &Arc<Exports>,
+    stop: &Sender<Stop>,
+) -> Result<Running> {
+    for options in &config.blockdevs {
+        reactor.block_on(graph.open(options))?;
+    }
+    for options in &config.exports {
+        let export = start_export(config, options, reactor, graph)?;
+        exports.list.lock().push((export, options.clone()));
+    }
+    end_with_last_front_end(config, exports, stop);
+    let backend = DaemonBackend::new(graph.clone(), exports.clone(), stop.clone());
+    let hub = EventHub::new();
+    let manager = Manager::new(
+        Arc::new(ReactorRunner),
+        Arc::new(SystemClock::new()),
+        hub.sink(),
+    );
+    let control = Control::new(Arc::new(backend), manager.clone());
+    let monitors = Monitors::start(config, control, hub)?;
+    Ok(Running { manager, monitors })
+}
+
+fn start_export(
+    config: &Config,
+    options: &ExportOptions,
+    reactor: &Reactor,
+    graph: &Graph,
+) -> Result<Export> {
+    let context = |error| match error {
+        Error::Invalid(text) => Error::Invalid(format!("export '{}': {text}", options.id)),
+        other => other,
+    };
+    if options.writable {
+        reactor
+            .block_on(graph.make_writable(&options.node_name))
+            .map_err(context)?;
+    }
+    let root = graph.root(&options.node_name).map_err(context)?;
+    // What the disk cannot write by itself the guest must not ask for.
+    let block = root.chain().top().storage.limits().offset_align;
+    let logical_block_size = options
+        .logical_block_size
+        .max(u32::try_from(block).unwrap_or(512));
+    let poll_max_ns = config.objects.iter().find_map(|object| match object {
+        ObjectOptions::Iothread(thread) if Some(&thread.id) == options.iothread.as_ref() => {
+            thread.poll_max_ns
+        }
+        ObjectOptions::Iothread(_) => None,
+    });
+    let mut export = ExportConfig::new(options.id.clone(), socket_source(&options.addr)?);
+    export.queues = options.num_queues;
+    export.writable = options.writable;
+    export.serial.clone_from(&options.serial);
+    export.logical_block_size = logical_block_size;
+    export.write_cache = !options.writethrough;
+    if let Some(ns) = poll_max_ns {
+        export.poll_max_us = u32::try_from(ns.div_ceil(1000)).unwrap_or(u32::MAX);
+    }
+    Export::start(export, root).map_err(context)
+}
+
+fn socket_source(address: &SocketAddress) -> Result<SocketSource> {
+    Ok(match address {
+        SocketAddress::Unix(path) => SocketSource::Path(path.clone()),
+        SocketAddress::Fd(fd) => {
+            let fd = inherited(*fd)?;
+            if is_listening(&fd) {
+                SocketSource::ListenFd(fd)
+            } else {
+                SocketSource::ConnectedFd(fd)
+            }
+        }
+    })
+}
+
+/// A descriptor that the process was started with.
+fn inherited(fd: i32) -> Result<OwnedFd> {
+    // SAFETY: no memory is passed.
+    if fd <= 2 || unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        return Err(Error::Invalid(format!(
+            "file descriptor {fd} is not an open socket"
+        )));
+    }
+    // SAFETY: it is open, and the user has given it to this option alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn is_listening(fd: &OwnedFd) -> bool {
+    use std::os::fd::AsRawFd;
+
+    let mut value: libc::c_int = 0;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the call writes one int and its length.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ACCEPTCONN,
+            (&raw mut value).cast(),
+            &raw mut len,
+        )
+    };
+    result == 0 && value != 0
+}
+
+/// A daemon whose only purpose was one connection ends with it.
+fn end_with_last_front_end(config: &Config, exports: &Exports, stop: &Sender<Stop>) {
+    if config.exports.len() != 1 || !config.monitors.is_empty() {
+        return;
+    }
+    for (export, _) in exports.list.lock().iter() {
+        let stop = stop.clone();
+        export.on_end(move || {
+            let _ = stop.send(Stop);
+        });
+    }
+}
+
+fn wait(
+    config: &Config,
+    running: Running,
+    foreground: Option<Foreground>,
+    stopped: &Receiver<Stop>,
+) -> Result<()> {
+    let pid_file = match &config.pidfile {
+        Some(path) => Some(
+            PidFile::write(path)
+                .map_err(|error| during(&format!("writing '{}'", path.display()), &error))?,
+        ),
+        None => None,
+    };
+    if let Some(foreground) = foreground {
+        foreground.ready();
+    }
+    // The senders live as long as the signal thread: this ends with an order to stop.
+    let _ = stopped.recv();
+    running.monitors.shut_down();
+    running.manager.shut_down();
+    drop(pid_file);
+    Ok(())
+}
+
+/// Runs jobs on a reactor of their own thread.
+struct ReactorRunner;
+
+struct ReactorTimer(Reactor);
+
+impl Timer for ReactorTimer {
+    fn sleep(&self, duration: Duration) -> LocalBoxFuture<'static, ()> {
+        Box::pin(self.0.sleep(duration))
+    }
+}
+
+impl JobRunner for ReactorRunner {
+    fn run(&self, main: JobMain) -> std::io::Result<()> {
+        let reactor = Reactor::for_this_thread()?;
+        reactor.block_on(main(Rc::new(ReactorTimer(reactor.clone()))));
+        Reactor::leave_thread();
+        Ok(())
+    }
+}
+
+/// Runs `work` with a reactor on a thread that has none of its own.
+fn on_this_thread<T>(work: impl FnOnce(&Reactor) -> Result<T>) -> Result<T> {
+    let had_one = Reactor::current().is_some();
+    let reactor = Reactor::for_this_thread().map_err(|error| during("starting", &error))?;
+    let result = work(&reactor);
+    if !had_one {
+        Reactor::leave_thread();
+    }
+    result
+}

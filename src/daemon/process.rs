@@ -1,0 +1,107 @@
+//! The daemon as a process: the background, the pid file, the log.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+/// What the process in the background reports to the one in the foreground.
+#[derive(Debug)]
+pub struct Foreground {
+    pipe: std::fs::File,
+}
+
+impl Foreground {
+    /// Says that everything is set up: the process in the foreground ends with success.
+    pub fn ready(mut self) {
+        if let Err(error) = self.pipe.write_all(b"1") {
+            log::debug!("telling the foreground: {error}");
+        }
+        redirect_standard_streams();
+    }
+}
+
+/// Goes to the background. The process in the foreground waits until the one in the background
+/// is ready, or has failed, and ends.
+///
+/// # Errors
+/// What `pipe(2)`, `fork(2)` or `setsid(2)` report.
+pub fn daemonize() -> io::Result<Foreground> {
+    let mut ends = [0; 2];
+    // SAFETY: the call writes two descriptors.
+    if unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: both are new descriptors that nobody else owns.
+    let (reader, writer) =
+        unsafe { (OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1])) };
+    // SAFETY: called at the very start, before any thread is made.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => {
+            // SAFETY: no memory is passed.
+            if unsafe { libc::setsid() } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(Foreground {
+                pipe: writer.into(),
+            })
+        }
+        _ => {
+            drop(writer);
+            let mut answer = [0; 1];
+            let ready = std::fs::File::from(reader).read_exact(&mut answer).is_ok();
+            std::process::exit(i32::from(!ready));
+        }
+    }
+}
+
+fn redirect_standard_streams() {
+    let Ok(null) = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+    else {
+        return;
+    };
+    for stream in 0..3 {
+        // SAFETY: no memory is passed; the standard streams belong to the process.
+        unsafe { libc::dup2(null.as_raw_fd(), stream) };
+    }
+}
+
+/// A file with the process's number; it goes when this is dropped.
+#[derive(Debug)]
+pub struct PidFile {
+    path: PathBuf,
+}
+
+impl PidFile {
+    /// Writes the file.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write(path: &Path) -> io::Result<Self> {
+        std::fs::write(path, format!("{}\n", std::process::id()))?;
+        let path = std::path::absolute(path)?;
+        Ok(Self { path })
+    }
+}
+
+impl Drop for PidFile {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            log::warn!("removing '{}': {error}", self.path.display());
+        }
+    }
+}
+
+/// Starts the log: warnings to standard error, more with `STRATABLK_LOG` (`debug`, or
+/// `stratablk::export=debug,…`).
+pub fn start_log(verbose: bool) {
+    let level = if verbose { "debug" } else { "warn" };
+    let environment = env_logger::Env::new().filter_or("STRATABLK_LOG", level);
+    // A second start (in tests) keeps the first.
+    let _ = env_logger::Builder::from_env(environment)
+        .format_target(false)
+        .try_init();
+}

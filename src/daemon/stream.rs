@@ -1,0 +1,200 @@
+//! The stream job's source on real chains.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use futures_util::future::LocalBoxFuture;
+
+use crate::chain::graph::Node;
+use crate::chain::{Chain, Graph, Root, Status, View};
+use crate::control::backend::StreamSpec;
+use crate::error::{Error, Result};
+use crate::format::Format;
+use crate::format::qcow2::Backing;
+use crate::job::stream::{ChunkStatus, JobIoError, StreamSource};
+use crate::reactor::Reactor;
+
+/// A stream into one layer of a chain, down to a base.
+///
+/// It has a disk of its own whose top is the layer streamed into: what happens above that layer
+/// does not concern it.
+pub struct GraphSource {
+    graph: Arc<Graph>,
+    root: Arc<Root>,
+    target: String,
+    base: Option<String>,
+    /// The layer was read-only before, and is to be so again.
+    restore: bool,
+}
+
+impl GraphSource {
+    /// A stream as `spec` wants it. The target can be written to; with `restore` only for the
+    /// stream's time.
+    ///
+    /// # Errors
+    /// When the target does not exist.
+    pub fn new(graph: Arc<Graph>, spec: &StreamSpec, restore: bool) -> Result<Self> {
+        Ok(Self {
+            root: graph.root(&spec.target)?,
+            graph,
+            target: spec.target.clone(),
+            base: spec.base.clone(),
+            restore,
+        })
+    }
+
+    /// The index of the base, or the number of layers.
+    fn end(&self, chain: &Chain) -> Result<usize> {
+        let Some(base) = &self.base else {
+            return Ok(chain.layers().len());
+        };
+        chain
+            .layers()
+            .iter()
+            .position(|layer| layer.name == *base)
+            .ok_or_else(|| Error::Invalid(format!("base '{base}' has left the chain")))
+    }
+
+    async fn status(&self, offset: u64, max_len: u64) -> Result<(u64, ChunkStatus)> {
+        let chain = self.root.chain();
+        let end = self.end(&chain)?;
+        let (status, len) = chain.status(0, end, offset, max_len).await?;
+        let status = match status {
+            Status::Present => ChunkStatus::AlreadyPresent,
+            Status::Absent => ChunkStatus::NotNeeded,
+            Status::Zero | Status::Data => ChunkStatus::NeedsCopy,
+        };
+        Ok((len, status))
+    }
+
+    async fn copy_range(&self, offset: u64, len: u64) -> Result<u64> {
+        let view = View::of(self.root.chain());
+        let end = self.end(&view.chain)?;
+        let copied = view.copy(0, end, offset, len).await?;
+        Ok(copied.data)
+    }
+
+    /// The order matters: everything copied is stable before the header changes, and the header
+    /// is stable before anybody hears of it.
+    async fn end_stream(&self, backing_file: Option<String>) -> Result<()> {
+        let chain = self.root.chain();
+        let Format::Qcow2(image) = &chain.top().format else {
+            // A raw layer has nothing under it, and no header that could say so.
+            return Ok(());
+        };
+        let backing = match &self.base {
+            None => None,
+            Some(base) => Some(self.backing(base, backing_file)?),
+        };
+        image.set_backing(backing.as_ref()).await?;
+        self.graph.set_backing(&self.target, self.base.as_deref())
+    }
+
+    /// The base as the header is to name it.
+    fn backing(&self, base: &str, name: Option<String>) -> Result<Backing> {
+        let nodes = self.graph.chain_nodes(&self.target)?;
+        let at = nodes
+            .iter()
+            .position(|node| node.name == base)
+            .ok_or_else(|| Error::Invalid(format!("base '{base}' has left the chain")))?;
+        let (Some(target), Some(node)) = (nodes.first(), nodes.get(at)) else {
+            return Err(Error::Invalid(format!("base '{base}' has left the chain")));
+        };
+        let above = at.checked_sub(1).and_then(|index| nodes.get(index));
+        Ok(Backing {
+            name: name.unwrap_or_else(|| backing_name(target, node, above)),
+            format: Some(format_name(node).to_owned()),
+        })
+    }
+}
+
+/// The format of a node for a header: a bare file is a raw disk.
+fn format_name(node: &Node) -> &'static str {
+    match node.driver {
+        "qcow2" => "qcow2",
+        _ => "raw",
+    }
+}
+
+/// How the header of `target` is to name `base`: as the image above it did, if the name means
+/// the same from here, otherwise by an absolute path.
+fn backing_name(target: &Node, base: &Node, above: Option<&Node>) -> String {
+    let folder = |node: &Node| node.filename.parent().map(Path::to_owned);
+    if let Some(above) = above
+        && folder(above) == folder(target)
+        && let Format::Qcow2(image) = &above.layer.format
+        && let Some(backing) = image.backing()
+    {
+        return backing.name;
+    }
+    let path: PathBuf =
+        std::path::absolute(&base.filename).unwrap_or_else(|_| base.filename.clone());
+    path.display().to_string()
+}
+
+fn job_error(error: &Error) -> JobIoError {
+    JobIoError {
+        errno: error.errno(),
+        write: error.is_write(),
+        text: error.to_string(),
+    }
+}
+
+impl StreamSource for GraphSource {
+    fn len(&self) -> u64 {
+        self.root.chain().size()
+    }
+
+    fn cluster_size(&self) -> u64 {
+        self.root.chain().cluster_size()
+    }
+
+    fn chunk_status(
+        &self,
+        offset: u64,
+        max_len: u64,
+    ) -> LocalBoxFuture<'_, std::result::Result<(u64, ChunkStatus), JobIoError>> {
+        Box::pin(async move {
+            self.status(offset, max_len)
+                .await
+                .map_err(|e| job_error(&e))
+        })
+    }
+
+    fn copy(
+        &self,
+        offset: u64,
+        len: u64,
+    ) -> LocalBoxFuture<'_, std::result::Result<u64, JobIoError>> {
+        Box::pin(async move {
+            self.copy_range(offset, len)
+                .await
+                .map_err(|e| job_error(&e))
+        })
+    }
+
+    fn finish(
+        &self,
+        backing_file: Option<String>,
+    ) -> LocalBoxFuture<'_, std::result::Result<(), JobIoError>> {
+        Box::pin(async move {
+            self.end_stream(backing_file)
+                .await
+                .map_err(|e| job_error(&e))
+        })
+    }
+}
+
+impl Drop for GraphSource {
+    fn drop(&mut self) {
+        if !self.restore {
+            return;
+        }
+        let Some(reactor) = Reactor::current() else {
+            return;
+        };
+        if let Err(error) = reactor.block_on(self.graph.make_read_only(&self.target)) {
+            log::error!("node '{}': back to read-only: {error}", self.target);
+        }
+    }
+}
