@@ -5,6 +5,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 
+/// Bytes on both sides of the memory that belong to nothing, so that an address just outside is
+/// not inside something else.
+const GUARD: usize = 1 << 20;
+
 /// A memfd, mapped. Bytes go in and out by copy, never by reference: the back-end may write to
 /// this memory at any time, which a Rust reference does not allow.
 pub struct Memory {
@@ -30,13 +34,27 @@ impl Memory {
         // SAFETY: the descriptor was just made and belongs to nobody else.
         let file = unsafe { File::from_raw_fd(fd) };
         file.set_len(len as u64)?;
-        // SAFETY: a fresh mapping at an address of the kernel's choosing; the result is checked.
-        let base = unsafe {
+        // SAFETY: a fresh reservation at an address of the kernel's choosing; checked below.
+        let reserved = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
+                len + 2 * GUARD,
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        if reserved == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error().into());
+        }
+        // SAFETY: this replaces the middle of the reservation above, which nobody else uses.
+        let base = unsafe {
+            libc::mmap(
+                reserved.byte_add(GUARD),
                 len,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_POPULATE,
+                libc::MAP_SHARED | libc::MAP_POPULATE | libc::MAP_FIXED,
                 file.as_raw_fd(),
                 0,
             )
@@ -94,9 +112,9 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made in `new` with this length and is not used after this.
+        // SAFETY: the reservation was made in `new` with this place and length, and is not used after this.
         unsafe {
-            libc::munmap(self.base.cast(), self.len);
+            libc::munmap(self.base.byte_sub(GUARD).cast(), self.len + 2 * GUARD);
         }
     }
 }
