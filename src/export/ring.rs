@@ -149,8 +149,10 @@ pub struct SplitRing {
     next_avail: u16,
     /// The next entry of the used ring to fill.
     next_used: u16,
-    /// The used index that the driver was last told of by a signal; `None`: signal in any case.
-    signalled: Option<u16>,
+    /// The used index when a signal was last thought about.
+    signalled: u16,
+    /// The next publication is signalled whatever the driver said.
+    force_signal: bool,
     /// The used index as the guest sees it.
     published: u16,
     event_idx: bool,
@@ -189,13 +191,15 @@ impl SplitRing {
             used,
             next_avail: base,
             next_used: 0,
-            signalled: None,
+            signalled: 0,
+            force_signal: true,
             published: 0,
             event_idx,
         };
         // Where we left off in the used ring, the ring itself says.
         ring.next_used = ring.used_u16(2).load(Ordering::Acquire);
         ring.published = ring.next_used;
+        ring.signalled = ring.next_used;
         Ok(ring)
     }
 
@@ -281,36 +285,31 @@ impl SplitRing {
         }
     }
 
-    /// Whether the driver wants a signal for what has been published since the last one.
+    /// Whether the driver wants a signal for what has been published since the last call.
     pub fn needs_signal(&mut self) -> bool {
-        if self.signalled == Some(self.published) {
+        let old = std::mem::replace(&mut self.signalled, self.published);
+        if old == self.published {
             return false;
+        }
+        if std::mem::take(&mut self.force_signal) {
+            return true;
         }
         // The driver writes its wish and then looks at the used index; we wrote the index and
         // now look at the wish. The barrier makes sure that one of us sees the other.
         fence(Ordering::SeqCst);
-        let needed = if self.event_idx {
-            let wish = self
-                .avail_u16(4 + 2 * usize::from(self.size))
-                .load(Ordering::Relaxed);
-            match self.signalled {
-                None => true,
-                Some(old) => {
-                    self.published.wrapping_sub(wish).wrapping_sub(1)
-                        < self.published.wrapping_sub(old)
-                }
-            }
+        if self.event_idx {
+            let wish = self.avail_u16(4 + 2 * usize::from(self.size));
+            let wish = wish.load(Ordering::Relaxed);
+            self.published.wrapping_sub(wish).wrapping_sub(1) < self.published.wrapping_sub(old)
         } else {
             self.avail_u16(0).load(Ordering::Relaxed) & AVAIL_NO_INTERRUPT == 0
-        };
-        self.signalled = Some(self.published);
-        needed
+        }
     }
 
     /// The next publication is to be signalled whatever the driver said: the call descriptor
     /// has changed.
-    pub fn forget_signalled(&mut self) {
-        self.signalled = None;
+    pub fn force_signal(&mut self) {
+        self.force_signal = true;
     }
 
     /// Asks for kicks. True: chains became available meanwhile, for which no kick may come.

@@ -225,7 +225,8 @@ impl Reactor {
         self.arm_watch(fd, Token::watch(value))
     }
 
-    /// Ends a watch; its completions that are already queued are still delivered.
+    /// Ends a watch; its completions that are already queued are still delivered. The
+    /// descriptor may be closed afterwards.
     ///
     /// # Errors
     /// When the ring cannot take the operation.
@@ -233,6 +234,12 @@ impl Reactor {
         let entry = opcode::PollRemove::new(Token::watch(value).raw())
             .build()
             .user_data(Token::IGNORE.raw());
+        // Now, not when the removal is confirmed: the poll may end by itself before that, and
+        // must not be armed again on a number that names another file by then.
+        self.inner
+            .ops
+            .borrow_mut()
+            .forget_watch(Token::watch(value));
         // SAFETY: a poll removal names no memory.
         unsafe { self.inner.ring.borrow_mut().push(&entry) }?;
         self.submit();
@@ -340,18 +347,20 @@ impl Reactor {
         }
     }
 
-    /// A multishot poll ends when the completion queue overflowed, and when it was removed.
+    /// A multishot poll ends when the completion queue overflowed, and when it was removed. One
+    /// that failed would fail again at once, for ever: such a descriptor cannot be watched.
     fn rearm(&self, token: Token, result: i32) {
-        let fd = if result == -libc::ECANCELED {
-            self.inner.ops.borrow_mut().forget_watch(token);
-            None
-        } else {
-            self.inner.ops.borrow().watched(token)
+        let Some(fd) = self.inner.ops.borrow().watched(token) else {
+            return;
         };
-        if let Some(fd) = fd
-            && let Err(error) = self.arm_watch(fd, token)
-        {
-            log::error!("io_uring: watching descriptor {fd} again: {error}");
+        let armed = if result < 0 {
+            Err(io::Error::from_raw_os_error(-result))
+        } else {
+            self.arm_watch(fd, token)
+        };
+        if let Err(error) = armed {
+            log::error!("io_uring: watching descriptor {fd}: {error}");
+            self.inner.ops.borrow_mut().forget_watch(token);
         }
     }
 

@@ -73,3 +73,26 @@ fn dropping_an_operation_waits_for_the_kernel() {
     assert_eq!(u64::from_ne_bytes(buffer), 5);
     assert_eq!(reactor.in_flight(), 0);
 }
+
+#[test]
+fn a_descriptor_that_cannot_be_watched_is_given_up() {
+    // Arming it again and again would never let the thread sleep.
+    let reactor = Reactor::for_this_thread().unwrap();
+    reactor.watch(-1, 9).unwrap();
+    reactor.submit();
+    while reactor.turn() {}
+    assert_eq!(reactor.inner.ops.borrow().watched(Token::watch(9)), None);
+}
+
+#[test]
+fn a_watch_that_was_ended_is_not_armed_again() {
+    let reactor = Reactor::for_this_thread().unwrap();
+    let event = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
+    reactor.watch(event.as_raw_fd(), 11).unwrap();
+    reactor.submit();
+    reactor.unwatch(11).unwrap();
+    while reactor.turn() {}
+    event.write(1).unwrap();
+    while reactor.turn() {}
+    assert!(reactor.next_completion().is_none());
+}

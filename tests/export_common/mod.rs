@@ -1,6 +1,8 @@
 //! What the export tests share: a disk behind an export, and front-ends for it.
 #![allow(dead_code)]
 
+pub mod hand;
+
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

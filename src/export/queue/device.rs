@@ -144,7 +144,7 @@ impl Queue {
 
     pub(super) fn set_call(&mut self, call: Option<Arc<File>>) {
         self.call = call;
-        self.ring.forget_signalled();
+        self.ring.force_signal();
         // The driver may have missed a signal that went to the old descriptor.
         self.notify();
     }
