@@ -107,19 +107,42 @@ impl Grace {
     }
 }
 
+/// The one reference that a thread has to an era.
+#[derive(Debug)]
+struct Held(Arc<Era>);
+
+/// A request's share of its thread's reference to an era: it stays on the thread, and sharing
+/// it costs no atomic operation.
+#[derive(Clone, Debug)]
+pub struct LocalEra(Rc<Held>);
+
+impl LocalEra {
+    /// A reference of its own, for a task that is no queue worker's.
+    #[must_use]
+    pub fn enter(grace: &Grace) -> Self {
+        Self(Rc::new(Held(grace.enter())))
+    }
+
+    /// Whether both share one reference.
+    #[must_use]
+    pub fn is(&self, other: &Self) -> bool {
+        Rc::ptr_eq(&self.0, &other.0)
+    }
+}
+
 /// A thread's own reference to the current era.
 #[derive(Debug, Default)]
 pub struct EraCache {
-    era: Option<Rc<Arc<Era>>>,
+    era: Option<LocalEra>,
 }
 
 impl EraCache {
     /// The current era, as a reference whose count no other thread touches.
-    pub fn enter(&mut self, grace: &Grace) -> Rc<Arc<Era>> {
+    pub fn enter(&mut self, grace: &Grace) -> LocalEra {
         match &self.era {
-            Some(era) if grace.is_current(era) => era.clone(),
+            Some(era) if grace.is_current(&era.0.0) => era.clone(),
             _ => {
-                let era = Rc::new(grace.enter());
+                let era = LocalEra::enter(grace);
                 self.era = Some(era.clone());
                 era
             }

@@ -216,8 +216,8 @@ mod tests {
             let mut at = 0;
             for (start, end, zero) in runs(&bytes, 512) {
                 prop_assert_eq!(start, at);
-                for cluster in start / 512..end / 512 {
-                    prop_assert_eq!(clusters[cluster].is_none(), zero);
+                for cluster in &clusters[start / 512..end / 512] {
+                    prop_assert_eq!(cluster.is_none(), zero);
                 }
                 at = end;
             }

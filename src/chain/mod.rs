@@ -24,7 +24,7 @@ use arrayvec::ArrayVec;
 
 use crate::error::{Action, Error, Result};
 use crate::format::{Format, Place};
-use crate::grace::{Era, EraCache, Grace};
+use crate::grace::{EraCache, Grace, LocalEra};
 use crate::storage::{self, Limits, Storage};
 
 pub use copy::Copied;
@@ -291,7 +291,7 @@ impl Root {
 pub struct View {
     /// The layers.
     pub chain: Arc<Chain>,
-    _era: Rc<Arc<Era>>,
+    _era: LocalEra,
 }
 
 impl View {
@@ -300,7 +300,7 @@ impl View {
     pub fn of(chain: Arc<Chain>) -> Rc<Self> {
         Rc::new(Self {
             chain,
-            _era: Rc::new(Grace::global().enter()),
+            _era: LocalEra::enter(Grace::global()),
         })
     }
 }
@@ -331,7 +331,7 @@ impl ViewCache {
         let era = self.eras.enter(Grace::global());
         if let Some(view) = &self.view
             && Arc::ptr_eq(&view.chain, &chain)
-            && Rc::ptr_eq(&view._era, &era)
+            && view._era.is(&era)
         {
             return view.clone();
         }

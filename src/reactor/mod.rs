@@ -250,7 +250,6 @@ impl Reactor {
     }
 
     /// Reserves a slot for one operation that a task will wait for.
-    #[must_use]
     pub fn reserve(&self) -> OpGuard {
         let token = self.inner.ops.borrow_mut().reserve();
         OpGuard::new(self.clone(), token)

@@ -529,7 +529,7 @@ fn check_writable(header: &Header, storage: &dyn Storage, options: Options) -> R
 
 fn check_l1(l1: &[u64], cluster: u64, file: &str) -> Result<()> {
     for (index, &entry) in l1.iter().enumerate() {
-        if (entry & l2::OFFSET) % cluster != 0 {
+        if !(entry & l2::OFFSET).is_multiple_of(cluster) {
             return Err(Error::corrupt(
                 file,
                 format!("L1 entry {index}: {entry:#018x} is no multiple of the cluster size"),

@@ -51,7 +51,7 @@ impl Geometry {
     }
 
     fn per_slice(self) -> u64 {
-        self.slice_bytes() * 8 >> self.refcount_order
+        (self.slice_bytes() * 8) >> self.refcount_order
     }
 
     /// Clusters that one refcount block covers.
