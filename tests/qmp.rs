@@ -145,6 +145,21 @@ fn several_clients_at_once() {
     assert_eq!(silent.line(), Some(json!({"return": {}})));
 }
 
+/// Would catch an event that is lost to a client that has just been told that it is in.
+#[test]
+fn events_come_from_the_answer_on() {
+    let bench = Bench::new();
+    for number in 0..50 {
+        let mut client = bench.client();
+        let data = json!({"number": number});
+        bench.hub.send(&Event {
+            name: "TEST",
+            data: data.clone(),
+        });
+        assert_eq!(client.named("TEST"), data);
+    }
+}
+
 /// Would catch events without a usable time, and members missing from them.
 #[test]
 fn a_whole_stream() {

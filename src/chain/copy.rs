@@ -6,10 +6,10 @@
 use std::rc::Rc;
 
 use super::{Layer, Status, View};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::format::qcow2::Clear;
 use crate::format::{Format, Qcow2};
-use crate::storage::{AlignedBuf, IoBufs};
+use crate::storage::{AlignedBuf, IoBufs, ScratchBuf};
 
 /// Bytes that copy-on-read claims and copies at a time.
 const COPY_ON_READ_STEP: u64 = 512 << 10;
@@ -104,7 +104,9 @@ impl View {
         } else if span.end < self.chain.layers().len() {
             // The base would come to light: without the zero flag, zeros are data.
             let zeros = AlignedBuf::zeroed(len.next_multiple_of(cluster) as usize);
-            self.place(layer, qcow2, offset, &zeros).await?;
+            // SAFETY: `zeros` outlives the writes.
+            let bufs = unsafe { IoBufs::of(&zeros, 0, zeros.len()) };
+            self.place(layer, qcow2, offset, &bufs).await?;
         }
         Ok(Copied { data: 0, zero: len })
     }
@@ -118,7 +120,11 @@ impl View {
         len: u64,
     ) -> Result<Copied> {
         let cluster = qcow2.cluster_size();
-        let buffer = AlignedBuf::zeroed(len.next_multiple_of(cluster) as usize);
+        let mut buffer = ScratchBuf::new(len.next_multiple_of(cluster) as usize);
+        // What the last cluster has past the disk's end.
+        if let Some(rest) = buffer.get_mut(len as usize..) {
+            rest.fill(0);
+        }
         // SAFETY: `buffer` outlives the read.
         let bufs = unsafe { IoBufs::of(&buffer, 0, len as usize) };
         self.chain.read_from(span.target + 1, offset, &bufs).await?;
@@ -130,37 +136,23 @@ impl View {
                 copied.zero += self.copy_zeros(layer, qcow2, span, at, bytes).await?.zero;
                 continue;
             }
-            let part = buffer
-                .get(start..end)
-                .ok_or_else(|| Error::Invalid("a run outside its buffer".into()))?;
-            // A part of the buffer is written in place when it is all of it.
-            if part.len() == buffer.len() {
-                self.place(layer, qcow2, at, &buffer).await?;
-            } else {
-                self.place(layer, qcow2, at, &AlignedBuf::copy_of(part))
-                    .await?;
-            }
+            // SAFETY: `buffer` outlives the writes.
+            let part = unsafe { IoBufs::of(&buffer, start, end - start) };
+            self.place(layer, qcow2, at, &part).await?;
             copied.data += bytes;
         }
         Ok(copied)
     }
 
     /// Allocates clusters for `bytes`, which are whole clusters, writes and links them.
-    async fn place(
-        &self,
-        layer: &Layer,
-        qcow2: &Qcow2,
-        offset: u64,
-        bytes: &AlignedBuf,
-    ) -> Result<()> {
+    async fn place(&self, layer: &Layer, qcow2: &Qcow2, offset: u64, bytes: &IoBufs) -> Result<()> {
         let cluster = qcow2.cluster_size();
         let mut done = 0;
         while done < bytes.len() as u64 {
             let wanted = (bytes.len() as u64 - done) / cluster;
             let allocation = qcow2.allocate(wanted).await?;
             let len = allocation.clusters * cluster;
-            // SAFETY: `bytes` is borrowed for the whole write.
-            let bufs = unsafe { IoBufs::of(bytes, done as usize, len as usize) };
+            let bufs = bytes.slice(done as usize, len as usize);
             if let Err(error) = layer.store(allocation.offset, &bufs).await {
                 qcow2.abandon(allocation).await;
                 return Err(error);

@@ -42,18 +42,15 @@ pub struct Outbox {
 }
 
 impl Outbox {
-    /// From now on events are queued, too.
-    pub fn take_events(&self) {
-        self.queue.lock().negotiated = true;
-    }
-
-    /// Queues an answer; waits while the client does not read. False if it is gone.
-    pub fn answer(&self, value: &Value) -> bool {
+    /// Queues an answer; waits while the client does not read. False if it is gone. With
+    /// `then_events`, all events after this answer are queued, too, and none before it.
+    pub fn answer(&self, value: &Value, then_events: bool) -> bool {
         let line = line_of(value);
         let mut queue = self.queue.lock();
         while queue.bytes >= ANSWER_ROOM && !queue.closed {
             self.changed.wait(&mut queue);
         }
+        queue.negotiated |= then_events;
         self.add(&mut queue, line)
     }
 

@@ -309,7 +309,7 @@ impl Shared {
     /// Starts to serve the client at the other end of `stream`.
     fn serve(this: &Arc<Self>, stream: UnixStream) -> io::Result<()> {
         let outbox = Arc::new(Outbox::default());
-        outbox.answer(&Session::greeting());
+        outbox.answer(&Session::greeting(), false);
         let client = Client {
             outbox: outbox.clone(),
             stream: stream.try_clone()?,
@@ -396,10 +396,7 @@ impl Shared {
     /// Answers a value; false if the client is gone.
     fn answer(&self, session: &mut Session, outbox: &Outbox, item: Result<Value, String>) -> bool {
         let reply = session.handle(item);
-        let connected = outbox.answer(&reply.value);
-        if session.is_negotiated() {
-            outbox.take_events();
-        }
+        let connected = outbox.answer(&reply.value, session.is_negotiated());
         if reply.quit {
             outbox.drain(LAST_WORDS);
             self.control.quit();

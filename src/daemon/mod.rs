@@ -1,8 +1,8 @@
 //! The daemon: puts the parts together as the configuration says, and takes them apart again.
 //!
-//! Set-up goes from the bottom to the top (nodes, exports, monitors), the end the other way
-//! round: monitors first, then jobs, then exports with all their requests, and at last the
-//! images, which are closed clean.
+//! Set-up goes from the bottom to the top: nodes, exports, monitors. The end begins with the jobs,
+//! so that clients hear of it, then come monitors, exports with all their requests, and at last
+//! the images, which are closed clean.
 
 mod backend;
 mod monitors;
@@ -265,8 +265,9 @@ fn wait(
     }
     // The senders live as long as the signal thread: this ends with an order to stop.
     let _ = stopped.recv();
-    running.monitors.shut_down();
+    // Clients still hear how their jobs ended; new ones are refused meanwhile.
     running.manager.shut_down();
+    running.monitors.shut_down();
     drop(pid_file);
     Ok(())
 }

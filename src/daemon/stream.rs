@@ -12,7 +12,6 @@ use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::Backing;
 use crate::job::stream::{ChunkStatus, JobIoError, StreamSource};
-use crate::reactor::Reactor;
 
 /// A stream into one layer of a chain, down to a base.
 ///
@@ -183,18 +182,14 @@ impl StreamSource for GraphSource {
                 .map_err(|e| job_error(&e))
         })
     }
-}
 
-impl Drop for GraphSource {
-    fn drop(&mut self) {
-        if !self.restore {
-            return;
-        }
-        let Some(reactor) = Reactor::current() else {
-            return;
-        };
-        if let Err(error) = reactor.block_on(self.graph.make_read_only(&self.target)) {
-            log::error!("node '{}': back to read-only: {error}", self.target);
-        }
+    fn close(&self) -> LocalBoxFuture<'_, ()> {
+        Box::pin(async move {
+            if self.restore
+                && let Err(error) = self.graph.make_read_only(&self.target).await
+            {
+                log::error!("node '{}': back to read-only: {error}", self.target);
+            }
+        })
     }
 }

@@ -64,6 +64,7 @@ pub(super) async fn drive(
         Ok(mut body) => {
             let outcome = live(&job, &context, body.as_mut()).await;
             // What the body holds must be free before anybody learns that the job is over.
+            body.close().await;
             drop(body);
             outcome
         }

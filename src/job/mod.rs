@@ -11,7 +11,7 @@
 //! - [`status`]: the states and which verb each allows
 //! - [`handle`]: one job as its clients see it
 //! - [`context`]: one job as its body sees it
-//! - [`driver`]: takes a body through the states
+//! - `driver`: takes a body through the states
 //! - [`manager`]: all jobs, and the nodes they hold
 //! - [`pacing`]: the speed limit
 //! - [`runner`]: the thread a job runs on
@@ -93,6 +93,11 @@ pub trait Body {
         &'a mut self,
         context: &'a JobContext,
     ) -> LocalBoxFuture<'a, Result<(), JobError>>;
+
+    /// Gives back what the job had taken, however it ended. Clients hear of the end after this.
+    fn close(&mut self) -> LocalBoxFuture<'_, ()> {
+        Box::pin(std::future::ready(()))
+    }
 }
 
 /// Makes the body, on the job's thread.

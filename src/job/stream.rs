@@ -86,6 +86,11 @@ pub trait StreamSource {
     /// at the base, under the name `backing_file` or, without one, its own; and when that is stable,
     /// puts the shorter chain in force. Nothing of it happens when this is not called.
     fn finish(&self, backing_file: Option<String>) -> LocalBoxFuture<'_, Result<(), JobIoError>>;
+
+    /// Gives back what the stream had taken, however it ended: called last.
+    fn close(&self) -> LocalBoxFuture<'_, ()> {
+        Box::pin(future::ready(()))
+    }
 }
 
 /// The body of a stream job.
@@ -119,6 +124,10 @@ impl Body for Stream {
     ) -> LocalBoxFuture<'a, Result<(), JobError>> {
         let finish = self.source.finish(self.backing_file.take());
         Box::pin(async move { finish.await.map_err(|error| JobError::new(error.text)) })
+    }
+
+    fn close(&mut self) -> LocalBoxFuture<'_, ()> {
+        self.source.close()
     }
 }
 
@@ -194,7 +203,8 @@ impl<'a> Copier<'a> {
 
     async fn run(&mut self) -> Result<(), JobError> {
         loop {
-            if self.fatal.is_some() || self.context.interrupted() {
+            // `stopping` by itself, too: the job may have been resumed before it got here.
+            if self.fatal.is_some() || self.stopping || self.context.interrupted() {
                 self.land_all().await;
                 if let Some(error) = self.fatal.take() {
                     return Err(error);

@@ -123,6 +123,8 @@ pub struct Disk {
     /// What `finish` was called with.
     pub finished: Mutex<Option<Option<String>>>,
     pub finish_error: Mutex<Option<i32>>,
+    /// How often the source was closed.
+    pub closed: Mutex<u32>,
     /// While set, copies wait.
     pub gate: Mutex<bool>,
     pub gate_moved: Signal,
@@ -141,6 +143,7 @@ impl Disk {
             faults: Mutex::default(),
             finished: Mutex::default(),
             finish_error: Mutex::default(),
+            closed: Mutex::default(),
             gate: Mutex::new(false),
             gate_moved: Signal::new(),
             most_in_flight: Mutex::default(),
@@ -235,6 +238,10 @@ impl StreamSource for FakeSource {
             Ok(())
         })
     }
+
+    fn close(&self) -> LocalBoxFuture<'_, ()> {
+        Box::pin(async { *self.0.closed.lock() += 1 })
+    }
 }
 
 /// A manager, and what it tells.
@@ -280,6 +287,21 @@ impl Bench {
             Box::pin(async move { Ok(Box::new(Stream::new(source, None)) as Box<dyn Body>) })
         });
         self.manager.start(spec, lease, factory).unwrap()
+    }
+
+    /// Waits for the first event that is one of `wanted`.
+    pub fn until_any(&self, wanted: &[&str]) -> String {
+        loop {
+            match self
+                .events
+                .recv_timeout(Duration::from_secs(20))
+                .map(|event| describe(&event))
+            {
+                Ok(event) if wanted.contains(&event.as_str()) => return event,
+                Ok(_) => {}
+                Err(error) => panic!("none of {wanted:?} came ({error})"),
+            }
+        }
     }
 
     /// The events up to and including the first that `wanted` describes, as [`describe`] has them.

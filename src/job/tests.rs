@@ -112,6 +112,25 @@ fn cancel_wakes_a_sleeping_job_and_keeps_the_chain() {
     assert_eq!(*disk.finished.lock(), None);
 }
 
+/// Would catch a source that is not closed at one of the ways to end, or after its end was told.
+#[test]
+fn sources_are_closed() {
+    for faults in [vec![], vec![(0, libc::EIO)]] {
+        let bench = Bench::new();
+        let disk = Disk::new(10, 0..10);
+        *disk.faults.lock() = faults;
+        bench.start(spec(), &disk);
+        bench.until("concluded");
+        assert_eq!(*disk.closed.lock(), 1);
+    }
+    let bench = Bench::frozen();
+    let disk = Disk::new(10, 0..10);
+    let job = bench.start(JobSpec { speed: 1, ..spec() }, &disk);
+    job.cancel().unwrap();
+    bench.until("concluded");
+    assert_eq!(*disk.closed.lock(), 1);
+}
+
 /// Would catch a cancel that is forgotten once the job waits for its finalisation.
 #[test]
 fn cancel_of_a_pending_job() {
@@ -296,6 +315,36 @@ fn stop_pauses_and_tries_again() {
     bench.until("null");
     assert!(disk.needed.lock().is_empty());
     assert_eq!(*disk.finished.lock(), Some(None));
+}
+
+/// Would catch errors that are tried again for ever, untold, when the job is resumed before it has
+/// come to rest.
+#[test]
+fn stop_and_resume_at_once() {
+    let bench = Bench::new();
+    let disk = Disk::new(64, 0..64);
+    disk.faults
+        .lock()
+        .extend([(0, libc::EIO), (MIB, libc::EIO), (0, libc::EIO)]);
+    let job = bench.start(
+        JobSpec {
+            on_error: OnError::Stop,
+            ..spec()
+        },
+        &disk,
+    );
+    let told = std::iter::from_fn(|| {
+        let seen = bench.until_any(&["ERROR read stop", "null"]);
+        while seen == "ERROR read stop" && job.info().paused {
+            let _ = job.resume();
+        }
+        (seen != "null").then_some(())
+    });
+    assert!(
+        told.count() >= 2,
+        "the second failure of the range at 0 has to be told, too"
+    );
+    assert!(disk.needed.lock().is_empty());
 }
 
 /// Would catch `enospc` that stops for any error, or for none.

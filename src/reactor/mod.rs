@@ -167,12 +167,25 @@ impl Reactor {
     /// Does what can be done without waiting: submits what is queued, collects completions,
     /// fires timers, runs tasks that are ready. True if anything happened.
     pub fn turn(&self) -> bool {
-        let mut busy = self.reap();
-        busy |= self.fire_timers();
-        busy |= self.inner.executor.run_ready();
+        let busy = self.collect();
         // After the tasks: what they queued goes out in the same call.
         self.submit();
         busy
+    }
+
+    /// As [`Reactor::turn`], but submits nothing: for callers who are about to
+    /// [`Reactor::wait`], which submits and waits in one system call.
+    pub fn collect(&self) -> bool {
+        let mut busy = self.reap();
+        busy |= self.fire_timers();
+        busy |= self.inner.executor.run_ready();
+        busy
+    }
+
+    /// Operations queued and not yet submitted.
+    #[must_use]
+    pub fn queued(&self) -> u32 {
+        self.inner.ring.borrow().queued()
     }
 
     /// Submits and waits until a completion, a watched descriptor, a timer, a wake from

@@ -71,6 +71,10 @@ impl Ring {
         Ok(())
     }
 
+    pub(super) fn queued(&self) -> u32 {
+        self.queued
+    }
+
     pub(super) fn submit(&mut self) -> io::Result<()> {
         if self.queued == 0 {
             return Ok(());

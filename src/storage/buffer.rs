@@ -1,16 +1,77 @@
 //! Buffers for I/O: aligned memory of our own, and lists of borrowed memory (guest pages).
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
 /// Alignment of every [`AlignedBuf`]: enough for direct I/O on any disk.
 pub const BUFFER_ALIGN: usize = 4096;
 
+/// Bytes of used buffers that a thread keeps for the next copy.
+const KEPT_BYTES: usize = 16 << 20;
+/// Smaller buffers are not worth keeping.
+const KEPT_LEAST: usize = 16 << 10;
+
+thread_local! {
+    static KEPT: RefCell<Vec<AlignedBuf>> = const { RefCell::new(Vec::new()) };
+}
+
 /// Heap memory aligned to 4 KiB; zeroed when new.
 pub struct AlignedBuf {
     start: NonNull<u8>,
     len: usize,
+}
+
+/// A buffer on loan from its thread: copies of large ranges follow one another, and new memory
+/// for each costs more than the copying.
+#[derive(Debug)]
+pub struct ScratchBuf(AlignedBuf);
+
+impl ScratchBuf {
+    /// A buffer of `len` bytes with some contents or other.
+    #[must_use]
+    pub fn new(len: usize) -> Self {
+        let kept = KEPT.with_borrow_mut(|kept| {
+            let index = kept.iter().rposition(|buffer| buffer.len == len)?;
+            Some(kept.swap_remove(index))
+        });
+        Self(kept.unwrap_or_else(|| AlignedBuf::zeroed(len)))
+    }
+}
+
+impl Drop for ScratchBuf {
+    fn drop(&mut self) {
+        if self.0.len < KEPT_LEAST {
+            return;
+        }
+        let buffer = std::mem::replace(&mut self.0, AlignedBuf::EMPTY);
+        // While the thread ends there is nothing to keep it for.
+        let _ = KEPT.try_with(|kept| {
+            let mut kept = kept.borrow_mut();
+            while kept.iter().map(|b| b.len).sum::<usize>() + buffer.len > KEPT_BYTES {
+                if kept.is_empty() {
+                    return;
+                }
+                kept.swap_remove(0);
+            }
+            kept.push(buffer);
+        });
+    }
+}
+
+impl Deref for ScratchBuf {
+    type Target = AlignedBuf;
+
+    fn deref(&self) -> &AlignedBuf {
+        &self.0
+    }
+}
+
+impl DerefMut for ScratchBuf {
+    fn deref_mut(&mut self) -> &mut AlignedBuf {
+        &mut self.0
+    }
 }
 
 // SAFETY: the buffer owns its memory alone, like a Vec<u8>.
@@ -19,9 +80,17 @@ unsafe impl Send for AlignedBuf {}
 unsafe impl Sync for AlignedBuf {}
 
 impl AlignedBuf {
+    const EMPTY: Self = Self {
+        start: NonNull::dangling(),
+        len: 0,
+    };
+
     /// A zeroed buffer of `len` bytes.
     #[must_use]
     pub fn zeroed(len: usize) -> Self {
+        if len == 0 {
+            return Self::EMPTY;
+        }
         let layout = Self::layout(len);
         // SAFETY: the layout has a size above zero.
         let start = unsafe { alloc_zeroed(layout) };
@@ -38,15 +107,17 @@ impl AlignedBuf {
     }
 
     fn layout(len: usize) -> Layout {
-        let size = len.max(1);
         // A size near isize::MAX cannot be allocated anyway; the error is the allocator's.
-        Layout::from_size_align(size, BUFFER_ALIGN)
+        Layout::from_size_align(len, BUFFER_ALIGN)
             .unwrap_or_else(|_| handle_alloc_error(Layout::new::<[u8; BUFFER_ALIGN]>()))
     }
 }
 
 impl Drop for AlignedBuf {
     fn drop(&mut self) {
+        if self.len == 0 {
+            return;
+        }
         // SAFETY: allocated in `zeroed` with the same layout.
         unsafe { dealloc(self.start.as_ptr(), Self::layout(self.len)) };
     }

@@ -13,7 +13,7 @@ pub mod memory;
 
 use crate::reactor::{Reactor, Token};
 
-pub use buffer::{AlignedBuf, IoBufs};
+pub use buffer::{AlignedBuf, IoBufs, ScratchBuf};
 pub use file::FileStorage;
 pub use locking::Access;
 

@@ -2,7 +2,10 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod faults;
+mod matrix;
 mod model;
 mod powercut;
 mod random;
+mod refusals;
 mod support;

@@ -4,8 +4,8 @@
 //! values, or a part of one. [`Decoder`] takes the bytes as they come and hands out whole values, or
 //! the error a broken one deserves, and goes on with what follows.
 //!
-//! The work is split in two: [`lexer`] cuts the stream into tokens and knows, from the braces and
-//! brackets alone, where a value ends; [`parser`] turns the tokens of one value into a
+//! The work is split in two: `lexer` cuts the stream into tokens and knows, from the braces and
+//! brackets alone, where a value ends; `parser` turns the tokens of one value into a
 //! [`serde_json::Value`]. A value parser that reads from a buffer could not do the first, and
 //! `serde_json` accepts neither single-quoted strings nor reports duplicate keys, both of which QMP
 //! clients meet with QEMU.

@@ -1,6 +1,7 @@
 //! What clients may send, and what the real qemu-storage-daemon answered to the same bytes.
 
 use super::*;
+use proptest::strategy::Strategy;
 use serde_json::json;
 
 fn decode(bytes: &[u8]) -> Vec<Result<Value, String>> {
@@ -194,4 +195,27 @@ fn numbers_keep_what_fits() {
     assert_eq!(numbers[2], json!(1e23));
     assert_eq!(numbers[3], json!(0));
     assert_eq!(numbers[4], json!(f64::MAX));
+}
+
+proptest::proptest! {
+    /// Would catch panics, and results that depend on where packets end, for whatever bytes come.
+    #[test]
+    fn any_bytes_in_any_packets(
+        pieces in proptest::collection::vec(
+            proptest::prop_oneof![
+                proptest::sample::select(vec![
+                    &b"{"[..], b"}", b"[", b"]", b":", b",", b"\"", b"'", b"\\", b"\\u", b"d83d",
+                    b"\n", b" ", b"-", b"0", b"1", b".5", b"e", b"true", b"\"execute\"", b"\xe2",
+                    b"\xff", b"\xc0", b"\x80", b"\0",
+                ]).prop_map(<[u8]>::to_vec),
+                proptest::collection::vec(proptest::prelude::any::<u8>(), 1..4),
+            ],
+            0..60,
+        ),
+    ) {
+        let whole = decode(&pieces.concat());
+        let mut decoder = Decoder::new();
+        let split: Vec<_> = pieces.iter().flat_map(|piece| decoder.push_all(piece)).collect();
+        proptest::prop_assert_eq!(whole, split);
+    }
 }

@@ -31,6 +31,9 @@ use crate::storage::{IoBufs, Limits, Op, Submission};
 const BATCH: u16 = 64;
 /// Requests that are done before the driver is shown them, within a batch.
 const PUBLISH_BATCH: u16 = 16;
+/// Bytes of requests that are done before the driver is shown them: it works on large ones
+/// while the next are carried out.
+const PUBLISH_BYTES: u64 = 64 << 10;
 /// Bytes that a task moves at a time, which bounds the memory of its copies.
 const TASK_CHUNK: u64 = 4 << 20;
 
@@ -105,6 +108,8 @@ pub(super) struct Queue {
     memory: Arc<GuestMemory>,
     slots: Vec<Slot>,
     in_flight: u32,
+    /// Bytes of the requests that are done and that the driver cannot see yet.
+    unshown_bytes: u64,
     flushes: FlushGroup,
     /// Nothing more is taken from the ring: it is being given back, or its driver broke it.
     closed: bool,
@@ -124,6 +129,7 @@ impl Queue {
             write_through: setup.write_through,
             slots,
             in_flight: 0,
+            unshown_bytes: 0,
             flushes: FlushGroup::default(),
             closed: false,
         }
@@ -178,7 +184,7 @@ impl Queue {
             if self.closed {
                 break;
             }
-            if self.ring.unpublished() >= PUBLISH_BATCH {
+            if self.ring.unpublished() >= PUBLISH_BATCH || self.unshown_bytes >= PUBLISH_BYTES {
                 self.show(context);
             }
         }
@@ -244,6 +250,7 @@ impl Queue {
     /// Shows the driver what is done, and signals it if it wants that.
     pub(super) fn show(&mut self, context: &Context) {
         self.ring.publish();
+        self.unshown_bytes = 0;
         if self.call.is_some() && self.ring.needs_signal() {
             self.notify();
             context.stats.signals.add(1);
@@ -425,6 +432,7 @@ impl Queue {
         // regions it still has.
         unsafe { memory::store_byte(slot.status, status as u8) };
         self.in_flight -= 1;
+        self.unshown_bytes += slot.ranges.data_len();
         self.ring.put_used(head, len);
     }
 }

@@ -14,6 +14,8 @@ use crate::reactor::{Reactor, Remote};
 
 /// Marks the completions of kick descriptors; heads of chains are below it.
 const KICK: u64 = 1 << 32;
+/// Operations that are submitted although more requests may be there.
+const SUBMIT_BATCH: u32 = 32;
 /// How often a ring without a kick descriptor is looked at.
 const POLL_INTERVAL: Duration = Duration::from_micros(50);
 
@@ -71,12 +73,12 @@ pub(super) fn run(
 impl Worker<'_> {
     fn turn(&mut self) {
         self.take_orders();
-        let mut busy = false;
+        let mut taken = false;
         if let Some(queue) = &mut self.queue {
-            busy |= queue.take_available(&mut self.context);
+            taken = queue.take_available(&mut self.context);
             queue.flush(&mut self.context);
         }
-        busy |= self.reactor.turn();
+        let mut busy = taken | self.reactor.collect();
         if let Some(queue) = &mut self.queue {
             while let Some(completion) = self.reactor.next_completion() {
                 busy = true;
@@ -94,7 +96,11 @@ impl Worker<'_> {
         self.finish_stop();
         if !busy && (!self.exit || self.in_flight()) {
             self.rest();
+        } else if !taken || self.reactor.queued() >= SUBMIT_BATCH {
+            self.reactor.submit();
         }
+        // Otherwise the next turn looks for more first: if there is none, the submission is
+        // one system call with the wait.
     }
 
     fn take_orders(&mut self) {
@@ -189,6 +195,9 @@ impl Worker<'_> {
     fn rest(&mut self) {
         let mut timeout = None;
         if let Some(queue) = self.queue.as_mut().filter(|queue| queue.is_open()) {
+            if self.poller.is_open() {
+                self.reactor.submit();
+            }
             let found = self
                 .poller
                 .poll(|| queue.ring.has_available() || self.reactor.has_completions());

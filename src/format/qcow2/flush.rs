@@ -107,19 +107,30 @@ impl Qcow2 {
     async fn release_freed(&self) {
         let freed = std::mem::take(&mut *self.released.lock());
         for (offset, len) in freed {
-            if self.options.discard {
-                // While the cluster is still ours: afterwards it may be somebody's.
-                if let Err(error) = storage::io::discard(&*self.storage, offset, len).await {
-                    log::warn!(
-                        "{}: discarding freed clusters: {error}",
-                        self.storage.name()
-                    );
-                }
-            }
             let first = offset >> self.cluster_bits;
             for cluster in first..first + (len >> self.cluster_bits) {
+                if self.options.discard {
+                    self.discard_last(cluster).await;
+                }
                 self.release(cluster).await;
             }
+        }
+    }
+
+    /// Gives the space of a host cluster back to the file system, if the reference that is about
+    /// to be taken off is its last: compressed clusters share theirs. It is done before, since
+    /// afterwards the cluster may be somebody's.
+    async fn discard_last(&self, cluster: u64) {
+        if self.refcount(cluster).await != Some(1) {
+            return;
+        }
+        let offset = cluster << self.cluster_bits;
+        if let Err(error) = storage::io::discard(&*self.storage, offset, self.cluster_size()).await
+        {
+            log::warn!(
+                "{}: discarding a freed cluster: {error}",
+                self.storage.name()
+            );
         }
     }
 

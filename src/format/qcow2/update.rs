@@ -65,6 +65,18 @@ impl Qcow2 {
         }
     }
 
+    /// How many refer to a host cluster; `None` when that cannot be found out.
+    pub(super) async fn refcount(&self, cluster: u64) -> Option<u64> {
+        loop {
+            let refcount = self.meta.lock().allocator.refcount(cluster);
+            match refcount {
+                Ok(count) => return Some(count.unwrap_or(0)),
+                Err(Need::Slice(number)) => self.load_refcounts(number).await.ok()?,
+                Err(_) => return None,
+            }
+        }
+    }
+
     /// Takes one reference off a host cluster. What fails leaks the cluster, no more.
     pub(super) async fn release(&self, cluster: u64) {
         loop {

@@ -1,0 +1,110 @@
+//! The images that the rows run on.
+
+use crate::blocks;
+use crate::common::{Res, images};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+/// Which image a row runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Disk {
+    /// A raw file, all of it written.
+    Raw,
+    /// A qcow2 image, all clusters allocated.
+    Qcow2,
+    /// An empty qcow2 overlay over the one above.
+    Overlay,
+    /// An empty qcow2 overlay over an empty one: allocation without anything to copy.
+    Empty,
+}
+
+impl Disk {
+    /// Its name in the report.
+    pub fn name(self) -> &'static str {
+        match self {
+            Disk::Raw => "raw",
+            Disk::Qcow2 => "qcow2",
+            Disk::Overlay => "overlay",
+            Disk::Empty => "empty overlay",
+        }
+    }
+}
+
+/// A folder with the lasting images, removed at the end.
+pub struct Disks {
+    dir: tempfile::TempDir,
+    size: u64,
+}
+
+impl Disks {
+    /// A fresh folder in `parent`, for disks of `size` bytes.
+    pub fn new(parent: &Path, size: u64) -> Res<Self> {
+        fs::create_dir_all(parent)?;
+        let dir = tempfile::Builder::new()
+            .prefix("stratablk-bench-")
+            .tempdir_in(parent)?;
+        Ok(Disks { dir, size })
+    }
+
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The size of the disks.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The layers of `disk`, top first. An overlay is a fresh one at every call.
+    pub fn layers(&self, disk: Disk) -> Res<Vec<(PathBuf, &'static str)>> {
+        match disk {
+            Disk::Raw => Ok(vec![(self.raw()?, "raw")]),
+            Disk::Qcow2 => Ok(vec![(self.qcow2()?, "qcow2")]),
+            Disk::Overlay => self.overlay(self.qcow2()?),
+            Disk::Empty => {
+                let base = self.file("empty.qcow2");
+                if !base.exists() {
+                    images::create(&base, self.size, "compat=1.1", None)?;
+                }
+                self.overlay(base)
+            }
+        }
+    }
+
+    fn raw(&self) -> Res<PathBuf> {
+        let path = self.file("disk.raw");
+        if !path.exists() {
+            blocks::write_image(&path, self.size)?;
+        }
+        Ok(path)
+    }
+
+    fn qcow2(&self) -> Res<PathBuf> {
+        let path = self.file("disk.qcow2");
+        if !path.exists() {
+            // From the data and not from the raw image, which loads have written to by now.
+            let source = self.file("source.raw");
+            blocks::write_image(&source, self.size)?;
+            let names = (images::text(&source)?, images::text(&path)?);
+            images::qemu_img(&["convert", "-f", "raw", "-O", "qcow2", names.0, names.1])?;
+            fs::remove_file(source)?;
+            File::open(&path)?.sync_all()?;
+        }
+        Ok(path)
+    }
+
+    fn overlay(&self, base: PathBuf) -> Res<Vec<(PathBuf, &'static str)>> {
+        let top = self.file("top.qcow2");
+        if top.exists() {
+            fs::remove_file(&top)?;
+        }
+        images::create(&top, self.size, "compat=1.1", Some((&base, "qcow2")))?;
+        File::open(&top)?.sync_all()?;
+        Ok(vec![(top, "qcow2"), (base, "qcow2")])
+    }
+}

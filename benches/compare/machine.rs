@@ -1,0 +1,127 @@
+//! What the numbers were taken on.
+
+use crate::common::Res;
+use crate::common::daemon::{self, Daemon};
+use crate::variants::Variant;
+use std::fs;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// Lines that describe the machine, the programs and the command.
+pub fn describe(variants: &[Variant]) -> Res<Vec<String>> {
+    let mut lines = vec![
+        format!("CPU: {}", cpu()),
+        format!(
+            "kernel: {}",
+            fs::read_to_string("/proc/sys/kernel/osrelease")?.trim()
+        ),
+        format!("memory: {}", memory()),
+    ];
+    let mut seen = Vec::new();
+    for variant in variants {
+        if !seen.contains(&&variant.program.path) {
+            seen.push(&variant.program.path);
+            lines.push(format!("{}: {}", variant.name, version(variant)));
+        }
+    }
+    let words: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|word| word != "--bench")
+        .collect();
+    lines.push(format!(
+        "command: `cargo bench --bench compare -- {}`",
+        words.join(" ")
+    ));
+    Ok(lines)
+}
+
+fn cpu() -> String {
+    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let field = |name: &str| {
+        let line = info.lines().find(|line| line.starts_with(name));
+        line.and_then(|line| line.split(": ").nth(1))
+            .unwrap_or("?")
+            .to_owned()
+    };
+    let count = info
+        .lines()
+        .filter(|line| line.starts_with("processor"))
+        .count();
+    let model = ["vendor_id", "cpu family", "model\t"].map(field).join("/");
+    format!(
+        "{count} × {} ({model}, {} MHz)",
+        field("model name"),
+        field("cpu MHz")
+    )
+}
+
+fn memory() -> String {
+    let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    info.lines()
+        .next()
+        .unwrap_or_default()
+        .replace("MemTotal:", "")
+        .trim()
+        .to_owned()
+}
+
+fn version(variant: &Variant) -> String {
+    let output = Command::new(&variant.program.path)
+        .arg("--version")
+        .output();
+    let text = output
+        .map(|o| String::from_utf8_lossy(&o.stdout).into_owned())
+        .unwrap_or_default();
+    text.lines()
+        .next()
+        .unwrap_or("(says no version)")
+        .to_owned()
+}
+
+/// Measures what programs other than the bench and the back-end did in the meantime: with more
+/// than a few per cent of a CPU, the figures are not to be trusted.
+pub struct OtherLoad {
+    begin: Instant,
+    busy: Duration,
+    own: Duration,
+}
+
+impl OtherLoad {
+    /// Begins.
+    pub fn start(daemon: &Daemon) -> Res<Self> {
+        Ok(OtherLoad {
+            begin: Instant::now(),
+            busy: busy()?,
+            own: own(daemon)?,
+        })
+    }
+
+    /// How many CPUs others kept busy since the start.
+    pub fn end(&self, daemon: &Daemon) -> Res<f64> {
+        let own = own(daemon)?.saturating_sub(self.own);
+        let other = busy()?.saturating_sub(self.busy).saturating_sub(own);
+        Ok(other.as_secs_f64() / self.begin.elapsed().as_secs_f64().max(0.001))
+    }
+}
+
+fn own(daemon: &Daemon) -> Res<Duration> {
+    Ok(daemon.cpu_time()? + daemon::cpu_time_of(std::process::id())?)
+}
+
+/// The time that all CPUs were not idle, or taken away by the hypervisor.
+fn busy() -> Res<Duration> {
+    let stat = fs::read_to_string("/proc/stat")?;
+    let line = stat.lines().next().unwrap_or_default();
+    // user, nice, system, idle, iowait, irq, softirq, steal
+    let fields = line
+        .split_whitespace()
+        .skip(1)
+        .take(8)
+        .map(|f| f.parse::<u64>().unwrap_or(0));
+    let ticks: u64 = fields
+        .enumerate()
+        .filter(|(i, _)| !matches!(i, 3 | 4))
+        .map(|(_, v)| v)
+        .sum();
+    Ok(daemon::ticks(ticks))
+}

@@ -1,0 +1,136 @@
+//! The comparison bench: drives `stratablk` and `qemu-storage-daemon` in turn, on the same images,
+//! through the same vhost-user front-end, and prints what each of them did.
+//!
+//! `cargo bench --bench compare -- --help` lists the options; `docs/performance.md` says what the
+//! rows mean and how to read the table.
+
+#[path = "../../tests/common/mod.rs"]
+mod common;
+
+mod blocks;
+mod disks;
+mod io_rows;
+mod load;
+mod machine;
+mod report;
+mod stream_rows;
+mod variants;
+
+use clap::Parser;
+use common::Res;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Compare stratablk with qemu-storage-daemon, side by side.
+#[derive(Parser, Debug)]
+struct Options {
+    /// One second per run and small images: to see that everything works, not to measure
+    #[arg(long)]
+    quick: bool,
+    /// Seconds measured in each run
+    #[arg(long, default_value_t = 3.0)]
+    seconds: f64,
+    /// Rounds; each starts every back-end once for each row
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Only rows whose name contains one of these words
+    #[arg(long)]
+    rows: Vec<String>,
+    /// Only back-ends whose name contains one of these words
+    #[arg(long)]
+    only: Vec<String>,
+    /// Folder for the images of the tmpfs rows ("none" leaves them out)
+    #[arg(long, default_value = "/dev/shm")]
+    dir_tmpfs: PathBuf,
+    /// Folder for the images of the disk rows ("none" leaves them out)
+    #[arg(long, default_value = "target")]
+    dir_disk: PathBuf,
+    /// The front-end polls the ring and does not wait for its eventfd
+    #[arg(long)]
+    poll: bool,
+    /// CPU of the front-end
+    #[arg(long, default_value_t = 0)]
+    cpu_frontend: usize,
+    /// CPU of the back-end
+    #[arg(long, default_value_t = 1)]
+    cpu_backend: usize,
+    /// Also write the report to this file
+    #[arg(long)]
+    output: Option<PathBuf>,
+    /// List the rows and exit
+    #[arg(long)]
+    list: bool,
+    /// Given by `cargo bench`; without meaning here
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+impl Options {
+    fn measured(&self) -> Duration {
+        Duration::from_secs_f64(if self.quick { 1.0 } else { self.seconds })
+    }
+
+    fn warm_up(&self) -> Duration {
+        Duration::from_millis(if self.quick { 100 } else { 300 })
+    }
+
+    fn rounds(&self) -> usize {
+        if self.quick { 1 } else { self.rounds }
+    }
+
+    fn wants_row(&self, name: &str) -> bool {
+        self.rows.is_empty() || self.rows.iter().any(|word| name.contains(word.as_str()))
+    }
+
+    /// The folders to measure in, with the name that their rows carry.
+    fn places(&self) -> Vec<(&'static str, PathBuf)> {
+        [("tmpfs", &self.dir_tmpfs), ("disk", &self.dir_disk)]
+            .into_iter()
+            .filter(|(_, dir)| dir.as_os_str() != "none")
+            .map(|(name, dir)| (name, dir.clone()))
+            .collect()
+    }
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    match run(&options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("compare: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options) -> Res<()> {
+    if options.list {
+        for (place, _) in options.places() {
+            io_rows::rows()
+                .iter()
+                .for_each(|row| println!("{}", row.name(place)));
+            stream_rows::rows()
+                .iter()
+                .for_each(|row| println!("{}", row.name(place)));
+        }
+        return Ok(());
+    }
+    let variants = variants::wanted(&options.only);
+    let mut report = report::Report::new(machine::describe(&variants)?);
+    common::daemon::pin_this_thread(options.cpu_frontend)?;
+    for (place, dir) in options.places() {
+        io_rows::measure(options, place, &dir, &variants, &mut report)?;
+        stream_rows::measure(options, place, &dir, &variants, &mut report)?;
+    }
+    let text = report.markdown(&variants);
+    println!("{text}");
+    if let Some(path) = &options.output {
+        std::fs::write(path, &text)?;
+    }
+    if report.failed() {
+        Err("some runs failed; see the end of the report".into())
+    } else {
+        Ok(())
+    }
+}

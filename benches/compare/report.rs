@@ -1,0 +1,252 @@
+//! The table: medians over the rounds, and ratios of them.
+
+use crate::variants::Variant;
+use std::fmt::Write;
+
+/// What one run of an I/O row gave.
+#[derive(Clone, Copy, Debug)]
+pub struct IoSample {
+    /// Requests per second.
+    pub iops: f64,
+    /// Median latency in microseconds.
+    pub p50: f64,
+    /// 99th percentile of the latency in microseconds.
+    pub p99: f64,
+    /// CPU seconds of the back-end per million requests.
+    pub cpu: f64,
+    /// CPUs kept busy by others meanwhile.
+    pub other: f64,
+}
+
+/// What one run of a stream row gave.
+/// NaN stands for a figure that the row does not have.
+#[derive(Clone, Copy, Debug)]
+pub struct StreamSample {
+    /// From the command to the completion event.
+    pub seconds: f64,
+    /// CPU seconds of the back-end meanwhile, where no guest ran.
+    pub cpu: f64,
+    /// The guest's requests per second before the stream.
+    pub iops_before: f64,
+    /// The guest's p99 in microseconds before the stream.
+    pub p99_before: f64,
+    /// The guest's requests per second while it ran.
+    pub iops: f64,
+    /// The guest's p99 in microseconds while it ran.
+    pub p99: f64,
+    /// CPUs kept busy by others meanwhile.
+    pub other: f64,
+}
+
+impl StreamSample {
+    /// A sample without figures.
+    pub fn new() -> Self {
+        let none = f64::NAN;
+        StreamSample {
+            seconds: none,
+            cpu: none,
+            iops_before: none,
+            p99_before: none,
+            iops: none,
+            p99: none,
+            other: 0.0,
+        }
+    }
+}
+
+/// Everything that was measured.
+pub struct Report {
+    machine: Vec<String>,
+    io: Vec<(String, &'static str, IoSample)>,
+    stream: Vec<(String, &'static str, StreamSample)>,
+    failures: Vec<String>,
+}
+
+impl Report {
+    /// An empty report.
+    pub fn new(machine: Vec<String>) -> Self {
+        Report {
+            machine,
+            io: Vec::new(),
+            stream: Vec::new(),
+            failures: Vec::new(),
+        }
+    }
+
+    /// Takes a run of an I/O row.
+    pub fn add_io(&mut self, row: &str, variant: &'static str, sample: IoSample) {
+        eprintln!("    {sample:.1?}");
+        self.io.push((row.to_owned(), variant, sample));
+    }
+
+    /// Takes a run of a stream row.
+    pub fn add_stream(&mut self, row: &str, variant: &'static str, sample: StreamSample) {
+        eprintln!("    {sample:.1?}");
+        self.stream.push((row.to_owned(), variant, sample));
+    }
+
+    /// Takes note of a run that failed.
+    pub fn fail(&mut self, row: &str, variant: &str, error: &str) {
+        eprintln!("    failed: {error}");
+        self.failures.push(format!("{row}, {variant}: {error}"));
+    }
+
+    /// True if any run failed.
+    pub fn failed(&self) -> bool {
+        !self.failures.is_empty()
+    }
+
+    /// The whole report.
+    pub fn markdown(&self, variants: &[Variant]) -> String {
+        let names: Vec<&'static str> = variants.iter().map(|v| v.name).collect();
+        let mut text = String::new();
+        for line in &self.machine {
+            let _ = writeln!(text, "- {line}");
+        }
+        let mut other: Vec<f64> = self.io.iter().map(|s| s.2.other).collect();
+        other.extend(self.stream.iter().map(|s| s.2.other));
+        let mean = other.iter().sum::<f64>() / other.len().max(1) as f64;
+        let most = other.iter().copied().fold(0.0, f64::max);
+        let _ = writeln!(
+            text,
+            "- CPUs kept busy by other programs during the runs: {mean:.2} on average, \
+             {most:.2} at most"
+        );
+        let _ = writeln!(
+            text,
+            "\nEach cell: {}. Ratios: {RATIO}.\n",
+            names.join(" / ")
+        );
+        if !self.io.is_empty() {
+            self.io_table(&mut text, &names);
+        }
+        if !self.stream.is_empty() {
+            self.stream_table(&mut text, &names);
+        }
+        if self.failed() {
+            let _ = writeln!(text, "Failed runs:\n");
+            for failure in &self.failures {
+                let _ = writeln!(text, "- {}", failure.replace('\n', " "));
+            }
+        }
+        text
+    }
+
+    fn io_table(&self, text: &mut String, names: &[&'static str]) {
+        let _ = writeln!(
+            text,
+            "| row | 1000 IOPS | ratio | p50 µs | p99 µs | ratio | CPU s per million | ratio |\n\
+             | --- | --- | --- | --- | --- | --- | --- | --- |"
+        );
+        for row in rows(&self.io) {
+            let of = |get: fn(&IoSample) -> f64| medians(&self.io, row, names, get);
+            let (iops, p50) = (of(|s| s.iops / 1000.0), of(|s| s.p50));
+            let (p99, cpu) = (of(|s| s.p99), of(|s| s.cpu));
+            let best = better(&iops, true);
+            let _ = writeln!(
+                text,
+                "| {row} | {} | {} | {} | {} | {} | {} | {} |",
+                cells(&iops, 1),
+                ratio(&iops, best),
+                cells(&p50, 0),
+                cells(&p99, 0),
+                ratio(&p99, best),
+                cells(&cpu, 2),
+                ratio(&cpu, best),
+            );
+        }
+        text.push('\n');
+    }
+
+    fn stream_table(&self, text: &mut String, names: &[&'static str]) {
+        let _ = writeln!(
+            text,
+            "| row | seconds | ratio | CPU s | guest 1000 IOPS before | guest 1000 IOPS during | \
+             guest p99 µs before | guest p99 µs during | ratio |\n\
+             | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+        );
+        for row in rows(&self.stream) {
+            let of = |get: fn(&StreamSample) -> f64| medians(&self.stream, row, names, get);
+            let (seconds, p99) = (of(|s| s.seconds), of(|s| s.p99));
+            let best = better(&seconds, false);
+            let _ = writeln!(
+                text,
+                "| {row} | {} | {} | {} | {} | {} | {} | {} | {} |",
+                cells(&seconds, 2),
+                ratio(&seconds, best),
+                cells(&of(|s| s.cpu), 2),
+                cells(&of(|s| s.iops_before / 1000.0), 1),
+                cells(&of(|s| s.iops / 1000.0), 1),
+                cells(&of(|s| s.p99_before), 0),
+                cells(&p99, 0),
+                ratio(&p99, best),
+            );
+        }
+        text.push('\n');
+    }
+}
+
+const RATIO: &str = "the first to the better of the others (in IOPS, or in seconds for a stream)";
+
+/// The names of the rows, in the order in which they were measured.
+fn rows<'a, S>(samples: &'a [(String, &'static str, S)]) -> Vec<&'a str> {
+    let mut rows: Vec<&str> = Vec::new();
+    for (row, _, _) in samples {
+        if !rows.contains(&row.as_str()) {
+            rows.push(row);
+        }
+    }
+    rows
+}
+
+/// The median over the rounds of one figure, for each back-end.
+fn medians<S>(
+    samples: &[(String, &'static str, S)],
+    row: &str,
+    names: &[&'static str],
+    get: fn(&S) -> f64,
+) -> Vec<Option<f64>> {
+    let of = |name: &&'static str| {
+        let mut values: Vec<f64> = samples
+            .iter()
+            .filter(|(r, v, _)| r == row && v == name)
+            .map(|s| get(&s.2))
+            .collect();
+        values.sort_by(f64::total_cmp);
+        match (values.len() % 2, values.len() / 2) {
+            (_, 0) => values.first().copied(),
+            (1, middle) => values.get(middle).copied(),
+            (_, middle) => Some((values.get(middle - 1)? + values.get(middle)?) / 2.0),
+        }
+    };
+    names.iter().map(of).collect()
+}
+
+/// Which of the back-ends behind the first did better.
+fn better(values: &[Option<f64>], more_is_better: bool) -> Option<usize> {
+    let sign = if more_is_better { 1.0 } else { -1.0 };
+    let others = values
+        .iter()
+        .enumerate()
+        .skip(1)
+        .filter_map(|(i, v)| v.map(|v| (i, v * sign)));
+    others.max_by(|a, b| a.1.total_cmp(&b.1)).map(|(i, _)| i)
+}
+
+fn ratio(values: &[Option<f64>], best: Option<usize>) -> String {
+    let first = values.first().copied().flatten();
+    let other = best
+        .and_then(|i| values.get(i).copied().flatten())
+        .filter(|v| *v > 0.0);
+    first
+        .zip(other)
+        .map_or("–".to_owned(), |(a, b)| format!("{:.2}", a / b))
+}
+
+fn cells(values: &[Option<f64>], digits: usize) -> String {
+    let cell = |v: &Option<f64>| {
+        let known = v.filter(|v| !v.is_nan());
+        known.map_or("–".to_owned(), |v| format!("{v:.digits$}"))
+    };
+    values.iter().map(cell).collect::<Vec<_>>().join(" / ")
+}

@@ -1,0 +1,55 @@
+//! The back-ends that are compared.
+
+use crate::common::daemon::{Program, Setup};
+use std::path::{Path, PathBuf};
+
+/// A back-end with its options.
+#[derive(Clone, Debug)]
+pub struct Variant {
+    /// Its name in the report.
+    pub name: &'static str,
+    /// The program.
+    pub program: Program,
+    /// `aio=` of its files.
+    pub aio: &'static str,
+    /// Whether it wants an iothread named on the command line to be at its best.
+    pub iothread: bool,
+}
+
+/// All of them, or those whose name contains one of `words`. The first is the one under test.
+pub fn wanted(words: &[String]) -> Vec<Variant> {
+    let reference = |name, aio| Variant {
+        name,
+        program: Program::reference(),
+        aio,
+        iothread: true,
+    };
+    let all = [
+        Variant {
+            name: "stratablk",
+            program: Program::under_test(),
+            aio: "io_uring",
+            iothread: false,
+        },
+        reference("qsd-uring", "io_uring"),
+        reference("qsd-native", "native"),
+    ];
+    all.into_iter()
+        .filter(|v| words.is_empty() || words.iter().any(|word| v.name.contains(word.as_str())))
+        .collect()
+}
+
+impl Variant {
+    /// The export of `layers` by this back-end, past the page cache, with sockets in `dir`. An
+    /// iothread is left out where the row starts a job: the reference aborts on that combination.
+    pub fn setup(&self, dir: &Path, layers: &[(PathBuf, &'static str)], job: bool) -> Setup {
+        let mut setup = Setup::new(dir, layers);
+        setup.direct = true;
+        setup.aio = Some(self.aio);
+        setup.iothread = self.iothread && !job;
+        if !job {
+            setup.qmp = None;
+        }
+        setup
+    }
+}

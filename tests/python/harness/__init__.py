@@ -1,0 +1,1 @@
+"""What the tests share: the daemon, its control socket, and disk images."""
