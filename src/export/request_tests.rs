@@ -209,6 +209,20 @@ fn buffers_may_cross_regions_that_touch() {
         .table
         .with(second, memory.file.try_clone().unwrap())
         .unwrap();
+    let overlap = RegionInfo {
+        guest: second.guest - 1,
+        ..second
+    };
+    assert!(
+        table
+            .with(overlap, memory.file.try_clone().unwrap())
+            .is_err()
+    );
+    let alias = RegionInfo {
+        guest: 1 << 40,
+        ..second
+    };
+    assert!(table.with(alias, memory.file.try_clone().unwrap()).is_ok());
     let mut parts = Vec::new();
     let end = BASE + LEN as u64;
     assert!(table.translate(end - 10, 30, |iovec| parts.push(iovec.iov_len)));

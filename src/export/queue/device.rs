@@ -425,6 +425,7 @@ impl Queue {
         let Some(slot) = self.slots.get_mut(usize::from(head)) else {
             return;
         };
+        debug_assert!(slot.busy && slot.pending == 0, "answered once, at the end");
         slot.view = None;
         slot.busy = false;
         let len = count(&context.stats, slot, status);
