@@ -55,6 +55,9 @@ pub enum Error {
         /// The feature.
         what: String,
     },
+    /// Somebody else uses the image in a way that excludes ours.
+    #[error("{0}")]
+    Busy(String),
     /// The request makes no sense for the image: a write to a read-only layer, a range past the
     /// end, a name that does not exist.
     #[error("{0}")]
@@ -99,6 +102,7 @@ impl Error {
             Self::Io { errno, .. } => *errno,
             Self::Corrupt { .. } => libc::EIO,
             Self::Unsupported { .. } => libc::ENOTSUP,
+            Self::Busy(_) => libc::EBUSY,
             Self::Invalid(_) => libc::EINVAL,
         }
     }

@@ -195,6 +195,7 @@ impl Graph {
         }
         let context = |error: Error| match error {
             Error::Invalid(text) => Error::Invalid(format!("Could not open backing file: {text}")),
+            Error::Busy(text) => Error::Busy(format!("Could not open backing file: {text}")),
             other => other,
         };
         let options = backing_options(above, image, backing).map_err(context)?;
@@ -329,7 +330,11 @@ impl Graph {
 }
 
 fn text(error: std::io::Error) -> Error {
-    Error::Invalid(error.to_string())
+    match error.kind() {
+        // A lock is held by somebody else.
+        std::io::ErrorKind::WouldBlock => Error::Busy(error.to_string()),
+        _ => Error::Invalid(error.to_string()),
+    }
 }
 
 fn storage_len(storage: &dyn Storage) -> Result<u64> {

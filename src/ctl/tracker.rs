@@ -156,7 +156,7 @@ impl Job {
                     .unwrap_or_default();
                 let done = self.offset.saturating_sub(self.began_at.unwrap_or(0));
                 format!(
-                    "{}: completed, {} in {:.1} s ({}/s)",
+                    "{}: completed, {} covered in {:.1} s ({}/s)",
                     self.id,
                     units::bytes(done),
                     time.as_secs_f64(),

@@ -13,7 +13,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::future::LocalBoxFuture;
 use parking_lot::Mutex;
@@ -30,6 +30,11 @@ use crate::reactor::Reactor;
 use backend::DaemonBackend;
 use monitors::Monitors;
 use process::{Foreground, PidFile};
+
+/// How long the start waits for an image that somebody else has locked.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+/// How often it looks.
+const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 /// The order to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,7 +137,7 @@ fn set_up(
     stop: &Sender<Stop>,
 ) -> Result<Running> {
     for options in &config.blockdevs {
-        reactor.block_on(graph.open(options))?;
+        with_patience(|| reactor.block_on(graph.open(options)))?;
     }
     for options in &config.exports {
         let export = start_export(config, options, reactor, graph)?;
@@ -151,6 +156,20 @@ fn set_up(
     Ok(Running { manager, monitors })
 }
 
+/// Tries again for a while when an image is in use: the kernel takes a moment to release the
+/// locks of a daemon that was killed, and the one that takes its place must not fail for that.
+fn with_patience<T>(mut open: impl FnMut() -> Result<T>) -> Result<T> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match open() {
+            Err(Error::Busy(_)) if Instant::now() < deadline => {
+                std::thread::sleep(LOCK_RETRY);
+            }
+            result => return result,
+        }
+    }
+}
+
 fn start_export(
     config: &Config,
     options: &ExportOptions,
@@ -162,8 +181,7 @@ fn start_export(
         other => other,
     };
     if options.writable {
-        reactor
-            .block_on(graph.make_writable(&options.node_name))
+        with_patience(|| reactor.block_on(graph.make_writable(&options.node_name)))
             .map_err(context)?;
     }
     let root = graph.root(&options.node_name).map_err(context)?;

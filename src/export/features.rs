@@ -1,33 +1,40 @@
 //! What the device offers: virtio features and features of the vhost-user protocol.
 
-use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_WRITE_ZEROES,
+};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 /// Offered with SEG_MAX: how many data descriptors a request may have.
-pub const BLK_SEG_MAX: u64 = 1 << 2;
+pub const BLK_SEG_MAX: u64 = 1 << VIRTIO_BLK_F_SEG_MAX;
 /// The device is read-only.
-pub const BLK_RO: u64 = 1 << 5;
+pub const BLK_RO: u64 = 1 << VIRTIO_BLK_F_RO;
 /// The logical block size is in the configuration.
-pub const BLK_BLK_SIZE: u64 = 1 << 6;
+pub const BLK_BLK_SIZE: u64 = 1 << VIRTIO_BLK_F_BLK_SIZE;
 /// FLUSH requests.
-pub const BLK_FLUSH: u64 = 1 << 9;
+pub const BLK_FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
 /// Good sizes for I/O are in the configuration.
-pub const BLK_TOPOLOGY: u64 = 1 << 10;
+pub const BLK_TOPOLOGY: u64 = 1 << VIRTIO_BLK_F_TOPOLOGY;
 /// The guest may switch the write cache.
-pub const BLK_CONFIG_WCE: u64 = 1 << 11;
+pub const BLK_CONFIG_WCE: u64 = 1 << VIRTIO_BLK_F_CONFIG_WCE;
 /// Several queues.
-pub const BLK_MQ: u64 = 1 << 12;
+pub const BLK_MQ: u64 = 1 << VIRTIO_BLK_F_MQ;
 /// DISCARD requests.
-pub const BLK_DISCARD: u64 = 1 << 13;
+pub const BLK_DISCARD: u64 = 1 << VIRTIO_BLK_F_DISCARD;
 /// WRITE_ZEROES requests.
-pub const BLK_WRITE_ZEROES: u64 = 1 << 14;
+pub const BLK_WRITE_ZEROES: u64 = 1 << VIRTIO_BLK_F_WRITE_ZEROES;
 /// Indirect descriptor tables.
-pub const RING_INDIRECT_DESC: u64 = 1 << 28;
+pub const RING_INDIRECT_DESC: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC;
 /// Both sides say at which index they want to be notified.
-pub const RING_EVENT_IDX: u64 = 1 << 29;
+pub const RING_EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 /// The vhost-user protocol has features of its own.
-pub const PROTOCOL_FEATURES: u64 = 1 << 30;
+pub const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 /// Virtio 1.0 and later.
-pub const VERSION_1: u64 = 1 << 32;
+pub const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 
 /// The features of a device.
 ///

@@ -14,9 +14,9 @@ use vm_memory::{FileOffset, MmapRegion};
 
 use super::sigbus;
 
-/// What records the pages that we write, for live migration: nothing yet. Everything that maps
-/// memory names this type, so that a bitmap can take its place.
-pub type DirtyLog = ();
+/// What is to record the pages that we write, for live migration: empty until a front-end asks
+/// for a log.
+pub type DirtyLog = vhost_user_backend::bitmap::BitmapMmapRegion;
 
 /// Where a region of the table is, in the three address spaces that matter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

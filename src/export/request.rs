@@ -5,6 +5,11 @@
 //! collected into two lists of host ranges, readable and writable, and the header and the status
 //! are then cut off their ends. Data is never copied here.
 
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
+
 use super::memory::{self, GuestMemory};
 use super::ring::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, SplitRing, Table};
 
@@ -21,13 +26,7 @@ const SEGMENT: usize = 16;
 /// Length of the string that `GET_ID` answers.
 pub const ID_LEN: usize = 20;
 
-const T_IN: u32 = 0;
-const T_OUT: u32 = 1;
-const T_FLUSH: u32 = 4;
-const T_GET_ID: u32 = 8;
-const T_DISCARD: u32 = 11;
-const T_WRITE_ZEROES: u32 = 13;
-const FLAG_UNMAP: u32 = 1;
+const FLAG_UNMAP: u32 = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
 
 /// The status byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -297,7 +296,7 @@ fn decode(header: &[u8; HEADER], first: usize, ranges: &mut Ranges) -> Result<Ki
     let (kind, sector) = split_header(header);
     let offset = sector.checked_mul(SECTOR);
     match kind {
-        T_IN => {
+        VIRTIO_BLK_T_IN => {
             ranges.data = ranges.writable..ranges.iovecs.len();
             ranges.data_len = ranges.writable_len;
             check_data(ranges)?;
@@ -305,7 +304,7 @@ fn decode(header: &[u8; HEADER], first: usize, ranges: &mut Ranges) -> Result<Ki
                 offset: offset.ok_or(Status::IoError)?,
             })
         }
-        T_OUT => {
+        VIRTIO_BLK_T_OUT => {
             ranges.data = first..ranges.writable;
             ranges.data_len = ranges.readable_len;
             check_data(ranges)?;
@@ -313,13 +312,13 @@ fn decode(header: &[u8; HEADER], first: usize, ranges: &mut Ranges) -> Result<Ki
                 offset: offset.ok_or(Status::IoError)?,
             })
         }
-        T_FLUSH => Ok(Kind::Flush),
-        T_GET_ID => {
+        VIRTIO_BLK_T_FLUSH => Ok(Kind::Flush),
+        VIRTIO_BLK_T_GET_ID => {
             ranges.data = ranges.writable..ranges.iovecs.len();
             ranges.data_len = ranges.writable_len;
             Ok(Kind::GetId)
         }
-        T_DISCARD | T_WRITE_ZEROES => segment(kind, first, ranges),
+        VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => segment(kind, first, ranges),
         _ => Err(Status::Unsupported),
     }
 }
@@ -363,12 +362,16 @@ fn segment(kind: u32, first: usize, ranges: &mut Ranges) -> Result<Kind, Status>
     let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
     let len = u64::from(u32::from_le_bytes([n0, n1, n2, n3])) * SECTOR;
     let flags = u32::from_le_bytes([f0, f1, f2, f3]);
-    let allowed = if kind == T_DISCARD { 0 } else { FLAG_UNMAP };
+    let allowed = if kind == VIRTIO_BLK_T_DISCARD {
+        0
+    } else {
+        FLAG_UNMAP
+    };
     if flags & !allowed != 0 {
         return Err(Status::Unsupported);
     }
     let offset = sector.checked_mul(SECTOR).ok_or(Status::IoError)?;
-    Ok(if kind == T_DISCARD {
+    Ok(if kind == VIRTIO_BLK_T_DISCARD {
         Kind::Discard { offset, len }
     } else {
         Kind::WriteZeroes {

@@ -11,19 +11,24 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
+use virtio_bindings::virtio_ring::{
+    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+    VRING_USED_F_NO_NOTIFY,
+};
+
 use super::memory::GuestMemory;
 
 /// The descriptor continues with the one named by `next`.
-pub const DESC_NEXT: u16 = 1;
+pub const DESC_NEXT: u16 = VRING_DESC_F_NEXT as u16;
 /// The device writes the buffer.
-pub const DESC_WRITE: u16 = 2;
+pub const DESC_WRITE: u16 = VRING_DESC_F_WRITE as u16;
 /// The buffer is a table of descriptors.
-pub const DESC_INDIRECT: u16 = 4;
+pub const DESC_INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 
 /// The driver wants no interrupts (without EVENT_IDX).
-const AVAIL_NO_INTERRUPT: u16 = 1;
+const AVAIL_NO_INTERRUPT: u16 = VRING_AVAIL_F_NO_INTERRUPT as u16;
 /// The device wants no kicks (without EVENT_IDX).
-const USED_NO_NOTIFY: u16 = 1;
+const USED_NO_NOTIFY: u16 = VRING_USED_F_NO_NOTIFY as u16;
 
 /// A descriptor, as little-endian guests write it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
