@@ -672,3 +672,33 @@ fn memory_that_is_taken_away_costs_its_owner_only() {
     let mut next = Hand::ready(&place.socket(), PLAIN);
     assert_eq!(next.request(IN, 0, &[(DATA, 512, true)]).1, OK);
 }
+
+/// Catches: indices that are compared or reduced wrongly where they wrap around.
+#[test]
+fn ring_indices_wrap_around() {
+    let place = Place::new();
+    let (_export, _) = disk(&place);
+    for features in [PLAIN, PLAIN | F_EVENT_IDX] {
+        let mut hand = Hand::connect(&place.socket(), features);
+        hand.begin_at(65530);
+        hand.set_up();
+        for round in 0..40u16 {
+            let before = hand.used_index();
+            hand.set_used_event(before.wrapping_add(1));
+            for head in [0, 4, 8] {
+                hand.chain(head, IN, u64::from(round), &[(DATA, 512, true)]);
+                hand.push(head);
+            }
+            hand.kick();
+            eventually("the signal comes", || {
+                hand.used_index() == before.wrapping_add(3) && wait_readable(hand.call.as_raw_fd())
+            });
+            let _ = hand.call.read();
+            for head in [0, 4, 8] {
+                assert_eq!(hand.next_used(), (head, 513));
+            }
+        }
+        let end = 65530u16.wrapping_add(120);
+        assert_eq!(hand.front.get_vring_base(0).unwrap(), u32::from(end));
+    }
+}

@@ -128,6 +128,14 @@ impl Hand {
         self.front.set_vring_enable(0, true).unwrap();
     }
 
+    /// Lets both rings begin at `index`, before the queue is set up.
+    pub fn begin_at(&mut self, index: u16) {
+        self.avail = index;
+        self.used = index;
+        self.index(AVAIL, 2).store(index, Ordering::SeqCst);
+        self.index(USED, 2).store(index, Ordering::SeqCst);
+    }
+
     /// Bytes of guest memory.
     pub fn bytes(&mut self, at: u64, len: usize) -> &'static mut [u8] {
         self.memory.part((at - BASE) as usize, len)
