@@ -188,7 +188,7 @@ fn steps(storage: &MemoryStorage) -> Vec<&'static str> {
         .map(|step| match step {
             Step::Write { .. } => "write",
             Step::Zero { .. } => "zero",
-            Step::SetLen(_) => "length",
+            Step::SetLen(_) | Step::Grow(_) => "length",
             Step::Sync => "sync",
         })
         .collect()

@@ -304,6 +304,7 @@ impl Timer for ReactorTimer {
 impl JobRunner for ReactorRunner {
     fn run(&self, main: JobMain) -> std::io::Result<()> {
         let reactor = Reactor::for_this_thread()?;
+        process::step_back();
         reactor.block_on(main(Rc::new(ReactorTimer(reactor.clone()))));
         Reactor::leave_thread();
         Ok(())

@@ -26,7 +26,7 @@ use super::{Body, JobError};
 pub const MAX_COPY: u64 = 512 << 10;
 
 /// How many copies are in flight at most.
-pub const MAX_IN_FLIGHT: usize = 8;
+pub const MAX_IN_FLIGHT: usize = 4;
 
 /// How far ahead ranges are looked up at once.
 const LOOK_AHEAD: u64 = 64 << 20;

@@ -1,6 +1,7 @@
 //! The tasks of one thread. A task lives where it was spawned; its waker may be used anywhere.
 
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -15,6 +16,8 @@ type BoxedTask = Pin<Box<dyn Future<Output = ()>>>;
 
 /// The identifier under which `block_on`'s own future is queued: it is no spawned task.
 const ROOT: usize = usize::MAX;
+/// Tasks that are polled in one go.
+const BATCH: usize = 4;
 
 struct TaskWaker {
     task: usize,
@@ -56,7 +59,9 @@ impl RootFlag {
 
 pub(super) struct Executor {
     tasks: RefCell<Slab<Task>>,
-    ready: RefCell<Vec<usize>>,
+    ready: RefCell<VecDeque<usize>>,
+    /// Kept for its memory.
+    arrived: RefCell<Vec<usize>>,
     running: Cell<bool>,
     remote: Arc<Remote>,
 }
@@ -65,7 +70,8 @@ impl Executor {
     pub(super) fn new(remote: Arc<Remote>) -> Self {
         Self {
             tasks: RefCell::new(Slab::new()),
-            ready: RefCell::new(Vec::new()),
+            ready: RefCell::new(VecDeque::new()),
+            arrived: RefCell::new(Vec::new()),
             running: Cell::new(false),
             remote,
         }
@@ -103,19 +109,38 @@ impl Executor {
         })
     }
 
-    /// Polls every task that was ready when the call began. Those that become ready meanwhile
-    /// wait for the next one, so that one busy task cannot starve the ring.
+    /// Polls a few of the tasks that are ready. The others, and those that become ready
+    /// meanwhile, wait for the next call: neither the ring nor the requests that the first have
+    /// completed wait for the last.
     pub(super) fn run_ready(&self) -> bool {
-        if !self.remote.has_work() || self.running.replace(true) {
+        if (!self.remote.has_work() && self.ready.borrow().is_empty()) || self.running.replace(true)
+        {
             return false;
         }
-        let mut ready = std::mem::take(&mut *self.ready.borrow_mut());
-        self.remote.take(&mut ready);
-        for &task in ready.iter().filter(|&&task| task != ROOT) {
+        let mut batch = [ROOT; BATCH];
+        let mut count = 0;
+        {
+            let mut ready = self.ready.borrow_mut();
+            self.remote.take(&mut self.arrived.borrow_mut());
+            ready.extend(
+                self.arrived
+                    .borrow_mut()
+                    .drain(..)
+                    .filter(|&task| task != ROOT),
+            );
+            for slot in &mut batch {
+                let Some(task) = ready.pop_front() else { break };
+                *slot = task;
+                count += 1;
+            }
+            // What is left must be found before the thread sleeps.
+            if !ready.is_empty() {
+                self.remote.wake();
+            }
+        }
+        for &task in batch.iter().take(count) {
             self.poll_task(task);
         }
-        ready.clear();
-        *self.ready.borrow_mut() = ready;
         self.running.set(false);
         true
     }

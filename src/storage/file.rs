@@ -139,6 +139,7 @@ impl FileStorage {
             },
             // SAFETY: no memory is passed.
             Op::Sync => unsafe { libc::fdatasync(self.fd()) as isize },
+            Op::Reserve { .. } => return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
             Op::Zero { offset, len, unmap } => {
                 let mode = zero_mode(unmap);
                 // SAFETY: no memory is passed.
@@ -146,6 +147,14 @@ impl FileStorage {
             }
         };
         u32::try_from(result).map_err(|_| io::Error::last_os_error())
+    }
+}
+
+impl Drop for FileStorage {
+    fn drop(&mut self) {
+        if !self.block_device && !self.flags.no_lock {
+            locking::unlock(&self.file);
+        }
     }
 }
 
@@ -161,6 +170,10 @@ impl Storage for FileStorage {
     unsafe fn submit(&self, reactor: &Reactor, op: Op<'_>, token: Token) -> Submission {
         if matches!(op, Op::Sync) && self.flags.no_flush {
             return Submission::Ready(Ok(0));
+        }
+        if matches!(op, Op::Reserve { .. }) && (!self.flags.direct || self.block_device) {
+            // With a page cache the file system reserves by itself, when it writes back.
+            return Submission::Ready(Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)));
         }
         if self.in_line {
             // SAFETY: passed on to the caller.
@@ -193,6 +206,7 @@ impl Storage for FileStorage {
             Op::Sync => opcode::Fsync::new(fd)
                 .flags(types::FsyncFlags::DATASYNC)
                 .build(),
+            Op::Reserve { offset, len } => opcode::Fallocate::new(fd, len).offset(offset).build(),
             Op::Zero { offset, len, unmap } => opcode::Fallocate::new(fd, len)
                 .offset(offset)
                 .mode(zero_mode(unmap))

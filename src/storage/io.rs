@@ -155,6 +155,12 @@ pub async fn zero(storage: &dyn Storage, offset: u64, len: u64, unmap: bool) -> 
     }
 }
 
+/// Reserves space behind the end of the storage, where that makes later writes cheaper.
+/// False: it does not, or there is no space; writes will tell.
+pub async fn reserve(storage: &dyn Storage, offset: u64, len: u64) -> bool {
+    run(storage, Op::Reserve { offset, len }).await.is_ok()
+}
+
 /// Tells the storage that a range is no longer needed. It may do nothing.
 ///
 /// # Errors

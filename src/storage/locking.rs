@@ -64,6 +64,18 @@ pub fn lock(file: &File, access: Access, path: &Path) -> io::Result<()> {
     result
 }
 
+/// Gives all locks back. They would go with the file, but the kernel may hold on to that for a
+/// moment after the last operation on it.
+pub fn unlock(file: &File) {
+    for bit in [CONSISTENT_READ, WRITE, RESIZE] {
+        for byte in [USED + bit, UNSHARED + bit] {
+            if let Err(error) = set_lock(file, libc::F_UNLCK, byte) {
+                log::debug!("unlocking an image: {error}");
+            }
+        }
+    }
+}
+
 fn release_all_but(file: &File, access: Access) -> io::Result<()> {
     for bit in [CONSISTENT_READ, WRITE, RESIZE] {
         if !access.used().iter().any(|&(b, _)| b == bit) {

@@ -28,6 +28,8 @@ pub enum Step {
     },
     /// The length set.
     SetLen(u64),
+    /// The length set to at least this.
+    Grow(u64),
     /// A barrier: everything before is stable.
     Sync,
 }
@@ -136,6 +138,15 @@ impl MemoryStorage {
             }
             Op::Sync => {
                 self.step(|| Step::Sync);
+                Ok(0)
+            }
+            Op::Reserve { offset, len } => {
+                let mut bytes = self.bytes.lock();
+                let end = (offset + len) as usize;
+                if bytes.len() < end {
+                    bytes.resize(end, 0);
+                    self.step(|| Step::Grow(offset + len));
+                }
                 Ok(0)
             }
             Op::Zero { offset, len, .. } => {

@@ -36,6 +36,14 @@ pub enum Op<'a> {
     },
     /// Make everything written before stable (`fdatasync`).
     Sync,
+    /// Reserve space for a range behind the end, which reads as zeros; the storage becomes longer.
+    /// An error means that nothing is gained by it, or nothing was reserved: both are harmless.
+    Reserve {
+        /// Start in bytes.
+        offset: u64,
+        /// Length in bytes.
+        len: u64,
+    },
     /// Make a range read as zeros; with `unmap` its space may be given back.
     Zero {
         /// Start in bytes.

@@ -257,6 +257,7 @@ fn apply(image: &mut Vec<u8>, step: &Step) {
             }
         }
         Step::SetLen(len) => image.resize(*len as usize, 0),
+        Step::Grow(len) => image.resize(image.len().max(*len as usize), 0),
         Step::Sync => {}
     }
 }

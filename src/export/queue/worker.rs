@@ -33,6 +33,8 @@ struct Worker<'a> {
     last_base: u16,
     /// The thread is to end, as soon as nothing is in flight.
     exit: bool,
+    /// What was queued in the turn before has not been submitted.
+    held_back: bool,
 }
 
 /// The thread's main function. `ready` hears whether it has what it needs.
@@ -62,6 +64,7 @@ pub(super) fn run(
         watch: KICK,
         last_base: 0,
         exit: false,
+        held_back: false,
     };
     while !worker.exit || worker.in_flight() {
         worker.turn();
@@ -96,11 +99,14 @@ impl Worker<'_> {
         self.finish_stop();
         if !busy && (!self.exit || self.in_flight()) {
             self.rest();
-        } else if !taken || self.reactor.queued() >= SUBMIT_BATCH {
+        } else if !taken || self.held_back || self.reactor.queued() >= SUBMIT_BATCH {
             self.reactor.submit();
+            self.held_back = false;
+        } else {
+            // The next turn looks for more first: if there is none, the submission is one
+            // system call with the wait. Once only, or the disk would wait for the driver.
+            self.held_back = true;
         }
-        // Otherwise the next turn looks for more first: if there is none, the submission is
-        // one system call with the wait.
     }
 
     fn take_orders(&mut self) {
@@ -194,6 +200,7 @@ impl Worker<'_> {
     /// Waits for something to do.
     fn rest(&mut self) {
         let mut timeout = None;
+        self.held_back = false;
         if let Some(queue) = self.queue.as_mut().filter(|queue| queue.is_open()) {
             if self.poller.is_open() {
                 self.reactor.submit();

@@ -91,6 +91,7 @@ impl Qcow2 {
         while !self.released.lock().is_empty() {
             self.flush().await?;
         }
+        self.give_back().await;
         Ok(())
     }
 

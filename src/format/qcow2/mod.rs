@@ -5,6 +5,7 @@
 //! * [`refcount`]: the allocator, an in-memory step;
 //! * [`claims`]: who changes the mapping of which clusters right now;
 //! * `update`: allocating, linking, zeroing and unmapping clusters;
+//! * `reserve`: space behind the end of the file, ahead of the writes;
 //! * `flush`: what reaches the disk in which order;
 //! * `compress`: reading compressed clusters.
 //!
@@ -18,6 +19,7 @@ mod flush;
 pub mod header;
 pub mod l2;
 pub mod refcount;
+mod reserve;
 mod update;
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
@@ -109,6 +111,7 @@ pub struct Qcow2 {
     /// Freed clusters whose grace period is over.
     released: Arc<Mutex<Freed>>,
     decompressed: compress::Cache,
+    reservation: reserve::Reservation,
 }
 
 /// What is being loaded.
@@ -179,11 +182,13 @@ impl Qcow2 {
             flushing: flush::Flushing::default(),
             released: Arc::default(),
             decompressed: compress::Cache::default(),
+            reservation: reserve::Reservation::new(len),
             header: Mutex::new(header),
             storage,
         };
         if options.writable {
             image.clear_autoclear().await?;
+            image.find_end().await?;
         }
         Ok(image)
     }

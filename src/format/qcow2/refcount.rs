@@ -301,6 +301,17 @@ impl Allocator {
         self.free.insert(range.start, range.end - range.start);
     }
 
+    /// Where allocation goes on, and nothing behind is in use.
+    #[must_use]
+    pub fn frontier(&self) -> u64 {
+        self.frontier
+    }
+
+    /// Lowers the frontier: the clusters from `cluster` on turned out to be free.
+    pub fn lower_frontier(&mut self, cluster: u64) {
+        self.frontier = self.frontier.min(cluster);
+    }
+
     /// How many slices and table entries wait to be written.
     #[must_use]
     pub fn dirty(&self) -> usize {

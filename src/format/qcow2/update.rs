@@ -41,7 +41,13 @@ impl Qcow2 {
             let (need, table_len) = {
                 let mut meta = self.meta.lock();
                 match meta.allocator.allocate(wanted) {
-                    Ok(allocation) => return Ok(allocation),
+                    Ok(allocation) => {
+                        drop(meta);
+                        if allocation.fresh {
+                            self.reserve_ahead(&allocation).await;
+                        }
+                        return Ok(allocation);
+                    }
                     Err(need) => (need, meta.allocator.table().len()),
                 }
             };
