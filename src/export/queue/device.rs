@@ -30,7 +30,10 @@ use crate::storage::{IoBufs, Limits, Op, Submission};
 /// Chains taken from the ring before completions are looked at again.
 const BATCH: u16 = 64;
 /// Requests that are done before the driver is shown them, within a batch.
-const PUBLISH_BATCH: u16 = 16;
+const PUBLISH_BATCH: u16 = 4;
+/// Operations that are submitted together: the disk begins with the first while the others are
+/// still being prepared. With all at once disk, back-end and driver would take turns.
+const SUBMIT_BATCH: u32 = 4;
 /// Bytes of requests that are done before the driver is shown them: it works on large ones
 /// while the next are carried out.
 const PUBLISH_BYTES: u64 = 64 << 10;
@@ -184,8 +187,9 @@ impl Queue {
             if self.closed {
                 break;
             }
-            if self.ring.unpublished() >= PUBLISH_BATCH || self.unshown_bytes >= PUBLISH_BYTES {
-                self.show(context);
+            self.show_some(context);
+            if context.reactor.queued() >= SUBMIT_BATCH {
+                context.reactor.submit();
             }
         }
         true
@@ -245,6 +249,13 @@ impl Queue {
             };
             done.borrow_mut().push(Done::Flush(heads, status));
         });
+    }
+
+    /// Shows the driver what is done if it is enough to begin with.
+    pub(super) fn show_some(&mut self, context: &Context) {
+        if self.ring.unpublished() >= PUBLISH_BATCH || self.unshown_bytes >= PUBLISH_BYTES {
+            self.show(context);
+        }
     }
 
     /// Shows the driver what is done, and signals it if it wants that.

@@ -14,8 +14,6 @@ use crate::reactor::{Reactor, Remote};
 
 /// Marks the completions of kick descriptors; heads of chains are below it.
 const KICK: u64 = 1 << 32;
-/// Operations that are submitted although more requests may be there.
-const SUBMIT_BATCH: u32 = 32;
 /// How often a ring without a kick descriptor is looked at.
 const POLL_INTERVAL: Duration = Duration::from_micros(50);
 
@@ -87,6 +85,7 @@ impl Worker<'_> {
                 busy = true;
                 if completion.value < KICK {
                     queue.completed(&mut self.context, completion);
+                    queue.show_some(&self.context);
                 }
             }
             busy |= queue.tasks_done(&mut self.context);
@@ -99,7 +98,7 @@ impl Worker<'_> {
         self.finish_stop();
         if !busy && (!self.exit || self.in_flight()) {
             self.rest();
-        } else if !taken || self.held_back || self.reactor.queued() >= SUBMIT_BATCH {
+        } else if !taken || self.held_back {
             self.reactor.submit();
             self.held_back = false;
         } else {
