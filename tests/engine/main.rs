@@ -8,4 +8,5 @@ mod model;
 mod powercut;
 mod random;
 mod refusals;
+mod reserve;
 mod support;

@@ -38,20 +38,22 @@ impl Qcow2 {
     /// When metadata cannot be read or written.
     pub async fn allocate(&self, wanted: u64) -> Result<Allocation> {
         loop {
-            let (need, table_len) = {
+            let (result, table_len) = {
                 let mut meta = self.meta.lock();
-                match meta.allocator.allocate(wanted) {
-                    Ok(allocation) => {
-                        drop(meta);
-                        if allocation.fresh {
-                            self.reserve_ahead(&allocation).await;
-                        }
-                        return Ok(allocation);
-                    }
-                    Err(need) => (need, meta.allocator.table().len()),
-                }
+                (
+                    meta.allocator.allocate(wanted),
+                    meta.allocator.table().len(),
+                )
             };
-            self.provide(need, table_len).await?;
+            match result {
+                Ok(allocation) => {
+                    if allocation.fresh {
+                        self.reserve_ahead(&allocation).await;
+                    }
+                    return Ok(allocation);
+                }
+                Err(need) => self.provide(need, table_len).await?,
+            }
         }
     }
 
