@@ -26,6 +26,7 @@ pub struct Reservation {
     busy: AtomicBool,
     /// It makes writes cheaper here.
     useful: AtomicBool,
+    /// There is something to give back.
     used: AtomicBool,
 }
 
@@ -105,7 +106,11 @@ impl Qcow2 {
                 _ => break,
             }
         }
-        self.meta.lock().allocator.lower_frontier(used);
+        if used < end {
+            self.meta.lock().allocator.lower_frontier(used);
+            // Left by somebody who was killed.
+            self.reservation.used.store(true, Ordering::Relaxed);
+        }
         Ok(())
     }
 }
