@@ -69,10 +69,11 @@ fn redirect_standard_streams() {
     }
 }
 
-/// How much the threads of jobs step back: about a tenth of a guest's share of a busy processor.
-const JOB_NICE: libc::c_int = 10;
+/// How much the threads of jobs step back: they get a little less than a guest's thread where
+/// both want the same processor.
+const JOB_NICE: libc::c_int = 1;
 
-/// Lets the threads that serve guests go first where there is one processor for both.
+/// Lets the threads that serve guests have more where there is one processor for both.
 pub fn step_back() {
     // SAFETY: no memory is passed; 0 is the calling thread.
     if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, JOB_NICE) } < 0 {

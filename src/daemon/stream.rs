@@ -1,5 +1,6 @@
 //! The stream job's source on real chains.
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -24,7 +25,12 @@ pub struct GraphSource {
     base: Option<String>,
     /// The layer was read-only before, and is to be so again.
     restore: bool,
+    /// Bytes copied since a guest's thread was let first.
+    since_giving_way: Cell<u64>,
 }
+
+/// Bytes copied before a guest's thread is let first: about a millisecond's worth.
+const GIVE_WAY_AFTER: u64 = 2560 << 10;
 
 impl GraphSource {
     /// A stream as `spec` wants it. The target can be written to; with `restore` only for the
@@ -39,6 +45,7 @@ impl GraphSource {
             target: spec.target.clone(),
             base: spec.base.clone(),
             restore,
+            since_giving_way: Cell::new(0),
         })
     }
 
@@ -70,7 +77,19 @@ impl GraphSource {
         let view = View::of(self.root.chain());
         let end = self.end(&view.chain)?;
         let copied = view.copy(0, end, offset, len).await?;
+        self.give_way(copied.data);
         Ok(copied.data)
+    }
+
+    /// Lets the thread of a guest go first now and then, where there is one processor for both:
+    /// otherwise it may have to wait for a whole time slice.
+    fn give_way(&self, copied: u64) {
+        let since = self.since_giving_way.get() + copied;
+        self.since_giving_way.set(since);
+        if since >= GIVE_WAY_AFTER {
+            self.since_giving_way.set(0);
+            std::thread::yield_now();
+        }
     }
 
     /// The order matters: everything copied is stable before the header changes, and the header
