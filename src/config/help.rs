@@ -41,7 +41,7 @@ macro_rules! blockdev {
     auto-read-only=on|off     open read-only when it cannot be written [off]
     force-share=on|off        let others write too; needs read-only=on [off]
     discard=ignore|unmap      what becomes of discarded space [ignore; unmap in place]
-    detect-zeroes=off|on|unmap  turn writes of zeroes into write-zeroes [off]
+    detect-zeroes=off|on|unmap  (accepted without effect so far)
     cache.direct=on|off       go past the host's page cache [off]
     cache.no-flush=on|off     never flush: data is lost when the host goes down [off]
 
@@ -58,20 +58,17 @@ macro_rules! blockdev {
   driver=qcow2
     file=NODE                 where the image is
     backing=NODE|null         the layer below, instead of the one the image names
-    data-file=NODE            the external data file, instead of the one the image names
     copy-on-read=on|off       keep what reads take from the layers below [off]
-    lazy-refcounts=on|off     [as the image says]
-    pass-discard-request=on|off  [on if discard=unmap]
-    pass-discard-snapshot=on|off [on], pass-discard-other=on|off [off]
-    discard-no-unref=on|off   keep the place of discarded clusters [off]
-    overlap-check=none|constant|cached|all [cached]
-    cache-size=N, l2-cache-size=N, l2-cache-entry-size=N, refcount-cache-size=N
-                              limits of the metadata caches, in bytes
-    cache-clean-interval=N    seconds until unused entries are dropped
+    pass-discard-request=on|off  free space in the file when the guest discards
+                              [on if discard=unmap]
+    l2-cache-size=N, cache-size=N  bytes of mapping metadata in memory [32M]
+    (accepted without effect: lazy-refcounts, pass-discard-snapshot, pass-discard-other,
+    discard-no-unref, overlap-check, l2-cache-entry-size, refcount-cache-size,
+    cache-clean-interval; refused: data-file)
 
   driver=copy-on-read         a filter: keep in 'file' what reads take from below it
     file=NODE
-    bottom=NAME               copy from this node and those above it only
+    (accepted without effect: bottom)
 "
     };
 }
@@ -90,7 +87,7 @@ macro_rules! export {
     num-queues=N              number of virtqueues, each with its own thread [1]
     logical-block-size=N      a power of two from 512 to 2097152 [512]
     serial=TEXT               serial number, of at most 20 bytes [made from the id]
-    iothread=NAME             serve it from this --object iothread
+    iothread=NAME             take the polling time of this --object iothread
     (accepted without effect: fixed-iothread, allow-inactive)
 "
     };
@@ -120,9 +117,10 @@ macro_rules! object {
         "\
 --object [qom-type=]iothread,id=NAME[,KEY=VALUE...]
 
-    poll-max-ns=N, poll-grow=N, poll-shrink=N   how long to poll before sleeping
-    aio-max-batch=N           most requests given to the kernel at once
-    (accepted without effect: thread-pool-min, thread-pool-max)
+    poll-max-ns=N             how long the queues of exports that name it look for
+                              work before they sleep [64000]
+    (accepted without effect: poll-grow, poll-shrink, aio-max-batch, thread-pool-min,
+    thread-pool-max; every queue has a thread of its own)
 "
     };
 }
@@ -132,9 +130,9 @@ macro_rules! trace {
         "\
 --trace [[enable=]PATTERN][,events=FILE][,file=FILE]
 
-    enable=PATTERN            log events whose name matches; may be given several times
-    events=FILE               the same for every line of FILE
-    file=FILE                 where the log goes [standard error]
+    logs everything to standard error; the variable STRATABLK_LOG says more exactly
+    what to log, for instance stratablk::export=debug,warn
+    (accepted without effect: enable, events, file)
 "
     };
 }

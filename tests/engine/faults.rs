@@ -3,25 +3,12 @@
 
 use std::sync::Arc;
 
-use stratablk::chain::{Chain, Layer, View};
-use stratablk::format::{Format, Qcow2, qcow2};
 use stratablk::reactor::Reactor;
 use stratablk::storage::memory::MemoryStorage;
-use stratablk::storage::{AlignedBuf, IoBufs, Storage};
 
 use crate::support::*;
 
 const SIZE: u64 = 4 << 20;
-
-fn write(reactor: &Reactor, chain: &Arc<Chain>, offset: u64, value: u8) -> Result<(), i32> {
-    let mut buffer = AlignedBuf::zeroed(8192);
-    buffer.fill(value);
-    // SAFETY: `buffer` outlives the operation.
-    let bufs = unsafe { IoBufs::of(&buffer, 0, 8192) };
-    reactor
-        .block_on(View::of(chain.clone()).write(offset, bufs))
-        .map_err(|e| e.errno())
-}
 
 /// What would be caught: an error that ends the image, clusters mapped without data, references
 /// without an owner, a full disk that stays full.
@@ -34,27 +21,12 @@ fn a_write_that_fails_at_any_point_leaves_a_sound_image() {
     let reactor = Reactor::for_this_thread().unwrap();
     for fail_at in 0..12 {
         let storage = Arc::new(MemoryStorage::new(start.clone()));
-        let options = qcow2::Options {
-            writable: true,
-            ..Default::default()
-        };
-        let image = reactor
-            .block_on(Qcow2::open(storage.clone(), options))
-            .unwrap();
-        let layer = Layer {
-            name: "top".into(),
-            format: Format::Qcow2(Arc::new(image)),
-            storage: storage.clone() as Arc<dyn Storage>,
-            read_only: false,
-            discard: false,
-            copy_on_read: false,
-        };
-        let chain = Arc::new(Chain::new(vec![Arc::new(layer)]).unwrap());
-        write(&reactor, &chain, 0, 1).unwrap();
+        let (image, chain) = open_memory(&reactor, &storage);
+        write_value(&reactor, &chain, 0, 8192, 1).unwrap();
         storage.fail_after(fail_at, libc::ENOSPC);
         let mut failed = 0;
         for index in 1..8 {
-            match write(&reactor, &chain, index * 100_352, 2) {
+            match write_value(&reactor, &chain, index * 100_352, 8192, 2) {
                 Ok(()) => {}
                 Err(errno) => {
                     assert_eq!(errno, libc::ENOSPC);
@@ -69,11 +41,8 @@ fn a_write_that_fails_at_any_point_leaves_a_sound_image() {
         );
         storage.fail_after(usize::MAX, 0);
         for index in 1..8 {
-            write(&reactor, &chain, index * 100_352, 3).unwrap();
+            write_value(&reactor, &chain, index * 100_352, 8192, 3).unwrap();
         }
-        let Format::Qcow2(image) = &chain.top().format else {
-            panic!()
-        };
         reactor.block_on(image.close()).unwrap();
         std::fs::write(&path, storage.snapshot()).unwrap();
         check(&path, false);
@@ -83,5 +52,39 @@ fn a_write_that_fails_at_any_point_leaves_a_sound_image() {
             expected[index * 100_352..][..8192].fill(3);
         }
         compare(&path, "qcow2", &expected);
+    }
+}
+
+/// What would be caught: references that are counted only in a table which the header does not
+/// name, after the replacement of the table has failed half-way.
+#[test]
+fn a_refcount_table_that_cannot_be_replaced_costs_no_data() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = in_dir(&dir, "image.qcow2");
+    create(&path, "cluster_size=512,refcount_bits=64", SIZE);
+    let start = std::fs::read(&path).unwrap();
+    let reactor = Reactor::for_this_thread().unwrap();
+    for fail_at in 0..60 {
+        let storage = Arc::new(MemoryStorage::new(start.clone()));
+        let (image, chain) = open_memory(&reactor, &storage);
+        // The table has room for 2 MiB: it is about to grow.
+        let before = 1_600 << 10;
+        write_value(&reactor, &chain, 0, before, 1).unwrap();
+        reactor.block_on(chain.flush()).unwrap();
+        storage.fail_after(fail_at * 37, libc::EIO);
+        for index in 0..100 {
+            let offset = before as u64 + index * 8192;
+            let _ = write_value(&reactor, &chain, offset, 8192, 2);
+        }
+        let _ = reactor.block_on(chain.flush());
+        storage.fail_after(usize::MAX, 0);
+        let _ = reactor.block_on(image.close());
+        std::fs::write(&path, storage.snapshot()).unwrap();
+        check(&path, true);
+        let read = format!("read -P 1 0 {before}");
+        run(
+            "qemu-io",
+            &["-r", "-f", "qcow2", "-c", &read, path.to_str().unwrap()],
+        );
     }
 }

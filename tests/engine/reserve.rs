@@ -3,43 +3,10 @@
 
 use std::sync::Arc;
 
-use stratablk::chain::{Chain, Layer, View};
-use stratablk::format::{Format, Qcow2, qcow2};
 use stratablk::reactor::Reactor;
 use stratablk::storage::memory::MemoryStorage;
-use stratablk::storage::{AlignedBuf, IoBufs, Storage};
 
 use crate::support::*;
-
-fn open(reactor: &Reactor, storage: &Arc<MemoryStorage>) -> (Arc<Qcow2>, Arc<Chain>) {
-    let options = qcow2::Options {
-        writable: true,
-        ..Default::default()
-    };
-    let image = reactor
-        .block_on(Qcow2::open(storage.clone(), options))
-        .unwrap();
-    let image = Arc::new(image);
-    let layer = Layer {
-        name: "top".into(),
-        format: Format::Qcow2(image.clone()),
-        storage: storage.clone() as Arc<dyn Storage>,
-        read_only: false,
-        discard: false,
-        copy_on_read: false,
-    };
-    (image, Arc::new(Chain::new(vec![Arc::new(layer)]).unwrap()))
-}
-
-fn write(reactor: &Reactor, chain: &Arc<Chain>, offset: u64, value: u8) {
-    let mut buffer = AlignedBuf::zeroed(65_536);
-    buffer.fill(value);
-    // SAFETY: `buffer` outlives the operation.
-    let bufs = unsafe { IoBufs::of(&buffer, 0, buffer.len()) };
-    reactor
-        .block_on(View::of(chain.clone()).write(offset, bufs))
-        .unwrap();
-}
 
 #[test]
 fn what_is_reserved_and_not_used_goes_back() {
@@ -50,8 +17,8 @@ fn what_is_reserved_and_not_used_goes_back() {
     let storage = Arc::new(MemoryStorage::new(std::fs::read(&path).unwrap()));
     let mut longest = 0;
     for kill in 0..8u8 {
-        let (_, chain) = open(&reactor, &storage);
-        write(&reactor, &chain, u64::from(kill) << 16, kill + 1);
+        let (_, chain) = open_memory(&reactor, &storage);
+        write_value(&reactor, &chain, u64::from(kill) << 16, 65_536, kill + 1).unwrap();
         reactor.block_on(chain.flush()).unwrap();
         longest = storage.snapshot().len();
         // No close: as after a kill.
@@ -60,8 +27,8 @@ fn what_is_reserved_and_not_used_goes_back() {
         longest < 4 << 20,
         "{longest} bytes: each start reserved anew behind the last"
     );
-    let (image, chain) = open(&reactor, &storage);
-    write(&reactor, &chain, 8 << 16, 9);
+    let (image, chain) = open_memory(&reactor, &storage);
+    write_value(&reactor, &chain, 8 << 16, 65_536, 9).unwrap();
     reactor.block_on(image.close()).unwrap();
     assert!(storage.snapshot().len() < longest, "nothing was given back");
     std::fs::write(&path, storage.snapshot()).unwrap();

@@ -6,10 +6,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use serde_json::json;
-use stratablk::chain::{Graph, Root, View};
+use stratablk::chain::{Chain, Graph, Layer, Root, View};
 use stratablk::config::{BlockdevOptions, Dialect};
+use stratablk::format::{Format, Qcow2, qcow2};
 use stratablk::reactor::Reactor;
-use stratablk::storage::{AlignedBuf, IoBufs};
+use stratablk::storage::memory::MemoryStorage;
+use stratablk::storage::{AlignedBuf, IoBufs, Storage};
 
 /// Runs a tool; anything but success ends the test with its output.
 pub fn run(program: &str, args: &[&str]) -> String {
@@ -168,4 +170,42 @@ pub fn compare(path: &Path, format: &str, bytes: &[u8]) {
             expected.to_str().unwrap(),
         ],
     );
+}
+
+/// Opens an image in memory for writing, with nothing under it.
+pub fn open_memory(reactor: &Reactor, storage: &Arc<MemoryStorage>) -> (Arc<Qcow2>, Arc<Chain>) {
+    let options = qcow2::Options {
+        writable: true,
+        ..Default::default()
+    };
+    let image = reactor
+        .block_on(Qcow2::open(storage.clone(), options))
+        .unwrap();
+    let image = Arc::new(image);
+    let layer = Layer {
+        name: "top".into(),
+        format: Format::Qcow2(image.clone()),
+        storage: storage.clone() as Arc<dyn Storage>,
+        read_only: false,
+        discard: false,
+        copy_on_read: false,
+    };
+    (image, Arc::new(Chain::new(vec![Arc::new(layer)]).unwrap()))
+}
+
+/// Writes `len` bytes of `value`; the error number if it fails.
+pub fn write_value(
+    reactor: &Reactor,
+    chain: &Arc<Chain>,
+    offset: u64,
+    len: usize,
+    value: u8,
+) -> Result<(), i32> {
+    let mut buffer = AlignedBuf::zeroed(len);
+    buffer.fill(value);
+    // SAFETY: `buffer` outlives the operation.
+    let bufs = unsafe { IoBufs::of(&buffer, 0, len) };
+    reactor
+        .block_on(View::of(chain.clone()).write(offset, bufs))
+        .map_err(|error| error.errno())
 }
