@@ -19,7 +19,7 @@
 //! next flush.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures_util::future::try_join_all;
 
@@ -42,8 +42,6 @@ pub struct Flushing {
     begun: AtomicU64,
     /// The latest one that succeeded.
     succeeded: AtomicU64,
-    /// Nobody knows which header is on the disk: nothing more may be written.
-    broken: AtomicBool,
 }
 
 /// A piece of metadata on its way to the file.
@@ -76,26 +74,8 @@ impl Qcow2 {
             return Ok(());
         }
         let number = self.flushing.begun.fetch_add(1, Ordering::SeqCst) + 1;
-        self.check_sound()?;
         self.write_back().await?;
         self.flushing.succeeded.store(number, Ordering::SeqCst);
-        Ok(())
-    }
-
-    /// Fails when the image must not be changed any more.
-    ///
-    /// # Errors
-    /// After the replacement of the refcount table has failed half-way: the header on the disk
-    /// may name either table, and what is counted in one of them alone would be lost.
-    pub(super) fn check_sound(&self) -> Result<()> {
-        if self.flushing.broken.load(Ordering::SeqCst) {
-            return Err(Error::Io {
-                action: Action::Write,
-                errno: libc::EIO,
-                file: self.storage.name().to_owned(),
-                offset: 0,
-            });
-        }
         Ok(())
     }
 
@@ -314,6 +294,10 @@ impl Qcow2 {
     }
 
     /// Replaces the refcount table by a longer one, unless it has more than `len` entries by now.
+    ///
+    /// When this fails half-way, the header on the disk may name either table. Both are right:
+    /// they name the same blocks, and no further one comes before a replacement succeeds, which
+    /// begins at the same place.
     pub(super) async fn grow_reftable(&self, len: usize) -> Result<()> {
         let _turn = self.flushing.lock.lock().await;
         let growth = {
@@ -368,15 +352,8 @@ impl Qcow2 {
             header.reftable_offset,
             u64::from(header.reftable_clusters) << self.cluster_bits,
         );
-        let patch = header.with_reftable(offset, clusters as u32);
-        if let Err(error) = self.patch_header(&[patch]).await {
-            log::error!(
-                "{}: the refcount table could not be replaced ({error}); nothing more is written",
-                self.storage.name()
-            );
-            self.flushing.broken.store(true, Ordering::SeqCst);
-            return Err(error);
-        }
+        self.patch_header(&[header.with_reftable(offset, clusters as u32)])
+            .await?;
         Ok(old)
     }
 }

@@ -37,7 +37,6 @@ impl Qcow2 {
     /// # Errors
     /// When metadata cannot be read or written.
     pub async fn allocate(&self, wanted: u64) -> Result<Allocation> {
-        self.check_sound()?;
         loop {
             let (result, table_len) = {
                 let mut meta = self.meta.lock();
