@@ -191,6 +191,8 @@ impl Queue {
 
     /// Tells the back-end about new requests, unless it said that it needs no telling.
     pub fn kick(&mut self) -> Res<()> {
+        // The crate has no barrier between its store and the load that decides.
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
         if self.ring.avail_notif_needed() {
             self.kick.notify()?;
         }
@@ -229,6 +231,8 @@ impl Queue {
     /// Asks for a signal at the next completion; false if there is one already.
     pub fn arm(&mut self) -> bool {
         self.ring.set_used_notif_enabled(true);
+        // The crate has no barrier between its store and the load that decides.
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
         !self.ready()
     }
 
