@@ -118,7 +118,7 @@ macro_rules! object {
 --object [qom-type=]iothread,id=NAME[,KEY=VALUE...]
 
     poll-max-ns=N             how long the queues of exports that name it look for
-                              work before they sleep [0: not at all]
+                              work before they sleep [64000]
     (accepted without effect: poll-grow, poll-shrink, aio-max-batch, thread-pool-min,
     thread-pool-max; every queue has a thread of its own)
 "

@@ -13,7 +13,7 @@ pub const MAX_QUEUES: u16 = 256;
 /// Entries of a queue if nothing else is said.
 pub const DEFAULT_QUEUE_SIZE: u16 = 1024;
 /// The longest time of polling before a queue's thread sleeps, if nothing else is said.
-pub const DEFAULT_POLL_MAX_US: u32 = 0;
+pub const DEFAULT_POLL_MAX_US: u32 = 64;
 
 /// Data descriptors of a request. It is read before the driver says how long its queues are,
 /// and a chain may not be longer than a queue; 128 entries is what VMMs give them.
