@@ -30,10 +30,10 @@ use crate::storage::{IoBufs, Limits, Op, Submission};
 /// Chains taken from the ring before completions are looked at again.
 const BATCH: u16 = 64;
 /// Requests that are done before the driver is shown them, within a batch.
-const PUBLISH_BATCH: u16 = 4;
+const PUBLISH_BATCH: u16 = 2;
 /// Operations that are submitted together: the disk begins with the first while the others are
 /// still being prepared. With all at once disk, back-end and driver would take turns.
-const SUBMIT_BATCH: u32 = 4;
+const SUBMIT_BATCH: u32 = 2;
 /// Bytes of requests that are done before the driver is shown them: it works on large ones
 /// while the next are carried out.
 const PUBLISH_BYTES: u64 = 64 << 10;
