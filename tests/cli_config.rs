@@ -380,7 +380,7 @@ fn mistakes_are_told_with_place_and_remedy() {
     assert_eq!(
         blockdev("qcow,node-name=a"),
         "--blockdev: key 'driver' does not accept 'qcow' (near 'driver=qcow'); expected one of: \
-         file, host_device, raw, qcow2, copy-on-read (did you mean 'qcow2'?)"
+         file, host_device, raw, qcow2, qed, copy-on-read (did you mean 'qcow2'?)"
     );
     assert_eq!(
         blockdev("qcow2,node-name=a,file.driver=file,file.filenam=/x"),

@@ -66,10 +66,10 @@ impl View {
             return Ok(Copied::default());
         };
         let span = Span { target, end };
-        let cluster = qcow2.cluster_size();
-        let start = offset / cluster * cluster;
+        let unit = qcow2.unit_size();
+        let start = offset / unit * unit;
         let stop = (offset + len)
-            .next_multiple_of(cluster)
+            .next_multiple_of(unit)
             .min(layer.format.size());
         let _claim = qcow2.claim(start, stop.saturating_sub(start)).await;
         let mut copied = Copied::default();
@@ -96,14 +96,12 @@ impl View {
         offset: u64,
         len: u64,
     ) -> Result<Copied> {
-        let cluster = qcow2.cluster_size();
+        let unit = qcow2.unit_size();
         if qcow2.has_zero_clusters() {
-            qcow2
-                .clear(offset / cluster, len.div_ceil(cluster), Clear::Zero)
-                .await?;
+            qcow2.clear(offset, len, Clear::Zero).await?;
         } else if span.end < self.chain.layers().len() {
             // The base would come to light: without the zero flag, zeros are data.
-            let zeros = AlignedBuf::zeroed(len.next_multiple_of(cluster) as usize);
+            let zeros = AlignedBuf::zeroed(len.next_multiple_of(unit) as usize);
             // SAFETY: `zeros` outlives the writes.
             let bufs = unsafe { IoBufs::of(&zeros, 0, zeros.len()) };
             self.place(layer, qcow2, offset, &bufs).await?;
@@ -119,8 +117,8 @@ impl View {
         offset: u64,
         len: u64,
     ) -> Result<Copied> {
-        let cluster = qcow2.cluster_size();
-        let mut buffer = ScratchBuf::new(len.next_multiple_of(cluster) as usize);
+        let unit = qcow2.unit_size();
+        let mut buffer = ScratchBuf::new(len.next_multiple_of(unit) as usize);
         // What the last cluster has past the disk's end.
         if let Some(rest) = buffer.get_mut(len as usize..) {
             rest.fill(0);
@@ -129,7 +127,7 @@ impl View {
         let bufs = unsafe { IoBufs::of(&buffer, 0, len as usize) };
         self.chain.read_from(span.target + 1, offset, &bufs).await?;
         let mut copied = Copied::default();
-        for (start, end, zero) in runs(&buffer, cluster as usize) {
+        for (start, end, zero) in runs(&buffer, unit as usize) {
             let at = offset + start as u64;
             let bytes = (end - start) as u64;
             if zero {
@@ -144,20 +142,20 @@ impl View {
         Ok(copied)
     }
 
-    /// Allocates clusters for `bytes`, which are whole clusters, writes and links them.
+    /// Finds a place for `bytes`, which are whole units, writes and links them.
     async fn place(&self, layer: &Layer, qcow2: &Qcow2, offset: u64, bytes: &IoBufs) -> Result<()> {
-        let cluster = qcow2.cluster_size();
         let mut done = 0;
         while done < bytes.len() as u64 {
-            let wanted = (bytes.len() as u64 - done) / cluster;
-            let allocation = qcow2.allocate(wanted).await?;
-            let len = allocation.clusters * cluster;
+            let target = qcow2
+                .target(offset + done, bytes.len() as u64 - done)
+                .await?;
+            let len = target.end - target.start;
             let bufs = bytes.slice(done as usize, len as usize);
-            if let Err(error) = layer.store(allocation.offset, &bufs).await {
-                qcow2.abandon(allocation).await;
+            if let Err(error) = layer.store(target.host, &bufs).await {
+                qcow2.abandon(target).await;
                 return Err(error);
             }
-            qcow2.link((offset + done) / cluster, allocation).await?;
+            qcow2.link(target).await?;
             done += len;
         }
         Ok(())

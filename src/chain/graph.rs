@@ -30,6 +30,8 @@ pub struct Node {
     pub backing: Option<String>,
     /// The node that it is a filter of, or that its bytes are in.
     pub file: Option<String>,
+    /// The node that its guest data is in, where that is not `file`.
+    pub data_file: Option<String>,
     /// What it was opened with.
     pub options: BlockdevOptions,
     /// Nobody asked for it by name: it goes when nothing uses it any longer.
@@ -115,7 +117,8 @@ impl State {
             if let Ok(node) = self.node(&name)
                 && used.insert(name)
             {
-                open.extend(node.backing.iter().chain(&node.file).cloned());
+                let below = [&node.backing, &node.file, &node.data_file];
+                open.extend(below.into_iter().flatten().cloned());
             }
         }
         self.nodes.retain(|node| used.contains(&node.name));

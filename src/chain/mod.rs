@@ -69,6 +69,7 @@ impl Layer {
                 .await
                 .map_err(|error| self.io_error(Action::Flush, 0, &error)),
             Format::Qcow2(qcow2) => qcow2.flush().await,
+            Format::Qed(_) => Ok(()),
         }
     }
 }

@@ -15,11 +15,11 @@ use super::Layer;
 use super::graph::{Graph, Node, filter_layer, resolve};
 use crate::config::{
     AutoOptions, BackingRef, BlockRef, BlockdevOptions, Dialect, Discard, Driver, FileOptions,
-    Locking, Qcow2Options, RawOptions,
+    Locking, Qcow2Options, QedOptions, RawOptions,
 };
 use crate::error::{Action, Error, Result};
 use crate::format::qcow2::{self, Backing, header};
-use crate::format::{Format, Qcow2, Raw};
+use crate::format::{Format, Qcow2, Qed, Raw, qed};
 use crate::storage::file::OpenFlags;
 use crate::storage::{self, Access, FileStorage, Storage};
 
@@ -78,6 +78,7 @@ impl Graph {
                 }
                 Driver::Raw(raw) => self.open_raw(&name, options, raw, descent).await?,
                 Driver::Qcow2(qcow2) => self.open_qcow2(&name, options, qcow2, descent).await?,
+                Driver::Qed(qed) => self.open_qed(&name, options, qed, descent).await?,
                 Driver::Auto(auto) => {
                     return self
                         .open_probed(&name, options, auto, descent, origin)
@@ -148,34 +149,76 @@ impl Graph {
         qcow2: &Qcow2Options,
         descent: &mut Descent,
     ) -> Result<Node> {
-        if qcow2.data_file.is_some() {
-            return Err(Error::Invalid(
-                "external data files are not supported".into(),
-            ));
-        }
         let file = self.node(&self.open_ref(&qcow2.file, descent).await?)?;
         let storage = file.layer.storage.clone();
-        let image = Qcow2::open(storage, image_options(options, false)).await?;
-        let backing = match &qcow2.backing {
-            BackingRef::None => None,
-            BackingRef::Node(node) => Some(self.open_ref(node, descent).await?),
-            BackingRef::Default => match image.backing() {
-                None => None,
-                Some(backing) => Some(
-                    self.open_backing(options, &file.filename, &backing, descent)
-                        .await?,
-                ),
-            },
+        let header = qcow2::read_header(&*storage).await?;
+        let data_file = match (&qcow2.data_file, &header.data_file) {
+            (Some(node), _) => Some(self.open_ref(node, descent).await?),
+            (None, Some(name)) => {
+                let path = backing_path(&file.filename, name)?;
+                let node = BlockRef::Inline(Box::new(options.child_file(&path)));
+                Some(self.open_ref(&node, descent).await.map_err(|error| {
+                    Error::Invalid(format!("Could not open data file: {error}"))
+                })?)
+            }
+            (None, None) => None,
         };
+        let data = match &data_file {
+            Some(node) => Some(self.node(node)?.layer.storage.clone()),
+            None => None,
+        };
+        let image = Qcow2::open_with_data(storage, data, image_options(options, false)).await?;
+        let named = image.backing();
+        let backing = self
+            .open_below(options, &file.filename, &qcow2.backing, named, descent)
+            .await?;
+        let storage = image.data_storage().clone();
         let format = Format::Qcow2(Arc::new(image));
-        let mut node = make_node(name, "qcow2", options, format, &file, backing);
-        if qcow2.copy_on_read {
-            node.layer = Arc::new(Layer {
-                copy_on_read: true,
+        let node = make_node(name, "qcow2", options, format, &file, backing);
+        Ok(Node {
+            layer: Arc::new(Layer {
+                copy_on_read: qcow2.copy_on_read,
+                storage,
                 ..(*node.layer).clone()
-            });
+            }),
+            data_file,
+            ..node
+        })
+    }
+
+    async fn open_qed(
+        &self,
+        name: &str,
+        options: &BlockdevOptions,
+        qed: &QedOptions,
+        descent: &mut Descent,
+    ) -> Result<Node> {
+        let file = self.node(&self.open_ref(&qed.file, descent).await?)?;
+        let image = Qed::open(file.layer.storage.clone()).await?;
+        let named = image.backing().cloned();
+        let backing = self
+            .open_below(options, &file.filename, &qed.backing, named, descent)
+            .await?;
+        let format = Format::Qed(Arc::new(image));
+        Ok(make_node(name, "qed", options, format, &file, backing))
+    }
+
+    /// Opens what lies under an image: what the options say, or what its header names.
+    async fn open_below(
+        &self,
+        above: &BlockdevOptions,
+        image: &Path,
+        wanted: &BackingRef,
+        named: Option<Backing>,
+        descent: &mut Descent,
+    ) -> Result<Option<String>> {
+        match (wanted, named) {
+            (BackingRef::None, _) | (BackingRef::Default, None) => Ok(None),
+            (BackingRef::Node(node), _) => Ok(Some(self.open_ref(node, descent).await?)),
+            (BackingRef::Default, Some(backing)) => Ok(Some(
+                self.open_backing(above, image, &backing, descent).await?,
+            )),
         }
-        Ok(node)
     }
 
     /// Opens the backing file that a header names.
@@ -222,6 +265,11 @@ impl Graph {
             let mut qcow2 = Qcow2Options::new(file);
             qcow2.copy_on_read = auto.copy_on_read;
             Driver::Qcow2(Box::new(qcow2))
+        } else if qed::probe(&start) {
+            Driver::Qed(QedOptions {
+                file,
+                backing: BackingRef::Default,
+            })
         } else {
             log::warn!(
                 "{}: no format was named and it looks raw; name it, since whoever writes a raw \
@@ -260,28 +308,22 @@ impl Graph {
         if node.fixed_read_only {
             return Err(Error::Invalid("Block node is read-only".into()));
         }
-        let mut storage = node.layer.storage.clone();
-        if !storage.writable() {
-            let flags = OpenFlags {
-                writable: true,
-                ..file_flags(&self.file_options(&node)?)
-            };
-            storage = Arc::new(FileStorage::open(&node.filename, flags).map_err(text)?);
-        }
-        storage.set_access(Access::Write).map_err(text)?;
-        let format = match &node.layer.format {
-            Format::Raw(raw) => Format::Raw(*raw),
-            Format::Qcow2(_) => {
-                let options = image_options(&node.options, true);
-                let opened = Qcow2::open(storage.clone(), options).await;
-                match opened {
-                    Ok(image) => Format::Qcow2(Arc::new(image)),
-                    Err(error) => {
-                        // Others may go on reading it.
-                        let _ = storage.set_access(Access::Read);
-                        return Err(error);
-                    }
-                }
+        let (format, storage) = match &node.layer.format {
+            Format::Raw(raw) => {
+                let storage = self.writable_storage(&node, &node.layer.storage)?;
+                storage.set_access(Access::Write).map_err(text)?;
+                (Format::Raw(*raw), storage)
+            }
+            Format::Qcow2(image) => {
+                let image = Arc::new(self.reopen_qcow2(&node, image).await?);
+                let storage = image.data_storage().clone();
+                (Format::Qcow2(image), storage)
+            }
+            Format::Qed(_) => {
+                return Err(Error::unsupported(
+                    node.layer.storage.name(),
+                    "QED images are only read: stream or convert it into a qcow2 image",
+                ));
             }
         };
         let layer = Layer {
@@ -291,6 +333,46 @@ impl Graph {
             ..(*node.layer).clone()
         };
         self.replace_layer(name, Arc::new(layer))
+    }
+
+    /// Opens an image anew, to write it. When that fails, others may go on reading it.
+    async fn reopen_qcow2(&self, node: &Node, image: &Qcow2) -> Result<Qcow2> {
+        let storage = self.writable_storage(node, image.storage())?;
+        let data = match &node.data_file {
+            Some(data) => Some(self.writable_storage(&self.node(data)?, image.data_storage())?),
+            None => None,
+        };
+        let files: Vec<_> = [&storage].into_iter().chain(&data).cloned().collect();
+        let opened = async {
+            for file in &files {
+                file.set_access(Access::Write).map_err(text)?;
+            }
+            Qcow2::open_with_data(storage, data, image_options(&node.options, true)).await
+        }
+        .await;
+        if opened.is_err() {
+            for file in &files {
+                let _ = file.set_access(Access::Read);
+            }
+        }
+        opened
+    }
+
+    /// The file that a node is in, open for writing.
+    fn writable_storage(
+        &self,
+        node: &Node,
+        storage: &Arc<dyn Storage>,
+    ) -> Result<Arc<dyn Storage>> {
+        if storage.writable() {
+            return Ok(storage.clone());
+        }
+        let flags = OpenFlags {
+            writable: true,
+            ..file_flags(&self.file_options(node)?)
+        };
+        let storage = FileStorage::open(&node.filename, flags).map_err(text)?;
+        Ok(Arc::new(storage))
     }
 
     /// Gives a node's image back to its readers, since nobody writes it any longer.
@@ -311,12 +393,16 @@ impl Graph {
         match &node.layer.format {
             Format::Raw(_) => node.layer.flush().await?,
             Format::Qcow2(qcow2) => qcow2.close().await?,
+            Format::Qed(_) => {}
         }
         let layer = Layer {
             read_only: true,
             ..(*node.layer).clone()
         };
         self.replace_layer(name, Arc::new(layer))?;
+        if let Format::Qcow2(image) = &node.layer.format {
+            image.storage().set_access(Access::Read).map_err(text)?;
+        }
         node.layer.storage.set_access(Access::Read).map_err(text)
     }
 
@@ -421,6 +507,7 @@ fn open_file(
         filename: file.filename.clone(),
         backing: None,
         file: None,
+        data_file: None,
         options: options.clone(),
         implicit: false,
         fixed_read_only: false,
@@ -456,6 +543,7 @@ fn make_node(
         filename: file.filename.clone(),
         backing,
         file: Some(file.name.clone()),
+        data_file: None,
         options: options.clone(),
         implicit: false,
         fixed_read_only: false,
@@ -489,13 +577,17 @@ fn backing_options(
             size: None,
         }),
         Some("qcow2") => Driver::Qcow2(Box::new(Qcow2Options::new(file))),
+        Some("qed") => Driver::Qed(QedOptions {
+            file,
+            backing: BackingRef::Default,
+        }),
         None => Driver::Auto(AutoOptions {
             file,
             copy_on_read: false,
         }),
         Some(other) => {
             return Err(Error::Invalid(format!(
-                "{}: Unknown driver '{other}' (expected raw or qcow2)",
+                "{}: Unknown driver '{other}' (expected raw, qcow2 or qed)",
                 path.display()
             )));
         }

@@ -33,7 +33,8 @@ impl Chain {
     }
 
     /// What a stream into layer `target` down to layer `end` (exclusive: the base, or the number
-    /// of layers) has to do from `offset` on, in whole clusters of the target.
+    /// of layers) has to do from `offset` on, in whole clusters of the target, or
+    /// subclusters where it has any.
     ///
     /// # Errors
     /// When metadata cannot be read.
@@ -45,7 +46,7 @@ impl Chain {
         len: u64,
     ) -> Result<(Status, u64)> {
         let layer = self.layer(target)?;
-        let cluster = layer.format.cluster_size();
+        let cluster = layer.format.unit_size();
         let size = layer.format.size();
         let start = offset / cluster * cluster;
         let stop = (offset + len)

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::{Layer, View};
 use crate::error::{Action, Error, Result};
-use crate::format::qcow2::{Allocation, Clear};
+use crate::format::qcow2::{Clear, Target};
 use crate::format::{Format, Place, Qcow2};
 use crate::storage::{self, AlignedBuf, IoBufs};
 
@@ -30,6 +30,7 @@ impl View {
         match &top.format {
             Format::Raw(raw) => top.store(raw.start() + offset, &bufs).await,
             Format::Qcow2(qcow2) => self.write_qcow2(top, qcow2, offset, &bufs).await,
+            Format::Qed(_) => Err(top.not_writable()),
         }
     }
 
@@ -47,6 +48,7 @@ impl View {
                     .map_err(|error| top.io_error(Action::Write, at, &error))
             }
             Format::Qcow2(qcow2) => self.zero_qcow2(top, qcow2, offset, len, unmap).await,
+            Format::Qed(_) => Err(top.not_writable()),
         }
     }
 
@@ -67,13 +69,14 @@ impl View {
                     .map_err(|error| top.io_error(Action::Write, at, &error))
             }
             Format::Qcow2(qcow2) => self.discard_qcow2(top, qcow2, offset, len).await,
+            Format::Qed(_) => Err(top.not_writable()),
         }
     }
 
     fn writable_top(&self) -> Result<&Arc<Layer>> {
         let top = self.chain.top();
         if top.read_only {
-            return Err(Error::Invalid(format!("node '{}' is read-only", top.name)));
+            return Err(top.not_writable());
         }
         Ok(top)
     }
@@ -124,40 +127,27 @@ impl View {
         if top.format.map_write(offset, 1).is_some() {
             return Ok(0);
         }
-        let len = len.min(extent.len);
-        let cluster_size = qcow2.cluster_size();
-        let first = offset / cluster_size;
-        let wanted = (offset + len).div_ceil(cluster_size) - first;
-        let allocation = qcow2.allocate(wanted).await?;
-        let end = (first + allocation.clusters) * cluster_size;
-        let len = len.min(end - offset);
+        let target = qcow2.target(offset, len.min(extent.len)).await?;
+        let len = len.min(extent.len).min(target.end - offset);
         let result = self
-            .fill(top, allocation, offset, &bufs.slice(0, len as usize))
+            .fill(top, target, offset, &bufs.slice(0, len as usize))
             .await;
         if let Err(error) = result {
-            qcow2.abandon(allocation).await;
+            qcow2.abandon(target).await;
             return Err(error);
         }
-        qcow2.link(first, allocation).await?;
+        qcow2.link(target).await?;
         Ok(len)
     }
 
-    /// Writes `bufs` into newly allocated clusters, with what was there before around it.
-    async fn fill(
-        &self,
-        top: &Layer,
-        allocation: Allocation,
-        offset: u64,
-        bufs: &IoBufs,
-    ) -> Result<()> {
-        let cluster_size = top.format.cluster_size();
-        let before = offset % cluster_size;
+    /// Writes `bufs` into its new place, with what was there before around it.
+    async fn fill(&self, top: &Layer, target: Target, offset: u64, bufs: &IoBufs) -> Result<()> {
+        let before = offset - target.start;
         let end = offset + bufs.len() as u64;
-        let after = end.next_multiple_of(cluster_size) - end;
-        let head = self.old_bytes(allocation, offset - before, before).await?;
-        let tail = self.old_bytes(allocation, end, after).await?;
+        let head = self.old_bytes(target.fresh, target.start, before).await?;
+        let tail = self.old_bytes(target.fresh, end, target.end - end).await?;
         let mut all = IoBufs::empty();
-        let mut at = allocation.offset;
+        let mut at = target.host;
         match &head {
             // SAFETY: `head` outlives the write below.
             Some(head) => all.append(&unsafe { IoBufs::of(head, 0, head.len()) }),
@@ -171,19 +161,15 @@ impl View {
         top.store(at, &all).await
     }
 
-    /// What a part of a cluster held so far; `None`: zeros, and so does its new place.
-    async fn old_bytes(
-        &self,
-        allocation: Allocation,
-        offset: u64,
-        len: u64,
-    ) -> Result<Option<AlignedBuf>> {
+    /// What a part of a cluster held so far; `None`: zeros, and so does its new place, since that
+    /// is `fresh`.
+    async fn old_bytes(&self, fresh: bool, offset: u64, len: u64) -> Result<Option<AlignedBuf>> {
         if len == 0 {
             return Ok(None);
         }
         let size = self.chain.size();
         let within = len.min(size.saturating_sub(offset));
-        if allocation.fresh && self.chain.is_zero(0, offset, within).await? {
+        if fresh && self.chain.is_zero(0, offset, within).await? {
             return Ok(None);
         }
         let buffer = AlignedBuf::zeroed(len as usize);
@@ -201,15 +187,10 @@ impl View {
         len: u64,
         unmap: bool,
     ) -> Result<()> {
-        let (first, whole_end) = whole_clusters(qcow2, offset, len, self.chain.size());
-        if first >= whole_end {
+        let (start, end) = whole_units(qcow2, offset, len, self.chain.size());
+        if start >= end {
             return self.write_zero_bytes(top, qcow2, offset, len).await;
         }
-        let cluster_size = qcow2.cluster_size();
-        let (start, end) = (
-            first * cluster_size,
-            (whole_end * cluster_size).min(offset + len),
-        );
         self.write_zero_bytes(top, qcow2, offset, start - offset)
             .await?;
         self.write_zero_bytes(top, qcow2, end, offset + len - end)
@@ -225,12 +206,12 @@ impl View {
             (false, false, _) => Clear::Unmap,
             (false, true, _) => return self.write_zero_bytes(top, qcow2, start, end - start).await,
         };
-        self.clear_clusters(top, qcow2, first, whole_end, how).await
+        self.clear_units(top, qcow2, start, end, how).await
     }
 
     async fn discard_qcow2(&self, top: &Layer, qcow2: &Qcow2, offset: u64, len: u64) -> Result<()> {
-        let (first, end) = whole_clusters(qcow2, offset, len, self.chain.size());
-        if first >= end {
+        let (start, end) = whole_units(qcow2, offset, len, self.chain.size());
+        if start >= end {
             return Ok(());
         }
         let how = match (qcow2.has_zero_clusters(), self.has_below()) {
@@ -239,38 +220,39 @@ impl View {
             // What lies below would come to light.
             (false, true) => return Ok(()),
         };
-        self.clear_clusters(top, qcow2, first, end, how).await
+        self.clear_units(top, qcow2, start, end, how).await
     }
 
-    /// Clears whole clusters, skipping what needs no change, and claiming no more than an
-    /// extent at a time.
-    async fn clear_clusters(
+    /// Clears whole units, skipping what needs no change, and claiming no more than an extent at
+    /// a time. Of a compressed cluster that is cut, the part is written as zeros.
+    async fn clear_units(
         &self,
         top: &Layer,
         qcow2: &Qcow2,
-        first: u64,
+        start: u64,
         end: u64,
         how: Clear,
     ) -> Result<()> {
         let cluster_size = qcow2.cluster_size();
-        let mut cluster = first;
-        while cluster < end {
-            let offset = cluster * cluster_size;
-            let bytes = (end - cluster) * cluster_size;
-            let _claim = qcow2.claim(offset, bytes.min(CLEAR_AT_ONCE)).await;
-            let extent = top.map_loaded(offset, bytes).await?;
+        let mut at = start;
+        while at < end {
+            let claim = qcow2.claim(at, (end - at).min(CLEAR_AT_ONCE)).await;
+            let extent = top.map_loaded(at, end - at).await?;
+            let len = extent.len.min(CLEAR_AT_ONCE);
             let needless = match extent.place {
                 Place::Below => !self.has_below(),
                 Place::Zero => how != Clear::Unmap && how != Clear::Zero,
                 _ => false,
             };
-            if needless {
-                cluster += extent.len.div_ceil(cluster_size);
-                continue;
+            let cut = !(at.is_multiple_of(cluster_size)
+                && (len.is_multiple_of(cluster_size) || at + len >= self.chain.size()));
+            if !needless && cut && matches!(extent.place, Place::Compressed(_)) {
+                drop(claim);
+                self.write_zero_bytes(top, qcow2, at, len).await?;
+            } else if !needless {
+                qcow2.clear(at, len, how).await?;
             }
-            let count = extent.len.min(CLEAR_AT_ONCE).div_ceil(cluster_size);
-            qcow2.clear(cluster, count, how).await?;
-            cluster += count;
+            at += if needless { extent.len } else { len };
         }
         Ok(())
     }
@@ -306,6 +288,10 @@ impl View {
 }
 
 impl Layer {
+    fn not_writable(&self) -> Error {
+        Error::Invalid(format!("node '{}' is read-only", self.name))
+    }
+
     /// Writes at an offset of the storage.
     pub(super) async fn store(&self, at: u64, bufs: &IoBufs) -> Result<()> {
         storage::io::write(&*self.storage, bufs, at)
@@ -322,15 +308,11 @@ fn allocation_step(qcow2: &Qcow2, offset: u64, len: u64) -> u64 {
     len.min(end.saturating_sub(offset).max(1))
 }
 
-/// The clusters that lie within the range as a whole, first and end. The disk's last cluster
-/// counts as whole when the range reaches the disk's end.
-fn whole_clusters(qcow2: &Qcow2, offset: u64, len: u64, size: u64) -> (u64, u64) {
-    let cluster_size = qcow2.cluster_size();
+/// The part of a range that is whole units, start and end. The disk's last unit counts as whole
+/// when the range reaches the disk's end.
+fn whole_units(qcow2: &Qcow2, offset: u64, len: u64, size: u64) -> (u64, u64) {
+    let unit = qcow2.unit_size();
     let end = offset + len;
-    let last = if end >= size {
-        end.div_ceil(cluster_size)
-    } else {
-        end / cluster_size
-    };
-    (offset.div_ceil(cluster_size), last)
+    let last = if end >= size { end } else { end / unit * unit };
+    (offset.next_multiple_of(unit), last)
 }

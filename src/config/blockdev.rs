@@ -8,7 +8,7 @@
 use std::path::{Path, PathBuf};
 
 /// The drivers that can be named, for messages.
-pub const DRIVERS: &[&str] = &["file", "host_device", "raw", "qcow2", "copy-on-read"];
+pub const DRIVERS: &[&str] = &["file", "host_device", "raw", "qcow2", "qed", "copy-on-read"];
 
 /// One block node, with all defaults filled in.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,6 +73,8 @@ pub enum Driver {
     Raw(RawOptions),
     /// A qcow2 image.
     Qcow2(Box<Qcow2Options>),
+    /// A QED image, which is only read.
+    Qed(QedOptions),
     /// A filter that copies into its child what it had to read from further below.
     CopyOnRead(CopyOnReadOptions),
     /// An image whose format is found out by looking at it. Never named on a command line:
@@ -123,6 +125,15 @@ pub struct RawOptions {
     pub offset: u64,
     /// How long it is; to the end of `file` when not given.
     pub size: Option<u64>,
+}
+
+/// Options of a QED image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct QedOptions {
+    /// What it is stored in.
+    pub file: BlockRef,
+    /// What lies under it.
+    pub backing: BackingRef,
 }
 
 /// Options of the copy-on-read filter.
@@ -275,6 +286,13 @@ impl BlockdevOptions {
             Driver::Raw(RawOptions { file, .. })
             | Driver::CopyOnRead(CopyOnReadOptions { file, .. })
             | Driver::Auto(AutoOptions { file, .. }) => vec![("file", file)],
+            Driver::Qed(options) => {
+                let mut children = vec![("file", &options.file)];
+                if let BackingRef::Node(backing) = &options.backing {
+                    children.push(("backing", backing));
+                }
+                children
+            }
             Driver::Qcow2(options) => {
                 let mut children = vec![("file", &options.file)];
                 if let BackingRef::Node(backing) = &options.backing {
@@ -295,6 +313,7 @@ impl Driver {
             Driver::HostDevice(_) => "host_device",
             Driver::Raw(_) => "raw",
             Driver::Qcow2(_) => "qcow2",
+            Driver::Qed(_) => "qed",
             Driver::CopyOnRead(_) => "copy-on-read",
             Driver::Auto(_) => "auto",
         }

@@ -2,7 +2,7 @@
 
 use super::blockdev::{
     Aio, BackingRef, BlockRef, BlockdevOptions, CopyOnReadOptions, DRIVERS, DetectZeroes, Discard,
-    Driver, FileOptions, Inherited, Locking, OverlapCheck, Qcow2Options, RawOptions,
+    Driver, FileOptions, Inherited, Locking, OverlapCheck, Qcow2Options, QedOptions, RawOptions,
 };
 use super::error::ConfigError;
 use super::fields::{Dialect, Fields};
@@ -35,6 +35,7 @@ const FILE_KEYS: &[&str] = &[
     "x-check-cache-dropped",
 ];
 const RAW_KEYS: &[&str] = &["file", "offset", "size"];
+const QED_KEYS: &[&str] = &["file", "backing"];
 const COPY_ON_READ_KEYS: &[&str] = &["file", "bottom"];
 const QCOW2_KEYS: &[&str] = &[
     "file",
@@ -116,6 +117,7 @@ fn driver_keys(driver: &str) -> Option<&'static [&'static str]> {
         "file" | "host_device" => Some(FILE_KEYS),
         "raw" => Some(RAW_KEYS),
         "qcow2" => Some(QCOW2_KEYS),
+        "qed" => Some(QED_KEYS),
         "copy-on-read" => Some(COPY_ON_READ_KEYS),
         _ => None,
     }
@@ -205,6 +207,10 @@ fn parse_driver(place: &Place<'_>, driver: &str) -> Result<Driver, ConfigError> 
             size: fields.opt_u64("size")?,
         }),
         "qcow2" => Driver::Qcow2(Box::new(parse_qcow2(place)?)),
+        "qed" => Driver::Qed(QedOptions {
+            file: place.required_child("file")?,
+            backing: place.backing()?,
+        }),
         "copy-on-read" => Driver::CopyOnRead(CopyOnReadOptions {
             file: place.required_child("file")?,
             bottom: fields.opt_owned("bottom")?,

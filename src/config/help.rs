@@ -59,12 +59,16 @@ macro_rules! blockdev {
     file=NODE                 where the image is
     backing=NODE|null         the layer below, instead of the one the image names
     copy-on-read=on|off       keep what reads take from the layers below [off]
+    data-file=NODE            where the guest's data is, instead of the file the image names
     pass-discard-request=on|off  free space in the file when the guest discards
                               [on if discard=unmap]
     l2-cache-size=N, cache-size=N  bytes of mapping metadata in memory [32M]
     (accepted without effect: lazy-refcounts, pass-discard-snapshot, pass-discard-other,
     discard-no-unref, overlap-check, l2-cache-entry-size, refcount-cache-size,
-    cache-clean-interval; refused: data-file)
+    cache-clean-interval)
+
+  driver=qed                  QEMU's format before qcow2 version 3; it is only read
+    file=NODE, backing=NODE|null
 
   driver=copy-on-read         a filter: keep in 'file' what reads take from below it
     file=NODE

@@ -32,7 +32,7 @@ pub use args::parse;
 pub use blockdev::{
     Aio, AutoOptions, BackingRef, BlockRef, BlockdevOptions, CacheOptions, CopyOnReadOptions,
     DRIVERS, DetectZeroes, Discard, Driver, FileOptions, Locking, OverlapCheck, Qcow2Options,
-    RawOptions,
+    QedOptions, RawOptions,
 };
 pub use error::{ConfigError, ErrorKind};
 pub use export::{ExportOptions, MAX_SERIAL, SocketAddress};

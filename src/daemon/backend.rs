@@ -126,6 +126,9 @@ fn header_backing(node: &Node) -> Option<(String, Option<String>)> {
         Format::Qcow2(image) => image
             .backing()
             .map(|backing| (backing.name, backing.format)),
+        Format::Qed(image) => image
+            .backing()
+            .map(|backing| (backing.name.clone(), backing.format.clone())),
         Format::Raw(_) => None,
     }
 }
@@ -133,6 +136,7 @@ fn header_backing(node: &Node) -> Option<(String, Option<String>)> {
 fn block_node(node: &Node, all: &[Node]) -> BlockNode {
     let cluster_size = match &node.layer.format {
         Format::Qcow2(image) => Some(image.cluster_size()),
+        Format::Qed(image) => Some(image.cluster_size()),
         Format::Raw(_) => None,
     };
     let options = &node.options;
@@ -200,7 +204,13 @@ fn format_specific(node: &Node) -> Option<Value> {
     {
         data.insert("lazy-refcounts".into(), (header.compatible & 1 != 0).into());
         data.insert("corrupt".into(), (header.incompatible & 2 != 0).into());
-        data.insert("extended-l2".into(), false.into());
+        data.insert("extended-l2".into(), header.has_subclusters().into());
+        if let Some(name) = &header.data_file {
+            data.insert("data-file".into(), name.clone().into());
+        }
+        if header.has_data_file() {
+            data.insert("data-file-raw".into(), header.data_file_is_raw().into());
+        }
     }
     Some(json!({"type": "qcow2", "data": data}))
 }

@@ -130,6 +130,7 @@ impl GraphSource {
 fn format_name(node: &Node) -> &'static str {
     match node.driver {
         "qcow2" => "qcow2",
+        "qed" => "qed",
         _ => "raw",
     }
 }

@@ -4,6 +4,7 @@
 //! metadata must be loaded first ([`Format::load`]), and never waits.
 
 pub mod qcow2;
+pub mod qed;
 pub mod raw;
 
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use std::sync::Arc;
 use crate::error::Result;
 
 pub use qcow2::Qcow2;
+pub use qed::Qed;
 pub use raw::Raw;
 
 /// Where the bytes of an extent are.
@@ -55,6 +57,8 @@ pub enum Format {
     Raw(Raw),
     /// QEMU's copy-on-write format.
     Qcow2(Arc<Qcow2>),
+    /// QEMU's enhanced disk, read-only.
+    Qed(Arc<Qed>),
 }
 
 impl Format {
@@ -64,6 +68,7 @@ impl Format {
         match self {
             Self::Raw(_) => "raw",
             Self::Qcow2(_) => "qcow2",
+            Self::Qed(_) => "qed",
         }
     }
 
@@ -73,6 +78,7 @@ impl Format {
         match self {
             Self::Raw(raw) => raw.size(),
             Self::Qcow2(qcow2) => qcow2.size(),
+            Self::Qed(qed) => qed.size(),
         }
     }
 
@@ -82,6 +88,18 @@ impl Format {
         match self {
             Self::Raw(_) => 1,
             Self::Qcow2(qcow2) => qcow2.cluster_size(),
+            Self::Qed(qed) => qed.cluster_size(),
+        }
+    }
+
+    /// The least that is allocated, copied or cleared, in bytes: a cluster, or a subcluster where
+    /// there are any; 1 for a format without.
+    #[must_use]
+    pub fn unit_size(&self) -> u64 {
+        match self {
+            Self::Raw(_) => 1,
+            Self::Qcow2(qcow2) => qcow2.unit_size(),
+            Self::Qed(qed) => qed.cluster_size(),
         }
     }
 
@@ -100,6 +118,7 @@ impl Format {
         match self {
             Self::Raw(raw) => raw.map(offset, len),
             Self::Qcow2(qcow2) => qcow2.map(offset, len),
+            Self::Qed(qed) => qed.map(offset, len),
         }
     }
 
@@ -110,6 +129,7 @@ impl Format {
         match self {
             Self::Raw(raw) => raw.map_write(offset, len),
             Self::Qcow2(qcow2) => qcow2.map_write(offset, len),
+            Self::Qed(_) => None,
         }
     }
 
@@ -121,6 +141,7 @@ impl Format {
         match self {
             Self::Raw(_) => Ok(()),
             Self::Qcow2(qcow2) => qcow2.load(offset).await,
+            Self::Qed(qed) => qed.load(offset).await,
         }
     }
 }

@@ -12,7 +12,7 @@ use serde_json::json;
 use crate::model::{Kind, Model, SECTOR, operate, seed};
 use crate::support::*;
 
-const SIZE: usize = 8 << 20;
+pub const SIZE: usize = 8 << 20;
 
 /// Patterned bytes with whole areas of zeros.
 fn pattern(rng: &mut StdRng, len: usize) -> Vec<u8> {
@@ -27,7 +27,13 @@ fn pattern(rng: &mut StdRng, len: usize) -> Vec<u8> {
 }
 
 /// Runs `count` operations with `depth` in flight.
-fn workload(disk: Disk, bytes: Vec<u8>, count: usize, seed: u64, stream: bool) -> (Disk, Vec<u8>) {
+pub fn workload(
+    disk: Disk,
+    bytes: Vec<u8>,
+    count: usize,
+    seed: u64,
+    stream: bool,
+) -> (Disk, Vec<u8>) {
     let model = Model::new(bytes, seed);
     let disk = Rc::new(disk);
     let mut rng = StdRng::seed_from_u64(seed ^ 1);
@@ -97,6 +103,8 @@ fn standalone_images_of_every_shape() {
         let options = format!("compat={version},cluster_size={cluster},refcount_bits={width}");
         standalone(&options, SIZE + 3 * SECTOR);
     }
+    standalone("extended_l2=on,cluster_size=16k", SIZE + 3 * SECTOR);
+    standalone("extended_l2=on,cluster_size=128k", SIZE + 3 * SECTOR);
 }
 
 fn overlay(options: &str, compress: bool, stream: bool, copy_on_read: bool) {
@@ -153,11 +161,20 @@ fn overlays() {
     overlay("compat=0.10", true, false, false);
     overlay("cluster_size=4k", true, false, true);
     overlay("cluster_size=2M", false, false, false);
+    overlay("extended_l2=on,cluster_size=32k", true, false, false);
+    overlay("extended_l2=on,cluster_size=2M", false, false, true);
 }
 
 #[test]
 fn overlays_while_streaming() {
-    for options in ["", "compat=0.10", "cluster_size=512", "cluster_size=2M"] {
+    for options in [
+        "",
+        "compat=0.10",
+        "cluster_size=512",
+        "cluster_size=2M",
+        "extended_l2=on",
+        "extended_l2=on,cluster_size=16k",
+    ] {
         overlay(options, true, true, false);
     }
 }

@@ -144,6 +144,13 @@ impl Disk {
         buffer.to_vec()
     }
 
+    pub fn try_write(&self, offset: u64, bytes: &[u8]) -> stratablk::error::Result<()> {
+        let buffer = AlignedBuf::copy_of(bytes);
+        // SAFETY: `buffer` outlives the operation.
+        let bufs = unsafe { IoBufs::of(&buffer, 0, bytes.len()) };
+        self.reactor.block_on(self.view().write(offset, bufs))
+    }
+
     pub fn close(self) {
         self.reactor.block_on(self.graph.close());
     }

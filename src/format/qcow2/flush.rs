@@ -193,6 +193,11 @@ impl Qcow2 {
     }
 
     async fn write_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
+        if let Some(data) = &self.data {
+            storage::io::sync(&*data.storage)
+                .await
+                .map_err(|error| Error::io(Action::Flush, data.storage.name(), 0, &error))?;
+        }
         self.write_pieces(&snapshot.refcounts).await?;
         self.barrier().await?;
         if !snapshot.reftable.is_empty() {
@@ -232,7 +237,7 @@ impl Qcow2 {
         }
     }
 
-    async fn barrier(&self) -> Result<()> {
+    pub(super) async fn barrier(&self) -> Result<()> {
         storage::io::sync(&*self.storage)
             .await
             .map_err(|error| self.io_error(Action::Flush, 0, &error))
@@ -251,20 +256,10 @@ impl Qcow2 {
         Ok(())
     }
 
-    async fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+    pub(super) async fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         storage::io::write_buf(&*self.storage, offset, &AlignedBuf::copy_of(bytes))
             .await
             .map_err(|error| self.io_error(Action::Write, offset, &error))
-    }
-
-    /// Clears the autoclear bits, since none of what they stand for is maintained here:
-    /// persistent bitmaps become invalid, as the specification wants it.
-    pub(super) async fn clear_autoclear(&self) -> Result<()> {
-        let header = self.header();
-        if header.version < 3 || header.autoclear == 0 {
-            return Ok(());
-        }
-        self.patch_header(&[header.with_autoclear(0)]).await
     }
 
     /// Makes the header name another backing file, or none. When this returns, everything that
@@ -283,7 +278,7 @@ impl Qcow2 {
     }
 
     /// Writes header patches, a barrier after each.
-    async fn patch_header(&self, patches: &[Patch]) -> Result<()> {
+    pub(super) async fn patch_header(&self, patches: &[Patch]) -> Result<()> {
         let patched = self.header().patched(patches)?;
         for patch in patches {
             self.write_at(patch.offset, &patch.bytes).await?;

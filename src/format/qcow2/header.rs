@@ -15,6 +15,8 @@ const V3_LENGTH: usize = 104;
 const EXT_END: u32 = 0;
 const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
+const EXT_BITMAPS: u32 = 0x2385_2875;
+const EXT_DATA_FILE: u32 = 0x4441_5441;
 /// What takes the place of a removed extension of the same length: unknown to everybody, and
 /// unknown extensions are ignored by the specification.
 const EXT_FILLER: u32 = 0x5354_5241;
@@ -23,15 +25,35 @@ const EXT_FILLER: u32 = 0x5354_5241;
 pub const INCOMPATIBLE_DIRTY: u64 = 1;
 /// Incompatible feature: something is wrong in the image; it must not be written.
 pub const INCOMPATIBLE_CORRUPT: u64 = 1 << 1;
-const INCOMPATIBLE_DATA_FILE: u64 = 1 << 2;
-const INCOMPATIBLE_COMPRESSION: u64 = 1 << 3;
-const INCOMPATIBLE_EXTENDED_L2: u64 = 1 << 4;
-const SUPPORTED: u64 = INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT | INCOMPATIBLE_COMPRESSION;
+/// Incompatible feature: guest data is in a file of its own.
+pub const INCOMPATIBLE_DATA_FILE: u64 = 1 << 2;
+/// Incompatible feature: the header says how clusters are compressed.
+pub const INCOMPATIBLE_COMPRESSION: u64 = 1 << 3;
+/// Incompatible feature: L2 entries with a bitmap of 32 subclusters.
+pub const INCOMPATIBLE_EXTENDED_L2: u64 = 1 << 4;
+const SUPPORTED: u64 = INCOMPATIBLE_DIRTY
+    | INCOMPATIBLE_CORRUPT
+    | INCOMPATIBLE_DATA_FILE
+    | INCOMPATIBLE_COMPRESSION
+    | INCOMPATIBLE_EXTENDED_L2;
+
+/// Compatible feature: a writer may leave refcounts behind, and says so with the dirty bit.
+pub const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1;
+
+/// Autoclear feature: the persistent bitmaps are consistent.
+pub const AUTOCLEAR_BITMAPS: u64 = 1;
+/// Autoclear feature: the data file is by itself a raw image of the disk.
+pub const AUTOCLEAR_DATA_FILE_RAW: u64 = 1 << 1;
+
+/// Smallest cluster of an image with subclusters: 32 sectors.
+const MIN_EXTENDED_BITS: u32 = 14;
 
 /// Limits on what an image may make us allocate; they are QEMU's.
 const MAX_L1_ENTRIES: u64 = (32 << 20) / 8;
 const MAX_REFTABLE_BYTES: u64 = 8 << 20;
 const MAX_BACKING_NAME: usize = 1023;
+/// Bytes of the bitmaps extension.
+const BITMAPS_EXT_LENGTH: usize = 24;
 
 /// How compressed clusters are compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +86,17 @@ pub struct Backing {
     pub format: Option<String>,
 }
 
+/// Where the directory of the persistent bitmaps is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BitmapDirectory {
+    /// How many bitmaps there are.
+    pub count: u32,
+    /// Bytes of the directory.
+    pub len: u64,
+    /// Where it is.
+    pub offset: u64,
+}
+
 /// A parsed header.
 #[derive(Clone, Debug)]
 pub struct Header {
@@ -85,6 +118,12 @@ pub struct Header {
     pub reftable_clusters: u32,
     /// Internal snapshots.
     pub snapshots: u32,
+    /// Where their table is.
+    pub snapshots_offset: u64,
+    /// The file that holds the guest's data, as written, where the image itself does not.
+    pub data_file: Option<String>,
+    /// The persistent bitmaps, whether or not they are consistent.
+    pub bitmaps: Option<BitmapDirectory>,
     /// Feature bits.
     pub incompatible: u64,
     /// Feature bits.
@@ -182,6 +221,9 @@ impl Header {
             reftable_offset: be64(&raw, 48),
             reftable_clusters: be32(&raw, 56),
             snapshots: be32(&raw, 60),
+            snapshots_offset: be64(&raw, 64),
+            data_file: None,
+            bitmaps: None,
             incompatible: v3(72),
             compatible: v3(80),
             autoclear: v3(88),
@@ -196,6 +238,8 @@ impl Header {
         header.check_features()?;
         header.check_geometry()?;
         header.parse_backing()?;
+        header.parse_data_file()?;
+        header.parse_bitmaps()?;
         Ok(header)
     }
 
@@ -263,11 +307,6 @@ impl Header {
     }
 
     fn feature_name(&self, kind: u8, bit: u32) -> String {
-        let known = match 1u64 << bit {
-            INCOMPATIBLE_DATA_FILE => Some("external data file"),
-            INCOMPATIBLE_EXTENDED_L2 => Some("extended L2 entries"),
-            _ => None,
-        };
         let table = self
             .extensions
             .iter()
@@ -282,7 +321,6 @@ impl Header {
                 let name = name.split(|&b| b == 0).next().unwrap_or_default();
                 String::from_utf8_lossy(name).into_owned()
             })
-            .or_else(|| known.map(str::to_owned))
             .unwrap_or_else(|| format!("unknown incompatible feature bit {bit}"))
     }
 
@@ -297,7 +335,16 @@ impl Header {
         if self.size > 1 << 62 {
             return Err(self.corrupt(format!("disk size {:#x} is too large", self.size)));
         }
-        let needed = self.size.div_ceil(cluster).div_ceil(cluster / 8);
+        if self.has_subclusters() && self.cluster_bits < MIN_EXTENDED_BITS {
+            return Err(self.corrupt(format!(
+                "clusters of {cluster} bytes with extended L2 entries (expected at least {})",
+                1 << MIN_EXTENDED_BITS
+            )));
+        }
+        let needed = self
+            .size
+            .div_ceil(cluster)
+            .div_ceil(cluster / self.entry_bytes());
         if needed > MAX_L1_ENTRIES || u64::from(self.l1_size) > MAX_L1_ENTRIES {
             return Err(self.corrupt(format!(
                 "L1 table of {} entries is too large (at most {MAX_L1_ENTRIES})",
@@ -358,6 +405,66 @@ impl Header {
             .map_err(|_| self.corrupt("the backing file name is not valid UTF-8"))?;
         self.backing = Some(Backing { name, format });
         Ok(())
+    }
+
+    fn parse_data_file(&mut self) -> Result<()> {
+        if !self.has_data_file() {
+            return Ok(());
+        }
+        let name = self.extensions.iter().find(|e| e.kind == EXT_DATA_FILE);
+        self.data_file = match name {
+            None => None,
+            Some(extension) => Some(
+                String::from_utf8(extension.data.clone())
+                    .map_err(|_| self.corrupt("the data file's name is not valid UTF-8"))?,
+            ),
+        };
+        Ok(())
+    }
+
+    fn parse_bitmaps(&mut self) -> Result<()> {
+        let Some(extension) = self.extensions.iter().find(|e| e.kind == EXT_BITMAPS) else {
+            return Ok(());
+        };
+        let data = &extension.data;
+        let directory = BitmapDirectory {
+            count: be32(data, 0),
+            len: be64(data, 8),
+            offset: be64(data, 16),
+        };
+        let consistent = self.autoclear & AUTOCLEAR_BITMAPS != 0;
+        if consistent && data.len() < BITMAPS_EXT_LENGTH {
+            return Err(self.corrupt(format!(
+                "bitmaps extension of {} bytes (expected {BITMAPS_EXT_LENGTH})",
+                data.len()
+            )));
+        }
+        self.bitmaps = Some(directory);
+        Ok(())
+    }
+
+    /// Whether guest data is in a file of its own.
+    #[must_use]
+    pub fn has_data_file(&self) -> bool {
+        self.incompatible & INCOMPATIBLE_DATA_FILE != 0
+    }
+
+    /// Whether the data file by itself is a raw image of the disk, and is to stay one.
+    #[must_use]
+    pub fn data_file_is_raw(&self) -> bool {
+        self.has_data_file() && self.autoclear & AUTOCLEAR_DATA_FILE_RAW != 0
+    }
+
+    /// Whether L2 entries have a bitmap of subclusters.
+    #[must_use]
+    pub fn has_subclusters(&self) -> bool {
+        self.incompatible & INCOMPATIBLE_EXTENDED_L2 != 0
+    }
+
+    /// Bytes of an L2 entry.
+    #[must_use]
+    pub fn entry_bytes(&self) -> u64 {
+        if self.has_subclusters() { 16 } else { 8 }
     }
 
     /// The changes, in order and with a barrier between them, that give the image another
@@ -501,6 +608,22 @@ impl Header {
     #[must_use]
     pub fn with_autoclear(&self, bits: u64) -> Patch {
         self.first_sector(|sector| put(sector, 88, &bits.to_be_bytes()))
+    }
+
+    /// The first sector with other incompatible bits: dirty and corrupt are what changes.
+    #[must_use]
+    pub fn with_incompatible(&self, bits: u64) -> Patch {
+        self.first_sector(|sector| put(sector, 72, &bits.to_be_bytes()))
+    }
+
+    /// The first sector with another disk size and L1 table.
+    #[must_use]
+    pub fn with_size(&self, size: u64, l1_offset: u64, l1_size: u32) -> Patch {
+        self.first_sector(|sector| {
+            put(sector, 24, &size.to_be_bytes());
+            put(sector, 36, &l1_size.to_be_bytes());
+            put(sector, 40, &l1_offset.to_be_bytes());
+        })
     }
 
     /// The first sector with another refcount table.

@@ -3,6 +3,8 @@
 //! * [`header`]: the header, and changes to it that a cut cannot tear;
 //! * [`l2`]: mapping entries, cached in slices of 4 KiB that are read without a lock;
 //! * [`refcount`]: the allocator, an in-memory step;
+//! * [`metadata`]: which clusters are the image's own, so that no guest data goes there;
+//! * `bitmaps`: the persistent bitmaps of others, which writing makes out of date;
 //! * [`claims`]: who changes the mapping of which clusters right now;
 //! * `update`: allocating, linking, zeroing and unmapping clusters;
 //! * `reserve`: space behind the end of the file, ahead of the writes;
@@ -13,11 +15,13 @@
 //! operations only. An L2 entry is set when its data has been written, so a snapshot of the
 //! metadata under the lock is a state that may reach the disk, in the order that `flush` keeps.
 
+pub mod bitmaps;
 pub mod claims;
 mod compress;
 mod flush;
 pub mod header;
 pub mod l2;
+pub mod metadata;
 pub mod refcount;
 mod reserve;
 mod update;
@@ -36,12 +40,12 @@ use crate::storage::{self, Storage};
 
 use claims::Claims;
 use header::Header;
-use l2::{Entry, Slice};
+use l2::{Shape, Slice, State, Words};
 use refcount::{Allocator, Geometry, SLICE_BYTES};
 
 pub use header::Backing;
 pub use refcount::Allocation;
-pub use update::Clear;
+pub use update::{Clear, Target};
 
 /// Bytes of mapping metadata kept in memory, unless an option says otherwise.
 pub const DEFAULT_CACHE_BYTES: u64 = 32 << 20;
@@ -92,9 +96,11 @@ struct Meta {
 #[derive(Debug)]
 pub struct Qcow2 {
     storage: Arc<dyn Storage>,
+    /// Where guest data is, if not in `storage`.
+    data: Option<DataFile>,
     header: Mutex<Header>,
     options: Options,
-    version: u32,
+    shape: Shape,
     cluster_bits: u32,
     size: u64,
     l1: Box<[AtomicU64]>,
@@ -114,6 +120,14 @@ pub struct Qcow2 {
     reservation: reserve::Reservation,
 }
 
+/// A file of its own for guest data: each cluster lies at its guest offset.
+#[derive(Debug)]
+struct DataFile {
+    storage: Arc<dyn Storage>,
+    /// By itself it is a raw image of the disk, and stays one.
+    raw: bool,
+}
+
 /// What is being loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Loading {
@@ -122,27 +136,37 @@ enum Loading {
 }
 
 impl Qcow2 {
-    /// Opens the image in `storage`.
+    /// Opens the image in `storage`, which holds its guest data as well.
     ///
     /// # Errors
     /// When it is not a qcow2 image, contradicts the specification or needs a feature that is
     /// not there. Nothing has been written then.
     pub async fn open(storage: Arc<dyn Storage>, options: Options) -> Result<Self> {
+        Self::open_with_data(storage, None, options).await
+    }
+
+    /// Opens the image in `storage`; `data` is its data file, which it has if its header says so.
+    ///
+    /// # Errors
+    /// As for [`Qcow2::open`].
+    pub async fn open_with_data(
+        storage: Arc<dyn Storage>,
+        data: Option<Arc<dyn Storage>>,
+        options: Options,
+    ) -> Result<Self> {
         let header = read_header(&*storage).await?;
-        check_writable(&header, &*storage, options)?;
+        let data = check_data_file(&header, &*storage, data)?;
+        check_writable(&header, &*storage, data.as_ref(), options)?;
         let cluster = 1u64 << header.cluster_bits;
         let l1 = read_table(&*storage, header.l1_offset, u64::from(header.l1_size)).await?;
-        check_l1(&l1, cluster, storage.name())?;
         let entries = u64::from(header.reftable_clusters) * cluster / 8;
         let table = read_table(&*storage, header.reftable_offset, entries).await?;
-        for (index, &entry) in table.iter().enumerate() {
-            if entry % cluster != 0 || entry >> 56 != 0 {
-                return Err(Error::corrupt(
-                    storage.name(),
-                    format!("refcount table entry {index}: {entry:#x} is no cluster"),
-                ));
-            }
-        }
+        metadata::check_tables(&header, &l1, &table, storage.name())?;
+        let metadata = if options.writable {
+            metadata::Clusters::new(&header, &l1, &table, storage.name())?
+        } else {
+            metadata::Clusters::default()
+        };
         let len = storage
             .len()
             .map_err(|e| Error::io(Action::Read, storage.name(), 0, &e))?;
@@ -153,16 +177,16 @@ impl Qcow2 {
         let allocator = Allocator::new(
             geometry,
             table,
+            metadata,
             len.div_ceil(cluster).max(1),
             storage.limits().zero_past_end,
         );
-        let slices = header
-            .size
-            .div_ceil(cluster)
-            .div_ceil(slice_entries(header.cluster_bits));
+        let shape = shape(&header);
+        let slices = header.size.div_ceil(cluster).div_ceil(slice_entries(shape));
         let image = Self {
             options,
-            version: header.version,
+            data,
+            shape,
             cluster_bits: header.cluster_bits,
             size: header.size.next_multiple_of(header::SECTOR as u64),
             l1: l1.into_iter().map(AtomicU64::new).collect(),
@@ -187,7 +211,7 @@ impl Qcow2 {
             storage,
         };
         if options.writable {
-            image.clear_autoclear().await?;
+            image.invalidate_bitmaps().await?;
             image.find_end().await?;
         }
         Ok(image)
@@ -211,10 +235,31 @@ impl Qcow2 {
         1 << self.cluster_bits
     }
 
+    /// Size of a unit in bytes, which is the least that can be allocated, copied or cleared: a
+    /// cluster, or a subcluster where there are any.
+    #[must_use]
+    pub fn unit_size(&self) -> u64 {
+        1 << self.shape.unit_bits()
+    }
+
     /// Whether a cluster can be recorded as zeros (version 3).
     #[must_use]
     pub fn has_zero_clusters(&self) -> bool {
-        self.version >= 3
+        self.shape.version >= 3
+    }
+
+    /// Where the image's metadata is, and its guest data unless it has a data file.
+    #[must_use]
+    pub fn storage(&self) -> &Arc<dyn Storage> {
+        &self.storage
+    }
+
+    /// Where guest data is.
+    #[must_use]
+    pub fn data_storage(&self) -> &Arc<dyn Storage> {
+        self.data
+            .as_ref()
+            .map_or(&self.storage, |data| &data.storage)
     }
 
     pub(super) fn size(&self) -> u64 {
@@ -222,12 +267,12 @@ impl Qcow2 {
     }
 
     fn slice_entries(&self) -> u64 {
-        slice_entries(self.cluster_bits)
+        slice_entries(self.shape)
     }
 
     /// Entries of an L2 table.
     fn table_entries(&self) -> u64 {
-        self.cluster_size() / 8
+        self.cluster_size() / self.shape.entry_bytes()
     }
 
     fn l1_entry(&self, index: u64) -> u64 {
@@ -253,7 +298,7 @@ impl Qcow2 {
     fn slice_offset(&self, number: u64) -> Option<u64> {
         let cluster = number * self.slice_entries();
         let table = self.l1_entry(cluster / self.table_entries()) & l2::OFFSET;
-        (table != 0).then(|| table + cluster % self.table_entries() * 8)
+        (table != 0).then(|| table + cluster % self.table_entries() * self.shape.entry_bytes())
     }
 
     /// See [`super::Format::map`].
@@ -271,47 +316,49 @@ impl Qcow2 {
         };
         slice.touch();
         let within = offset & (self.cluster_size() - 1);
-        let first = Entry::decode(slice.get(index), self.cluster_bits);
+        let unit = within >> self.shape.unit_bits();
+        let in_unit = offset & (self.unit_size() - 1);
+        let words = slice.get(index);
+        let first = self.shape.state(words, unit);
         let place = match first {
-            Entry::Unallocated => Place::Below,
-            Entry::Zero(_) => Place::Zero,
-            Entry::Data { offset, .. } => Place::Data(offset + within),
-            Entry::Compressed { offset, len } => {
-                Place::Compressed(Entry::compressed(offset, len, within))
+            State::Unallocated => Place::Below,
+            State::Zero => Place::Zero,
+            State::Data(host) => Place::Data(host.offset + in_unit),
+            State::Compressed { offset, len } => {
+                Place::Compressed(Shape::compressed(offset, len, within))
             }
         };
-        let run = self.run(slice, index, first, within + len);
+        let run = self.run(slice, index, unit, words, in_unit + len);
         Extent {
             place,
-            len: len.min((run << self.cluster_bits) - within),
+            len: len.min((run << self.shape.unit_bits()) - in_unit),
         }
     }
 
-    /// How many clusters from `index` on continue `first`, up to `bytes` of them.
-    fn run(&self, slice: &Slice, index: usize, first: Entry, bytes: u64) -> u64 {
-        let left = self.slice_entries() - index as u64;
-        let limit = bytes.div_ceil(self.cluster_size()).min(left);
-        let mut count = 1;
-        while count < limit {
-            let next = Entry::decode(slice.get(index + count as usize), self.cluster_bits);
+    /// How many units from unit `unit` of entry `index` on continue its state, which `words` has,
+    /// up to `bytes` of them.
+    fn run(&self, slice: &Slice, index: usize, unit: u64, words: Words, bytes: u64) -> u64 {
+        let shape = self.shape;
+        let first = shape.state(words, unit);
+        let limit = bytes.div_ceil(self.unit_size());
+        let entries = self.slice_entries();
+        let mut count = shape.same(words, unit);
+        let mut at = index as u64 + 1;
+        while count < limit && (unit + count).is_multiple_of(shape.units()) && at < entries {
+            let words = slice.get(at as usize);
+            let next = shape.state(words, 0);
             let continues = match (first, next) {
-                (Entry::Unallocated, Entry::Unallocated) | (Entry::Zero(_), Entry::Zero(_)) => true,
-                (
-                    Entry::Data {
-                        offset: a,
-                        copied: c,
-                    },
-                    Entry::Data {
-                        offset: b,
-                        copied: d,
-                    },
-                ) => a + (count << self.cluster_bits) == b && c == d,
+                (State::Unallocated, State::Unallocated) | (State::Zero, State::Zero) => true,
+                (State::Data(a), State::Data(b)) => {
+                    a.offset + (count << shape.unit_bits()) == b.offset && a.owned == b.owned
+                }
                 _ => false,
             };
             if !continues {
                 break;
             }
-            count += 1;
+            count += shape.same(words, 0);
+            at += 1;
         }
         count
     }
@@ -341,18 +388,22 @@ impl Qcow2 {
         let slice = self.slice(number)?;
         let slice = slice.as_ref()?;
         slice.touch();
-        let first = Entry::decode(slice.get(index), self.cluster_bits);
-        let Entry::Data {
-            offset: host,
-            copied: true,
-        } = first
-        else {
+        let words = slice.get(index);
+        let within = offset & (self.cluster_size() - 1);
+        let unit = within >> self.shape.unit_bits();
+        let State::Data(host) = self.shape.state(words, unit) else {
             return None;
         };
-        let within = offset & (self.cluster_size() - 1);
+        if !host.owned {
+            return None;
+        }
+        let in_unit = offset & (self.unit_size() - 1);
         let len = len.min(self.size - offset);
-        let run = self.run(slice, index, first, within + len);
-        Some((host + within, len.min((run << self.cluster_bits) - within)))
+        let run = self.run(slice, index, unit, words, in_unit + len);
+        Some((
+            host.offset + in_unit,
+            len.min((run << self.shape.unit_bits()) - in_unit),
+        ))
     }
 
     /// See [`super::Format::load`].
@@ -381,26 +432,52 @@ impl Qcow2 {
         let buffer = storage::io::read_buf(&*self.storage, offset, bytes)
             .await
             .map_err(|error| Error::io(Action::Read, self.storage.name(), offset, &error))?;
-        let slice = Slice::from_bytes(&buffer);
-        for (index, word) in slice.words().enumerate() {
-            if let Some(what) = Entry::fault(word, self.cluster_bits, self.version) {
-                let at = offset + index as u64 * 8;
+        let slice = Slice::from_bytes(&buffer, self.shape.extended);
+        let mut meta = self.meta.lock();
+        for (index, words) in slice.entries().enumerate() {
+            let cluster = number * self.slice_entries() + index as u64;
+            if let Some(what) = self.fault(&meta, cluster, words) {
+                let at = offset + index as u64 * self.shape.entry_bytes();
                 return Err(Error::corrupt(
                     self.storage.name(),
                     format!("at {at:#x}: {what}"),
                 ));
             }
         }
-        let mut meta = self.meta.lock();
         place.store(Some(Arc::new(slice)));
         meta.loaded.push_back(number);
         self.evict(&mut meta);
         Ok(())
     }
 
+    /// What is wrong with the entry of a guest cluster, as far as can be told without reading on.
+    fn fault(&self, meta: &Meta, cluster: u64, words: Words) -> Option<String> {
+        if let Some(what) = self.shape.fault(words) {
+            return Some(what);
+        }
+        let host = self.shape.host(words)?;
+        if let Some(data) = &self.data {
+            let expected = cluster << self.cluster_bits;
+            return (data.raw && host.offset != expected).then(|| {
+                format!(
+                    "L2 entry {:#018x} points at {:#x} of a raw data file (expected {expected:#x})",
+                    words.descriptor, host.offset
+                )
+            });
+        }
+        let what = meta
+            .allocator
+            .metadata()
+            .what(host.offset >> self.cluster_bits)?;
+        Some(format!(
+            "L2 entry {:#018x} points at {:#x}, where {what} is",
+            words.descriptor, host.offset
+        ))
+    }
+
     /// Forgets slices that were not used lately, down to the limit. Changed ones stay.
     fn evict(&self, meta: &mut Meta) {
-        let slice_bytes = self.slice_entries() * 8;
+        let slice_bytes = self.slice_entries() * self.shape.entry_bytes();
         let limit = (self.options.cache_bytes / slice_bytes).max(8) as usize;
         let mut looked_at = 0;
         while meta.loaded.len() > limit && looked_at < 2 * limit {
@@ -483,11 +560,24 @@ impl Drop for LoadGuard<'_> {
     }
 }
 
-fn slice_entries(cluster_bits: u32) -> u64 {
-    SLICE_BYTES.min(1 << cluster_bits) / 8
+fn slice_entries(shape: Shape) -> u64 {
+    SLICE_BYTES.min(1 << shape.cluster_bits) / shape.entry_bytes()
 }
 
-async fn read_header(storage: &dyn Storage) -> Result<Header> {
+fn shape(header: &Header) -> Shape {
+    Shape {
+        cluster_bits: header.cluster_bits,
+        extended: header.has_subclusters(),
+        data_file: header.has_data_file(),
+        version: header.version,
+    }
+}
+
+/// Reads and parses the header of the image in `storage`.
+///
+/// # Errors
+/// When it is not a qcow2 image, or one that needs a feature that is not there.
+pub async fn read_header(storage: &dyn Storage) -> Result<Header> {
     let io_error = |error| Error::io(Action::Read, storage.name(), 0, &error);
     let start = storage::io::read_buf(storage, 0, 4096)
         .await
@@ -499,16 +589,48 @@ async fn read_header(storage: &dyn Storage) -> Result<Header> {
     Header::parse(first.to_vec(), storage.name())
 }
 
-fn check_writable(header: &Header, storage: &dyn Storage, options: Options) -> Result<()> {
-    if storage.limits().offset_align > 1 << header.cluster_bits {
-        return Err(Error::unsupported(
+fn check_data_file(
+    header: &Header,
+    storage: &dyn Storage,
+    data: Option<Arc<dyn Storage>>,
+) -> Result<Option<DataFile>> {
+    match (header.has_data_file(), data) {
+        (false, None) => Ok(None),
+        (true, Some(storage)) => Ok(Some(DataFile {
+            storage,
+            raw: header.data_file_is_raw(),
+        })),
+        (true, None) => Err(Error::unsupported(
             storage.name(),
-            format!(
-                "the file's blocks of {} bytes are larger than its clusters: open it without \
-                 direct I/O",
-                storage.limits().offset_align
-            ),
-        ));
+            "'data-file' is required for this image",
+        )),
+        (false, Some(_)) => Err(Error::unsupported(
+            storage.name(),
+            "'data-file' can only be set for images with an external data file",
+        )),
+    }
+}
+
+fn check_writable(
+    header: &Header,
+    storage: &dyn Storage,
+    data: Option<&DataFile>,
+    options: Options,
+) -> Result<()> {
+    for storage in [Some(storage), data.map(|data| &*data.storage)]
+        .into_iter()
+        .flatten()
+    {
+        if storage.limits().offset_align > 1 << shape(header).unit_bits() {
+            return Err(Error::unsupported(
+                storage.name(),
+                format!(
+                    "the file's blocks of {} bytes are larger than its clusters: open it without \
+                     direct I/O",
+                    storage.limits().offset_align
+                ),
+            ));
+        }
     }
     if !options.writable {
         return Ok(());
@@ -522,24 +644,6 @@ fn check_writable(header: &Header, storage: &dyn Storage, options: Options) -> R
             "Image is marked dirty (lazy refcounts): repair it with 'qemu-img check -r all' \
              before writing to it",
         );
-    }
-    if header.snapshots > 0 {
-        return refused(
-            "Image has internal snapshots: writing to such an image is not supported, open it \
-             read-only",
-        );
-    }
-    Ok(())
-}
-
-fn check_l1(l1: &[u64], cluster: u64, file: &str) -> Result<()> {
-    for (index, &entry) in l1.iter().enumerate() {
-        if !(entry & l2::OFFSET).is_multiple_of(cluster) {
-            return Err(Error::corrupt(
-                file,
-                format!("L1 entry {index}: {entry:#018x} is no multiple of the cluster size"),
-            ));
-        }
     }
     Ok(())
 }

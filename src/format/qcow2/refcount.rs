@@ -11,6 +11,8 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 
+use super::metadata::{Clusters, Kind};
+
 /// Bytes of metadata that are loaded and written at a time.
 pub const SLICE_BYTES: u64 = 4096;
 
@@ -83,13 +85,23 @@ pub struct Allocator {
     virgin_from: u64,
     /// The table is being replaced: no new refcount blocks meanwhile.
     frozen: bool,
+    /// Clusters that have not been looked at since the image was opened: some may be free.
+    unseen: Range<u64>,
+    /// The image's own clusters, which are never handed out, whatever their refcount.
+    metadata: Clusters,
 }
 
 impl Allocator {
     /// The allocator of an image whose file has `end` clusters; with `zero_past_end`, what lies
     /// behind them reads as zeros.
     #[must_use]
-    pub fn new(geometry: Geometry, table: Vec<u64>, end: u64, zero_past_end: bool) -> Self {
+    pub fn new(
+        geometry: Geometry,
+        table: Vec<u64>,
+        metadata: Clusters,
+        end: u64,
+        zero_past_end: bool,
+    ) -> Self {
         Self {
             geometry,
             table,
@@ -101,7 +113,20 @@ impl Allocator {
             frontier: end,
             virgin_from: if zero_past_end { end } else { u64::MAX },
             frozen: false,
+            unseen: 0..end,
+            metadata,
         }
+    }
+
+    /// The image's own clusters.
+    #[must_use]
+    pub fn metadata(&self) -> &Clusters {
+        &self.metadata
+    }
+
+    /// An allocated cluster has become metadata.
+    pub fn add_metadata(&mut self, cluster: u64, kind: Kind) {
+        self.metadata.add(cluster, kind);
     }
 
     /// Where the refcounts of slice `no` are in the file; `None`: their block does not exist.
@@ -157,6 +182,10 @@ impl Allocator {
     /// # Errors
     /// What must be done first; nothing has been allocated then.
     pub fn allocate(&mut self, wanted: u64) -> Result<Allocation, Need> {
+        // One slice at a time, so that nobody waits for all of them.
+        if self.free.is_empty() {
+            self.look_for_free()?;
+        }
         while let Some((&start, &len)) = self.free.first_key_value() {
             let range = start..start + len.min(wanted);
             if let Some(allocation) = self.take(range, wanted)? {
@@ -164,6 +193,48 @@ impl Allocator {
             }
         }
         self.append(wanted)
+    }
+
+    /// Finds what is free in the next slice of the clusters that the file had when it was opened.
+    fn look_for_free(&mut self) -> Result<(), Need> {
+        let per_slice = self.geometry.per_slice();
+        // Without a block there is no telling, and none is made for what lies before the end.
+        while !self.unseen.is_empty()
+            && self
+                .slice_offset(self.slice_of(self.unseen.start))
+                .is_none()
+        {
+            self.unseen.start = (self.unseen.start / per_slice + 1) * per_slice;
+        }
+        let Range { start, end } = self.unseen.clone();
+        if start >= end {
+            return Ok(());
+        }
+        let stop = end.min((start / per_slice + 1) * per_slice);
+        for cluster in start..stop {
+            if self.refcount(cluster)? == Some(0) && self.may_use(cluster) && !self.is_free(cluster)
+            {
+                self.add_free(cluster, 1);
+            }
+        }
+        self.unseen.start = stop;
+        Ok(())
+    }
+
+    fn is_free(&self, cluster: u64) -> bool {
+        self.free
+            .range(..=cluster)
+            .next_back()
+            .is_some_and(|(start, len)| cluster < start + len)
+    }
+
+    /// False for a cluster that holds metadata: its refcount is wrong.
+    fn may_use(&self, cluster: u64) -> bool {
+        let Some(what) = self.metadata.what(cluster) else {
+            return true;
+        };
+        log::error!("cluster {cluster} has refcount 0, but {what} is there: it is left alone");
+        false
     }
 
     /// Takes a run out of `free`, checking that it is.
@@ -216,6 +287,7 @@ impl Allocator {
             let start = self.frontier;
             match self.refcount(start)? {
                 None => self.add_block(start)?,
+                Some(0) if !self.may_use(start) => self.frontier += 1,
                 Some(0) => {
                     let count = self.run_of_free(start, wanted)?;
                     for cluster in start..start + count {
@@ -233,7 +305,7 @@ impl Allocator {
         let mut count = 1;
         while count < wanted {
             match self.refcount(start + count) {
-                Ok(Some(0)) => count += 1,
+                Ok(Some(0)) if self.metadata.what(start + count).is_none() => count += 1,
                 // Where the next block begins, or its slice is not loaded: a shorter run.
                 Ok(_) | Err(Need::Slice(_)) => break,
                 Err(other) => return Err(other),
@@ -252,6 +324,7 @@ impl Allocator {
         if let Some(entry) = self.table.get_mut(index) {
             *entry = cluster << self.geometry.cluster_bits;
         }
+        self.metadata.add(cluster, Kind::RefcountBlock);
         self.dirty_table.insert(index);
         let per_block = self.geometry.slices_per_block();
         let first = index as u64 * per_block;
@@ -280,6 +353,7 @@ impl Allocator {
             Some(count) => {
                 self.set(cluster, count - 1)?;
                 if count == 1 {
+                    self.metadata.remove(cluster);
                     self.add_free(cluster, 1);
                 }
                 Ok(())
@@ -310,6 +384,7 @@ impl Allocator {
     /// Lowers the frontier: the clusters from `cluster` on turned out to be free.
     pub fn lower_frontier(&mut self, cluster: u64) {
         self.frontier = self.frontier.min(cluster);
+        self.unseen.end = self.unseen.end.min(cluster);
     }
 
     /// How many slices and table entries wait to be written.
@@ -408,6 +483,12 @@ impl Allocator {
     pub fn adopt(&mut self, growth: Growth) {
         let skipped = self.frontier..growth.start;
         self.table = growth.table;
+        for index in 0..growth.blocks {
+            self.metadata.add(growth.start + index, Kind::RefcountBlock);
+        }
+        for index in growth.blocks..growth.blocks + growth.clusters {
+            self.metadata.add(growth.start + index, Kind::RefcountTable);
+        }
         self.frontier = growth.start + growth.blocks + growth.clusters;
         if self.virgin_from != u64::MAX {
             self.virgin_from = self.virgin_from.max(self.frontier);
@@ -415,7 +496,7 @@ impl Allocator {
         self.frozen = false;
         // Between the old end and the new table there may be clusters that a block covers.
         for cluster in skipped {
-            if matches!(self.refcount(cluster), Ok(Some(0))) {
+            if matches!(self.refcount(cluster), Ok(Some(0))) && self.may_use(cluster) {
                 self.add_free(cluster, 1);
             }
         }

@@ -14,7 +14,7 @@ fn allocator(cluster_bits: u32, refcount_order: u32) -> Allocator {
     let mut table = vec![0; entries];
     // Header, table and first block are the image's first three clusters.
     table[0] = 2 << cluster_bits;
-    let mut allocator = Allocator::new(geometry, table, 3, true);
+    let mut allocator = Allocator::new(geometry, table, Clusters::default(), 3, true);
     for no in 0..geometry.slices_per_block() {
         let bytes = vec![0; allocator.slice_bytes()].into_boxed_slice();
         allocator.insert_slice(no, bytes);

@@ -5,12 +5,14 @@
 //! between has references without a mapping, which is a leak at worst.
 
 use super::claims::Claim;
-use super::l2::{self, Entry};
+use super::l2::{self, Descriptor, State, Words};
+use super::metadata::Kind;
 use super::refcount::{Allocation, Need};
 use super::{DIRTY_LIMIT, Meta, Qcow2};
-use crate::error::{Error, Result};
-use crate::storage;
+use crate::error::{Action, Error, Result};
+use crate::storage::{self, AlignedBuf};
 
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 /// What becomes of clusters that hold nothing but zeros, or nothing of worth.
@@ -24,6 +26,21 @@ pub enum Clear {
     Unmap,
 }
 
+/// Where the data of a write to units that are not allocated goes, before it is linked.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    /// First byte of the disk that it holds; all of them are to be written.
+    pub start: u64,
+    /// First byte of the disk behind it.
+    pub end: u64,
+    /// Where the first byte goes, in the storage of guest data.
+    pub host: u64,
+    /// It reads as zeros so far.
+    pub fresh: bool,
+    /// What was allocated for it; `None`: a host cluster that was there already.
+    allocation: Option<Allocation>,
+}
+
 impl Qcow2 {
     /// Claims the clusters of `[offset, offset + len)`, waiting for whoever has any of them.
     pub async fn claim(&self, offset: u64, len: u64) -> Claim<'_> {
@@ -32,11 +49,111 @@ impl Qcow2 {
         self.claims.claim(start..end.max(start + 1)).await
     }
 
+    /// Finds a place for `[offset, offset + len)`, or for a part of it from `offset` on, which
+    /// cannot be written in place. The caller holds the claim.
+    ///
+    /// Without subclusters the place has whole clusters; with them it has whole subclusters,
+    /// unless the cluster was compressed or somebody else's: then its rest moves as well.
+    ///
+    /// # Errors
+    /// When metadata cannot be read or written.
+    pub async fn target(&self, offset: u64, len: u64) -> Result<Target> {
+        let first = offset >> self.cluster_bits;
+        let last = (offset + len).div_ceil(self.cluster_size());
+        self.prepare(first).await?;
+        if let Some(target) = self.kept_host(offset, len) {
+            return Ok(target);
+        }
+        let (clusters, whole) = self.replaced(first, last);
+        let allocation = if self.data.is_some() {
+            self.identity(first, clusters)
+        } else {
+            self.allocate(clusters).await?
+        };
+        let (start, end) = if whole {
+            (
+                first << self.cluster_bits,
+                (first + allocation.clusters) << self.cluster_bits,
+            )
+        } else {
+            let unit = self.unit_size();
+            let end = (offset + len).next_multiple_of(unit);
+            (
+                offset / unit * unit,
+                end.min((first + allocation.clusters) << self.cluster_bits),
+            )
+        };
+        Ok(Target {
+            start,
+            end,
+            host: allocation.offset + (start - (first << self.cluster_bits)),
+            fresh: allocation.fresh,
+            allocation: Some(allocation),
+        })
+    }
+
+    /// The place in the host cluster that the cluster of `offset` has already.
+    fn kept_host(&self, offset: u64, len: u64) -> Option<Target> {
+        let (number, index) = self.place(offset >> self.cluster_bits);
+        let slice = self.slice(number)?;
+        let host = self.shape.host(slice.as_ref()?.get(index))?;
+        if !host.owned {
+            return None;
+        }
+        let unit = self.unit_size();
+        let start = offset / unit * unit;
+        let cluster = offset & !(self.cluster_size() - 1);
+        Some(Target {
+            start,
+            end: (offset + len)
+                .next_multiple_of(unit)
+                .min(cluster + self.cluster_size()),
+            host: host.offset + (start - cluster),
+            fresh: false,
+            allocation: None,
+        })
+    }
+
+    /// How many of the clusters from `first` on need a host cluster for the same reason, and
+    /// whether they are replaced as a whole.
+    fn replaced(&self, first: u64, last: u64) -> (u64, bool) {
+        if !self.shape.extended {
+            return (last - first, true);
+        }
+        let (number, index) = self.place(first);
+        let Some(slice) = self.slice(number) else {
+            return (1, true);
+        };
+        let Some(slice) = slice.as_ref() else {
+            return (1, true);
+        };
+        let bare = |at: u64| {
+            let words = slice.get(index + at as usize);
+            self.shape.descriptor(words.descriptor) == Descriptor::None
+        };
+        if !bare(0) {
+            return (1, true);
+        }
+        let limit = (last - first).min(self.slice_entries() - index as u64);
+        let count = (1..limit).take_while(|&at| bare(at)).count() as u64 + 1;
+        (count, false)
+    }
+
+    /// In a data file every cluster lies at its guest offset.
+    fn identity(&self, first: u64, clusters: u64) -> Allocation {
+        Allocation {
+            offset: first << self.cluster_bits,
+            clusters,
+            // A write that was lost in a cut may have left something there.
+            fresh: false,
+        }
+    }
+
     /// Allocates up to `wanted` contiguous host clusters.
     ///
     /// # Errors
     /// When metadata cannot be read or written.
-    pub async fn allocate(&self, wanted: u64) -> Result<Allocation> {
+    pub(super) async fn allocate(&self, wanted: u64) -> Result<Allocation> {
         loop {
             let (result, table_len) = {
                 let mut meta = self.meta.lock();
@@ -65,8 +182,16 @@ impl Qcow2 {
         }
     }
 
-    /// Gives back clusters that were allocated and not linked.
-    pub async fn abandon(&self, allocation: Allocation) {
+    /// Gives back a place that is not to be linked.
+    pub async fn abandon(&self, target: Target) {
+        if let Some(allocation) = target.allocation
+            && self.data.is_none()
+        {
+            self.give_up(allocation).await;
+        }
+    }
+
+    async fn give_up(&self, allocation: Allocation) {
         let first = allocation.offset >> self.cluster_bits;
         for cluster in first..first + allocation.clusters {
             self.release(cluster).await;
@@ -107,39 +232,54 @@ impl Qcow2 {
         }
     }
 
-    /// Maps guest clusters from `cluster` on to `allocation`, whose data has been written.
+    /// Maps what `target` holds to it, now that its data has been written.
     ///
     /// # Errors
     /// When metadata cannot be read or written: nothing is linked then, or a prefix.
-    pub async fn link(&self, cluster: u64, allocation: Allocation) -> Result<()> {
-        let bits = self.cluster_bits;
-        self.modify(cluster, allocation.clusters, |index, _| {
-            Entry::data(allocation.offset + (index << bits))
+    pub async fn link(&self, target: Target) -> Result<()> {
+        let first = target.start & !(self.cluster_size() - 1);
+        let host = target.host - (target.start - first);
+        self.modify(target.start, target.end, |cluster, units, old| {
+            let offset = host + ((cluster << self.cluster_bits) - first);
+            self.shape.data(offset, units, old)
         })
         .await
     }
 
-    /// Clears `count` guest clusters from `cluster` on.
+    /// Clears `[offset, offset + len)`, which is whole units; the disk's end counts as the end
+    /// of its last one. Compressed clusters are cleared as a whole or not at all.
     ///
     /// # Errors
-    /// When metadata cannot be read or written; a prefix may have been cleared.
-    pub async fn clear(&self, cluster: u64, count: u64, how: Clear) -> Result<()> {
-        let bits = self.cluster_bits;
-        self.modify(cluster, count, |_, old| {
-            match (how, Entry::decode(old, bits)) {
-                (Clear::Unmap, _) => 0,
-                (
-                    Clear::ZeroKeep,
-                    Entry::Data {
-                        offset,
-                        copied: true,
-                    },
-                ) => Entry::zero(Some(offset)),
-                (Clear::ZeroKeep, Entry::Zero(Some(_))) => old,
-                (Clear::Zero | Clear::ZeroKeep, _) => Entry::zero(None),
-            }
+    /// When metadata cannot be read or written, or the range cuts a compressed cluster; a prefix
+    /// may have been cleared.
+    pub async fn clear(&self, offset: u64, len: u64, how: Clear) -> Result<()> {
+        let end = (offset + len).next_multiple_of(self.unit_size());
+        self.clear_data_file(offset, end, how).await?;
+        self.modify(offset, end, |_, units, old| match how {
+            Clear::Unmap => self.shape.unallocated(units, old),
+            Clear::Zero => self.shape.zero(units, false, old),
+            Clear::ZeroKeep => self.shape.zero(units, true, old),
         })
         .await
+    }
+
+    /// A data file keeps no more than the guest has: what is given back there cannot wait until
+    /// the mapping is stable, since the next write goes to the same place. Whichever of the two
+    /// is lost in a cut, the range reads as it was or as zeros.
+    async fn clear_data_file(&self, offset: u64, end: u64, how: Clear) -> Result<()> {
+        let Some(data) = &self.data else {
+            return Ok(());
+        };
+        let end = end.min(self.size);
+        let unmap = how != Clear::ZeroKeep && self.options.discard;
+        let result = if data.raw {
+            storage::io::zero(&*data.storage, offset, end - offset, unmap).await
+        } else if unmap {
+            storage::io::discard(&*data.storage, offset, end - offset).await
+        } else {
+            Ok(())
+        };
+        result.map_err(|error| Error::io(Action::Write, data.storage.name(), offset, &error))
     }
 
     /// Makes sure that the L2 table of a guest cluster exists and its slice is in memory.
@@ -157,113 +297,150 @@ impl Qcow2 {
     }
 
     async fn ensure_table(&self, index: u64) -> Result<()> {
-        if self.table_exists(index)? {
+        if self.owns_table(index) {
             return Ok(());
         }
         let _claim = self.l1_claims.claim(index..index + 1).await;
-        if self.table_exists(index)? {
+        if self.owns_table(index) {
             return Ok(());
         }
+        let old = self.l1_entry(index) & l2::OFFSET;
         let table = self.allocate(1).await?;
-        if !table.fresh {
-            // Stable before the L1 entry, like everything that is written before a flush begins.
-            let zeroed =
-                storage::io::zero(&*self.storage, table.offset, self.cluster_size(), false).await;
-            if let Err(error) = zeroed {
-                self.abandon(table).await;
-                return Err(self.io_error(crate::error::Action::Write, table.offset, &error));
-            }
+        // Stable before the L1 entry, like everything that is written before a flush begins.
+        let written = match old {
+            0 if table.fresh => Ok(()),
+            0 => storage::io::zero(&*self.storage, table.offset, self.cluster_size(), false)
+                .await
+                .map_err(|error| self.io_error(Action::Write, table.offset, &error)),
+            old => self.copy_table(old, table.offset).await,
+        };
+        if let Err(error) = written {
+            self.give_up(table).await;
+            return Err(error);
         }
         let mut meta = self.meta.lock();
         if let Some(entry) = self.l1.get(index as usize) {
             entry.store(table.offset | l2::COPIED, Ordering::Release);
             meta.dirty_l1.insert(index as usize);
+            meta.allocator
+                .add_metadata(table.offset >> self.cluster_bits, Kind::L2);
+            if old != 0 {
+                meta.unmapped.push((old, self.cluster_size()));
+            }
         }
         Ok(())
     }
 
-    fn table_exists(&self, index: u64) -> Result<bool> {
-        let entry = self.l1_entry(index);
-        if entry & l2::OFFSET == 0 {
-            return Ok(false);
-        }
-        if entry & l2::COPIED == 0 {
-            return Err(Error::corrupt(
-                self.storage.name(),
-                format!("L1 entry {index}: a shared L2 table (expected in images with snapshots)"),
-            ));
-        }
-        Ok(true)
+    /// Copies a table that a snapshot refers to as well. Nobody changes it: it is not ours.
+    async fn copy_table(&self, from: u64, to: u64) -> Result<()> {
+        let len = self.cluster_size() as usize;
+        let bytes: AlignedBuf = storage::io::read_buf(&*self.storage, from, len)
+            .await
+            .map_err(|error| self.io_error(Action::Read, from, &error))?;
+        storage::io::write_buf(&*self.storage, to, &bytes)
+            .await
+            .map_err(|error| self.io_error(Action::Write, to, &error))
     }
 
-    /// Changes the entries of `count` guest clusters from `cluster` on. `change` is given the
-    /// number of the cluster within the range and its old entry.
+    /// Whether there is an L2 table that is nobody else's.
+    fn owns_table(&self, index: u64) -> bool {
+        let entry = self.l1_entry(index);
+        entry & l2::OFFSET != 0 && entry & l2::COPIED != 0
+    }
+
+    /// Changes the entries of the clusters in `[start, end)`, bytes of the disk. `change` is given
+    /// the cluster, its units in the range, and its old entry.
     async fn modify(
         &self,
-        cluster: u64,
-        count: u64,
-        change: impl Fn(u64, u64) -> u64,
+        start: u64,
+        end: u64,
+        change: impl Fn(u64, Range<u64>, Words) -> Words,
     ) -> Result<()> {
-        let mut done = 0;
-        while done < count {
-            self.prepare(cluster + done).await?;
+        let mut at = start;
+        while at < end {
+            self.prepare(at >> self.cluster_bits).await?;
             let mut meta = self.meta.lock();
             // `None`: forgotten since it was prepared, so that is done again.
-            if let Some(now) =
-                self.modify_slice(&mut meta, cluster + done, count - done, done, &change)
-            {
-                done += now;
+            if let Some(next) = self.modify_slice(&mut meta, at, end, &change)? {
+                at = next;
             }
         }
         self.relieve().await
     }
 
-    /// Changes entries within one slice; returns how many.
+    /// Changes entries within one slice; returns the first byte behind them.
     fn modify_slice(
         &self,
         meta: &mut Meta,
-        cluster: u64,
-        count: u64,
-        done: u64,
-        change: &impl Fn(u64, u64) -> u64,
-    ) -> Option<u64> {
-        let (number, first) = self.place(cluster);
-        let slice = self.slice(number)?;
-        let slice = slice.as_ref()?;
-        let now = count.min(self.slice_entries() - first as u64);
-        for index in 0..now {
-            let at = first + index as usize;
-            let old = slice.get(at);
-            let new = change(done + index, old);
+        start: u64,
+        end: u64,
+        change: &impl Fn(u64, Range<u64>, Words) -> Words,
+    ) -> Result<Option<u64>> {
+        let (number, first) = self.place(start >> self.cluster_bits);
+        let Some(slice) = self.slice(number) else {
+            return Ok(None);
+        };
+        let Some(slice) = slice.as_ref() else {
+            return Ok(None);
+        };
+        let mut at = start;
+        for index in first..self.slice_entries() as usize {
+            if at >= end {
+                break;
+            }
+            let cluster = at >> self.cluster_bits;
+            let next = end.min((cluster + 1) << self.cluster_bits);
+            let units = self.units(at, next);
+            let old = slice.get(index);
+            let part = units.end - units.start < self.shape.units();
+            if part && matches!(self.shape.state(old, 0), State::Compressed { .. }) {
+                return Err(Error::Invalid(format!(
+                    "{}: a part of a compressed cluster cannot be changed",
+                    self.storage.name()
+                )));
+            }
+            let new = change(cluster, units, old);
             if new != old {
-                slice.set(at, new);
+                slice.set(index, new);
                 meta.dirty_slices.insert(number);
                 self.unmap(meta, old, new);
             }
+            at = next;
         }
-        Some(now)
+        Ok(Some(at))
+    }
+
+    /// The units of a cluster that `[start, end)` touches, which lies within it.
+    fn units(&self, start: u64, end: u64) -> Range<u64> {
+        let within = start & (self.cluster_size() - 1);
+        let bits = self.shape.unit_bits();
+        let last = (within + (end - start)).div_ceil(1 << bits);
+        within >> bits..last
     }
 
     /// Notes the host clusters that `old` referred to and `new` does not.
-    fn unmap(&self, meta: &mut Meta, old: u64, new: u64) {
-        let host = |word| match Entry::decode(word, self.cluster_bits) {
-            Entry::Data { offset, .. } | Entry::Zero(Some(offset)) => {
-                Some((offset, self.cluster_size()))
+    fn unmap(&self, meta: &mut Meta, old: Words, new: Words) {
+        if self.data.is_some() {
+            return;
+        }
+        let host = |words: Words| match self.shape.descriptor(words.descriptor) {
+            Descriptor::Host(host) | Descriptor::Zero(Some(host)) => {
+                Some((host.offset, self.cluster_size()))
             }
-            Entry::Compressed { offset, len } => {
+            Descriptor::Compressed { offset, len } => {
                 let start = offset & !(self.cluster_size() - 1);
                 let end = (offset + u64::from(len)).next_multiple_of(self.cluster_size());
                 Some((start, end - start))
             }
-            Entry::Unallocated | Entry::Zero(None) => None,
+            Descriptor::None | Descriptor::Zero(None) => None,
         };
         let (old_host, new_host) = (host(old), host(new));
         if let Some(freed) = old_host
             && old_host != new_host
         {
             if matches!(
-                Entry::decode(old, self.cluster_bits),
-                Entry::Compressed { .. }
+                self.shape.descriptor(old.descriptor),
+                Descriptor::Compressed { .. }
             ) {
                 self.decompressed.clear();
             }

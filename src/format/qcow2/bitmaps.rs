@@ -1,0 +1,155 @@
+//! Persistent bitmaps: those of others, which are not maintained here.
+//!
+//! Source: QEMU's `docs/interop/qcow2`, sections "Bitmaps extension" and "Bitmaps". A bitmap that
+//! tracks writes (flag *auto*) is out of date as soon as we write. The specification has a flag
+//! for that, *in use*: such a bitmap is not to be relied on, but the others stay what they are,
+//! and its clusters stay accounted for.
+
+use super::Qcow2;
+use super::header::{AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, Header};
+use crate::error::{Action, Error, Result};
+use crate::storage::{self, Storage};
+
+/// It was not saved, and may be out of date.
+pub const IN_USE: u32 = 1;
+/// It is to record all writes.
+pub const AUTO: u32 = 1 << 1;
+/// It may be used by who does not know its extra data.
+const EXTRA_DATA_COMPATIBLE: u32 = 1 << 2;
+
+/// QEMU's limits.
+const MAX_BITMAPS: u32 = 65535;
+const MAX_DIRECTORY: u64 = 64 << 20;
+const FIXED: usize = 24;
+
+/// An entry of the directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bitmap {
+    /// Its name.
+    pub name: String,
+    /// [`IN_USE`], [`AUTO`] and others.
+    pub flags: u32,
+    /// Logarithm of the bytes that one bit stands for.
+    pub granularity_bits: u8,
+    /// Where its table is.
+    pub table_offset: u64,
+    /// Entries of its table.
+    pub table_entries: u32,
+    /// Where the entry is in the directory.
+    at: usize,
+    /// It has extra data that must be understood.
+    foreign: bool,
+}
+
+fn bytes<const N: usize>(from: &[u8], at: usize) -> Option<[u8; N]> {
+    from.get(at..at + N)?.try_into().ok()
+}
+
+/// Takes the directory apart; `None`: it contradicts the specification.
+fn parse(directory: &[u8], count: u32) -> Option<Vec<Bitmap>> {
+    let mut bitmaps = Vec::new();
+    let mut at = 0;
+    for _ in 0..count {
+        let entry = directory.get(at..)?;
+        let name_len = usize::from(u16::from_be_bytes(bytes(entry, 18)?));
+        let extra = u32::from_be_bytes(bytes(entry, 20)?) as usize;
+        let name_at = FIXED.checked_add(extra)?;
+        let name = entry.get(name_at..name_at.checked_add(name_len)?)?;
+        let flags = u32::from_be_bytes(bytes(entry, 12)?);
+        bitmaps.push(Bitmap {
+            name: String::from_utf8_lossy(name).into_owned(),
+            flags,
+            granularity_bits: *entry.get(17)?,
+            table_offset: u64::from_be_bytes(bytes(entry, 0)?),
+            table_entries: u32::from_be_bytes(bytes(entry, 8)?),
+            at,
+            foreign: extra > 0 && flags & EXTRA_DATA_COMPATIBLE == 0,
+        });
+        at += (name_at + name_len).next_multiple_of(8);
+    }
+    Some(bitmaps)
+}
+
+async fn read_directory(storage: &dyn Storage, header: &Header) -> Result<Option<Vec<u8>>> {
+    let Some(directory) = header.bitmaps else {
+        return Ok(None);
+    };
+    if header.autoclear & AUTOCLEAR_BITMAPS == 0
+        || directory.count > MAX_BITMAPS
+        || directory.len > MAX_DIRECTORY
+    {
+        return Ok(None);
+    }
+    let bytes = storage::io::read_buf(storage, directory.offset, directory.len as usize)
+        .await
+        .map_err(|error| Error::io(Action::Read, storage.name(), directory.offset, &error))?;
+    Ok(Some(bytes.to_vec()))
+}
+
+/// The bitmaps of an image; none where they are inconsistent as a whole.
+///
+/// # Errors
+/// When the directory cannot be read, or contradicts the specification.
+pub async fn list(storage: &dyn Storage, header: &Header) -> Result<Vec<Bitmap>> {
+    let Some(directory) = read_directory(storage, header).await? else {
+        return Ok(Vec::new());
+    };
+    parse(&directory, header.bitmaps.map_or(0, |d| d.count))
+        .ok_or_else(|| Error::corrupt(storage.name(), "the bitmap directory is damaged"))
+}
+
+impl Qcow2 {
+    /// Marks the bitmaps that track writes as out of date, and clears the autoclear bits that
+    /// stand for what is not maintained here. Stable when this returns.
+    ///
+    /// # Errors
+    /// When the directory or the header cannot be read or written.
+    pub(super) async fn invalidate_bitmaps(&self) -> Result<()> {
+        let header = self.header();
+        let mut keep = header.autoclear & AUTOCLEAR_DATA_FILE_RAW;
+        if let Some(mut directory) = read_directory(&*self.storage, &header).await? {
+            let count = header.bitmaps.map_or(0, |d| d.count);
+            match parse(&directory, count) {
+                Some(bitmaps) if bitmaps.iter().all(|bitmap| !bitmap.foreign) => {
+                    keep |= AUTOCLEAR_BITMAPS;
+                    self.mark_in_use(&header, &bitmaps, &mut directory).await?;
+                }
+                // Nothing in it can be relied on.
+                _ => log::warn!(
+                    "{}: the persistent bitmaps are invalid from now on",
+                    self.storage.name()
+                ),
+            }
+        }
+        if header.version < 3 || header.autoclear & !keep == 0 {
+            return Ok(());
+        }
+        self.patch_header(&[header.with_autoclear(header.autoclear & keep)])
+            .await
+    }
+
+    async fn mark_in_use(
+        &self,
+        header: &Header,
+        bitmaps: &[Bitmap],
+        directory: &mut [u8],
+    ) -> Result<()> {
+        let mut changed = false;
+        for bitmap in bitmaps {
+            if bitmap.flags & AUTO == 0 || bitmap.flags & IN_USE != 0 {
+                continue;
+            }
+            let flags = (bitmap.flags | IN_USE).to_be_bytes();
+            if let Some(place) = directory.get_mut(bitmap.at + 12..bitmap.at + 16) {
+                place.copy_from_slice(&flags);
+                changed = true;
+            }
+        }
+        if !changed {
+            return Ok(());
+        }
+        let offset = header.bitmaps.map_or(0, |d| d.offset);
+        self.write_at(offset, directory).await?;
+        self.barrier().await
+    }
+}
