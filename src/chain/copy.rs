@@ -3,6 +3,7 @@
 //! Invariant: what the guest wrote is never overwritten. A copy claims the clusters it works on
 //! and looks at their mapping under the claim; guests that allocate hold the same claims.
 
+use std::ops::Range;
 use std::rc::Rc;
 
 use super::{Layer, Status, View};
@@ -28,6 +29,7 @@ pub struct Copied {
 struct Span {
     target: usize,
     end: usize,
+    compress: bool,
 }
 
 impl View {
@@ -60,12 +62,40 @@ impl View {
         offset: u64,
         len: u64,
     ) -> Result<Copied> {
+        let span = Span {
+            target,
+            end,
+            compress: false,
+        };
+        self.copy_span(span, offset, len).await
+    }
+
+    /// As [`View::copy`]; whole clusters that become smaller by it are compressed.
+    ///
+    /// # Errors
+    /// As for [`View::copy`].
+    pub async fn copy_compressed(
+        self: &Rc<Self>,
+        target: usize,
+        end: usize,
+        offset: u64,
+        len: u64,
+    ) -> Result<Copied> {
+        let span = Span {
+            target,
+            end,
+            compress: true,
+        };
+        self.copy_span(span, offset, len).await
+    }
+
+    async fn copy_span(self: &Rc<Self>, span: Span, offset: u64, len: u64) -> Result<Copied> {
+        let Span { target, end, .. } = span;
         let layer = self.chain.layer(target)?;
         let Format::Qcow2(qcow2) = &layer.format else {
             // A raw layer has all of its bytes: nothing ever comes from below.
             return Ok(Copied::default());
         };
-        let span = Span { target, end };
         let unit = qcow2.unit_size();
         let start = offset / unit * unit;
         let stop = (offset + len)
@@ -134,12 +164,43 @@ impl View {
                 copied.zero += self.copy_zeros(layer, qcow2, span, at, bytes).await?.zero;
                 continue;
             }
+            copied.data += bytes;
+            if span.compress {
+                self.place_compressed(layer, qcow2, at, &buffer, start..end)
+                    .await?;
+                continue;
+            }
             // SAFETY: `buffer` outlives the writes.
             let part = unsafe { IoBufs::of(&buffer, start, end - start) };
             self.place(layer, qcow2, at, &part).await?;
-            copied.data += bytes;
         }
         Ok(copied)
+    }
+
+    /// Writes a part of `buffer` compressed where that gains something, otherwise as it is.
+    async fn place_compressed(
+        &self,
+        layer: &Layer,
+        qcow2: &Qcow2,
+        offset: u64,
+        buffer: &AlignedBuf,
+        part: Range<usize>,
+    ) -> Result<()> {
+        let cluster = qcow2.cluster_size();
+        let mut done = 0;
+        while done < part.len() {
+            let at = offset + done as u64;
+            let len = (cluster - at % cluster).min((part.len() - done) as u64) as usize;
+            let start = part.start + done;
+            let bytes = buffer.get(start..start + len).unwrap_or_default();
+            if !qcow2.write_compressed(at, bytes).await? {
+                // SAFETY: `buffer` outlives the writes.
+                let bufs = unsafe { IoBufs::of(buffer, start, len) };
+                self.place(layer, qcow2, at, &bufs).await?;
+            }
+            done += len;
+        }
+        Ok(())
     }
 
     /// Finds a place for `bytes`, which are whole units, writes and links them.

@@ -46,6 +46,8 @@ pub struct StreamSpec {
     pub base: Option<String>,
     /// The layers that are streamed, top first: `target` and all others above `base`.
     pub layers: Vec<String>,
+    /// Clusters are to be compressed where that makes them smaller.
+    pub compress: bool,
 }
 
 /// A chain, seen from one of its layers downwards.

@@ -97,6 +97,7 @@ const STREAM: &[Arg] = &[
     Arg::optional("filter-node-name", Kind::Str),
     Arg::optional("auto-finalize", Kind::Bool),
     Arg::optional("auto-dismiss", Kind::Bool),
+    Arg::optional("compress", Kind::Bool),
 ];
 
 /// All commands, in the order in which `query-commands` lists them.

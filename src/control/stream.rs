@@ -183,6 +183,7 @@ fn find_layers(
         target: chain.layers.first().map(name).unwrap_or_default(),
         base: chain.layers.get(end).map(name),
         layers: chain.layers.iter().take(end).map(name).collect(),
+        compress: args.bool("compress").unwrap_or(false),
     })
 }
 

@@ -160,6 +160,9 @@ pub struct StreamArgs {
     /// What to do when data cannot be read or written
     #[arg(long, value_enum, value_name = "ACTION")]
     pub on_error: Option<OnError>,
+    /// Compress what is copied, where that makes it smaller
+    #[arg(long)]
+    pub compress: bool,
     /// Stay pending at the end until 'finalize'
     #[arg(long)]
     pub no_auto_finalize: bool,

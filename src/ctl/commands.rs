@@ -140,6 +140,9 @@ fn stream_arguments(args: &StreamArgs, job: &str) -> Value {
     if let Some(speed) = args.speed {
         map.insert("speed".to_owned(), json!(speed));
     }
+    if args.compress {
+        map.insert("compress".to_owned(), json!(true));
+    }
     for (key, off) in [
         ("auto-finalize", args.no_auto_finalize),
         ("auto-dismiss", args.no_auto_dismiss),

@@ -25,6 +25,8 @@ pub struct GraphSource {
     base: Option<String>,
     /// The layer was read-only before, and is to be so again.
     restore: bool,
+    /// Clusters are compressed where that makes them smaller.
+    compress: bool,
     /// Bytes copied since a guest's thread was let first.
     since_giving_way: Cell<u64>,
 }
@@ -44,6 +46,7 @@ impl GraphSource {
             graph,
             target: spec.target.clone(),
             base: spec.base.clone(),
+            compress: spec.compress,
             restore,
             since_giving_way: Cell::new(0),
         })
@@ -76,7 +79,11 @@ impl GraphSource {
     async fn copy_range(&self, offset: u64, len: u64) -> Result<u64> {
         let view = View::of(self.root.chain());
         let end = self.end(&view.chain)?;
-        let copied = view.copy(0, end, offset, len).await?;
+        let copied = if self.compress {
+            view.copy_compressed(0, end, offset, len).await?
+        } else {
+            view.copy(0, end, offset, len).await?
+        };
         self.give_way(copied.data);
         Ok(copied.data)
     }

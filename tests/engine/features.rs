@@ -260,3 +260,43 @@ fn qed_images_are_read_and_streamed_from() {
     check(&top, false);
     compare(&top, "qcow2", &bytes);
 }
+
+/// What would be caught: clusters that QEMU cannot decompress, or that are not shared at all.
+#[test]
+fn a_compressed_stream_is_small_and_qemu_reads_it() {
+    for options in [
+        "cluster_size=64k",
+        "cluster_size=64k,compression_type=zstd",
+        "cluster_size=4k,compat=0.10",
+        "cluster_size=64k,extended_l2=on",
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, top) = (in_dir(&dir, "base.raw"), in_dir(&dir, "top.qcow2"));
+        // Numbers in text: what compresses, with matches near and far.
+        let text: Vec<u8> = (0u32..)
+            .flat_map(|i| i.to_string().into_bytes())
+            .take(SIZE)
+            .collect();
+        std::fs::write(&base, &text).unwrap();
+        create_over(&top, options, &base, "raw");
+        let disk = Disk::open(&top, "qcow2", json!({}));
+        disk.reactor.block_on(async {
+            for at in (0..SIZE as u64).step_by(1 << 20) {
+                disk.view()
+                    .copy_compressed(0, 2, at, 1 << 20)
+                    .await
+                    .unwrap();
+            }
+        });
+        disk.close();
+        check(&top, false);
+        compare(&top, "qcow2", &text);
+        let size = std::fs::metadata(&top).unwrap().len();
+        assert!(size < SIZE as u64 * 4 / 5, "{options}: {size} bytes");
+        let disk = Disk::open(&top, "qcow2", json!({}));
+        let (disk, bytes) = workload(disk, text, 300, seed(), false);
+        disk.close();
+        check(&top, false);
+        compare(&top, "qcow2", &bytes);
+    }
+}

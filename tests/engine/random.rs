@@ -57,7 +57,14 @@ pub fn workload(
             reactor.spawn(async move {
                 let end = disk.root.chain().layers().len();
                 let len = (512 << 10).min(disk.size() - offset);
-                disk.view().copy(0, end, offset, len).await.unwrap();
+                if round % 8 == 0 {
+                    disk.view()
+                        .copy_compressed(0, end, offset, len)
+                        .await
+                        .unwrap();
+                } else {
+                    disk.view().copy(0, end, offset, len).await.unwrap();
+                }
             });
         }
         while reactor.tasks() > 0 {
@@ -174,6 +181,8 @@ fn overlays_while_streaming() {
         "cluster_size=2M",
         "extended_l2=on",
         "extended_l2=on,cluster_size=16k",
+        "compression_type=zstd,cluster_size=16k",
+        "refcount_bits=1",
     ] {
         overlay(options, true, true, false);
     }

@@ -1,4 +1,8 @@
-//! Reading compressed clusters.
+//! Compressed clusters: reading them, and writing them where a job asks for it.
+//!
+//! Source: QEMU's `docs/interop/qcow2`, section "Compressed Clusters Descriptor". Several of them
+//! share a host cluster, which has a reference for each. Ours begin at a sector (or a block of the
+//! storage), so that no two writers ever meet in one, and do not cross a host cluster's end.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -6,10 +10,11 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::Qcow2;
-use super::header::Compression;
+use super::header::{Compression, SECTOR};
+use super::l2::Words;
 use crate::error::{Action, Error, Result};
 use crate::format::Compressed;
-use crate::storage;
+use crate::storage::{self, AlignedBuf};
 
 /// Clusters kept after decompression: guests read a cluster in several requests.
 const KEPT: usize = 16;
@@ -33,6 +38,11 @@ impl Cache {
             cache.pop_front();
         }
         cache.push_back((offset, cluster.clone()));
+    }
+
+    /// Forgets what was at `offset`: something else will be.
+    fn forget(&self, offset: u64) {
+        self.0.lock().retain(|(at, _)| *at != offset);
     }
 
     /// Forgets everything: compressed clusters have been freed.
@@ -66,6 +76,87 @@ impl Qcow2 {
         self.decompressed.insert(compressed.offset, &cluster);
         Ok(cluster)
     }
+}
+
+impl Qcow2 {
+    /// Writes `bytes`, a whole cluster, to the cluster at `offset` of the disk, compressed. False:
+    /// that would gain nothing, or cannot be here, and nothing was written. The caller holds the
+    /// claim, and the cluster is not in this layer.
+    ///
+    /// # Errors
+    /// When it cannot be written, or metadata cannot be read.
+    pub async fn write_compressed(&self, offset: u64, bytes: &[u8]) -> Result<bool> {
+        let cluster = self.cluster_size();
+        if self.data.is_some() || bytes.len() as u64 != cluster || !offset.is_multiple_of(cluster) {
+            return Ok(false);
+        }
+        let compression = self.header.lock().compression;
+        let Some(packed) = deflate(compression, bytes) else {
+            return Ok(false);
+        };
+        let block = self.storage.limits().offset_align.max(SECTOR as u64);
+        let room = (packed.len() as u64).next_multiple_of(block);
+        if room >= cluster {
+            return Ok(false);
+        }
+        let host = self.allocate_part(room).await?;
+        self.decompressed.forget(host);
+        let mut padded = AlignedBuf::zeroed(room as usize);
+        if let Some(start) = padded.get_mut(..packed.len()) {
+            start.copy_from_slice(&packed);
+        }
+        let written = storage::io::write_buf(&*self.storage, host, &padded).await;
+        if let Err(error) = written {
+            self.release(host >> self.cluster_bits).await;
+            return Err(self.io_error(Action::Write, host, &error));
+        }
+        let descriptor = self.shape.compressed_descriptor(host, packed.len() as u64);
+        self.modify(offset, offset + cluster, |_, _, _| Words {
+            descriptor,
+            bitmap: 0,
+        })
+        .await?;
+        Ok(true)
+    }
+
+    /// Finds `len` bytes in a host cluster that compressed clusters share, and takes a reference.
+    async fn allocate_part(&self, len: u64) -> Result<u64> {
+        loop {
+            let (result, table_len) = {
+                let mut meta = self.meta.lock();
+                (
+                    meta.allocator.allocate_part(len),
+                    meta.allocator.table().len(),
+                )
+            };
+            match result {
+                Ok(offset) => return Ok(offset),
+                Err(need) => self.provide(need, table_len).await?,
+            }
+        }
+    }
+}
+
+/// Compresses a cluster; `None` when it does not become smaller.
+fn deflate(compression: Compression, cluster: &[u8]) -> Option<Vec<u8>> {
+    let mut packed = vec![0; cluster.len()];
+    let len = match compression {
+        Compression::Zlib => {
+            // QEMU reads with a window of 4 KiB.
+            let mut state =
+                flate2::Compress::new_with_window_bits(flate2::Compression::default(), false, 12);
+            let status = state
+                .compress(cluster, &mut packed, flate2::FlushCompress::Finish)
+                .ok()?;
+            if status != flate2::Status::StreamEnd {
+                return None;
+            }
+            state.total_out() as usize
+        }
+        Compression::Zstd => zstd::bulk::compress_to_buffer(cluster, &mut packed[..], 0).ok()?,
+    };
+    packed.truncate(len);
+    Some(packed)
 }
 
 /// Decompresses one whole cluster; what follows it in `bytes` is somebody else's.

@@ -314,6 +314,14 @@ impl Shape {
         None
     }
 
+    /// The descriptor of a compressed cluster of `len` bytes at `offset`.
+    #[must_use]
+    pub fn compressed_descriptor(self, offset: u64, len: u64) -> u64 {
+        let shift = 62 - (self.cluster_bits - 8);
+        let sectors = (offset + len - 1) / 512 - offset / 512;
+        COMPRESSED | sectors << shift | offset
+    }
+
     /// The compressed cluster, with the position of the wanted byte in it.
     #[must_use]
     pub fn compressed(offset: u64, len: u32, within: u64) -> Compressed {

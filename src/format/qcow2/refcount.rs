@@ -62,6 +62,10 @@ impl Geometry {
         (8u64 << self.cluster_bits) >> self.refcount_order
     }
 
+    fn max_refcount(self) -> u64 {
+        u64::MAX >> (64 - (1u64 << self.refcount_order))
+    }
+
     fn slices_per_block(self) -> u64 {
         self.per_block() / self.per_slice()
     }
@@ -87,6 +91,8 @@ pub struct Allocator {
     frozen: bool,
     /// Clusters that have not been looked at since the image was opened: some may be free.
     unseen: Range<u64>,
+    /// Where the next compressed cluster goes, in a host cluster that others share.
+    part: Option<Range<u64>>,
     /// The image's own clusters, which are never handed out, whatever their refcount.
     metadata: Clusters,
 }
@@ -114,6 +120,7 @@ impl Allocator {
             virgin_from: if zero_past_end { end } else { u64::MAX },
             frozen: false,
             unseen: 0..end,
+            part: None,
             metadata,
         }
     }
@@ -193,6 +200,31 @@ impl Allocator {
             }
         }
         self.append(wanted)
+    }
+
+    /// Allocates `len` bytes for a compressed cluster, less than a cluster: in the host cluster that
+    /// the last ones went to, if there is room, with one more reference to it.
+    ///
+    /// # Errors
+    /// As for [`Allocator::allocate`].
+    pub fn allocate_part(&mut self, len: u64) -> Result<u64, Need> {
+        let bits = self.geometry.cluster_bits;
+        if let Some(part) = self
+            .part
+            .clone()
+            .filter(|part| part.end - part.start >= len)
+        {
+            let cluster = part.start >> bits;
+            let count = self.refcount(cluster)?.unwrap_or(0);
+            if count > 0 && count < self.geometry.max_refcount() {
+                self.set(cluster, count + 1)?;
+                self.part = Some(part.start + len..part.end);
+                return Ok(part.start);
+            }
+        }
+        let start = self.allocate(1)?.offset;
+        self.part = Some(start + len..start + (1 << bits));
+        Ok(start)
     }
 
     /// Finds what is free in the next slice of the clusters that the file had when it was opened.
@@ -353,6 +385,10 @@ impl Allocator {
             Some(count) => {
                 self.set(cluster, count - 1)?;
                 if count == 1 {
+                    let part = self.part.as_ref().map(|part| part.start);
+                    if part.is_some_and(|at| at >> self.geometry.cluster_bits == cluster) {
+                        self.part = None;
+                    }
                     self.metadata.remove(cluster);
                     self.add_free(cluster, 1);
                 }

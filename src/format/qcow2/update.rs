@@ -174,7 +174,7 @@ impl Qcow2 {
         }
     }
 
-    async fn provide(&self, need: Need, table_len: usize) -> Result<()> {
+    pub(super) async fn provide(&self, need: Need, table_len: usize) -> Result<()> {
         match need {
             Need::Slice(number) => self.load_refcounts(number).await,
             Need::Table => self.grow_reftable(table_len).await,
@@ -350,7 +350,7 @@ impl Qcow2 {
 
     /// Changes the entries of the clusters in `[start, end)`, bytes of the disk. `change` is given
     /// the cluster, its units in the range, and its old entry.
-    async fn modify(
+    pub(super) async fn modify(
         &self,
         start: u64,
         end: u64,
