@@ -4,19 +4,24 @@
 //! The data of a new cluster is written before the cluster is linked, so no reader ever sees it
 //! half filled.
 
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
+
+use futures_util::future::try_join;
 
 use super::{Layer, View};
 use crate::error::{Action, Error, Result};
 use crate::format::qcow2::{Clear, Target};
 use crate::format::{Format, Place, Qcow2};
-use crate::storage::{self, AlignedBuf, IoBufs};
+use crate::storage::{self, AlignedBuf, IoBufs, ScratchBuf};
 
 /// Guest bytes allocated at a time: bounds the buffers and lets others have the clusters.
 const ALLOCATE_AT_ONCE: u64 = 2 << 20;
 /// Guest bytes whose mapping is cleared at a time.
 const CLEAR_AT_ONCE: u64 = 64 << 20;
+/// New data up to this length is read over where both sides of it must be read.
+const READ_THROUGH: usize = 32 << 10;
 /// Zeros are written from a buffer of this size where they cannot be recorded.
 const ZERO_CHUNK: u64 = 256 << 10;
 
@@ -142,41 +147,53 @@ impl View {
 
     /// Writes `bufs` into its new place, with what was there before around it.
     async fn fill(&self, top: &Layer, target: Target, offset: u64, bufs: &IoBufs) -> Result<()> {
-        let before = offset - target.start;
         let end = offset + bufs.len() as u64;
-        let head = self.old_bytes(target.fresh, target.start, before).await?;
-        let tail = self.old_bytes(target.fresh, end, target.end - end).await?;
+        // The bytes to be read; what is fresh and was zero needs neither a read nor a write.
+        let head = self.to_copy(target.fresh, target.start..offset).await?;
+        let tail = self.to_copy(target.fresh, end..target.end).await?;
         let mut all = IoBufs::empty();
-        let mut at = target.host;
-        match &head {
-            // SAFETY: `head` outlives the write below.
-            Some(head) => all.append(&unsafe { IoBufs::of(head, 0, head.len()) }),
-            None => at += before,
+        let at = target.host + (head.start - target.start);
+        if !head.is_empty() && !tail.is_empty() && bufs.len() <= READ_THROUGH {
+            // One read in place of two.
+            let old = self.old_bytes(head.start..tail.end).await?;
+            let (first, last) = (head.end - head.start, tail.start - head.start);
+            // SAFETY: `old` outlives the write below.
+            all.append(&unsafe { IoBufs::of(&old, 0, first as usize) });
+            all.append(bufs);
+            let rest = (tail.end - tail.start) as usize;
+            // SAFETY: as above.
+            all.append(&unsafe { IoBufs::of(&old, last as usize, rest) });
+            return top.store(at, &all).await;
         }
+        let (head, tail) = try_join(self.old_bytes(head), self.old_bytes(tail)).await?;
+        // SAFETY: `head` outlives the write below.
+        all.append(&unsafe { IoBufs::of(&head, 0, head.len()) });
         all.append(bufs);
-        if let Some(tail) = &tail {
-            // SAFETY: `tail` outlives the write below.
-            all.append(&unsafe { IoBufs::of(tail, 0, tail.len()) });
-        }
+        // SAFETY: `tail` outlives the write below.
+        all.append(&unsafe { IoBufs::of(&tail, 0, tail.len()) });
         top.store(at, &all).await
     }
 
-    /// What a part of a cluster held so far; `None`: zeros, and so does its new place, since that
-    /// is `fresh`.
-    async fn old_bytes(&self, fresh: bool, offset: u64, len: u64) -> Result<Option<AlignedBuf>> {
-        if len == 0 {
-            return Ok(None);
+    /// What of a part around new data must be copied: all of it, or nothing (an empty range at its
+    /// end) where its new place reads as zeros and so did it.
+    async fn to_copy(&self, fresh: bool, part: Range<u64>) -> Result<Range<u64>> {
+        let within = part.end.min(self.chain.size()).saturating_sub(part.start);
+        let nothing =
+            part.is_empty() || (fresh && self.chain.is_zero(0, part.start, within).await?);
+        Ok(if nothing { part.end..part.end } else { part })
+    }
+
+    /// What a part of the disk holds so far; zeros past its end.
+    async fn old_bytes(&self, part: Range<u64>) -> Result<ScratchBuf> {
+        let mut buffer = ScratchBuf::new((part.end - part.start) as usize);
+        let within = part.end.min(self.chain.size()).saturating_sub(part.start) as usize;
+        if let Some(past) = buffer.get_mut(within..) {
+            past.fill(0);
         }
-        let size = self.chain.size();
-        let within = len.min(size.saturating_sub(offset));
-        if fresh && self.chain.is_zero(0, offset, within).await? {
-            return Ok(None);
-        }
-        let buffer = AlignedBuf::zeroed(len as usize);
         // SAFETY: `buffer` outlives the read.
-        let bufs = unsafe { IoBufs::of(&buffer, 0, within as usize) };
-        self.chain.read_from(0, offset, &bufs).await?;
-        Ok(Some(buffer))
+        let bufs = unsafe { IoBufs::of(&buffer, 0, within) };
+        self.chain.read_from(0, part.start, &bufs).await?;
+        Ok(buffer)
     }
 
     async fn zero_qcow2(
