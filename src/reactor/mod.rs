@@ -346,6 +346,13 @@ impl Reactor {
         } else {
             Ok(result as u32)
         };
+        self.complete(token, result);
+    }
+
+    /// Delivers the result of an operation that this thread's storage has carried out without
+    /// the ring, after it had answered [`Pending`](crate::storage::Submission::Pending). Whoever
+    /// waits for `token` goes on with the next [`Reactor::turn`].
+    pub fn complete(&self, token: Token, result: io::Result<u32>) {
         if token.is_client() {
             let value = token.value();
             self.inner
