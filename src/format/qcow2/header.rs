@@ -134,7 +134,7 @@ pub struct Header {
     pub refcount_order: u32,
     /// How compressed clusters are compressed.
     pub compression: Compression,
-    /// The first cluster as read: changes are made to a copy of it.
+    /// The first cluster as read, without the zeros at its end: changes are made to a copy of it.
     raw: Vec<u8>,
     header_length: usize,
     extensions: Vec<Extension>,
@@ -240,7 +240,17 @@ impl Header {
         header.parse_backing()?;
         header.parse_data_file()?;
         header.parse_bitmaps()?;
+        let used = header.raw.iter().rposition(|&byte| byte != 0);
+        header.raw.truncate(used.map_or(0, |last| last + 1));
+        header.raw.shrink_to_fit();
         Ok(header)
+    }
+
+    /// The first cluster.
+    fn whole(&self) -> Vec<u8> {
+        let mut raw = self.raw.clone();
+        raw.resize(1 << self.cluster_bits, 0);
+        raw
     }
 
     fn parse_extensions(&mut self) -> Result<()> {
@@ -474,7 +484,7 @@ impl Header {
     /// # Errors
     /// When there is no room for the name.
     pub fn plan_backing(&self, backing: Option<&Backing>) -> Result<Vec<Patch>> {
-        let mut sector = self.raw.clone();
+        let mut sector = self.whole();
         let mut patches = Vec::new();
         self.place_backing_format(&mut sector, backing.and_then(|b| b.format.as_deref()))?;
         let (at, len) = match backing {
@@ -636,7 +646,7 @@ impl Header {
     }
 
     fn first_sector(&self, change: impl FnOnce(&mut [u8])) -> Patch {
-        let mut bytes = self.raw.clone();
+        let mut bytes = self.whole();
         bytes.truncate(SECTOR);
         change(&mut bytes);
         Patch { offset: 0, bytes }
@@ -647,7 +657,7 @@ impl Header {
     /// # Errors
     /// When they do not make a header.
     pub fn patched(&self, patches: &[Patch]) -> Result<Self> {
-        let mut raw = self.raw.clone();
+        let mut raw = self.whole();
         for patch in patches {
             put(&mut raw, patch.offset as usize, &patch.bytes);
         }

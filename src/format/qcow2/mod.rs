@@ -18,6 +18,7 @@
 pub mod bitmaps;
 pub mod claims;
 mod compress;
+mod directory;
 mod flush;
 pub mod header;
 pub mod l2;
@@ -30,7 +31,6 @@ use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use arc_swap::ArcSwapOption;
 use event_listener::Event;
 use parking_lot::Mutex;
 
@@ -39,6 +39,7 @@ use crate::error::{Action, Error, Result};
 use crate::storage::{self, Storage};
 
 use claims::Claims;
+use directory::Directory;
 use header::Header;
 use l2::{Shape, Slice, State, Words};
 use refcount::{Allocator, Geometry, SLICE_BYTES};
@@ -47,11 +48,11 @@ pub use header::Backing;
 pub use refcount::Allocation;
 pub use update::{Clear, Target};
 
-/// Bytes of mapping metadata kept in memory, unless an option says otherwise.
+/// Bytes of metadata kept in memory at most, unless an option says otherwise.
 pub const DEFAULT_CACHE_BYTES: u64 = 32 << 20;
-/// Refcount slices kept in memory.
-const REFCOUNT_SLICES: usize = 2048;
-/// Changed slices that are gathered before they are written without being asked.
+/// The part of them that is for refcounts, which only those who allocate and free need.
+const REFCOUNT_PART: u64 = 8;
+/// Changed slices that are gathered at most before they are written without being asked.
 const DIRTY_LIMIT: usize = 2048;
 
 /// How to open an image.
@@ -61,7 +62,7 @@ pub struct Options {
     pub writable: bool,
     /// Space of freed clusters is given back to the file system.
     pub discard: bool,
-    /// Bytes of mapping metadata to keep in memory.
+    /// Bytes of metadata to keep in memory at most.
     pub cache_bytes: u64,
 }
 
@@ -105,8 +106,7 @@ pub struct Qcow2 {
     size: u64,
     l1: Box<[AtomicU64]>,
     l1_offset: u64,
-    /// By number: guest cluster / entries in a slice.
-    directory: Box<[ArcSwapOption<Slice>]>,
+    directory: Directory,
     meta: Mutex<Meta>,
     /// Guest clusters whose mapping is being changed.
     claims: Claims,
@@ -159,8 +159,13 @@ impl Qcow2 {
         check_writable(&header, &*storage, data.as_ref(), options)?;
         let cluster = 1u64 << header.cluster_bits;
         let l1 = read_table(&*storage, header.l1_offset, u64::from(header.l1_size)).await?;
-        let entries = u64::from(header.reftable_clusters) * cluster / 8;
-        let table = read_table(&*storage, header.reftable_offset, entries).await?;
+        let table = if options.writable {
+            let entries = u64::from(header.reftable_clusters) * cluster / 8;
+            read_table(&*storage, header.reftable_offset, entries).await?
+        } else {
+            // Whoever only reads does not ask who refers to what.
+            Vec::new()
+        };
         metadata::check_tables(&header, &l1, &table, storage.name())?;
         let metadata = if options.writable {
             metadata::Clusters::new(&header, &l1, &table, storage.name())?
@@ -191,7 +196,7 @@ impl Qcow2 {
             size: header.size.next_multiple_of(header::SECTOR as u64),
             l1: l1.into_iter().map(AtomicU64::new).collect(),
             l1_offset: header.l1_offset,
-            directory: (0..slices).map(|_| ArcSwapOption::empty()).collect(),
+            directory: Directory::new(slices),
             meta: Mutex::new(Meta {
                 allocator,
                 dirty_l1: BTreeSet::new(),
@@ -290,8 +295,7 @@ impl Qcow2 {
     }
 
     fn slice(&self, number: u64) -> Option<arc_swap::Guard<Option<Arc<Slice>>>> {
-        let guard = self.directory.get(number as usize)?.load();
-        guard.is_some().then_some(guard)
+        self.directory.get(number)
     }
 
     /// Where the slice's bytes are in the file; `None`: its table does not exist.
@@ -416,13 +420,7 @@ impl Qcow2 {
         let Some(_guard) = self.begin_loading(Loading::Mapping(number)).await else {
             return Ok(());
         };
-        let Some(place) = self.directory.get(number as usize) else {
-            return Err(Error::corrupt(
-                self.storage.name(),
-                "mapping past the end of the disk",
-            ));
-        };
-        if place.load().is_some() {
+        if self.directory.get(number).is_some() {
             return Ok(());
         }
         let Some(offset) = self.slice_offset(number) else {
@@ -444,7 +442,12 @@ impl Qcow2 {
                 ));
             }
         }
-        place.store(Some(Arc::new(slice)));
+        if !self.directory.set(number, Some(Arc::new(slice))) {
+            return Err(Error::corrupt(
+                self.storage.name(),
+                "mapping past the end of the disk",
+            ));
+        }
         meta.loaded.push_back(number);
         self.evict(&mut meta);
         Ok(())
@@ -475,28 +478,45 @@ impl Qcow2 {
         ))
     }
 
+    /// Bytes of a slice, of the mapping or of the refcounts.
+    fn slice_bytes(&self) -> u64 {
+        SLICE_BYTES.min(self.cluster_size())
+    }
+
+    /// How many slices of the mapping may be in memory.
+    fn mapping_slices(&self) -> usize {
+        let bytes = self.options.cache_bytes - self.options.cache_bytes / REFCOUNT_PART;
+        (bytes / self.slice_bytes()).max(8) as usize
+    }
+
+    /// How many slices of the refcounts may be in memory.
+    fn refcount_slices(&self) -> usize {
+        (self.options.cache_bytes / REFCOUNT_PART / self.slice_bytes()).max(4) as usize
+    }
+
+    /// How many changed slices are too many: they cannot be forgotten before they are written.
+    fn dirty_limit(&self) -> usize {
+        DIRTY_LIMIT.min(self.mapping_slices() / 2)
+    }
+
     /// Forgets slices that were not used lately, down to the limit. Changed ones stay.
     fn evict(&self, meta: &mut Meta) {
-        let slice_bytes = self.slice_entries() * self.shape.entry_bytes();
-        let limit = (self.options.cache_bytes / slice_bytes).max(8) as usize;
+        let limit = self.mapping_slices();
         let mut looked_at = 0;
         while meta.loaded.len() > limit && looked_at < 2 * limit {
             looked_at += 1;
             let Some(number) = meta.loaded.pop_front() else {
                 return;
             };
-            let Some(place) = self.directory.get(number as usize) else {
-                continue;
-            };
             let busy = meta.dirty_slices.contains(&number) || meta.writing.contains(&number);
-            let referenced = place
-                .load()
-                .as_ref()
-                .is_some_and(|slice| slice.take_referenced());
+            let referenced = self
+                .directory
+                .get(number)
+                .is_some_and(|slice| slice.as_ref().is_some_and(|s| s.take_referenced()));
             if busy || referenced {
                 meta.loaded.push_back(number);
             } else {
-                place.store(None);
+                self.directory.set(number, None);
             }
         }
     }
@@ -518,7 +538,7 @@ impl Qcow2 {
             .map_err(|error| Error::io(Action::Read, self.storage.name(), offset, &error))?;
         let mut meta = self.meta.lock();
         // Room is made before, so that what was just asked for stays.
-        meta.allocator.trim(REFCOUNT_SLICES);
+        meta.allocator.trim(self.refcount_slices());
         meta.allocator
             .insert_slice(number, buffer.to_vec().into_boxed_slice());
         Ok(())

@@ -8,7 +8,7 @@ use super::claims::Claim;
 use super::l2::{self, Descriptor, State, Words};
 use super::metadata::Kind;
 use super::refcount::{Allocation, Need};
-use super::{DIRTY_LIMIT, Meta, Qcow2};
+use super::{Meta, Qcow2};
 use crate::error::{Action, Error, Result};
 use crate::storage::{self, AlignedBuf};
 
@@ -454,7 +454,7 @@ impl Qcow2 {
             let meta = self.meta.lock();
             meta.dirty_slices.len() + meta.allocator.dirty()
         };
-        if dirty > DIRTY_LIMIT {
+        if dirty > self.dirty_limit() {
             return self.flush().await;
         }
         Ok(())
