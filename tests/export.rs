@@ -12,7 +12,7 @@ use rand::prelude::*;
 use stratablk::export::{Export, ExportConfig, SocketSource};
 use stratablk::storage::FileStorage;
 use stratablk::storage::file::OpenFlags;
-use stratablk::storage::memory::MemoryStorage;
+use stratablk::storage::memory::{MemoryStorage, Step};
 use virtio_driver::VirtioFeatureFlags;
 
 fn writable_file(place: &Place, size: u64) -> std::path::PathBuf {
@@ -171,6 +171,36 @@ fn large_requests_are_whole() {
     all.fill(1);
     assert_eq!(guest.run(0, |q| q.read(4096, all, 0)), 0);
     assert!(all == expected);
+}
+
+/// Catches: zeros that are written although they were to be detected, and data that is taken for
+/// zeros because only some of it is.
+#[test]
+fn zeros_are_detected_where_that_is_asked_for() {
+    let place = Place::new();
+    let (root, storage) = memory_root(vec![9; 1 << 20]);
+    let config = ExportConfig {
+        detect_zeroes: Some(true),
+        ..place.config()
+    };
+    let _export = start(config, root);
+    let mut guest = Guest::connect(&place.socket(), 1);
+    storage.record();
+    let part = guest.memory.part(0, 8192);
+    part.fill(0);
+    assert_eq!(guest.run(0, |q| q.write(4096, part, 0)), 0);
+    part[8191] = 1;
+    assert_eq!(guest.run(0, |q| q.write(65536, part, 0)), 0);
+    let steps = storage.take_log();
+    let zero = Step::Zero {
+        offset: 4096,
+        len: 8192,
+    };
+    let data = Step::Write {
+        offset: 65536,
+        bytes: part.to_vec(),
+    };
+    assert_eq!(steps, [zero, data]);
 }
 
 /// Catches: a disk whose blocks the storage cannot write one by one, where two small writes to

@@ -10,6 +10,7 @@ use super::{Layer, Status, View};
 use crate::error::Result;
 use crate::format::qcow2::Clear;
 use crate::format::{Format, Qcow2};
+use crate::storage::buffer::is_zero;
 use crate::storage::{AlignedBuf, IoBufs, ScratchBuf};
 
 /// Bytes that copy-on-read claims and copies at a time.
@@ -234,15 +235,6 @@ fn runs(bytes: &[u8], cluster: usize) -> Vec<(usize, usize, bool)> {
         }
     }
     runs
-}
-
-/// Whether all bytes are zero: in blocks, which the compiler turns into vector instructions.
-fn is_zero(bytes: &[u8]) -> bool {
-    let mut blocks = bytes.chunks_exact(256);
-    blocks
-        .by_ref()
-        .all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
-        && blocks.remainder().iter().all(|&byte| byte == 0)
 }
 
 #[cfg(test)]

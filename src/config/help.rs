@@ -41,7 +41,8 @@ macro_rules! blockdev {
     auto-read-only=on|off     open read-only when it cannot be written [off]
     force-share=on|off        let others write too; needs read-only=on [off]
     discard=ignore|unmap      what becomes of discarded space [ignore; unmap in place]
-    detect-zeroes=off|on|unmap  (accepted without effect so far)
+    detect-zeroes=off|on|unmap  record writes of nothing but zeros as such, for the node
+                              that is exported [off]
     cache.direct=on|off       go past the host's page cache [off]
     cache.no-flush=on|off     never flush: data is lost when the host goes down [off]
 
@@ -62,7 +63,7 @@ macro_rules! blockdev {
     data-file=NODE            where the guest's data is, instead of the file the image names
     pass-discard-request=on|off  free space in the file when the guest discards
                               [on if discard=unmap]
-    l2-cache-size=N, cache-size=N  bytes of mapping metadata in memory [32M]
+    l2-cache-size=N, cache-size=N  bytes of metadata in memory at most [32M]
     (accepted without effect: lazy-refcounts, pass-discard-snapshot, pass-discard-other,
     discard-no-unref, overlap-check, l2-cache-entry-size, refcount-cache-size,
     cache-clean-interval)

@@ -19,7 +19,7 @@ use futures_util::future::LocalBoxFuture;
 use parking_lot::Mutex;
 
 use crate::chain::Graph;
-use crate::config::{Config, ExportOptions, ObjectOptions, SocketAddress};
+use crate::config::{Config, DetectZeroes, ExportOptions, ObjectOptions, SocketAddress};
 use crate::control::backend::Export as ExportView;
 use crate::control::{Control, EventHub};
 use crate::error::{Error, Result};
@@ -202,6 +202,11 @@ fn start_export(
     export.serial.clone_from(&options.serial);
     export.logical_block_size = logical_block_size;
     export.write_cache = !options.writethrough;
+    export.detect_zeroes = match graph.node(&options.node_name)?.options.detect_zeroes {
+        DetectZeroes::Off => None,
+        DetectZeroes::On => Some(false),
+        DetectZeroes::Unmap => Some(true),
+    };
     if let Some(ns) = poll_max_ns {
         export.poll_max_us = u32::try_from(ns.div_ceil(1000)).unwrap_or(u32::MAX);
     }

@@ -62,6 +62,9 @@ pub struct ExportConfig {
     pub write_cache: bool,
     /// Longest time of polling before a queue's thread sleeps; 0: none.
     pub poll_max_us: u32,
+    /// Writes of nothing but zeros are carried out as write-zeroes requests; true: with leave to
+    /// give space back.
+    pub detect_zeroes: Option<bool>,
 }
 
 impl ExportConfig {
@@ -78,6 +81,7 @@ impl ExportConfig {
             logical_block_size: 512,
             write_cache: true,
             poll_max_us: DEFAULT_POLL_MAX_US,
+            detect_zeroes: None,
         }
     }
 

@@ -114,6 +114,7 @@ impl Export {
             writable: config.writable,
             block_size: u64::from(geometry.block_size),
             poll_max_us: config.poll_max_us,
+            detect_zeroes: config.detect_zeroes,
         });
         let workers = (0..config.queues)
             .map(|index| Worker::spawn(index, &facts, &root))

@@ -242,6 +242,24 @@ impl IoBufs {
         iovecs_aligned(&self.iovecs, align)
     }
 
+    /// Whether all of it is zero. Who else writes to it meanwhile may get either answer.
+    #[must_use]
+    pub fn is_zero(&self) -> bool {
+        let mut copy = [0; 4096];
+        self.iovecs.iter().all(|iovec| {
+            (0..iovec.iov_len).step_by(copy.len()).all(|start| {
+                let now = copy.len().min(iovec.iov_len - start);
+                // SAFETY: the range is valid by the contract of `new`, and `start + now` is within
+                // it. It is copied, since a guest may change it at any time.
+                unsafe {
+                    let from = iovec.iov_base.cast::<u8>().add(start);
+                    std::ptr::copy_nonoverlapping(from, copy.as_mut_ptr(), now);
+                }
+                copy.get(..now).is_some_and(is_zero)
+            })
+        })
+    }
+
     /// Fills all of it with zeros.
     pub fn zero(&self) {
         for iovec in &self.iovecs {
@@ -280,6 +298,16 @@ impl std::fmt::Debug for IoBufs {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "IoBufs({} bytes in {})", self.len, self.iovecs.len())
     }
+}
+
+/// Whether all bytes are zero: in blocks, which the compiler turns into vector instructions.
+#[must_use]
+pub fn is_zero(bytes: &[u8]) -> bool {
+    let mut blocks = bytes.chunks_exact(256);
+    blocks
+        .by_ref()
+        .all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
+        && blocks.remainder().iter().all(|&byte| byte == 0)
 }
 
 /// Calls `push` with the vectors that cover `[start, start + len)` of `iovecs`.

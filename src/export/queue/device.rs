@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use super::flush::FlushGroup;
 use super::slot::Slot;
-use super::{DeviceFacts, Kick, QueueSetup};
+use super::{DeviceFacts, Kick, QueueSetup, Unmap};
 use crate::chain::{Pieces, Source, View, ViewCache};
 use crate::error::{Error, Result};
 use crate::export::config::{MAX_DISCARD, MAX_WRITE_ZEROES};
@@ -355,6 +355,9 @@ impl Queue {
         };
         let len = slot.ranges.data_len() as usize;
         let mut pieces = Pieces::new();
+        if write && context.facts.detect_zeroes.is_some() {
+            return self.spawn(context, head);
+        }
         let planned = iovecs_aligned(slot.ranges.data(), limits.memory_align)
             && if write {
                 view.chain.plan_write(offset, len, &mut pieces)
@@ -420,7 +423,7 @@ impl Queue {
         let bufs = unsafe { IoBufs::new(slot.ranges.data()) };
         let (kind, done, facts) = (slot.kind, context.done.clone(), context.facts.clone());
         context.reactor.spawn(async move {
-            let status = match perform(view, kind, bufs).await {
+            let status = match perform(view, kind, bufs, facts.detect_zeroes).await {
                 Ok(()) => Status::Ok,
                 Err(error) => {
                     log::error!("export '{}': {error}", facts.id);
@@ -547,7 +550,12 @@ fn submit(
 }
 
 /// Carries out a request with whatever it needs.
-async fn perform(view: Rc<View>, kind: Kind, bufs: IoBufs) -> Result<()> {
+async fn perform(
+    view: Rc<View>,
+    kind: Kind,
+    bufs: IoBufs,
+    detect_zeroes: Option<Unmap>,
+) -> Result<()> {
     match kind {
         Kind::In { offset } => {
             for (start, len) in chunks(bufs.len() as u64) {
@@ -557,6 +565,12 @@ async fn perform(view: Rc<View>, kind: Kind, bufs: IoBufs) -> Result<()> {
             Ok(())
         }
         Kind::Out { offset } => {
+            if let Some(unmap) = detect_zeroes
+                && bufs.is_zero()
+            {
+                let len = bufs.len() as u64;
+                return view.write_zeroes(offset, len, unmap).await;
+            }
             for (start, len) in chunks(bufs.len() as u64) {
                 let part = bufs.slice(start as usize, len as usize);
                 view.clone().write(offset + start, part).await?;

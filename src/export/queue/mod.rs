@@ -47,6 +47,9 @@ pub(super) struct QueueSetup {
     pub(super) write_through: bool,
 }
 
+/// Whether zeros that were found may give space back.
+pub(super) type Unmap = bool;
+
 /// What is the same for all queues of an export.
 #[derive(Clone, Debug)]
 pub(super) struct DeviceFacts {
@@ -57,6 +60,8 @@ pub(super) struct DeviceFacts {
     /// Requests keep to multiples of it.
     pub(super) block_size: u64,
     pub(super) poll_max_us: u32,
+    /// Writes of nothing but zeros become write-zeroes requests.
+    pub(super) detect_zeroes: Option<Unmap>,
 }
 
 /// An order to a worker.
