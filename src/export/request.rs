@@ -111,6 +111,15 @@ pub struct Ranges {
 }
 
 impl Ranges {
+    /// No ranges, and room for those of a usual request: header, two of data, status.
+    #[must_use]
+    pub fn with_room() -> Self {
+        Self {
+            iovecs: Vec::with_capacity(4),
+            ..Self::default()
+        }
+    }
+
     /// The ranges of the data.
     #[must_use]
     pub fn data(&self) -> &[libc::iovec] {

@@ -44,4 +44,6 @@ pub struct QueueStats {
     pub signals: Counter,
     /// Times that the worker slept.
     pub sleeps: Counter,
+    /// Times that the worker's ring entered the kernel, up to when it last slept.
+    pub enters: Counter,
 }

@@ -349,6 +349,12 @@ impl Reactor {
         self.complete(token, result);
     }
 
+    /// How often this thread's ring has entered the kernel: system calls for I/O and for waiting.
+    #[must_use]
+    pub fn enters(&self) -> u64 {
+        self.inner.ring.borrow().enters()
+    }
+
     /// Delivers the result of an operation that this thread's storage has carried out without
     /// the ring, after it had answered [`Pending`](crate::storage::Submission::Pending). Whoever
     /// waits for `token` goes on with the next [`Reactor::turn`].

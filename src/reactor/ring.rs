@@ -12,6 +12,8 @@ pub(super) struct Ring {
     uring: IoUring,
     /// Entries queued since the last submission.
     queued: u32,
+    /// How often the kernel has been entered.
+    enters: u64,
     /// Completions are posted only when this thread enters the kernel (`DEFER_TASKRUN`).
     deferred: bool,
 }
@@ -46,6 +48,7 @@ impl Ring {
         Ok(Self {
             uring,
             queued: 0,
+            enters: 0,
             deferred,
         })
     }
@@ -100,8 +103,14 @@ impl Ring {
         self.settle(result)
     }
 
+    /// How often the kernel has been entered.
+    pub(super) fn enters(&self) -> u64 {
+        self.enters
+    }
+
     /// Interprets what entering the kernel returned.
     fn settle(&mut self, result: io::Result<usize>) -> io::Result<()> {
+        self.enters += 1;
         match result {
             Ok(taken) => {
                 self.queued = self.queued.saturating_sub(taken as u32);

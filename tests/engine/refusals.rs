@@ -73,58 +73,26 @@ fn images_that_must_not_be_written_open_read_only() {
     refused(&path, "dirty");
 }
 
+/// Writes another backing file into the header, whether or not it exists.
+fn rebase(path: &Path, format: &str, backing: &str) {
+    let image = path.to_str().unwrap();
+    let args = [
+        "rebase", "-u", "-f", "qcow2", "-F", format, "-b", backing, image,
+    ];
+    run("qemu-img", &args);
+}
+
 #[test]
 fn chains_that_loop_or_lead_nowhere_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let (a, b) = (in_dir(&dir, "a.qcow2"), in_dir(&dir, "b.qcow2"));
     create(&a, "compat=1.1", 1 << 20);
     create_over(&b, "", &a, "qcow2");
-    let rebase = [
-        "rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", "b.qcow2",
-    ];
-    run(
-        "qemu-img",
-        &rebase
-            .into_iter()
-            .chain([a.to_str().unwrap()])
-            .collect::<Vec<_>>(),
-    );
+    rebase(&a, "qcow2", "b.qcow2");
     refused(&b, "loop");
-    let nowhere = [
-        "rebase",
-        "-u",
-        "-f",
-        "qcow2",
-        "-F",
-        "raw",
-        "-b",
-        "nbd://localhost/x",
-    ];
-    run(
-        "qemu-img",
-        &nowhere
-            .into_iter()
-            .chain([a.to_str().unwrap()])
-            .collect::<Vec<_>>(),
-    );
+    rebase(&a, "raw", "nbd://localhost/x");
     refused(&a, "Unknown protocol 'nbd'");
-    let missing = [
-        "rebase",
-        "-u",
-        "-f",
-        "qcow2",
-        "-F",
-        "raw",
-        "-b",
-        "missing.raw",
-    ];
-    run(
-        "qemu-img",
-        &missing
-            .into_iter()
-            .chain([a.to_str().unwrap()])
-            .collect::<Vec<_>>(),
-    );
+    rebase(&a, "raw", "missing.raw");
     refused(&a, "No such file or directory");
 }
 
@@ -144,14 +112,7 @@ fn names_are_resolved_from_the_overlays_folder() {
             base.display()
         ),
     ] {
-        let rebase = ["rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", &name];
-        run(
-            "qemu-img",
-            &rebase
-                .into_iter()
-                .chain([top.to_str().unwrap()])
-                .collect::<Vec<_>>(),
-        );
+        rebase(&top, "raw", &name);
         let disk = Disk::open(&top, "qcow2", json!({}));
         assert_eq!(disk.read(4096, 512), vec![9; 512], "{name}");
         disk.close();

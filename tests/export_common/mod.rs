@@ -164,6 +164,9 @@ impl Guest {
     }
 
     pub fn kick(&mut self, queue: usize) {
+        // The crate has no barrier between showing requests and looking whether the device wants
+        // to hear of them.
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
         if self.queues[queue].avail_notif_needed() {
             self.transport
                 .get_submission_notifier(queue)

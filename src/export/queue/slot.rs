@@ -32,7 +32,7 @@ pub(super) struct Slot {
 impl Slot {
     pub(super) fn new() -> Self {
         Self {
-            ranges: Ranges::default(),
+            ranges: Ranges::with_room(),
             cuts: Vec::new(),
             kind: Kind::Flush,
             status: 0,

@@ -220,7 +220,9 @@ impl Worker<'_> {
         if !self.in_flight() {
             self.context.leave();
         }
-        self.context.stats.sleeps.add(1);
+        let stats = &self.context.stats;
+        stats.sleeps.add(1);
+        stats.enters.add(self.reactor.enters() - stats.enters.get());
         let start = self.poller.is_on().then(Instant::now);
         self.reactor.wait(timeout);
         if let Some(start) = start {
