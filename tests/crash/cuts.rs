@@ -1,0 +1,369 @@
+//! Power cuts: every state that one may leave is opened and read, and its references counted.
+//!
+//! What would be caught: a pointer that reaches the disk before what it points at, references
+//! taken off too early, clusters used again too early, flushed data lost, a torn header, a
+//! snapshot that is written to, a stream whose base is let go of before the copy is stable, an
+//! image that cannot be written any more after a cut.
+//!
+//! `STRATABLK_CRASH_STATES` is how many states of each disk are judged (all there are, if there
+//! are fewer), `STRATABLK_CRASH_QEMU=all` has `qemu-img check` judge each of them, and
+//! `STRATABLK_SEED` repeats a run.
+
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use stratablk::reactor::Reactor;
+
+use crate::disk::{Below, Disk, Recipe, read_all, write};
+use crate::history::History;
+use crate::machine::{Effect, Event, Machine};
+use crate::qcow2::{Image, Sector};
+use crate::states::{State, visit};
+use crate::workload::Work;
+use crate::{alone, number_from, seed, together};
+
+/// States judged by default, of each disk.
+const STATES: usize = 2000;
+/// Of these, so many are shown to `qemu-img check` and written to.
+const SAMPLES: usize = 40;
+
+struct Judge<'a> {
+    seed: u64,
+    disk: &'a Disk,
+    reactor: Reactor,
+    history: History,
+}
+
+impl Judge<'_> {
+    fn judge(&self, state: &State, thorough: bool, qemu: bool) {
+        let result = self.sound(&state.files).and_then(|()| {
+            let seen = {
+                let _together = together();
+                self.readable(state)?
+            };
+            if qemu {
+                self.disk.qemu_check(&state.files)?;
+            }
+            if thorough {
+                let _alone = alone();
+                self.usable(state, &seen)?;
+            }
+            Ok(())
+        });
+        if let Err(what) = result {
+            panic!(
+                "STRATABLK_SEED={}: {:?}: cut after event {}, kept {:?} of what was not stable: \
+                 {what}",
+                self.seed, self.disk.recipe, state.cut, state.kept
+            );
+        }
+    }
+
+    /// The metadata is consistent, and snapshots are what they were.
+    fn sound(&self, files: &[Vec<u8>]) -> Result<(), String> {
+        let image = Image::new(&files[0])?;
+        image.check()?;
+        for root in image.snapshots()? {
+            for (sector, &expected) in self.disk.first.iter().enumerate() {
+                let bytes = match image.find(root, sector as u64)? {
+                    Sector::Host(at) => files[0].get(at as usize..at as usize + 512),
+                    Sector::Zero | Sector::Below => Some(&[0; 512][..]),
+                };
+                let stamp = bytes.and_then(crate::history::stamp_of);
+                if stamp != Some(expected) {
+                    return Err(format!(
+                        "sector {sector} of the snapshot is {stamp:x?}, was {expected:x}"
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Every sector reads as something it may hold.
+    fn readable(&self, state: &State) -> Result<Vec<u32>, String> {
+        let machine = Machine::new(&state.files);
+        let opened = self.reactor.block_on(self.disk.open(&machine, false));
+        let opened = opened.map_err(|error| error.to_string())?;
+        if opened.image.backing().is_some()
+            && self.history.alone_from.is_some_and(|at| at <= state.cut)
+        {
+            return Err("the stream has ended, but the header names a base".into());
+        }
+        let seen = read_all(&self.reactor, &opened.chain).map_err(|error| error.to_string())?;
+        let stable = self.history.stable_at(state.cut);
+        for (sector, &stamp) in seen.iter().enumerate() {
+            let allowed = self.history.after_cut(sector, stable, state.cut);
+            if !stamp.is_some_and(|stamp| allowed.contains(&stamp)) {
+                return Err(format!(
+                    "sector {sector} reads as stamp {stamp:x?}, allowed are {allowed:x?}"
+                ));
+            }
+        }
+        Ok(seen.into_iter().flatten().collect())
+    }
+
+    /// Work goes on: what is written now is there, nothing else changes, nothing leaks.
+    fn usable(&self, state: &State, seen: &[u32]) -> Result<(), String> {
+        let text = |error: stratablk::error::Error| error.to_string();
+        let leaks = Image::new(&state.files[0])?.check()?;
+        let machine = Machine::new(&state.files);
+        let opened = self.reactor.block_on(self.disk.open(&machine, true));
+        let opened = opened.map_err(text)?;
+        let mut expected = seen.to_vec();
+        for index in 0..8 {
+            let start = index * expected.len() / 8 + 3;
+            let stamp = 0xb000_0000 + 64 * index as u32;
+            write(&self.reactor, &opened.chain, start, 13, stamp).map_err(text)?;
+            for (stamp, sector) in (stamp..).zip(&mut expected[start..start + 13]) {
+                *sector = stamp;
+            }
+        }
+        let closed = self.reactor.block_on(opened.image.close());
+        closed.map_err(text)?;
+        let files: Vec<_> = (0..state.files.len()).map(|i| machine.bytes(i)).collect();
+        let after = Image::new(&files[0])?.check()?;
+        self.sound(&files)?;
+        if after > leaks {
+            return Err(format!(
+                "{leaks} clusters leaked, {after} after work went on"
+            ));
+        }
+        let machine = Machine::new(&files);
+        let opened = self.reactor.block_on(self.disk.open(&machine, false));
+        let opened = opened.map_err(text)?;
+        let seen = read_all(&self.reactor, &opened.chain).map_err(text)?;
+        for (sector, (seen, expected)) in seen.iter().zip(expected).enumerate() {
+            if *seen != Some(expected) {
+                return Err(format!(
+                    "after work went on, sector {sector} reads {seen:x?}, expected {expected:x}"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What would be caught: a flush that meets a write in the middle, and makes a table stable of
+/// which nothing is in the file.
+#[test]
+fn a_flush_while_the_first_write_to_a_table_is_under_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Disk::make(dir.path(), Recipe::new("cluster_size=4k", 64));
+    let reactor = Reactor::for_this_thread().unwrap();
+    let mut rng = StdRng::seed_from_u64(0);
+    let machine = Machine::new(&disk.files);
+    let _alone = alone();
+    let opened = reactor.block_on(disk.open(&machine, true)).unwrap();
+    machine.hold(true);
+    let chain = opened.chain.clone();
+    let work = Work::new(chain.clone(), disk.first.clone(), 0, Box::new(|| 0));
+    let writer = work.clone();
+    reactor.spawn(async move { writer.operate(crate::workload::Kind::Write).await });
+    let is_data = |event: &Event| {
+        matches!(event, Event::Issued { effect: Effect::Write { bytes, .. }, .. }
+            if bytes.iter().any(|byte| *byte != 0))
+    };
+    while !machine.log().iter().any(is_data) {
+        if !reactor.turn() {
+            assert!(machine.finish_one(&reactor, &mut rng), "nothing is written");
+        }
+    }
+    machine.hold(false);
+    reactor.block_on(chain.flush()).unwrap();
+    let files = [machine.bytes(0)];
+    disk.qemu_check(&files).unwrap();
+    Image::new(&files[0]).unwrap().check().unwrap();
+    machine.run(&reactor, &mut rng);
+}
+
+/// Guests work on a disk, and a stream if `stream`; then the machine stops at every instant.
+fn cuts(recipe: Recipe, stream: bool, operations: usize) {
+    let seed = seed();
+    println!("STRATABLK_SEED={seed}: {recipe:?}");
+    let mut rng = StdRng::seed_from_u64(seed);
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Disk::make(dir.path(), recipe);
+    let reactor = Reactor::for_this_thread().unwrap();
+    let machine = Machine::new(&disk.files);
+    let history = {
+        let _alone = alone();
+        let opened = reactor.block_on(disk.open(&machine, true)).unwrap();
+        let clock = machine.clone();
+        let work = Work::new(
+            opened.chain,
+            disk.first.clone(),
+            seed,
+            Box::new(move || clock.now()),
+        );
+        if stream {
+            work.spawn_stream(&reactor, 3);
+        }
+        for _ in 0..5 {
+            work.spawn_guest(&reactor, operations / 5);
+        }
+        machine.run(&reactor, &mut rng);
+        reactor.block_on(work.flush());
+        let everything = read_all(&reactor, &work.chain.borrow()).unwrap();
+        let history = work.history.borrow().clone();
+        for (sector, stamp) in everything.into_iter().enumerate() {
+            let allowed = history.visible(sector);
+            assert!(
+                stamp.is_some_and(|stamp| allowed.contains(&stamp)),
+                "seed {seed}: sector {sector} reads {stamp:x?}, allowed are {allowed:x?}"
+            );
+        }
+        reactor.block_on(opened.image.close()).unwrap();
+        history
+    };
+    let log = machine.log();
+    let judge = Judge {
+        seed,
+        disk: &disk,
+        reactor,
+        history,
+    };
+    let budget = number_from("STRATABLK_CRASH_STATES").unwrap_or(STATES);
+    let each = std::env::var("STRATABLK_CRASH_QEMU").is_ok_and(|value| value == "all");
+    let sample = (SAMPLES as f64 / budget as f64).min(1.0);
+    let (total, judged) = visit(&disk.files, &log, budget, &mut rng, |state, rng| {
+        let thorough = rng.random_bool(sample);
+        judge.judge(&state, thorough, each || thorough);
+    });
+    println!("{} events, {judged} of {total} states", log.len());
+    assert!(judged * 2 > budget.min(total), "{judged} of {total} states");
+}
+
+#[test]
+fn small_clusters() {
+    cuts(Recipe::new("cluster_size=4k", 1024), false, 150);
+}
+
+#[test]
+fn tables_that_are_not_all_in_memory() {
+    let recipe = Recipe {
+        cache_bytes: 4096,
+        ..Recipe::new("cluster_size=512,refcount_bits=1", 2048)
+    };
+    cuts(recipe, false, 150);
+}
+
+#[test]
+fn a_refcount_table_that_grows() {
+    // The table of such an image covers 2 MiB.
+    let recipe = Recipe {
+        filled: 3600,
+        ..Recipe::new("cluster_size=512,refcount_bits=64", 4600)
+    };
+    cuts(recipe, false, 150);
+}
+
+#[test]
+fn version_2() {
+    cuts(
+        Recipe::new("cluster_size=64k,compat=0.10", 2048),
+        false,
+        120,
+    );
+}
+
+#[test]
+fn reserved_space() {
+    let recipe = Recipe {
+        reserves: true,
+        ..Recipe::new("cluster_size=2k", 1024)
+    };
+    cuts(recipe, false, 100);
+}
+
+#[test]
+fn an_overlay() {
+    let recipe = Recipe {
+        below: Below::Qcow2,
+        ..Recipe::new("cluster_size=4k", 1024)
+    };
+    cuts(recipe, false, 150);
+}
+
+#[test]
+fn subclusters() {
+    let recipe = Recipe {
+        below: Below::Raw,
+        ..Recipe::new("cluster_size=16k,extended_l2=on", 1024)
+    };
+    cuts(recipe, false, 150);
+}
+
+#[test]
+fn an_internal_snapshot() {
+    let recipe = Recipe {
+        filled: 700,
+        snapshot: true,
+        ..Recipe::new("cluster_size=2k", 1024)
+    };
+    cuts(recipe, false, 150);
+}
+
+#[test]
+fn a_snapshot_of_subclusters() {
+    let recipe = Recipe {
+        filled: 700,
+        snapshot: true,
+        ..Recipe::new("cluster_size=16k,extended_l2=on", 1024)
+    };
+    cuts(recipe, false, 120);
+}
+
+#[test]
+fn a_persistent_bitmap() {
+    let recipe = Recipe {
+        bitmap: true,
+        ..Recipe::new("cluster_size=4k", 512)
+    };
+    cuts(recipe, false, 60);
+}
+
+#[test]
+fn a_data_file() {
+    let recipe = Recipe {
+        data_file: true,
+        ..Recipe::new("cluster_size=4k", 1024)
+    };
+    cuts(recipe, false, 120);
+}
+
+#[test]
+fn a_raw_data_file() {
+    let recipe = Recipe {
+        data_file: true,
+        ..Recipe::new("cluster_size=4k,data_file_raw=on", 1024)
+    };
+    cuts(recipe, false, 120);
+}
+
+#[test]
+fn a_stream() {
+    let recipe = Recipe {
+        below: Below::Qcow2,
+        ..Recipe::new("cluster_size=4k", 1024)
+    };
+    cuts(recipe, true, 100);
+}
+
+#[test]
+fn a_stream_into_version_2() {
+    let recipe = Recipe {
+        below: Below::Raw,
+        cache_bytes: 4096,
+        ..Recipe::new("cluster_size=512,compat=0.10", 1024)
+    };
+    cuts(recipe, true, 100);
+}
+
+#[test]
+fn a_stream_of_subclusters() {
+    let recipe = Recipe {
+        below: Below::Raw,
+        ..Recipe::new("cluster_size=16k,extended_l2=on", 1024)
+    };
+    cuts(recipe, true, 100);
+}

@@ -1,0 +1,279 @@
+//! Disks to work on: made by QEMU's tools, opened by the engine on a [`Machine`].
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use stratablk::chain::{Chain, Layer, View};
+use stratablk::error::Result;
+use stratablk::format::{Format, Qcow2, Raw, qcow2};
+use stratablk::reactor::Reactor;
+use stratablk::storage::{AlignedBuf, IoBufs, Storage};
+
+use crate::history::{SECTOR, fill, stamp_of};
+use crate::machine::Machine;
+use crate::support::{create, create_over, run};
+
+/// What lies under the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Below {
+    Nothing,
+    Raw,
+    /// A qcow2 image over a raw one.
+    Qcow2,
+}
+
+/// How a disk is made.
+#[derive(Clone, Copy, Debug)]
+pub struct Recipe {
+    /// For `qemu-img create -o`.
+    pub options: &'static str,
+    pub sectors: usize,
+    pub below: Below,
+    /// It has a data file.
+    pub data_file: bool,
+    /// Sectors from the start that hold data.
+    pub filled: usize,
+    /// It has an internal snapshot.
+    pub snapshot: bool,
+    /// It has a persistent bitmap.
+    pub bitmap: bool,
+    /// Bytes of mapping metadata in memory.
+    pub cache_bytes: u64,
+    pub reserves: bool,
+}
+
+impl Recipe {
+    pub const fn new(options: &'static str, sectors: usize) -> Self {
+        Self {
+            options,
+            sectors,
+            below: Below::Nothing,
+            data_file: false,
+            filled: 0,
+            snapshot: false,
+            bitmap: false,
+            cache_bytes: qcow2::DEFAULT_CACHE_BYTES,
+            reserves: false,
+        }
+    }
+}
+
+/// A disk's files: the image, its data file if it has one, what lies below.
+#[derive(Clone)]
+pub struct Disk {
+    pub recipe: Recipe,
+    pub files: Vec<Vec<u8>>,
+    paths: Vec<PathBuf>,
+    /// The stamps that the guest sees.
+    pub first: Vec<u32>,
+}
+
+/// An image that has been opened, and its chain.
+pub struct Opened {
+    pub image: Arc<Qcow2>,
+    pub chain: Arc<Chain>,
+}
+
+/// Sectors `start..end` get the stamps from `stamp + start` on.
+struct Part {
+    start: usize,
+    end: usize,
+    stamp: u32,
+}
+
+impl Part {
+    fn put(&self, first: &mut [u32]) {
+        for (sector, stamp) in first[self.start..self.end].iter_mut().enumerate() {
+            *stamp = self.stamp + (self.start + sector) as u32;
+        }
+    }
+
+    /// Writes it into a qcow2 image.
+    fn write(&self, path: &Path) {
+        let mut bytes = vec![0; (self.end - self.start) * SECTOR];
+        fill(&mut bytes, self.stamp + self.start as u32);
+        let part = path.with_extension("part");
+        std::fs::write(&part, &bytes).unwrap();
+        let (part, at) = (part.display(), self.start * SECTOR);
+        let command = format!("write -q -s {part} {at} {}", bytes.len());
+        let path = path.to_str().unwrap();
+        run("qemu-io", &["-f", "qcow2", "-c", &command, path]);
+    }
+}
+
+impl Disk {
+    pub fn make(dir: &Path, recipe: Recipe) -> Self {
+        let size = (recipe.sectors * SECTOR) as u64;
+        let path = |name: &str| dir.join(name);
+        let mut first = vec![0; recipe.sectors];
+        let mut lower = Vec::new();
+        if recipe.below != Below::Nothing {
+            let mut bytes = vec![0; recipe.sectors * SECTOR];
+            for (sector, part) in bytes.chunks_mut(SECTOR).enumerate() {
+                if sector / 40 % 3 != 0 {
+                    first[sector] = 0x8000_0000 + sector as u32;
+                    fill(part, first[sector]);
+                }
+            }
+            std::fs::write(path("base.raw"), bytes).unwrap();
+            lower.push(path("base.raw"));
+        }
+        if recipe.below == Below::Qcow2 {
+            let middle = path("middle.qcow2");
+            create_over(&middle, "", &path("base.raw"), "raw");
+            for start in (0..recipe.sectors).step_by(recipe.sectors / 4) {
+                let part = Part {
+                    start,
+                    end: start + recipe.sectors / 16,
+                    stamp: 0x9000_0000,
+                };
+                part.write(&middle);
+                part.put(&mut first);
+            }
+            lower.insert(0, middle);
+        }
+        let top = path("top.qcow2");
+        let data = path("data.raw");
+        let mut options = recipe.options.to_owned();
+        if recipe.data_file {
+            options += &format!(",data_file={}", data.display());
+        }
+        match lower.first() {
+            None => create(&top, &options, size),
+            Some(below) => {
+                let format = if recipe.below == Below::Raw {
+                    "raw"
+                } else {
+                    "qcow2"
+                };
+                create_over(&top, &options, below, format);
+            }
+        }
+        if recipe.filled > 0 {
+            let part = Part {
+                start: 0,
+                end: recipe.filled,
+                stamp: 0xa000_0000,
+            };
+            part.write(&top);
+            part.put(&mut first);
+        }
+        let name = top.to_str().unwrap();
+        if recipe.snapshot {
+            run("qemu-img", &["snapshot", "-c", "one", name]);
+        }
+        if recipe.bitmap {
+            run("qemu-img", &["bitmap", "--add", name, "changed"]);
+        }
+        let mut paths = vec![top];
+        paths.extend(recipe.data_file.then_some(data));
+        paths.extend(lower);
+        let files = paths.iter().map(|p| std::fs::read(p).unwrap()).collect();
+        Self {
+            recipe,
+            files,
+            paths,
+            first,
+        }
+    }
+
+    /// The number of the topmost file below the image.
+    pub fn below(&self) -> usize {
+        1 + usize::from(self.recipe.data_file)
+    }
+
+    /// Opens the image, and what its header says is below.
+    pub async fn open(&self, machine: &Machine, writable: bool) -> Result<Opened> {
+        if self.recipe.reserves {
+            machine.allow_reserving();
+        }
+        let options = qcow2::Options {
+            writable,
+            discard: true,
+            cache_bytes: self.recipe.cache_bytes,
+        };
+        let data = self.recipe.data_file.then(|| machine.file(1));
+        let data = data.map(|file| file as Arc<dyn Storage>);
+        let image = Qcow2::open_with_data(machine.file(0), data, options).await?;
+        let image = Arc::new(image);
+        let mut layers = vec![layer(
+            Format::Qcow2(image.clone()),
+            image.data_storage().clone(),
+            !writable,
+        )];
+        if image.backing().is_some() {
+            let mut at = self.below();
+            if self.recipe.below == Below::Qcow2 {
+                let middle = Qcow2::open(machine.file(at), qcow2::Options::default()).await?;
+                layers.push(layer(
+                    Format::Qcow2(Arc::new(middle)),
+                    machine.file(at),
+                    true,
+                ));
+                at += 1;
+            }
+            let size = (self.recipe.sectors * SECTOR) as u64;
+            layers.push(layer(
+                Format::Raw(Raw::new(0, size)),
+                machine.file(at),
+                true,
+            ));
+        }
+        let chain = Arc::new(Chain::new(layers)?);
+        Ok(Opened { image, chain })
+    }
+
+    /// Lets `qemu-img check` judge the image.
+    pub fn qemu_check(&self, files: &[Vec<u8>]) -> std::result::Result<(), String> {
+        for (path, bytes) in self.paths.iter().zip(files).take(self.below()) {
+            std::fs::write(path, bytes).unwrap();
+        }
+        let name = self.paths[0].to_str().unwrap();
+        let output = crate::support::output("qemu-img", &["check", "-f", "qcow2", name]);
+        match output.status.code() {
+            Some(0 | 3) => Ok(()),
+            code => Err(format!(
+                "qemu-img check: {code:?}\n{}{}",
+                String::from_utf8_lossy(&output.stdout),
+                String::from_utf8_lossy(&output.stderr)
+            )),
+        }
+    }
+}
+
+fn layer(format: Format, storage: Arc<dyn Storage>, read_only: bool) -> Arc<Layer> {
+    Arc::new(Layer {
+        name: "layer".into(),
+        format,
+        storage,
+        read_only,
+        discard: true,
+        copy_on_read: false,
+    })
+}
+
+/// Everything that the guest sees; `None` for a torn sector.
+pub fn read_all(reactor: &Reactor, chain: &Arc<Chain>) -> Result<Vec<Option<u32>>> {
+    let len = chain.size() as usize;
+    let buffer = AlignedBuf::zeroed(len);
+    // SAFETY: `buffer` outlives the operation.
+    let bufs = unsafe { IoBufs::of(&buffer, 0, len) };
+    reactor.block_on(View::of(chain.clone()).read(0, bufs))?;
+    Ok(buffer.chunks(SECTOR).map(stamp_of).collect())
+}
+
+/// Writes sectors with the stamps from `stamp` on.
+pub fn write(
+    reactor: &Reactor,
+    chain: &Arc<Chain>,
+    start: usize,
+    count: usize,
+    stamp: u32,
+) -> Result<()> {
+    let mut buffer = AlignedBuf::zeroed(count * SECTOR);
+    fill(&mut buffer, stamp);
+    // SAFETY: `buffer` outlives the operation.
+    let bufs = unsafe { IoBufs::of(&buffer, 0, buffer.len()) };
+    let view = View::of(chain.clone());
+    reactor.block_on(view.write((start * SECTOR) as u64, bufs))
+}

@@ -1,0 +1,258 @@
+//! Storage that fails, at every single operation: alone, and from there on until it is healed.
+//!
+//! What would be caught: an error that reaches the wrong request or none, a wrong error number,
+//! clusters mapped without data, references without an owner, a full disk that stays full, a lost
+//! waiter, a short file that ends a read.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use stratablk::chain::Chain;
+use stratablk::reactor::Reactor;
+
+use crate::disk::{Below, Disk, Recipe, read_all};
+use crate::machine::{Fault, Machine};
+use crate::qcow2::Image;
+use crate::workload::Work;
+use crate::{alone, seed};
+
+/// Guests at a time, and how many operations each does.
+const GUESTS: usize = 4;
+const OPERATIONS: usize = 24;
+/// Of so many runs one is shown to `qemu-img check`.
+const QEMU: usize = 40;
+
+struct Bench {
+    _dir: tempfile::TempDir,
+    disk: Disk,
+    stream: bool,
+    reactor: Reactor,
+    seed: u64,
+    runs: usize,
+    /// Requests that failed, in all runs.
+    failures: usize,
+}
+
+impl Bench {
+    fn work(&self, machine: &Machine, chain: Arc<Chain>) -> Rc<Work> {
+        let clock = machine.clone();
+        let first = self.disk.first.clone();
+        Work::new(chain, first, self.seed, Box::new(move || clock.now()))
+    }
+
+    /// Works with the fault, then without it; returns how many operations counted for it.
+    fn run(&mut self, fault: Fault) -> usize {
+        self.runs += 1;
+        let _alone = alone();
+        let context = format!(
+            "STRATABLK_SEED={}: {:?}: {fault:?}",
+            self.seed, self.disk.recipe
+        );
+        let mut rng = StdRng::seed_from_u64(self.seed);
+        let machine = Machine::new(&self.disk.files);
+        let opened = self
+            .reactor
+            .block_on(self.disk.open(&machine, true))
+            .unwrap();
+        let work = self.work(&machine, opened.chain.clone());
+        work.strict.set(false);
+        machine.fail(Some(fault));
+        self.spawn(&work, self.stream);
+        machine.run(&self.reactor, &mut rng);
+        let (counted, failed) = machine.counted();
+        machine.fail(None);
+        let failures = work.failures.borrow().clone();
+        for (kind, errno) in &failures {
+            assert_eq!(*errno, fault.errno, "{context}: {kind:?}");
+        }
+        if fault.until == fault.from.saturating_add(1) {
+            assert!(failures.len() <= failed, "{context}: {failures:?}");
+        }
+        self.failures += failures.len();
+        // Healed: everything succeeds.
+        work.strict.set(true);
+        self.spawn(&work, false);
+        machine.run(&self.reactor, &mut rng);
+        self.reactor.block_on(work.flush());
+        self.reactor.block_on(opened.image.close()).unwrap();
+        let chain = work.chain.borrow().clone();
+        self.compare(&work, &chain, &context);
+        let files: Vec<_> = (0..self.disk.files.len())
+            .map(|i| machine.bytes(i))
+            .collect();
+        let reopened = Machine::new(&files);
+        let reopened = self
+            .reactor
+            .block_on(self.disk.open(&reopened, false))
+            .unwrap();
+        self.compare(&work, &reopened.chain, &context);
+        match Image::new(&files[0]).and_then(|image| image.check()) {
+            Ok(0) => {}
+            other => panic!("{context}: {other:?} (clusters leaked, or what is wrong)"),
+        }
+        if self.runs.is_multiple_of(QEMU) {
+            self.disk.qemu_check(&files).unwrap();
+        }
+        counted
+    }
+
+    fn spawn(&self, work: &Rc<Work>, stream: bool) {
+        for _ in 0..GUESTS {
+            work.spawn_guest(&self.reactor, OPERATIONS);
+        }
+        if stream {
+            work.spawn_copies(&self.reactor, 2);
+        }
+    }
+
+    fn compare(&self, work: &Work, chain: &Arc<Chain>, context: &str) {
+        let history = work.history.borrow();
+        let seen = read_all(&self.reactor, chain).unwrap();
+        for (sector, stamp) in seen.into_iter().enumerate() {
+            let possible = history.visible(sector);
+            assert!(
+                stamp.is_some_and(|stamp| possible.contains(&stamp)),
+                "{context}: sector {sector} reads {stamp:x?}, possible are {possible:x?}"
+            );
+        }
+    }
+
+    /// Every operation on `file` fails, one after another.
+    fn every(&mut self, file: usize, reads: bool, errno: i32) {
+        let fault = |from, until| Fault {
+            file,
+            from,
+            until,
+            errno,
+            reads,
+        };
+        let total = self.run(fault(usize::MAX, usize::MAX));
+        assert!(total > 0, "{:?}: nothing to fail", self.disk.recipe);
+        for from in 0..total {
+            self.run(fault(from, from + 1));
+            if from % 3 == 0 {
+                self.run(fault(from, usize::MAX));
+                self.run(fault(from, from + 9));
+            }
+        }
+        println!("{} runs, {} requests failed", self.runs, self.failures);
+        assert!(self.failures > total / 4, "{} of {total}", self.failures);
+    }
+}
+
+fn bench(recipe: Recipe, stream: bool) -> Bench {
+    let seed = seed();
+    println!("STRATABLK_SEED={seed}: {recipe:?}");
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Disk::make(dir.path(), recipe);
+    Bench {
+        _dir: dir,
+        disk,
+        stream,
+        reactor: Reactor::for_this_thread().unwrap(),
+        seed,
+        runs: 0,
+        failures: 0,
+    }
+}
+
+#[test]
+fn of_a_plain_image() {
+    let recipe = Recipe {
+        reserves: true,
+        ..Recipe::new("cluster_size=4k", 1024)
+    };
+    bench(recipe, false).every(0, false, libc::ENOSPC);
+}
+
+#[test]
+fn of_metadata_that_is_not_all_in_memory() {
+    let recipe = Recipe {
+        cache_bytes: 4096,
+        filled: 600,
+        ..Recipe::new("cluster_size=512,refcount_bits=64", 2048)
+    };
+    let mut bench = bench(recipe, false);
+    bench.every(0, false, libc::EIO);
+    bench.every(0, true, libc::EIO);
+}
+
+#[test]
+fn while_the_refcount_table_grows() {
+    let recipe = Recipe {
+        filled: 3600,
+        ..Recipe::new("cluster_size=512,refcount_bits=64", 4600)
+    };
+    bench(recipe, false).every(0, false, libc::EIO);
+}
+
+#[test]
+fn of_a_data_file() {
+    let recipe = Recipe {
+        data_file: true,
+        ..Recipe::new("cluster_size=4k,data_file_raw=on", 512)
+    };
+    let mut bench = bench(recipe, false);
+    bench.every(0, false, libc::EIO);
+    bench.every(1, false, libc::ENOSPC);
+    bench.every(1, true, libc::EIO);
+}
+
+#[test]
+fn of_layers_below() {
+    let recipe = Recipe {
+        below: Below::Qcow2,
+        ..Recipe::new("cluster_size=4k", 1024)
+    };
+    let mut bench = bench(recipe, true);
+    bench.every(1, true, libc::EIO);
+    bench.every(2, true, libc::EIO);
+}
+
+#[test]
+fn of_an_overlay_with_subclusters() {
+    let recipe = Recipe {
+        below: Below::Raw,
+        filled: 300,
+        ..Recipe::new("cluster_size=16k,extended_l2=on", 1024)
+    };
+    let mut bench = bench(recipe, true);
+    bench.every(0, false, libc::ENOSPC);
+    bench.every(1, true, libc::EIO);
+}
+
+#[test]
+fn of_an_image_with_a_snapshot() {
+    let recipe = Recipe {
+        filled: 700,
+        snapshot: true,
+        ..Recipe::new("cluster_size=2k", 1024)
+    };
+    let mut bench = bench(recipe, false);
+    bench.every(0, false, libc::ENOSPC);
+    bench.every(0, true, libc::EIO);
+}
+
+/// A file below that has become shorter reads as zeros from there on.
+#[test]
+fn a_short_file_below_reads_as_zeros() {
+    let recipe = Recipe {
+        below: Below::Raw,
+        ..Recipe::new("cluster_size=4k", 1024)
+    };
+    let mut bench = bench(recipe, true);
+    bench.disk.files[1].truncate(700 * 512);
+    bench.disk.first[700..].fill(0);
+    for round in 0..20 {
+        bench.seed = bench.seed.wrapping_add(round);
+        bench.run(Fault {
+            file: 0,
+            from: usize::MAX,
+            until: usize::MAX,
+            errno: 0,
+            reads: true,
+        });
+    }
+}

@@ -1,0 +1,359 @@
+//! A machine's disks: files in memory whose operations stay pending until the test lets one
+//! finish, in any order, and which log when each was issued and when it was done. One log for
+//! all files, so that a cut is one instant for all of them. Operations fail on demand.
+//!
+//! An operation takes effect when it is done. A barrier covers what was done before the barrier
+//! was issued, as `fdatasync` does.
+
+use std::io;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use rand::Rng;
+use rand::rngs::StdRng;
+use stratablk::reactor::{Reactor, Token};
+use stratablk::storage::{IoBufs, Limits, Op, Storage, Submission};
+
+/// What an operation does to a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    Write {
+        offset: u64,
+        bytes: Vec<u8>,
+    },
+    /// Makes the file longer, as a write does.
+    Zero {
+        offset: u64,
+        len: u64,
+    },
+    /// Zeros within the file.
+    Punch {
+        offset: u64,
+        len: u64,
+    },
+    /// The length is at least this.
+    Grow(u64),
+    SetLen(u64),
+    Sync,
+    Read,
+}
+
+/// A line of the log.
+#[derive(Clone, Debug)]
+pub enum Event {
+    Issued {
+        id: usize,
+        file: usize,
+        effect: Effect,
+    },
+    /// Failed operations are never done.
+    Done { id: usize },
+}
+
+/// Which operations fail.
+#[derive(Clone, Copy, Debug)]
+pub struct Fault {
+    /// Operations on this file count.
+    pub file: usize,
+    /// The first one that fails, by its number among those that count.
+    pub from: usize,
+    /// The first one that does not fail any more.
+    pub until: usize,
+    pub errno: i32,
+    /// Reads count, and writes and barriers do not; or the other way round.
+    pub reads: bool,
+}
+
+struct Pending {
+    id: usize,
+    file: usize,
+    token: Token,
+    effect: Effect,
+    /// Where a read goes.
+    target: Vec<libc::iovec>,
+    offset: u64,
+    fault: Option<i32>,
+}
+
+// SAFETY: the vectors name the submitter's memory, which stays valid until the completion; the
+// test completes operations on the submitter's thread.
+unsafe impl Send for Pending {}
+
+#[derive(Default)]
+struct State {
+    files: Vec<Vec<u8>>,
+    log: Vec<Event>,
+    pending: Vec<Pending>,
+    next: usize,
+    held: bool,
+    /// Space behind the end can be reserved.
+    reserves: bool,
+    fault: Option<Fault>,
+    counted: usize,
+    failed: usize,
+}
+
+/// The disks of one machine. Clones name the same machine.
+#[derive(Clone, Default)]
+pub struct Machine(Arc<Mutex<State>>);
+
+/// One file of a machine.
+#[derive(Clone)]
+pub struct File {
+    machine: Machine,
+    index: usize,
+}
+
+impl std::fmt::Debug for File {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "file {}", self.index)
+    }
+}
+
+impl Machine {
+    pub fn new(files: &[Vec<u8>]) -> Self {
+        let state = State {
+            files: files.to_vec(),
+            ..State::default()
+        };
+        Self(Arc::new(Mutex::new(state)))
+    }
+
+    pub fn file(&self, index: usize) -> Arc<File> {
+        Arc::new(File {
+            machine: self.clone(),
+            index,
+        })
+    }
+
+    /// From now on operations stay pending; or no longer.
+    pub fn hold(&self, held: bool) {
+        self.0.lock().held = held;
+    }
+
+    /// From now on space can be reserved behind the end of the files.
+    pub fn allow_reserving(&self) {
+        self.0.lock().reserves = true;
+    }
+
+    /// Events so far: the time.
+    pub fn now(&self) -> usize {
+        self.0.lock().log.len()
+    }
+
+    pub fn log(&self) -> Vec<Event> {
+        self.0.lock().log.clone()
+    }
+
+    pub fn bytes(&self, file: usize) -> Vec<u8> {
+        self.0.lock().files[file].clone()
+    }
+
+    /// Sets or ends a fault; counting begins anew.
+    pub fn fail(&self, fault: Option<Fault>) {
+        let mut state = self.0.lock();
+        state.fault = fault;
+        state.counted = 0;
+        state.failed = 0;
+    }
+
+    /// Operations that counted for the fault, and those of them that failed.
+    pub fn counted(&self) -> (usize, usize) {
+        let state = self.0.lock();
+        (state.counted, state.failed)
+    }
+
+    /// Lets a random pending operation finish. False: there is none.
+    ///
+    /// Those that fail do so together, when nothing else is pending: who waits for several and
+    /// gives up at the first error has to wait for the others, which only this function ends.
+    pub fn finish_one(&self, reactor: &Reactor, rng: &mut StdRng) -> bool {
+        let ended: Vec<_> = {
+            let mut state = self.0.lock();
+            let pending = &state.pending;
+            let sound: Vec<usize> = (0..pending.len())
+                .filter(|&index| pending[index].fault.is_none())
+                .collect();
+            let chosen = match sound.len() {
+                0 => std::mem::take(&mut state.pending),
+                count => vec![state.pending.swap_remove(sound[rng.random_range(0..count)])],
+            };
+            let perform = |pending: Pending| (pending.token, state.perform(pending));
+            chosen.into_iter().map(perform).collect()
+        };
+        let any = !ended.is_empty();
+        for (token, result) in ended {
+            reactor.complete(token, result);
+        }
+        any
+    }
+
+    /// Runs all tasks of `reactor` to their end. Operations pile up: one is let go when no task
+    /// can go on, and now and then before.
+    pub fn run(&self, reactor: &Reactor, rng: &mut StdRng) {
+        self.hold(true);
+        while reactor.tasks() > 0 {
+            if rng.random_range(0..8) == 0 {
+                self.finish_one(reactor, rng);
+            }
+            if !reactor.turn() {
+                assert!(self.finish_one(reactor, rng), "a task waits for nothing");
+            }
+        }
+        while self.finish_one(reactor, rng) {}
+        self.hold(false);
+    }
+}
+
+impl State {
+    fn verdict(&mut self, file: usize, read: bool) -> Option<i32> {
+        let fault = self.fault.filter(|f| f.file == file && f.reads == read)?;
+        let number = self.counted;
+        self.counted += 1;
+        let fails = (fault.from..fault.until).contains(&number);
+        self.failed += usize::from(fails);
+        fails.then_some(fault.errno)
+    }
+
+    fn issue(&mut self, file: usize, effect: &Effect) -> usize {
+        let id = self.next;
+        self.next += 1;
+        if *effect != Effect::Read {
+            self.log.push(Event::Issued {
+                id,
+                file,
+                effect: effect.clone(),
+            });
+        }
+        id
+    }
+
+    fn perform(&mut self, pending: Pending) -> io::Result<u32> {
+        if let Some(errno) = pending.fault {
+            if let Effect::Write { offset, bytes } = &pending.effect {
+                // Some of it reached the disk.
+                let half = bytes.len() / 1024 * 512;
+                write(&mut self.files[pending.file], *offset, &bytes[..half]);
+            }
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        let result = match &pending.effect {
+            Effect::Read => {
+                let file = &self.files[pending.file];
+                // SAFETY: valid until the completion, which follows.
+                let bufs = unsafe { IoBufs::new(&pending.target) };
+                let rest = file.get(pending.offset as usize..).unwrap_or(&[]);
+                let count = rest.len().min(bufs.len());
+                bufs.copy_from(&rest[..count]);
+                return Ok(count as u32);
+            }
+            Effect::Write { bytes, .. } => bytes.len() as u32,
+            _ => 0,
+        };
+        apply(&mut self.files[pending.file], &pending.effect);
+        self.log.push(Event::Done { id: pending.id });
+        Ok(result)
+    }
+}
+
+fn write(file: &mut Vec<u8>, offset: u64, bytes: &[u8]) {
+    let end = offset as usize + bytes.len();
+    if file.len() < end {
+        file.resize(end, 0);
+    }
+    file[offset as usize..end].copy_from_slice(bytes);
+}
+
+/// Does to `file` what an operation does.
+pub fn apply(file: &mut Vec<u8>, effect: &Effect) {
+    match effect {
+        Effect::Write { offset, bytes } => write(file, *offset, bytes),
+        Effect::Zero { offset, len } => write(file, *offset, &vec![0; *len as usize]),
+        Effect::Punch { offset, len } => {
+            let end = ((offset + len) as usize).min(file.len());
+            if let Some(range) = file.get_mut(*offset as usize..end) {
+                range.fill(0);
+            }
+        }
+        Effect::Grow(len) => file.resize(file.len().max(*len as usize), 0),
+        Effect::SetLen(len) => file.resize(*len as usize, 0),
+        Effect::Sync | Effect::Read => {}
+    }
+}
+
+impl Storage for File {
+    unsafe fn submit(&self, _reactor: &Reactor, op: Op<'_>, token: Token) -> Submission {
+        let mut target = Vec::new();
+        let mut at = 0;
+        let effect = match op {
+            Op::Read { iovecs, offset } => {
+                target = iovecs.to_vec();
+                at = offset;
+                Effect::Read
+            }
+            Op::Write { iovecs, offset } => {
+                // SAFETY: valid by contract.
+                let bufs = unsafe { IoBufs::new(iovecs) };
+                let mut bytes = vec![0; bufs.len()];
+                bufs.copy_to(&mut bytes);
+                Effect::Write { offset, bytes }
+            }
+            Op::Sync => Effect::Sync,
+            Op::Reserve { offset, len } => Effect::Grow(offset + len),
+            Op::Zero { offset, len, unmap } if unmap => Effect::Punch { offset, len },
+            Op::Zero { offset, len, .. } => Effect::Zero { offset, len },
+        };
+        let mut state = self.machine.0.lock();
+        if matches!(effect, Effect::Grow(_)) && !state.reserves {
+            let error = io::Error::from_raw_os_error(libc::EOPNOTSUPP);
+            return Submission::Ready(Err(error));
+        }
+        let fault = state.verdict(self.index, effect == Effect::Read);
+        let pending = Pending {
+            id: state.issue(self.index, &effect),
+            file: self.index,
+            token,
+            effect,
+            target,
+            offset: at,
+            fault,
+        };
+        if state.held {
+            state.pending.push(pending);
+            return Submission::Pending;
+        }
+        Submission::Ready(state.perform(pending))
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.machine.0.lock().files[self.index].len() as u64)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        let mut state = self.machine.0.lock();
+        if let Some(errno) = state.verdict(self.index, false) {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        let effect = Effect::SetLen(len);
+        let id = state.issue(self.index, &effect);
+        apply(&mut state.files[self.index], &effect);
+        state.log.push(Event::Done { id });
+        Ok(())
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            memory_align: 1,
+            offset_align: 1,
+            zero_past_end: true,
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        "machine"
+    }
+
+    fn writable(&self) -> bool {
+        true
+    }
+}

@@ -1,0 +1,41 @@
+//! What is left when the machine stops, the process is killed or the storage fails: at every
+//! single operation, with many in flight.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod cuts;
+mod disk;
+mod faults;
+mod history;
+mod machine;
+mod qcow2;
+mod states;
+#[allow(dead_code)]
+#[path = "../engine/support.rs"]
+mod support;
+mod workload;
+
+use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+/// Freed clusters wait for all requests of the process. What is to come out the same with the
+/// same seed must not meet the requests of other tests.
+static TURN: RwLock<()> = RwLock::new(());
+
+/// Until this is dropped, no other test uses an image.
+fn alone() -> RwLockWriteGuard<'static, ()> {
+    TURN.write()
+}
+
+/// Until this is dropped, no other test is [`alone`].
+fn together() -> RwLockReadGuard<'static, ()> {
+    TURN.read()
+}
+
+fn number_from(variable: &str) -> Option<usize> {
+    std::env::var(variable).ok()?.parse().ok()
+}
+
+/// The seed of this run: `STRATABLK_SEED` repeats one.
+fn seed() -> u64 {
+    number_from("STRATABLK_SEED").map_or_else(rand::random, |seed| seed as u64)
+}

@@ -1,0 +1,228 @@
+//! Every state in which a cut may leave a machine's files.
+//!
+//! What a finished barrier covered is stable. Of everything else that had been issued any sectors
+//! may have reached the disk, in any order. At every barrier, when it is issued and when it has
+//! ended, and at every write between, these states are made: nothing of what is not stable, all
+//! of it, each operation alone present, each alone missing, each torn, and random subsets of
+//! sectors in random orders.
+
+use std::collections::HashMap;
+
+use rand::Rng;
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+
+use crate::history::SECTOR;
+use crate::machine::{Effect, Event, apply};
+
+/// What of the operations that are not stable has reached the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    Nothing,
+    All,
+    /// The one with this number in the log.
+    Only(usize),
+    Without(usize),
+    /// All, but of this one only some sectors.
+    Torn(usize),
+    Random,
+}
+
+/// The machine after a cut.
+pub struct State {
+    /// Events before the cut.
+    pub cut: usize,
+    pub kept: Kept,
+    pub files: Vec<Vec<u8>>,
+}
+
+#[derive(Clone)]
+struct Loose {
+    id: usize,
+    file: usize,
+    effect: Effect,
+    /// When it was done.
+    done: Option<usize>,
+}
+
+struct Walker {
+    stable: Vec<Vec<u8>>,
+    loose: Vec<Loose>,
+    /// Barriers under way, and what they cover.
+    barriers: HashMap<usize, Vec<usize>>,
+}
+
+/// What of a point is to be looked at.
+enum Point {
+    /// Nothing new.
+    Same,
+    /// A write was issued: the one with this number.
+    Write(usize),
+    Barrier,
+}
+
+impl Walker {
+    fn new(start: &[Vec<u8>]) -> Self {
+        Self {
+            stable: start.to_vec(),
+            loose: Vec::new(),
+            barriers: HashMap::new(),
+        }
+    }
+
+    fn step(&mut self, now: usize, event: &Event) -> Point {
+        match event {
+            Event::Issued {
+                id,
+                file,
+                effect: Effect::Sync,
+            } => {
+                let covered = self.loose.iter().filter(|l| l.file == *file);
+                let covered = covered.filter(|l| l.done.is_some()).map(|l| l.id);
+                self.barriers.insert(*id, covered.collect());
+                Point::Barrier
+            }
+            Event::Issued { id, file, effect } => {
+                self.loose.push(Loose {
+                    id: *id,
+                    file: *file,
+                    effect: effect.clone(),
+                    done: None,
+                });
+                Point::Write(*id)
+            }
+            Event::Done { id } => match self.barriers.remove(id) {
+                Some(covered) => {
+                    self.settle(&covered);
+                    Point::Barrier
+                }
+                None => {
+                    if let Some(loose) = self.loose.iter_mut().find(|l| l.id == *id) {
+                        loose.done = Some(now);
+                    }
+                    Point::Same
+                }
+            },
+        }
+    }
+
+    fn settle(&mut self, covered: &[usize]) {
+        let (mut stable, loose): (Vec<_>, Vec<_>) = std::mem::take(&mut self.loose)
+            .into_iter()
+            .partition(|l| covered.contains(&l.id));
+        stable.sort_by_key(|l| l.done);
+        for operation in stable {
+            apply(&mut self.stable[operation.file], &operation.effect);
+        }
+        self.loose = loose;
+    }
+
+    /// The states at a point, apart from the random ones.
+    fn states(&self, point: &Point) -> Vec<Kept> {
+        let ids = || self.loose.iter().map(|l| l.id);
+        match point {
+            Point::Same => Vec::new(),
+            Point::Write(id) => [Kept::All, Kept::Only(*id), Kept::Torn(*id)]
+                .into_iter()
+                .chain(ids().filter(|other| other != id).map(Kept::Without))
+                .collect(),
+            Point::Barrier => [Kept::Nothing, Kept::All]
+                .into_iter()
+                .chain(ids().map(Kept::Only))
+                .chain(ids().map(Kept::Without))
+                .chain(ids().map(Kept::Torn))
+                .collect(),
+        }
+    }
+
+    fn build(&self, kept: Kept, rng: &mut StdRng) -> Vec<Vec<u8>> {
+        let mut files = self.stable.clone();
+        let mut order: Vec<&Loose> = self.loose.iter().collect();
+        order.sort_by_key(|l| l.done.unwrap_or(usize::MAX));
+        let share = [0.1, 0.5, 0.9][rng.random_range(0..3)];
+        if kept == Kept::Random {
+            order.shuffle(rng);
+        }
+        for loose in order {
+            let file = &mut files[loose.file];
+            match kept {
+                Kept::Nothing => {}
+                Kept::Only(id) if id != loose.id => {}
+                Kept::Without(id) if id == loose.id => {}
+                Kept::Torn(id) if id == loose.id => tear(file, &loose.effect, 0.5, rng),
+                Kept::Random => tear(file, &loose.effect, share, rng),
+                _ => apply(file, &loose.effect),
+            }
+        }
+        files
+    }
+}
+
+/// Applies some sectors of an operation.
+fn tear(file: &mut Vec<u8>, effect: &Effect, share: f64, rng: &mut StdRng) {
+    match effect {
+        Effect::Write { offset, bytes } => {
+            for (index, sector) in bytes.chunks(SECTOR).enumerate() {
+                if rng.random_bool(share) {
+                    let offset = offset + (index * SECTOR) as u64;
+                    let bytes = sector.to_vec();
+                    apply(file, &Effect::Write { offset, bytes });
+                }
+            }
+        }
+        Effect::Zero { offset, len } | Effect::Punch { offset, len } => {
+            for at in (*offset..offset + len).step_by(SECTOR) {
+                if rng.random_bool(share) {
+                    let (offset, len) = (at, (SECTOR as u64).min(offset + len - at));
+                    let part = match effect {
+                        Effect::Zero { .. } => Effect::Zero { offset, len },
+                        _ => Effect::Punch { offset, len },
+                    };
+                    apply(file, &part);
+                }
+            }
+        }
+        other if rng.random_bool(share) => apply(file, other),
+        _ => {}
+    }
+}
+
+/// Random states at each point that has others.
+const RANDOM: usize = 2;
+
+/// Builds the states that `log` may leave of `start`, about `budget` of them if there are more,
+/// and shows them to `judge`. Returns how many there are, and how many were judged.
+pub fn visit(
+    start: &[Vec<u8>],
+    log: &[Event],
+    budget: usize,
+    rng: &mut StdRng,
+    mut judge: impl FnMut(State, &mut StdRng),
+) -> (usize, usize) {
+    let mut walker = Walker::new(start);
+    let mut total = 0;
+    for (now, event) in log.iter().enumerate() {
+        let point = walker.step(now, event);
+        let count = walker.states(&point).len();
+        total += count + if count > 0 { RANDOM } else { 0 };
+    }
+    let share = (budget as f64 / total as f64).min(1.0);
+    let mut walker = Walker::new(start);
+    let mut judged = 0;
+    for (now, event) in log.iter().enumerate() {
+        let point = walker.step(now, event);
+        let mut states = walker.states(&point);
+        if !states.is_empty() {
+            states.extend([Kept::Random; RANDOM]);
+        }
+        for kept in states {
+            if rng.random_bool(share) {
+                let files = walker.build(kept, rng);
+                let cut = now + 1;
+                judge(State { cut, kept, files }, rng);
+                judged += 1;
+            }
+        }
+    }
+    (total, judged)
+}

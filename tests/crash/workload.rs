@@ -1,0 +1,256 @@
+//! Guests and a job at work on one disk, many operations in flight at a time. Operations of
+//! guests never overlap in a sector, often in a cluster.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use stratablk::chain::{Chain, View};
+use stratablk::format::Format;
+use stratablk::reactor::{Reactor, yield_now};
+use stratablk::storage::{AlignedBuf, IoBufs};
+
+use crate::history::{Change, History, SECTOR, fill, stamp_of};
+
+/// What a guest asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Read,
+    Write,
+    Zero,
+    Unmap,
+    Discard,
+    /// A job's copy from the layers below.
+    Copy,
+    Flush,
+}
+
+/// The time, by which the history is kept.
+pub type Clock = Box<dyn Fn() -> usize>;
+
+/// A disk under work, and what is known of it.
+pub struct Work {
+    pub seed: u64,
+    /// The chain that new requests use.
+    pub chain: RefCell<Arc<Chain>>,
+    pub history: RefCell<History>,
+    /// Requests that failed, and how.
+    pub failures: RefCell<Vec<(Kind, i32)>>,
+    /// Failures end the test.
+    pub strict: Cell<bool>,
+    clock: Clock,
+    busy: RefCell<Vec<bool>>,
+    rng: RefCell<StdRng>,
+    stamp: Cell<u32>,
+}
+
+impl Work {
+    pub fn new(chain: Arc<Chain>, first: Vec<u32>, seed: u64, clock: Clock) -> Rc<Self> {
+        Rc::new(Self {
+            seed,
+            chain: RefCell::new(chain),
+            busy: RefCell::new(vec![false; first.len()]),
+            history: RefCell::new(History::new(first)),
+            failures: RefCell::default(),
+            strict: Cell::new(true),
+            clock,
+            rng: RefCell::new(StdRng::seed_from_u64(seed)),
+            stamp: Cell::new(1),
+        })
+    }
+
+    fn view(&self) -> Rc<View> {
+        View::of(self.chain.borrow().clone())
+    }
+
+    /// A guest's task: `count` operations of random kinds, one after another.
+    pub fn spawn_guest(self: &Rc<Self>, reactor: &Reactor, count: usize) {
+        let work = self.clone();
+        reactor.spawn(async move {
+            for _ in 0..count {
+                let kind = match work.rng.borrow_mut().random_range(0..16) {
+                    0..7 => Kind::Write,
+                    7 => Kind::Zero,
+                    8 => Kind::Unmap,
+                    9..11 => Kind::Discard,
+                    11 => Kind::Copy,
+                    12..14 => Kind::Read,
+                    _ => Kind::Flush,
+                };
+                work.operate(kind).await;
+            }
+        });
+    }
+
+    /// The job: copies everything in `tasks` tasks; the last one to end lets go of the base.
+    pub fn spawn_stream(self: &Rc<Self>, reactor: &Reactor, tasks: usize) {
+        self.spawn_job(reactor, tasks, true);
+    }
+
+    /// The job as long as it copies; what fails is left.
+    pub fn spawn_copies(self: &Rc<Self>, reactor: &Reactor, tasks: usize) {
+        self.spawn_job(reactor, tasks, false);
+    }
+
+    fn spawn_job(self: &Rc<Self>, reactor: &Reactor, tasks: usize, whole: bool) {
+        let left = Rc::new(Cell::new(tasks));
+        let part = self.history.borrow().len().div_ceil(tasks) * SECTOR;
+        for task in 0..tasks {
+            let (work, left) = (self.clone(), left.clone());
+            reactor.spawn(async move {
+                let size = work.chain.borrow().size();
+                let mut at = (task * part) as u64;
+                let stop = (at + part as u64).min(size);
+                while at < stop {
+                    let len = (stop - at).min(24 << 10);
+                    let view = work.view();
+                    let copied = view.copy(0, view.chain.layers().len(), at, len).await;
+                    work.judge(Kind::Copy, copied.map(drop));
+                    at += len;
+                }
+                left.set(left.get() - 1);
+                if whole && left.get() == 0 {
+                    work.let_go().await;
+                }
+            });
+        }
+    }
+
+    /// Takes the base away, as the end of a stream does.
+    pub async fn let_go(&self) {
+        let chain = self.chain.borrow().clone();
+        let Format::Qcow2(image) = &chain.top().format else {
+            panic!("the top layer is qcow2")
+        };
+        let began = (self.clock)();
+        let ended = image.set_backing(None).await;
+        if self.judge(Kind::Flush, ended) {
+            let mut history = self.history.borrow_mut();
+            history.flushed(began, (self.clock)());
+            history.alone_from = Some((self.clock)());
+            let top = chain.top().clone();
+            *self.chain.borrow_mut() = Arc::new(Chain::new(vec![top]).unwrap());
+        }
+    }
+
+    /// True: it succeeded.
+    fn judge(&self, kind: Kind, result: stratablk::error::Result<()>) -> bool {
+        let Err(error) = result else { return true };
+        assert!(
+            !self.strict.get(),
+            "seed {}: {kind:?} failed: {error}",
+            self.seed
+        );
+        self.failures.borrow_mut().push((kind, error.errno()));
+        false
+    }
+
+    /// A range that nothing in flight touches, if one is found soon.
+    fn pick(&self) -> Option<(usize, usize)> {
+        let mut rng = self.rng.borrow_mut();
+        let mut busy = self.busy.borrow_mut();
+        for _ in 0..20 {
+            let longest = [1, 8, 24, 64][rng.random_range(0..4)];
+            let start = rng.random_range(0..busy.len());
+            let len = rng.random_range(1..=longest).min(busy.len() - start);
+            if busy[start..start + len].iter().all(|busy| !busy) {
+                busy[start..start + len].fill(true);
+                return Some((start, len));
+            }
+        }
+        None
+    }
+
+    pub async fn flush(&self) -> bool {
+        let began = (self.clock)();
+        let chain = self.chain.borrow().clone();
+        let flushed = chain.flush().await;
+        let fine = self.judge(Kind::Flush, flushed);
+        if fine {
+            self.history.borrow_mut().flushed(began, (self.clock)());
+        }
+        fine
+    }
+
+    /// One operation of `kind` somewhere.
+    pub async fn operate(&self, kind: Kind) {
+        if kind == Kind::Flush {
+            self.flush().await;
+            return;
+        }
+        let Some((start, len)) = self.pick() else {
+            yield_now().await;
+            return;
+        };
+        let change = match kind {
+            Kind::Write => {
+                let stamp = self.stamp.get();
+                self.stamp.set(stamp + len as u32);
+                Some(Change::Write(stamp))
+            }
+            Kind::Zero | Kind::Unmap => Some(Change::Zero),
+            Kind::Discard => Some(Change::Discard),
+            _ => None,
+        };
+        let number = change.map(|change| {
+            let now = (self.clock)();
+            self.history.borrow_mut().begin(now, start, len, change)
+        });
+        let result = self.perform(kind, start, len, change).await;
+        if self.judge(kind, result)
+            && let Some(number) = number
+        {
+            self.history.borrow_mut().end(number, (self.clock)());
+        }
+        self.busy.borrow_mut()[start..start + len].fill(false);
+    }
+
+    async fn perform(
+        &self,
+        kind: Kind,
+        start: usize,
+        len: usize,
+        change: Option<Change>,
+    ) -> stratablk::error::Result<()> {
+        let (offset, bytes) = ((start * SECTOR) as u64, len * SECTOR);
+        let mut buffer = AlignedBuf::zeroed(bytes);
+        if let Some(Change::Write(stamp)) = change {
+            fill(&mut buffer, stamp);
+        }
+        // SAFETY: `buffer` outlives the operation.
+        let bufs = unsafe { IoBufs::of(&buffer, 0, bytes) };
+        let view = self.view();
+        match kind {
+            Kind::Read => {
+                view.read(offset, bufs).await?;
+                self.verify(start, &buffer);
+                Ok(())
+            }
+            Kind::Write => view.write(offset, bufs).await,
+            Kind::Zero => view.write_zeroes(offset, bytes as u64, false).await,
+            Kind::Unmap => view.write_zeroes(offset, bytes as u64, true).await,
+            Kind::Discard => view.discard(offset, bytes as u64).await,
+            Kind::Copy => {
+                let end = view.chain.layers().len();
+                view.copy(0, end, offset, bytes as u64).await.map(drop)
+            }
+            Kind::Flush => Ok(()),
+        }
+    }
+
+    /// Whether sectors that nothing in flight touches read as something they may hold.
+    pub fn verify(&self, start: usize, bytes: &[u8]) {
+        let history = self.history.borrow();
+        for (sector, got) in (start..).zip(bytes.chunks(SECTOR)) {
+            let (stamp, possible) = (stamp_of(got), history.visible(sector));
+            assert!(
+                stamp.is_some_and(|stamp| possible.contains(&stamp)),
+                "seed {}: sector {sector} reads {stamp:x?} {:x?}, written were {possible:x?}",
+                self.seed,
+                &got[..8]
+            );
+        }
+    }
+}
