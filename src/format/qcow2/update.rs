@@ -5,6 +5,7 @@
 //! between has references without a mapping, which is a leak at worst.
 
 use super::claims::Claim;
+use super::header::SECTOR;
 use super::l2::{self, Descriptor, State, Words};
 use super::metadata::Kind;
 use super::refcount::{Allocation, Need};
@@ -308,7 +309,7 @@ impl Qcow2 {
         let table = self.allocate(1).await?;
         // Stable before the L1 entry, like everything that is written before a flush begins.
         let written = match old {
-            0 if table.fresh => Ok(()),
+            0 if table.fresh => self.reach(table.offset).await,
             0 => storage::io::zero(&*self.storage, table.offset, self.cluster_size(), false)
                 .await
                 .map_err(|error| self.io_error(Action::Write, table.offset, &error)),
@@ -329,6 +330,18 @@ impl Qcow2 {
             }
         }
         Ok(())
+    }
+
+    /// Sees to it that the file reaches over a cluster behind its end. An L1 entry may be stable
+    /// before anything has been written to its table, and must not point out of the file then.
+    async fn reach(&self, offset: u64) -> Result<()> {
+        let last = self.storage.limits().offset_align.max(SECTOR as u64);
+        let at = offset + self.cluster_size() - last;
+        let len = self.storage.len();
+        if len.is_ok_and(|len| len >= at + last) {
+            return Ok(());
+        }
+        self.write_at(at, &vec![0; last as usize]).await
     }
 
     /// Copies a table that a snapshot refers to as well. Nobody changes it: it is not ours.
