@@ -111,12 +111,17 @@ impl Qcow2 {
             return Err(self.io_error(Action::Write, host, &error));
         }
         let descriptor = self.shape.compressed_descriptor(host, packed.len() as u64);
-        self.modify(offset, offset + cluster, |_, _, _| Words {
+        let mut at = offset;
+        let words = Words {
             descriptor,
             bitmap: 0,
-        })
-        .await?;
-        Ok(true)
+        };
+        let linked = self.modify(&mut at, offset + cluster, |_, _, _| words);
+        let linked = linked.await;
+        if linked.is_err() && at == offset {
+            self.release(host >> self.cluster_bits).await;
+        }
+        linked.map(|()| true)
     }
 
     /// Finds `len` bytes in a host cluster that compressed clusters share, and takes a reference.

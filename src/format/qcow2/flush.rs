@@ -106,7 +106,8 @@ impl Qcow2 {
 
     /// Takes the references off clusters that nobody can see any more.
     async fn release_freed(&self) {
-        let freed = std::mem::take(&mut *self.released.lock());
+        let mut freed = std::mem::take(&mut self.meta.lock().unreleased);
+        freed.append(&mut self.released.lock());
         for (offset, len) in freed {
             let first = offset >> self.cluster_bits;
             for cluster in first..first + (len >> self.cluster_bits) {

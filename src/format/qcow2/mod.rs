@@ -91,6 +91,8 @@ struct Meta {
     loaded: VecDeque<u64>,
     /// Unmapped since the last flush began.
     unmapped: Freed,
+    /// What could not be released yet, since its refcounts could not be read.
+    unreleased: Freed,
 }
 
 /// A qcow2 layer.
@@ -204,6 +206,7 @@ impl Qcow2 {
                 writing: HashSet::new(),
                 loaded: VecDeque::new(),
                 unmapped: Vec::new(),
+                unreleased: Vec::new(),
             }),
             claims: Claims::default(),
             l1_claims: Claims::default(),

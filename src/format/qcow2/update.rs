@@ -185,11 +185,14 @@ impl Qcow2 {
 
     /// Gives back a place that is not to be linked.
     pub async fn abandon(&self, target: Target) {
-        if let Some(allocation) = target.allocation
-            && self.data.is_none()
-        {
+        if let Some(allocation) = self.counted(target) {
             self.give_up(allocation).await;
         }
+    }
+
+    /// What was allocated for a place; nothing is in a data file, whose clusters are not counted.
+    fn counted(&self, target: Target) -> Option<Allocation> {
+        target.allocation.filter(|_| self.data.is_none())
     }
 
     async fn give_up(&self, allocation: Allocation) {
@@ -211,7 +214,7 @@ impl Qcow2 {
         }
     }
 
-    /// Takes one reference off a host cluster. What fails leaks the cluster, no more.
+    /// Takes one reference off a host cluster. When that fails, the next flush tries again.
     pub(super) async fn release(&self, cluster: u64) {
         loop {
             let released = self.meta.lock().allocator.release(cluster);
@@ -227,7 +230,9 @@ impl Qcow2 {
                 }
             };
             if let Err(error) = provided {
-                log::error!("freeing a cluster: {error}");
+                log::warn!("freeing a cluster, to be tried again: {error}");
+                let freed = (cluster << self.cluster_bits, self.cluster_size());
+                self.meta.lock().unreleased.push(freed);
                 return;
             }
         }
@@ -236,15 +241,32 @@ impl Qcow2 {
     /// Maps what `target` holds to it, now that its data has been written.
     ///
     /// # Errors
-    /// When metadata cannot be read or written: nothing is linked then, or a prefix.
+    /// When metadata cannot be read or written: nothing is linked then, or a prefix. What is not
+    /// has been given back.
     pub async fn link(&self, target: Target) -> Result<()> {
         let first = target.start & !(self.cluster_size() - 1);
         let host = target.host - (target.start - first);
-        self.modify(target.start, target.end, |cluster, units, old| {
-            let offset = host + ((cluster << self.cluster_bits) - first);
-            self.shape.data(offset, units, old)
-        })
-        .await
+        let mut at = target.start;
+        let result = self
+            .modify(&mut at, target.end, |cluster, units, old| {
+                let offset = host + ((cluster << self.cluster_bits) - first);
+                self.shape.data(offset, units, old)
+            })
+            .await;
+        if result.is_err()
+            && let Some(allocation) = self.counted(target)
+        {
+            let linked = (at - first)
+                .div_ceil(self.cluster_size())
+                .min(allocation.clusters);
+            let rest = Allocation {
+                offset: allocation.offset + (linked << self.cluster_bits),
+                clusters: allocation.clusters - linked,
+                ..allocation
+            };
+            self.give_up(rest).await;
+        }
+        result
     }
 
     /// Clears `[offset, offset + len)`, which is whole units; the disk's end counts as the end
@@ -256,7 +278,8 @@ impl Qcow2 {
     pub async fn clear(&self, offset: u64, len: u64, how: Clear) -> Result<()> {
         let end = (offset + len).next_multiple_of(self.unit_size());
         self.clear_data_file(offset, end, how).await?;
-        self.modify(offset, end, |_, units, old| match how {
+        let mut at = offset;
+        self.modify(&mut at, end, |_, units, old| match how {
             Clear::Unmap => self.shape.unallocated(units, old),
             Clear::Zero => self.shape.zero(units, false, old),
             Clear::ZeroKeep => self.shape.zero(units, true, old),
@@ -361,49 +384,45 @@ impl Qcow2 {
         entry & l2::OFFSET != 0 && entry & l2::COPIED != 0
     }
 
-    /// Changes the entries of the clusters in `[start, end)`, bytes of the disk. `change` is given
-    /// the cluster, its units in the range, and its old entry.
+    /// Changes the entries of the clusters in `[at, end)`, bytes of the disk. `change` is given
+    /// the cluster, its units in the range, and its old entry. `at` follows what has been done.
     pub(super) async fn modify(
         &self,
-        start: u64,
+        at: &mut u64,
         end: u64,
         change: impl Fn(u64, Range<u64>, Words) -> Words,
     ) -> Result<()> {
-        let mut at = start;
-        while at < end {
-            self.prepare(at >> self.cluster_bits).await?;
+        while *at < end {
+            self.prepare(*at >> self.cluster_bits).await?;
             let mut meta = self.meta.lock();
-            // `None`: forgotten since it was prepared, so that is done again.
-            if let Some(next) = self.modify_slice(&mut meta, at, end, &change)? {
-                at = next;
-            }
+            // It does nothing when the slice was forgotten since: that is done again then.
+            self.modify_slice(&mut meta, at, end, &change)?;
         }
         self.relieve().await
     }
 
-    /// Changes entries within one slice; returns the first byte behind them.
+    /// Changes entries within one slice, if it is in memory.
     fn modify_slice(
         &self,
         meta: &mut Meta,
-        start: u64,
+        at: &mut u64,
         end: u64,
         change: &impl Fn(u64, Range<u64>, Words) -> Words,
-    ) -> Result<Option<u64>> {
-        let (number, first) = self.place(start >> self.cluster_bits);
+    ) -> Result<()> {
+        let (number, first) = self.place(*at >> self.cluster_bits);
         let Some(slice) = self.slice(number) else {
-            return Ok(None);
+            return Ok(());
         };
         let Some(slice) = slice.as_ref() else {
-            return Ok(None);
+            return Ok(());
         };
-        let mut at = start;
         for index in first..self.slice_entries() as usize {
-            if at >= end {
+            if *at >= end {
                 break;
             }
-            let cluster = at >> self.cluster_bits;
+            let cluster = *at >> self.cluster_bits;
             let next = end.min((cluster + 1) << self.cluster_bits);
-            let units = self.units(at, next);
+            let units = self.units(*at, next);
             let old = slice.get(index);
             let part = units.end - units.start < self.shape.units();
             if part && matches!(self.shape.state(old, 0), State::Compressed { .. }) {
@@ -418,9 +437,9 @@ impl Qcow2 {
                 meta.dirty_slices.insert(number);
                 self.unmap(meta, old, new);
             }
-            at = next;
+            *at = next;
         }
-        Ok(Some(at))
+        Ok(())
     }
 
     /// The units of a cluster that `[start, end)` touches, which lies within it.
