@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::rc::Rc;
 
-use super::{Layer, Status, View};
+use super::{Status, View};
 use crate::error::Result;
 use crate::format::qcow2::Clear;
 use crate::format::{Format, Qcow2};
@@ -109,8 +109,8 @@ impl View {
             let (status, now) = self.chain.status(target, end, at, stop - at).await?;
             let step = match status {
                 Status::Present | Status::Absent => Copied::default(),
-                Status::Zero => self.copy_zeros(layer, qcow2, span, at, now).await?,
-                Status::Data => self.copy_data(layer, qcow2, span, at, now).await?,
+                Status::Zero => self.copy_zeros(qcow2, span, at, now).await?,
+                Status::Data => self.copy_data(qcow2, span, at, now).await?,
             };
             copied.data += step.data;
             copied.zero += step.zero;
@@ -119,14 +119,7 @@ impl View {
         Ok(copied)
     }
 
-    async fn copy_zeros(
-        &self,
-        layer: &Layer,
-        qcow2: &Qcow2,
-        span: Span,
-        offset: u64,
-        len: u64,
-    ) -> Result<Copied> {
+    async fn copy_zeros(&self, qcow2: &Qcow2, span: Span, offset: u64, len: u64) -> Result<Copied> {
         let unit = qcow2.unit_size();
         if qcow2.has_zero_clusters() {
             qcow2.clear(offset, len, Clear::Zero).await?;
@@ -135,19 +128,12 @@ impl View {
             let zeros = AlignedBuf::zeroed(len.next_multiple_of(unit) as usize);
             // SAFETY: `zeros` outlives the writes.
             let bufs = unsafe { IoBufs::of(&zeros, 0, zeros.len()) };
-            self.place(layer, qcow2, offset, &bufs).await?;
+            self.place(span, qcow2, offset, &bufs).await?;
         }
         Ok(Copied { data: 0, zero: len })
     }
 
-    async fn copy_data(
-        &self,
-        layer: &Layer,
-        qcow2: &Qcow2,
-        span: Span,
-        offset: u64,
-        len: u64,
-    ) -> Result<Copied> {
+    async fn copy_data(&self, qcow2: &Qcow2, span: Span, offset: u64, len: u64) -> Result<Copied> {
         let unit = qcow2.unit_size();
         let mut buffer = ScratchBuf::new(len.next_multiple_of(unit) as usize);
         // What the last cluster has past the disk's end.
@@ -162,18 +148,18 @@ impl View {
             let at = offset + start as u64;
             let bytes = (end - start) as u64;
             if zero {
-                copied.zero += self.copy_zeros(layer, qcow2, span, at, bytes).await?.zero;
+                copied.zero += self.copy_zeros(qcow2, span, at, bytes).await?.zero;
                 continue;
             }
             copied.data += bytes;
             if span.compress {
-                self.place_compressed(layer, qcow2, at, &buffer, start..end)
+                self.place_compressed(span, qcow2, at, &buffer, start..end)
                     .await?;
                 continue;
             }
             // SAFETY: `buffer` outlives the writes.
             let part = unsafe { IoBufs::of(&buffer, start, end - start) };
-            self.place(layer, qcow2, at, &part).await?;
+            self.place(span, qcow2, at, &part).await?;
         }
         Ok(copied)
     }
@@ -181,7 +167,7 @@ impl View {
     /// Writes a part of `buffer` compressed where that gains something, otherwise as it is.
     async fn place_compressed(
         &self,
-        layer: &Layer,
+        span: Span,
         qcow2: &Qcow2,
         offset: u64,
         buffer: &AlignedBuf,
@@ -197,23 +183,25 @@ impl View {
             if !qcow2.write_compressed(at, bytes).await? {
                 // SAFETY: `buffer` outlives the writes.
                 let bufs = unsafe { IoBufs::of(buffer, start, len) };
-                self.place(layer, qcow2, at, &bufs).await?;
+                self.place(span, qcow2, at, &bufs).await?;
             }
             done += len;
         }
         Ok(())
     }
 
-    /// Finds a place for `bytes`, which are whole units, writes and links them.
-    async fn place(&self, layer: &Layer, qcow2: &Qcow2, offset: u64, bytes: &IoBufs) -> Result<()> {
+    /// Finds a place for `bytes`, which are whole units, writes and links them. The place may have
+    /// more than they need, where a cluster is replaced that is compressed or somebody else's: the
+    /// rest of it moves as well.
+    async fn place(&self, span: Span, qcow2: &Qcow2, offset: u64, bytes: &IoBufs) -> Result<()> {
         let mut done = 0;
         while done < bytes.len() as u64 {
-            let target = qcow2
-                .target(offset + done, bytes.len() as u64 - done)
-                .await?;
-            let len = target.end - target.start;
+            let at = offset + done;
+            let left = bytes.len() as u64 - done;
+            let target = qcow2.target(at, left).await?;
+            let len = left.min(target.end - at);
             let bufs = bytes.slice(done as usize, len as usize);
-            if let Err(error) = layer.store(target.host, &bufs).await {
+            if let Err(error) = self.fill(span.target, target, at, &bufs).await {
                 qcow2.abandon(target).await;
                 return Err(error);
             }

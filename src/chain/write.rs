@@ -135,7 +135,7 @@ impl View {
         let target = qcow2.target(offset, len.min(extent.len)).await?;
         let len = len.min(extent.len).min(target.end - offset);
         let result = self
-            .fill(top, target, offset, &bufs.slice(0, len as usize))
+            .fill(0, target, offset, &bufs.slice(0, len as usize))
             .await;
         if let Err(error) = result {
             qcow2.abandon(target).await;
@@ -145,17 +145,25 @@ impl View {
         Ok(len)
     }
 
-    /// Writes `bufs` into its new place, with what was there before around it.
-    async fn fill(&self, top: &Layer, target: Target, offset: u64, bufs: &IoBufs) -> Result<()> {
+    /// Writes `bufs` into its new place in a layer, with what was there before around it.
+    pub(super) async fn fill(
+        &self,
+        layer: usize,
+        target: Target,
+        offset: u64,
+        bufs: &IoBufs,
+    ) -> Result<()> {
+        let to = self.chain.layer(layer)?;
         let end = offset + bufs.len() as u64;
         // The bytes to be read; what is fresh and was zero needs neither a read nor a write.
-        let head = self.to_copy(target.fresh, target.start..offset).await?;
-        let tail = self.to_copy(target.fresh, end..target.end).await?;
+        let fresh = target.fresh;
+        let head = self.to_copy(layer, fresh, target.start..offset).await?;
+        let tail = self.to_copy(layer, fresh, end..target.end).await?;
         let mut all = IoBufs::empty();
         let at = target.host + (head.start - target.start);
         if !head.is_empty() && !tail.is_empty() && bufs.len() <= READ_THROUGH {
             // One read in place of two.
-            let old = self.old_bytes(head.start..tail.end).await?;
+            let old = self.old_bytes(layer, head.start..tail.end).await?;
             let (first, last) = (head.end - head.start, tail.start - head.start);
             // SAFETY: `old` outlives the write below.
             all.append(&unsafe { IoBufs::of(&old, 0, first as usize) });
@@ -163,36 +171,39 @@ impl View {
             let rest = (tail.end - tail.start) as usize;
             // SAFETY: as above.
             all.append(&unsafe { IoBufs::of(&old, last as usize, rest) });
-            return top.store(at, &all).await;
+            return to.store(at, &all).await;
         }
-        let (head, tail) = try_join(self.old_bytes(head), self.old_bytes(tail)).await?;
+        let (head, tail) =
+            try_join(self.old_bytes(layer, head), self.old_bytes(layer, tail)).await?;
         // SAFETY: `head` outlives the write below.
         all.append(&unsafe { IoBufs::of(&head, 0, head.len()) });
         all.append(bufs);
         // SAFETY: `tail` outlives the write below.
         all.append(&unsafe { IoBufs::of(&tail, 0, tail.len()) });
-        top.store(at, &all).await
+        to.store(at, &all).await
     }
 
     /// What of a part around new data must be copied: all of it, or nothing (an empty range at its
     /// end) where its new place reads as zeros and so did it.
-    async fn to_copy(&self, fresh: bool, part: Range<u64>) -> Result<Range<u64>> {
-        let within = part.end.min(self.chain.size()).saturating_sub(part.start);
+    async fn to_copy(&self, layer: usize, fresh: bool, part: Range<u64>) -> Result<Range<u64>> {
+        let size = self.chain.layer(layer)?.format.size();
+        let within = part.end.min(size).saturating_sub(part.start);
         let nothing =
-            part.is_empty() || (fresh && self.chain.is_zero(0, part.start, within).await?);
+            part.is_empty() || (fresh && self.chain.is_zero(layer, part.start, within).await?);
         Ok(if nothing { part.end..part.end } else { part })
     }
 
-    /// What a part of the disk holds so far; zeros past its end.
-    async fn old_bytes(&self, part: Range<u64>) -> Result<ScratchBuf> {
+    /// What a part of the disk holds so far, seen from a layer; zeros past the layer's end.
+    async fn old_bytes(&self, layer: usize, part: Range<u64>) -> Result<ScratchBuf> {
         let mut buffer = ScratchBuf::new((part.end - part.start) as usize);
-        let within = part.end.min(self.chain.size()).saturating_sub(part.start) as usize;
+        let size = self.chain.layer(layer)?.format.size();
+        let within = part.end.min(size).saturating_sub(part.start) as usize;
         if let Some(past) = buffer.get_mut(within..) {
             past.fill(0);
         }
         // SAFETY: `buffer` outlives the read.
         let bufs = unsafe { IoBufs::of(&buffer, 0, within) };
-        self.chain.read_from(0, part.start, &bufs).await?;
+        self.chain.read_from(layer, part.start, &bufs).await?;
         Ok(buffer)
     }
 

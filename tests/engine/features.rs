@@ -300,3 +300,29 @@ fn a_compressed_stream_is_small_and_qemu_reads_it() {
         compare(&top, "qcow2", &bytes);
     }
 }
+
+/// What would be caught: a copy from below that takes the place of a snapshot's cluster, and
+/// shifts or loses what the cluster held.
+#[test]
+fn a_copy_into_a_snapshots_cluster_keeps_the_rest_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, path) = (in_dir(&dir, "base.raw"), in_dir(&dir, "top.qcow2"));
+    let mut bytes: Vec<u8> = (0..1 << 20)
+        .map(|i: usize| (i / SECTOR % 251) as u8)
+        .collect();
+    std::fs::write(&base, &bytes).unwrap();
+    create_over(&path, "cluster_size=16k,extended_l2=on", &base, "raw");
+    qemu_io(&path, "write -q -P 255 16384 2048");
+    bytes[16384..][..2048].fill(255);
+    qemu_img(&["snapshot", "-c", "one"], &path);
+    for (offset, len) in [(20480, 1024), (16384, 65536)] {
+        let disk = Disk::open(&path, "qcow2", json!({}));
+        let view = disk.view();
+        let copied = disk.reactor.block_on(view.copy(0, 2, offset, len));
+        assert!(copied.unwrap().data > 0);
+        drop(view);
+        disk.close();
+        check(&path, false);
+        compare(&path, "qcow2", &bytes);
+    }
+}
