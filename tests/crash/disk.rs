@@ -66,6 +66,8 @@ pub struct Disk {
     paths: Vec<PathBuf>,
     /// The stamps that the guest sees.
     pub first: Vec<u32>,
+    /// Those that it would see without the image on top.
+    pub under: Vec<u32>,
 }
 
 /// An image that has been opened, and its chain.
@@ -101,18 +103,48 @@ impl Part {
     }
 }
 
+/// The stamps of the lowest file.
+fn base_stamps(recipe: Recipe) -> Vec<u32> {
+    let stamp = |sector: usize| match sector / 40 % 3 {
+        0 => 0,
+        _ => 0x8000_0000 + sector as u32,
+    };
+    match recipe.below {
+        Below::Nothing => vec![0; recipe.sectors],
+        Below::Raw | Below::Qcow2 => (0..recipe.sectors).map(stamp).collect(),
+    }
+}
+
+/// What the image in the middle has.
+fn middle_parts(recipe: Recipe) -> impl Iterator<Item = Part> {
+    let step = recipe.sectors / 4;
+    (0..recipe.sectors).step_by(step).map(move |start| Part {
+        start,
+        end: start + step / 4,
+        stamp: 0x9000_0000,
+    })
+}
+
+/// What the image itself has.
+fn top_part(recipe: Recipe) -> Part {
+    Part {
+        start: 0,
+        end: recipe.filled,
+        stamp: 0xa000_0000,
+    }
+}
+
 impl Disk {
+    /// Makes the files in `dir`.
     pub fn make(dir: &Path, recipe: Recipe) -> Self {
         let size = (recipe.sectors * SECTOR) as u64;
         let path = |name: &str| dir.join(name);
-        let mut first = vec![0; recipe.sectors];
         let mut lower = Vec::new();
         if recipe.below != Below::Nothing {
             let mut bytes = vec![0; recipe.sectors * SECTOR];
-            for (sector, part) in bytes.chunks_mut(SECTOR).enumerate() {
-                if sector / 40 % 3 != 0 {
-                    first[sector] = 0x8000_0000 + sector as u32;
-                    fill(part, first[sector]);
+            for (part, stamp) in bytes.chunks_mut(SECTOR).zip(base_stamps(recipe)) {
+                if stamp != 0 {
+                    fill(part, stamp);
                 }
             }
             std::fs::write(path("base.raw"), bytes).unwrap();
@@ -121,15 +153,7 @@ impl Disk {
         if recipe.below == Below::Qcow2 {
             let middle = path("middle.qcow2");
             create_over(&middle, "", &path("base.raw"), "raw");
-            for start in (0..recipe.sectors).step_by(recipe.sectors / 4) {
-                let part = Part {
-                    start,
-                    end: start + recipe.sectors / 16,
-                    stamp: 0x9000_0000,
-                };
-                part.write(&middle);
-                part.put(&mut first);
-            }
+            middle_parts(recipe).for_each(|part| part.write(&middle));
             lower.insert(0, middle);
         }
         let top = path("top.qcow2");
@@ -138,25 +162,17 @@ impl Disk {
         if recipe.data_file {
             options += &format!(",data_file={}", data.display());
         }
+        let format = if recipe.below == Below::Raw {
+            "raw"
+        } else {
+            "qcow2"
+        };
         match lower.first() {
             None => create(&top, &options, size),
-            Some(below) => {
-                let format = if recipe.below == Below::Raw {
-                    "raw"
-                } else {
-                    "qcow2"
-                };
-                create_over(&top, &options, below, format);
-            }
+            Some(below) => create_over(&top, &options, below, format),
         }
         if recipe.filled > 0 {
-            let part = Part {
-                start: 0,
-                end: recipe.filled,
-                stamp: 0xa000_0000,
-            };
-            part.write(&top);
-            part.put(&mut first);
+            top_part(recipe).write(&top);
         }
         let name = top.to_str().unwrap();
         if recipe.snapshot {
@@ -168,12 +184,23 @@ impl Disk {
         let mut paths = vec![top];
         paths.extend(recipe.data_file.then_some(data));
         paths.extend(lower);
-        let files = paths.iter().map(|p| std::fs::read(p).unwrap()).collect();
+        Self::at(paths, recipe)
+    }
+
+    /// The disk whose files are there already.
+    pub fn at(paths: Vec<PathBuf>, recipe: Recipe) -> Self {
+        let mut first = base_stamps(recipe);
+        if recipe.below == Below::Qcow2 {
+            middle_parts(recipe).for_each(|part| part.put(&mut first));
+        }
+        let under = first.clone();
+        top_part(recipe).put(&mut first);
         Self {
             recipe,
-            files,
+            files: paths.iter().map(|p| std::fs::read(p).unwrap()).collect(),
             paths,
             first,
+            under,
         }
     }
 
@@ -182,19 +209,27 @@ impl Disk {
         1 + usize::from(self.recipe.data_file)
     }
 
-    /// Opens the image, and what its header says is below.
+    /// Opens the image on a machine.
     pub async fn open(&self, machine: &Machine, writable: bool) -> Result<Opened> {
         if self.recipe.reserves {
             machine.allow_reserving();
         }
+        self.open_files(|index| machine.file(index), writable).await
+    }
+
+    /// Opens the image, and what its header says is below.
+    pub async fn open_files(
+        &self,
+        file: impl Fn(usize) -> Arc<dyn Storage>,
+        writable: bool,
+    ) -> Result<Opened> {
         let options = qcow2::Options {
             writable,
             discard: true,
             cache_bytes: self.recipe.cache_bytes,
         };
-        let data = self.recipe.data_file.then(|| machine.file(1));
-        let data = data.map(|file| file as Arc<dyn Storage>);
-        let image = Qcow2::open_with_data(machine.file(0), data, options).await?;
+        let data = self.recipe.data_file.then(|| file(1));
+        let image = Qcow2::open_with_data(file(0), data, options).await?;
         let image = Arc::new(image);
         let mut layers = vec![layer(
             Format::Qcow2(image.clone()),
@@ -204,20 +239,12 @@ impl Disk {
         if image.backing().is_some() {
             let mut at = self.below();
             if self.recipe.below == Below::Qcow2 {
-                let middle = Qcow2::open(machine.file(at), qcow2::Options::default()).await?;
-                layers.push(layer(
-                    Format::Qcow2(Arc::new(middle)),
-                    machine.file(at),
-                    true,
-                ));
+                let middle = Qcow2::open(file(at), qcow2::Options::default()).await?;
+                layers.push(layer(Format::Qcow2(Arc::new(middle)), file(at), true));
                 at += 1;
             }
             let size = (self.recipe.sectors * SECTOR) as u64;
-            layers.push(layer(
-                Format::Raw(Raw::new(0, size)),
-                machine.file(at),
-                true,
-            ));
+            layers.push(layer(Format::Raw(Raw::new(0, size)), file(at), true));
         }
         let chain = Arc::new(Chain::new(layers)?);
         Ok(Opened { image, chain })

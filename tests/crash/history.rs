@@ -1,7 +1,10 @@
 //! What the guest did to each sector, when, and what a sector may therefore hold.
 //!
-//! Time is a count of events that grows. A sector that was written and flushed holds what was
-//! written last before the flush began, or anything that was begun after that.
+//! A sector that was written and flushed holds what was written last before the flush began, or
+//! anything that was begun after that. What came before what is told by the order in which it is
+//! noted; when the machine stopped, by its own time, a count of events.
+
+use crate::workload::Report;
 
 pub const SECTOR: usize = 512;
 
@@ -17,7 +20,9 @@ pub enum Change {
 
 #[derive(Clone, Copy, Debug)]
 struct Operation {
+    /// The time.
     began: usize,
+    /// The number of the note.
     ended: usize,
     start: usize,
     change: Change,
@@ -30,8 +35,9 @@ pub struct History {
     operations: Vec<Operation>,
     /// By sector: the operations that touched it.
     sectors: Vec<Vec<usize>>,
-    /// When each successful flush began and ended.
+    /// Of each successful flush: how many notes there were when it began, and the time at its end.
     flushes: Vec<(usize, usize)>,
+    notes: usize,
     /// From this time on the image stands alone: it names no backing file.
     pub alone_from: Option<usize>,
 }
@@ -49,48 +55,54 @@ impl History {
         self.first.len()
     }
 
-    /// An operation begins; returns its number.
-    pub fn begin(&mut self, now: usize, start: usize, len: usize, change: Change) -> usize {
-        let number = self.operations.len();
-        self.operations.push(Operation {
-            began: now,
-            ended: usize::MAX,
-            start,
-            change,
-        });
-        for sector in &mut self.sectors[start..start + len] {
-            sector.push(number);
+    /// Adds what happened at `now`; returns the number of an operation that began.
+    ///
+    /// An operation that failed never ends: its effect is uncertain for ever.
+    pub fn note(&mut self, now: usize, report: Report) -> usize {
+        self.notes += 1;
+        match report {
+            Report::Began { start, len, change } => {
+                let number = self.operations.len();
+                self.operations.push(Operation {
+                    began: now,
+                    ended: usize::MAX,
+                    start,
+                    change,
+                });
+                for sector in &mut self.sectors[start..start + len] {
+                    sector.push(number);
+                }
+                return number;
+            }
+            Report::Ended(number) => self.operations[number].ended = self.notes - 1,
+            Report::Flushed(began) => self.flushes.push((began, now)),
+            Report::Alone => self.alone_from = Some(now),
         }
-        number
+        0
     }
 
-    /// It succeeded. One that failed never ends: its effect is uncertain for ever.
-    pub fn end(&mut self, number: usize, now: usize) {
-        self.operations[number].ended = now;
+    /// How many notes there are.
+    pub fn notes(&self) -> usize {
+        self.notes
     }
 
-    /// A flush that began at `began` has succeeded.
-    pub fn flushed(&mut self, began: usize, now: usize) {
-        self.flushes.push((began, now));
-    }
-
-    /// The time up to which everything is stable when the machine stops after `cut` events.
+    /// So many notes are certainly stable when the machine stops after `cut` events.
     pub fn stable_at(&self, cut: usize) -> usize {
         let ended = self.flushes.iter().filter(|(_, ended)| *ended <= cut);
         ended.map(|(began, _)| *began).max().unwrap_or(0)
     }
 
-    /// What a sector may hold then, when everything up to `stable` is.
+    /// What a sector may hold then, when the first `stable` notes are.
     pub fn after_cut(&self, sector: usize, stable: usize, cut: usize) -> Vec<u32> {
         self.possible(sector, stable, cut)
     }
 
     /// What a sector may read as now, if nothing in flight touches it.
     pub fn visible(&self, sector: usize) -> Vec<u32> {
-        self.possible(sector, usize::MAX - 1, usize::MAX)
+        self.possible(sector, self.notes, usize::MAX)
     }
 
-    /// What was ended by `settled` is certain; what was begun before `cut` is possible.
+    /// What ended in the first `settled` notes is certain; what began before `cut` is possible.
     fn possible(&self, sector: usize, settled: usize, cut: usize) -> Vec<u32> {
         let mut possible = vec![self.first[sector]];
         for &number in &self.sectors[sector] {
@@ -102,7 +114,7 @@ impl History {
                 Change::Write(stamp) => stamp + (sector - operation.start) as u32,
                 Change::Zero | Change::Discard => 0,
             };
-            if operation.ended <= settled && operation.change != Change::Discard {
+            if operation.ended < settled && operation.change != Change::Discard {
                 possible.clear();
             }
             possible.push(value);

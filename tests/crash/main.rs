@@ -7,6 +7,8 @@ mod cuts;
 mod disk;
 mod faults;
 mod history;
+mod judge;
+mod kill;
 mod machine;
 mod qcow2;
 mod states;

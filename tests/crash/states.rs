@@ -26,6 +26,8 @@ pub enum Kept {
     /// All, but of this one only some sectors.
     Torn(usize),
     Random,
+    /// The process was killed: what the files hold.
+    Killed,
 }
 
 /// The machine after a cut.
@@ -146,7 +148,7 @@ impl Walker {
         for loose in order {
             let file = &mut files[loose.file];
             match kept {
-                Kept::Nothing => {}
+                Kept::Nothing | Kept::Killed => {}
                 Kept::Only(id) if id != loose.id => {}
                 Kept::Without(id) if id == loose.id => {}
                 Kept::Torn(id) if id == loose.id => tear(file, &loose.effect, 0.5, rng),

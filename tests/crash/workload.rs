@@ -30,6 +30,25 @@ pub enum Kind {
 /// The time, by which the history is kept.
 pub type Clock = Box<dyn Fn() -> usize>;
 
+/// Is told of what is added to the history.
+pub type Observer = Box<dyn Fn(Report)>;
+
+/// What is added to the history: for a history that is kept elsewhere as well.
+#[derive(Clone, Copy, Debug)]
+pub enum Report {
+    Began {
+        start: usize,
+        len: usize,
+        change: Change,
+    },
+    /// The operation with this number, counted from 0.
+    Ended(usize),
+    /// A flush that began when there were so many reports.
+    Flushed(usize),
+    /// The image stands alone.
+    Alone,
+}
+
 /// A disk under work, and what is known of it.
 pub struct Work {
     pub seed: u64,
@@ -40,6 +59,8 @@ pub struct Work {
     pub failures: RefCell<Vec<(Kind, i32)>>,
     /// Failures end the test.
     pub strict: Cell<bool>,
+    /// Who keeps the history as well.
+    pub observer: RefCell<Option<Observer>>,
     clock: Clock,
     busy: RefCell<Vec<bool>>,
     rng: RefCell<StdRng>,
@@ -55,6 +76,7 @@ impl Work {
             history: RefCell::new(History::new(first)),
             failures: RefCell::default(),
             strict: Cell::new(true),
+            observer: RefCell::default(),
             clock,
             rng: RefCell::new(StdRng::seed_from_u64(seed)),
             stamp: Cell::new(1),
@@ -124,15 +146,23 @@ impl Work {
         let Format::Qcow2(image) = &chain.top().format else {
             panic!("the top layer is qcow2")
         };
-        let began = (self.clock)();
+        let began = self.history.borrow().notes();
         let ended = image.set_backing(None).await;
         if self.judge(Kind::Flush, ended) {
-            let mut history = self.history.borrow_mut();
-            history.flushed(began, (self.clock)());
-            history.alone_from = Some((self.clock)());
+            self.note(Report::Flushed(began));
+            self.note(Report::Alone);
             let top = chain.top().clone();
             *self.chain.borrow_mut() = Arc::new(Chain::new(vec![top]).unwrap());
         }
+    }
+
+    /// Adds to the history; the number of an operation that began.
+    fn note(&self, report: Report) -> usize {
+        let number = self.history.borrow_mut().note((self.clock)(), report);
+        if let Some(observer) = &*self.observer.borrow() {
+            observer(report);
+        }
+        number
     }
 
     /// True: it succeeded.
@@ -164,12 +194,12 @@ impl Work {
     }
 
     pub async fn flush(&self) -> bool {
-        let began = (self.clock)();
+        let began = self.history.borrow().notes();
         let chain = self.chain.borrow().clone();
         let flushed = chain.flush().await;
         let fine = self.judge(Kind::Flush, flushed);
         if fine {
-            self.history.borrow_mut().flushed(began, (self.clock)());
+            self.note(Report::Flushed(began));
         }
         fine
     }
@@ -194,15 +224,12 @@ impl Work {
             Kind::Discard => Some(Change::Discard),
             _ => None,
         };
-        let number = change.map(|change| {
-            let now = (self.clock)();
-            self.history.borrow_mut().begin(now, start, len, change)
-        });
+        let number = change.map(|change| self.note(Report::Began { start, len, change }));
         let result = self.perform(kind, start, len, change).await;
         if self.judge(kind, result)
             && let Some(number) = number
         {
-            self.history.borrow_mut().end(number, (self.clock)());
+            self.note(Report::Ended(number));
         }
         self.busy.borrow_mut()[start..start + len].fill(false);
     }

@@ -1,0 +1,133 @@
+//! Judges what is left of a disk: its metadata, its contents, and whether it can still be used.
+
+use stratablk::reactor::Reactor;
+
+use crate::disk::{Disk, read_all, write};
+use crate::history::{History, SECTOR, stamp_of};
+use crate::machine::Machine;
+use crate::qcow2::{Image, Sector};
+use crate::states::State;
+use crate::{alone, together};
+
+/// What is known of a disk, and what it is compared with.
+pub struct Judge<'a> {
+    pub seed: u64,
+    pub disk: &'a Disk,
+    pub reactor: Reactor,
+    pub history: History,
+}
+
+impl Judge<'_> {
+    /// Ends the test unless the state is sound. `thorough`: is written to as well; `qemu`:
+    /// `qemu-img check` is asked too.
+    pub fn judge(&self, state: &State, thorough: bool, qemu: bool) {
+        let result = self.sound(&state.files).and_then(|()| {
+            let seen = {
+                let _together = together();
+                self.readable(state)?
+            };
+            if qemu {
+                self.disk.qemu_check(&state.files)?;
+            }
+            if thorough {
+                let _alone = alone();
+                self.usable(state, &seen)?;
+            }
+            Ok(())
+        });
+        if let Err(what) = result {
+            panic!(
+                "STRATABLK_SEED={}: {:?}: cut after event {}, kept {:?} of what was not stable: \
+                 {what}",
+                self.seed, self.disk.recipe, state.cut, state.kept
+            );
+        }
+    }
+
+    /// The metadata is consistent, and snapshots are what they were.
+    fn sound(&self, files: &[Vec<u8>]) -> Result<(), String> {
+        let image = Image::new(&files[0])?;
+        image.check()?;
+        for root in image.snapshots()? {
+            for (sector, &expected) in self.disk.first.iter().enumerate() {
+                let stamp = match image.find(root, sector as u64)? {
+                    Sector::Host(at) => {
+                        let bytes = files[0].get(at as usize..at as usize + SECTOR);
+                        bytes.and_then(stamp_of)
+                    }
+                    Sector::Zero => Some(0),
+                    Sector::Below => Some(self.disk.under[sector]),
+                };
+                if stamp != Some(expected) {
+                    return Err(format!(
+                        "sector {sector} of the snapshot is {stamp:x?}, was {expected:x}"
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Every sector reads as something it may hold.
+    fn readable(&self, state: &State) -> Result<Vec<u32>, String> {
+        let machine = Machine::new(&state.files);
+        let opened = self.reactor.block_on(self.disk.open(&machine, false));
+        let opened = opened.map_err(|error| error.to_string())?;
+        if opened.image.backing().is_some()
+            && self.history.alone_from.is_some_and(|at| at <= state.cut)
+        {
+            return Err("the stream has ended, but the header names a base".into());
+        }
+        let seen = read_all(&self.reactor, &opened.chain).map_err(|error| error.to_string())?;
+        let stable = self.history.stable_at(state.cut);
+        for (sector, &stamp) in seen.iter().enumerate() {
+            let allowed = self.history.after_cut(sector, stable, state.cut);
+            if !stamp.is_some_and(|stamp| allowed.contains(&stamp)) {
+                return Err(format!(
+                    "sector {sector} reads as stamp {stamp:x?}, allowed are {allowed:x?}"
+                ));
+            }
+        }
+        Ok(seen.into_iter().flatten().collect())
+    }
+
+    /// Work goes on: what is written now is there, nothing else changes, nothing leaks.
+    fn usable(&self, state: &State, seen: &[u32]) -> Result<(), String> {
+        let text = |error: stratablk::error::Error| error.to_string();
+        let leaks = Image::new(&state.files[0])?.check()?;
+        let machine = Machine::new(&state.files);
+        let opened = self.reactor.block_on(self.disk.open(&machine, true));
+        let opened = opened.map_err(text)?;
+        let mut expected = seen.to_vec();
+        for index in 0..8 {
+            let start = index * expected.len() / 8 + 3;
+            let stamp = 0xb000_0000 + 64 * index as u32;
+            write(&self.reactor, &opened.chain, start, 13, stamp).map_err(text)?;
+            for (stamp, sector) in (stamp..).zip(&mut expected[start..start + 13]) {
+                *sector = stamp;
+            }
+        }
+        let closed = self.reactor.block_on(opened.image.close());
+        closed.map_err(text)?;
+        let files: Vec<_> = (0..state.files.len()).map(|i| machine.bytes(i)).collect();
+        let after = Image::new(&files[0])?.check()?;
+        self.sound(&files)?;
+        if after > leaks {
+            return Err(format!(
+                "{leaks} clusters leaked, {after} after work went on"
+            ));
+        }
+        let machine = Machine::new(&files);
+        let opened = self.reactor.block_on(self.disk.open(&machine, false));
+        let opened = opened.map_err(text)?;
+        let seen = read_all(&self.reactor, &opened.chain).map_err(text)?;
+        for (sector, (seen, expected)) in seen.iter().zip(expected).enumerate() {
+            if *seen != Some(expected) {
+                return Err(format!(
+                    "after work went on, sector {sector} reads {seen:x?}, expected {expected:x}"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
