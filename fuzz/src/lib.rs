@@ -1,0 +1,17 @@
+//! What the fuzz targets do with their input. `docs/testing.md` says how to run them.
+//!
+//! The same functions replay the corpus in `tests/fuzz_replay.rs`, without nightly and without
+//! libFuzzer: so they are here, and the targets call them.
+
+pub mod image;
+pub mod options;
+pub mod read;
+pub mod recipe;
+pub mod references;
+pub mod seeds;
+pub mod storage;
+pub mod write;
+
+pub use options::options;
+pub use read::{qcow2_read, qed};
+pub use write::{qcow2_file, qcow2_write};

@@ -1,0 +1,276 @@
+//! A judge of qcow2 images that shares no code with the engine: counts who refers to each
+//! cluster, and compares that with the refcounts.
+//!
+//! Source: QEMU's `docs/interop/qcow2`, and the rules of `qemu-img check`.
+
+use std::collections::HashMap;
+
+use super::storage::SparseStorage;
+
+const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+const COPIED: u64 = 1 << 63;
+const COMPRESSED: u64 = 1 << 62;
+/// Images with more than this of anything are not judged.
+const LIMIT: u64 = 1024;
+
+/// The verdict.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// Contradictions: references to clusters that are counted as used by fewer, or elsewhere.
+    pub errors: Vec<String>,
+    /// Clusters that are counted as used by more than use them.
+    pub leaks: usize,
+}
+
+struct Judge<'a> {
+    storage: &'a SparseStorage,
+    bits: u32,
+    /// References of each cluster, and whether one of them must be the only one.
+    references: HashMap<u64, (u64, bool)>,
+    /// Entries of the active tables: cluster, and whether it is said to be referred to once.
+    copied: Vec<(u64, bool)>,
+    extended: bool,
+    data_file: bool,
+    report: Report,
+}
+
+/// Judges the image in `storage`; `None`: it is too large, or no image at all.
+#[must_use]
+pub fn check(storage: &SparseStorage) -> Option<Report> {
+    let word = |at| Some(u64::from_be_bytes(storage.bytes(at, 8).try_into().ok()?));
+    let half = |at| Some(u32::from_be_bytes(storage.bytes(at, 4).try_into().ok()?).into());
+    let bits: u64 = half(20)?;
+    if !(9..=21).contains(&bits) || half(0)? != 0x5146_49fb_u64 {
+        return None;
+    }
+    let version: u64 = half(4)?;
+    let incompatible = if version >= 3 { word(72)? } else { 0 };
+    let order: u64 = if version >= 3 { half(96)? } else { 4 };
+    let (l1_size, reftable_clusters): (u64, u64) = (half(36)?, half(56)?);
+    let snapshots: u64 = half(60)?;
+    if l1_size > LIMIT || order > 6 || snapshots > 16 || reftable_clusters << bits > 1 << 20 {
+        return None;
+    }
+    let mut judge = Judge {
+        storage,
+        bits: bits as u32,
+        references: HashMap::new(),
+        copied: Vec::new(),
+        extended: incompatible & 16 != 0,
+        data_file: incompatible & 4 != 0,
+        report: Report::default(),
+    };
+    let cluster = 1u64 << bits;
+    judge.refer(0, cluster, true);
+    let (l1, reftable) = (word(40)?, word(48)?);
+    judge.refer(reftable, reftable_clusters << bits, true);
+    let table = judge.table(reftable, reftable_clusters << bits >> 3);
+    for &block in table.iter().filter(|&&block| block != 0) {
+        judge.refer(block, cluster, true);
+    }
+    judge.refer(l1, l1_size * 8, true);
+    judge.mapping(l1, l1_size, true);
+    judge.snapshots(word(64)?, snapshots)?;
+    judge.bitmaps(version, half(100).unwrap_or(0))?;
+    judge.compare(&table, order as u32);
+    Some(judge.report)
+}
+
+impl Judge<'_> {
+    fn table(&self, offset: u64, entries: u64) -> Vec<u64> {
+        let bytes = self.storage.bytes(offset, entries as usize * 8);
+        let mut words: Vec<u64> = bytes
+            .chunks_exact(8)
+            .map(|word| u64::from_be_bytes(word.try_into().unwrap()))
+            .collect();
+        words.resize(entries as usize, 0);
+        words
+    }
+
+    fn refer(&mut self, offset: u64, len: u64, alone: bool) {
+        let end = stratablk::storage::Storage::len(self.storage).unwrap();
+        if offset.saturating_add(len) >= end.saturating_add(1 << self.bits) {
+            let what = format!("{len} bytes at {offset:#x} are behind the end, {end:#x}");
+            self.report.errors.push(what);
+            return;
+        }
+        if len == 0 {
+            return;
+        }
+        for cluster in offset >> self.bits..=(offset + len - 1) >> self.bits {
+            let entry = self.references.entry(cluster).or_default();
+            *entry = (entry.0 + 1, entry.1 || alone);
+        }
+    }
+
+    fn refer_aligned(&mut self, offset: u64, alone: bool) -> bool {
+        if !offset.is_multiple_of(1 << self.bits) {
+            let what = format!("{offset:#x} is not aligned");
+            self.report.errors.push(what);
+            return false;
+        }
+        self.refer(offset, 1 << self.bits, alone);
+        true
+    }
+
+    /// The tables under an L1 table.
+    fn mapping(&mut self, l1: u64, l1_size: u64, active: bool) {
+        let cluster = 1u64 << self.bits;
+        let words = if self.extended { 2 } else { 1 };
+        for entry in self.table(l1, l1_size) {
+            let table = entry & OFFSET;
+            if table == 0 || !self.refer_aligned(table, false) {
+                continue;
+            }
+            if active {
+                self.copied.push((table >> self.bits, entry & COPIED != 0));
+            }
+            for entry in self.table(table, cluster / 8).chunks(words) {
+                self.entry(entry, active);
+            }
+        }
+    }
+
+    fn entry(&mut self, entry: &[u64], active: bool) {
+        let (word, bitmap) = (entry[0], entry.get(1).copied().unwrap_or(0));
+        if word & COMPRESSED != 0 {
+            let shift = 62 - (self.bits - 8);
+            let field = word & (COMPRESSED - 1);
+            let start = field & ((1 << shift) - 1);
+            let sectors = (field >> shift) + 1;
+            self.refer(start, sectors * 512 - start % 512, false);
+            if word & COPIED != 0 || self.data_file {
+                self.report
+                    .errors
+                    .push(format!("compressed and owned: {word:#x}"));
+            }
+            return;
+        }
+        if self.extended && bitmap & bitmap >> 32 & 0xffff_ffff != 0 {
+            self.report
+                .errors
+                .push(format!("subclusters are both: {bitmap:#x}"));
+        }
+        let host = word & OFFSET;
+        if self.data_file || host == 0 {
+            return;
+        }
+        if self.refer_aligned(host, false) && active {
+            self.copied.push((host >> self.bits, word & COPIED != 0));
+        }
+    }
+
+    fn snapshots(&mut self, table: u64, count: u64) -> Option<()> {
+        let mut at = table;
+        for _ in 0..count {
+            let fixed = self.storage.bytes(at, 40);
+            let number = |from: usize, len: usize| {
+                let bytes = fixed.get(from..from + len)?;
+                Some(
+                    bytes
+                        .iter()
+                        .fold(0u64, |all, &byte| all << 8 | u64::from(byte)),
+                )
+            };
+            let (l1, l1_size) = (number(0, 8)?, number(8, 4)?);
+            if l1_size > LIMIT {
+                return None;
+            }
+            self.refer(l1, l1_size * 8, true);
+            self.mapping(l1, l1_size, false);
+            let len = 40 + number(36, 4)? + number(12, 2)? + number(14, 2)?;
+            at += len.next_multiple_of(8);
+        }
+        self.refer(table, at - table, true);
+        Some(())
+    }
+
+    fn bitmaps(&mut self, version: u64, header_length: u64) -> Option<()> {
+        if version < 3 || self.table(88, 1)[0] & 1 == 0 {
+            return Some(());
+        }
+        let mut at = header_length;
+        let (mut directory, mut len, mut count) = (0, 0, 0);
+        while at < 1 << self.bits {
+            let word = self.table(at, 1)[0];
+            let (kind, length) = (word >> 32, word & 0xffff_ffff);
+            match kind {
+                0 => break,
+                0x2385_2875 => {
+                    count = self.table(at + 8, 1)[0] >> 32;
+                    (len, directory) = (self.table(at + 16, 1)[0], self.table(at + 24, 1)[0]);
+                }
+                _ => {}
+            }
+            at += 8 + length.next_multiple_of(8);
+        }
+        if count > 16 || len > 1 << 16 {
+            return None;
+        }
+        self.refer(directory, len, true);
+        let mut at = directory;
+        for _ in 0..count {
+            let fixed = self.table(at, 3);
+            let (entries, name) = (fixed[1] >> 32, fixed[2] >> 32 & 0xffff);
+            let (table, extra) = (fixed[0], fixed[2] & 0xffff_ffff);
+            if entries > LIMIT {
+                return None;
+            }
+            self.refer(table, entries * 8, true);
+            for entry in self.table(table, entries) {
+                if entry & OFFSET != 0 {
+                    self.refer_aligned(entry & OFFSET, true);
+                }
+            }
+            at += (24 + name + extra).next_multiple_of(8);
+        }
+        Some(())
+    }
+
+    fn refcount(&self, table: &[u64], order: u32, cluster: u64) -> u64 {
+        let per_block = (8u64 << self.bits) >> order;
+        let Some(&block) = table.get((cluster / per_block) as usize) else {
+            return 0;
+        };
+        if block == 0 {
+            return 0;
+        }
+        let index = cluster % per_block;
+        if order < 3 {
+            let bit = index << order;
+            let byte = self.storage.bytes(block + bit / 8, 1);
+            let byte = byte.first().copied().unwrap_or(0);
+            return u64::from(byte >> (bit % 8)) & ((1 << (1 << order)) - 1);
+        }
+        let width = 1u64 << (order - 3);
+        let bytes = self.storage.bytes(block + index * width, width as usize);
+        bytes
+            .iter()
+            .fold(0, |all, &byte| all << 8 | u64::from(byte))
+    }
+
+    fn compare(&mut self, table: &[u64], order: u32) {
+        let clusters = stratablk::storage::Storage::len(self.storage).unwrap() >> self.bits;
+        // What is counted behind the end is a leak too, once the file reaches it.
+        for cluster in 0..=clusters + LIMIT {
+            let (references, alone) = self.references.remove(&cluster).unwrap_or_default();
+            let refcount = self.refcount(table, order, cluster);
+            if refcount < references || (alone && references > 1) {
+                self.report.errors.push(format!(
+                    "cluster {cluster}: refcount {refcount}, {references} references"
+                ));
+            }
+            if refcount > references {
+                self.report.leaks += 1;
+            }
+        }
+        for (cluster, copied) in std::mem::take(&mut self.copied) {
+            let refcount = self.refcount(table, order, cluster);
+            if copied != (refcount == 1) {
+                self.report.errors.push(format!(
+                    "cluster {cluster}: copied flag {copied}, refcount {refcount}"
+                ));
+            }
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! Replays the corpus of the fuzzers: every input through the function of its target, without
+//! nightly and without libFuzzer.
+//!
+//! What would be caught: a find that comes back (panics, overflows, endless loops, writes far
+//! behind the end of an image, disks that do not hold what was written, refcounts that are wrong
+//! afterwards), and seeds that no longer open.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(clippy::indexing_slicing)]
+
+#[allow(missing_docs, dead_code)]
+#[path = "../fuzz/src/lib.rs"]
+mod fuzz;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::path::Path;
+
+/// Nobody asks for more at once: it is what QEMU reads of an image at most, with room for the
+/// vector that it becomes.
+const LARGEST_ALLOCATION: usize = 256 << 20;
+
+/// Ends the process when more memory is asked for at once than any image is worth.
+struct Bounded;
+
+#[global_allocator]
+static ALLOCATOR: Bounded = Bounded;
+
+// SAFETY: the system's allocator does the work.
+unsafe impl GlobalAlloc for Bounded {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        if layout.size() > LARGEST_ALLOCATION {
+            return std::ptr::null_mut();
+        }
+        // SAFETY: passed on to the caller.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        if layout.size() > LARGEST_ALLOCATION {
+            return std::ptr::null_mut();
+        }
+        // SAFETY: passed on to the caller.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: passed on to the caller.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+/// The input that a failure is about.
+struct Named(String);
+
+impl Drop for Named {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the input is {}", self.0);
+        }
+    }
+}
+
+fn replay(target: &str, run: fn(&[u8])) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("fuzz/corpus")
+        .join(target);
+    let mut files: Vec<_> = std::fs::read_dir(&folder)
+        .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    files.sort();
+    assert!(!files.is_empty(), "{} is empty", folder.display());
+    for file in files {
+        let _named = Named(file.display().to_string());
+        run(&std::fs::read(&file).unwrap());
+    }
+}
+
+#[test]
+fn qcow2_images_are_read() {
+    replay("qcow2_read", fuzz::qcow2_read);
+}
+
+#[test]
+fn qcow2_images_are_written() {
+    replay("qcow2_write", fuzz::qcow2_write);
+}
+
+#[test]
+fn whole_files_are_read_and_written() {
+    replay("qcow2_file", fuzz::qcow2_file);
+    for seed in fuzz::seeds::qcow2() {
+        let _named = Named(seed.name.to_owned());
+        fuzz::qcow2_file(&seed.bytes);
+    }
+}
+
+#[test]
+fn qed_images_are_read() {
+    replay("qed", fuzz::qed);
+}
+
+#[test]
+fn options_are_parsed() {
+    replay("options", fuzz::options);
+}
+
+/// What would be caught: seeds that a fuzzer turns over in vain, since they are refused.
+#[test]
+fn seeds_open_for_writing() {
+    let reactor = fuzz::image::reactor();
+    for seed in fuzz::seeds::qcow2() {
+        let files = fuzz::image::Files::new(seed.bytes.clone(), 1);
+        let report = fuzz::references::check(&files.image).unwrap();
+        let how = fuzz::image::How {
+            writable: true,
+            ..Default::default()
+        };
+        let opened = reactor.block_on(files.open(how));
+        if seed.name == "dirty" {
+            assert!(!report.errors.is_empty() && opened.is_err());
+            continue;
+        }
+        assert!(
+            report.errors.is_empty() && report.leaks == 0,
+            "{}: {report:?}",
+            seed.name
+        );
+        opened.unwrap_or_else(|error| panic!("{}: {error}", seed.name));
+    }
+}
