@@ -3,6 +3,7 @@
 //! The mapping core is synchronous: [`Format::map`] says where a range's bytes are, or that
 //! metadata must be loaded first ([`Format::load`]), and never waits.
 
+pub mod directory;
 pub mod qcow2;
 pub mod qed;
 pub mod raw;

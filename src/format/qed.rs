@@ -7,9 +7,9 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use arc_swap::ArcSwapOption;
 use parking_lot::Mutex;
 
+use super::directory::Directory;
 use super::qcow2::Backing;
 use super::{Extent, Place};
 use crate::error::{Action, Error, Result};
@@ -25,6 +25,9 @@ const KNOWN: u64 = FEATURE_BACKING_FILE | FEATURE_NEED_CHECK | FEATURE_BACKING_R
 const HEADER_BYTES: usize = 64;
 const MAX_BACKING_NAME: u32 = 1023;
 const MAX_L1_ENTRIES: u64 = 1 << 22;
+/// Larger disks, and offsets from 2^[`OFFSET_BITS`] on, exist in damaged images only.
+const MAX_SIZE: u64 = 1 << 60;
+const OFFSET_BITS: u32 = 56;
 /// Entries of a slice.
 const SLICE: u64 = 512;
 /// Slices kept in memory.
@@ -65,7 +68,7 @@ pub struct Qed {
     backing: Option<Backing>,
     l1: Box<[u64]>,
     /// By number: guest cluster / [`SLICE`].
-    directory: Box<[ArcSwapOption<Slice>]>,
+    directory: Directory<Slice>,
     loaded: Mutex<VecDeque<u64>>,
 }
 
@@ -107,13 +110,13 @@ impl Header {
         let entries = u64::from(table) * u64::from(cluster) / 8;
         let (size, l1_offset) = (le64(bytes, 48), le64(bytes, 40));
         let needed = size.div_ceil(cluster.into()).div_ceil(entries);
-        if needed > entries.min(MAX_L1_ENTRIES) || !size.is_multiple_of(512) {
+        if needed > entries.min(MAX_L1_ENTRIES) || size > MAX_SIZE || !size.is_multiple_of(512) {
             return Err(Error::corrupt(
                 file,
                 format!("disk size {size} (expected a multiple of 512 that the tables can hold)"),
             ));
         }
-        if l1_offset == 0 || !l1_offset.is_multiple_of(cluster.into()) {
+        if l1_offset == 0 || !is_offset(l1_offset, cluster.trailing_zeros()) {
             return Err(Error::corrupt(
                 file,
                 format!("L1 table at {l1_offset:#x} (expected a multiple of the cluster size)"),
@@ -141,6 +144,11 @@ impl Header {
             backing_raw: features & FEATURE_BACKING_RAW != 0,
         })
     }
+}
+
+/// Whether `entry` may be the offset of a cluster.
+fn is_offset(entry: u64, cluster_bits: u32) -> bool {
+    entry.trailing_zeros() >= cluster_bits && entry >> OFFSET_BITS == 0
 }
 
 async fn read(storage: &dyn Storage, offset: u64, len: usize) -> Result<Vec<u8>> {
@@ -177,10 +185,10 @@ impl Qed {
         let needed = clusters.div_ceil(header.entries);
         let l1 = words(&read(&*storage, header.l1_offset, needed as usize * 8).await?);
         for (index, entry) in l1.iter().enumerate() {
-            if entry.trailing_zeros() < header.cluster_bits {
+            if !is_offset(*entry, header.cluster_bits) {
                 return Err(Error::corrupt(
                     storage.name(),
-                    format!("L1 entry {index}: {entry:#x} is no multiple of the cluster size"),
+                    format!("L1 entry {index}: {entry:#x} is no cluster"),
                 ));
             }
         }
@@ -190,9 +198,7 @@ impl Qed {
             size: header.size,
             backing,
             l1,
-            directory: (0..clusters.div_ceil(SLICE))
-                .map(|_| ArcSwapOption::empty())
-                .collect(),
+            directory: Directory::new(clusters.div_ceil(SLICE)),
             loaded: Mutex::default(),
             storage,
         })
@@ -231,8 +237,7 @@ impl Qed {
                 len: len.min(coverage - offset % coverage),
             };
         }
-        let slice = self.directory.get((cluster / SLICE) as usize);
-        let slice = slice.map(ArcSwapOption::load);
+        let slice = self.directory.get(cluster / SLICE);
         let Some(slice) = slice.as_ref().and_then(|slice| slice.as_ref()) else {
             return Extent {
                 place: Place::Unknown,
@@ -274,24 +279,21 @@ impl Qed {
         let slice = words(&read(&*self.storage, at, SLICE as usize * 8).await?);
         let bad = slice
             .iter()
-            .find(|&&entry| entry != ZERO && entry.trailing_zeros() < self.cluster_bits);
+            .find(|&&entry| entry != ZERO && !is_offset(entry, self.cluster_bits));
         if let Some(entry) = bad {
             return Err(Error::corrupt(
                 self.storage.name(),
-                format!("L2 table at {table:#x}: {entry:#x} is no multiple of the cluster size"),
+                format!("L2 table at {table:#x}: {entry:#x} is no cluster"),
             ));
         }
         let mut loaded = self.loaded.lock();
-        if let Some(place) = self.directory.get(number as usize) {
-            place.store(Some(Arc::new(slice)));
-            loaded.push_back(number);
-        }
+        self.directory.set(number, Some(Arc::new(slice)));
+        loaded.push_back(number);
         if loaded.len() > SLICES_KEPT
             && let Some(oldest) = loaded.pop_front()
             && oldest != number
-            && let Some(place) = self.directory.get(oldest as usize)
         {
-            place.store(None);
+            self.directory.set(oldest, None);
         }
         Ok(())
     }

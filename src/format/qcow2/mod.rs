@@ -18,7 +18,6 @@
 pub mod bitmaps;
 pub mod claims;
 mod compress;
-mod directory;
 mod flush;
 pub mod header;
 pub mod l2;
@@ -34,12 +33,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use event_listener::Event;
 use parking_lot::Mutex;
 
+use super::directory::Directory;
 use super::{Extent, Place};
 use crate::error::{Action, Error, Result};
 use crate::storage::{self, Storage};
 
 use claims::Claims;
-use directory::Directory;
 use header::Header;
 use l2::{Shape, Slice, State, Words};
 use refcount::{Allocator, Geometry, SLICE_BYTES};
@@ -108,7 +107,7 @@ pub struct Qcow2 {
     size: u64,
     l1: Box<[AtomicU64]>,
     l1_offset: u64,
-    directory: Directory,
+    directory: Directory<Slice>,
     meta: Mutex<Meta>,
     /// Guest clusters whose mapping is being changed.
     claims: Claims,
