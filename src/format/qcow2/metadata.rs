@@ -45,22 +45,44 @@ impl fmt::Display for Kind {
 #[derive(Debug, Default)]
 pub struct Clusters {
     kinds: HashMap<u64, Kind>,
+    /// Clusters of the file when it was opened.
+    end: u64,
 }
 
 impl Clusters {
-    /// Those of an image with this header and these tables.
+    /// Those of an image with this header and these tables, in a file of `end` clusters.
     ///
     /// # Errors
-    /// When two of them lie on top of one another.
-    pub fn new(header: &Header, l1: &[u64], reftable: &[u64], file: &str) -> Result<Self> {
+    /// When two of them lie on top of one another, or one behind the end of the file.
+    pub fn new(
+        header: &Header,
+        l1: &[u64],
+        reftable: &[u64],
+        end: u64,
+        file: &str,
+    ) -> Result<Self> {
         let bits = header.cluster_bits;
-        let mut all = Self::default();
+        let mut all = Self {
+            kinds: HashMap::new(),
+            end,
+        };
         let range = |offset: u64, bytes: u64| {
             let first = offset >> bits;
             first..first + bytes.div_ceil(1 << bits)
         };
         let reftable_bytes = u64::from(header.reftable_clusters) << bits;
         let directory = header.bitmaps.filter(|_| header.autoclear & 1 != 0);
+        if let Some(directory) = directory
+            && !directory.offset.is_multiple_of(1 << bits)
+        {
+            return Err(Error::corrupt(
+                file,
+                format!(
+                    "the bitmap directory is at {:#x} (expected a multiple of the cluster size)",
+                    directory.offset
+                ),
+            ));
+        }
         let areas = [
             (Kind::Header, range(0, 1)),
             (Kind::L1, range(header.l1_offset, l1.len() as u64 * 8)),
@@ -90,6 +112,17 @@ impl Clusters {
     }
 
     fn insert(&mut self, cluster: u64, kind: Kind, file: &str) -> Result<()> {
+        if cluster >= self.end {
+            // QEMU's check calls it an error as well. Others may write to the file's end.
+            return Err(Error::corrupt(
+                file,
+                format!(
+                    "cluster {cluster} is to hold {kind}, but is behind the end of the file \
+                     (expected one below {})",
+                    self.end
+                ),
+            ));
+        }
         match self.kinds.insert(cluster, kind) {
             None => Ok(()),
             Some(other) => Err(Error::corrupt(

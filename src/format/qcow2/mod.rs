@@ -40,7 +40,7 @@ use crate::storage::{self, Storage};
 
 use claims::Claims;
 use header::Header;
-use l2::{Shape, Slice, State, Words};
+use l2::{Descriptor, Shape, Slice, State, Words};
 use refcount::{Allocator, Geometry, SLICE_BYTES};
 
 pub use header::Backing;
@@ -168,14 +168,15 @@ impl Qcow2 {
             Vec::new()
         };
         metadata::check_tables(&header, &l1, &table, storage.name())?;
-        let metadata = if options.writable {
-            metadata::Clusters::new(&header, &l1, &table, storage.name())?
-        } else {
-            metadata::Clusters::default()
-        };
         let len = storage
             .len()
             .map_err(|e| Error::io(Action::Read, storage.name(), 0, &e))?;
+        let end = len.div_ceil(cluster).max(1);
+        let metadata = if options.writable {
+            metadata::Clusters::new(&header, &l1, &table, end, storage.name())?
+        } else {
+            metadata::Clusters::default()
+        };
         let geometry = Geometry {
             cluster_bits: header.cluster_bits,
             refcount_order: header.refcount_order,
@@ -184,7 +185,7 @@ impl Qcow2 {
             geometry,
             table,
             metadata,
-            len.div_ceil(cluster).max(1),
+            end,
             storage.limits().zero_past_end,
         );
         let shape = shape(&header);
@@ -460,24 +461,32 @@ impl Qcow2 {
         if let Some(what) = self.shape.fault(words) {
             return Some(what);
         }
-        let host = self.shape.host(words)?;
+        let (offset, len) = match self.shape.descriptor(words.descriptor) {
+            Descriptor::Host(host) | Descriptor::Zero(Some(host)) => {
+                (host.offset, self.cluster_size())
+            }
+            Descriptor::Compressed { offset, len } => (offset, u64::from(len)),
+            Descriptor::None | Descriptor::Zero(None) => return None,
+        };
+        let at = format!("L2 entry {:#018x} points at {offset:#x}", words.descriptor);
         if let Some(data) = &self.data {
+            // Writing takes a guest cluster's own place, so nobody else may be there.
             let expected = cluster << self.cluster_bits;
-            return (data.raw && host.offset != expected).then(|| {
-                format!(
-                    "L2 entry {:#018x} points at {:#x} of a raw data file (expected {expected:#x})",
-                    words.descriptor, host.offset
-                )
-            });
+            return ((data.raw || self.options.writable) && offset != expected)
+                .then(|| format!("{at} of a data file (expected {expected:#x})"));
         }
-        let what = meta
-            .allocator
-            .metadata()
-            .what(host.offset >> self.cluster_bits)?;
-        Some(format!(
-            "L2 entry {:#018x} points at {:#x}, where {what} is",
-            words.descriptor, host.offset
-        ))
+        if !self.options.writable {
+            return None;
+        }
+        let first = offset >> self.cluster_bits;
+        if first >= meta.allocator.frontier() {
+            // QEMU's check calls it an error as well. It would be written there, and handed out
+            // to others.
+            return Some(format!("{at}, behind the end of the file"));
+        }
+        let last = (offset + len - 1) >> self.cluster_bits;
+        let what = (first..=last).find_map(|cluster| meta.allocator.metadata().what(cluster))?;
+        Some(format!("{at}, where {what} is"))
     }
 
     /// Bytes of a slice, of the mapping or of the refcounts.

@@ -101,8 +101,10 @@ impl Qcow2 {
         let end = self.meta.lock().allocator.frontier();
         let mut used = end;
         while used > 1 && end - used < MOST_CLUSTERS {
+            let known = self.meta.lock().allocator.metadata().what(used - 1);
             match self.refcount(used - 1).await {
-                Some(0) => used -= 1,
+                // Metadata stay where they are, whatever their refcount.
+                Some(0) if known.is_none() => used -= 1,
                 _ => break,
             }
         }
