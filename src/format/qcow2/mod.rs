@@ -468,12 +468,12 @@ impl Qcow2 {
             Descriptor::Compressed { offset, len } => (offset, u64::from(len)),
             Descriptor::None | Descriptor::Zero(None) => return None,
         };
-        let at = format!("L2 entry {:#018x} points at {offset:#x}", words.descriptor);
+        let at = || format!("L2 entry {:#018x} points at {offset:#x}", words.descriptor);
         if let Some(data) = &self.data {
             // Writing takes a guest cluster's own place, so nobody else may be there.
             let expected = cluster << self.cluster_bits;
             return ((data.raw || self.options.writable) && offset != expected)
-                .then(|| format!("{at} of a data file (expected {expected:#x})"));
+                .then(|| format!("{} of a data file (expected {expected:#x})", at()));
         }
         if !self.options.writable {
             return None;
@@ -482,11 +482,11 @@ impl Qcow2 {
         if first >= meta.allocator.frontier() {
             // QEMU's check calls it an error as well. It would be written there, and handed out
             // to others.
-            return Some(format!("{at}, behind the end of the file"));
+            return Some(format!("{}, behind the end of the file", at()));
         }
         let last = (offset + len - 1) >> self.cluster_bits;
         let what = (first..=last).find_map(|cluster| meta.allocator.metadata().what(cluster))?;
-        Some(format!("{at}, where {what} is"))
+        Some(format!("{}, where {what} is", at()))
     }
 
     /// Bytes of a slice, of the mapping or of the refcounts.
