@@ -12,4 +12,5 @@ mod powercut;
 mod random;
 mod refusals;
 mod reserve;
+mod sizes;
 mod support;

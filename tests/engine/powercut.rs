@@ -241,7 +241,7 @@ impl Run {
     }
 }
 
-fn apply(image: &mut Vec<u8>, step: &Step) {
+pub fn apply(image: &mut Vec<u8>, step: &Step) {
     match step {
         Step::Write { offset, bytes } => {
             let end = *offset as usize + bytes.len();
@@ -263,7 +263,7 @@ fn apply(image: &mut Vec<u8>, step: &Step) {
 }
 
 /// Cuts steps into what a disk writes as a whole: sectors.
-fn torn(steps: &[Step]) -> Vec<Step> {
+pub fn torn(steps: &[Step]) -> Vec<Step> {
     let mut pieces = Vec::new();
     for step in steps {
         match step {

@@ -12,11 +12,15 @@ pub const SECTOR: usize = 512;
 
 const V2_LENGTH: usize = 72;
 const V3_LENGTH: usize = 104;
-const EXT_END: u32 = 0;
-const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
-const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
+/// Header extension: the last one.
+pub(super) const EXT_END: u32 = 0;
+/// Header extension: the backing file's format.
+pub(super) const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
+/// Header extension: what the feature bits are called.
+pub(super) const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 const EXT_BITMAPS: u32 = 0x2385_2875;
-const EXT_DATA_FILE: u32 = 0x4441_5441;
+/// Header extension: the data file's name.
+pub(super) const EXT_DATA_FILE: u32 = 0x4441_5441;
 /// What takes the place of a removed extension of the same length: unknown to everybody, and
 /// unknown extensions are ignored by the specification.
 const EXT_FILLER: u32 = 0x5354_5241;
@@ -49,9 +53,10 @@ pub const AUTOCLEAR_DATA_FILE_RAW: u64 = 1 << 1;
 const MIN_EXTENDED_BITS: u32 = 14;
 
 /// Limits on what an image may make us allocate; they are QEMU's.
-const MAX_L1_ENTRIES: u64 = (32 << 20) / 8;
+pub(super) const MAX_L1_ENTRIES: u64 = (32 << 20) / 8;
 const MAX_REFTABLE_BYTES: u64 = 8 << 20;
-const MAX_BACKING_NAME: usize = 1023;
+/// Longest name of a backing file in bytes.
+pub(super) const MAX_BACKING_NAME: usize = 1023;
 /// Bytes of the bitmaps extension.
 const BITMAPS_EXT_LENGTH: usize = 24;
 

@@ -9,6 +9,7 @@
 //! * `update`: allocating, linking, zeroing and unmapping clusters;
 //! * `reserve`: space behind the end of the file, ahead of the writes;
 //! * `flush`: what reaches the disk in which order;
+//! * [`create`]: making images;
 //! * `compress`: reading compressed clusters.
 //!
 //! All changes to the metadata are made under one lock ([`Meta`]) that is held for memory
@@ -18,6 +19,7 @@
 pub mod bitmaps;
 pub mod claims;
 mod compress;
+pub mod create;
 mod flush;
 pub mod header;
 pub mod l2;

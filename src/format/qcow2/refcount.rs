@@ -574,7 +574,8 @@ fn get(bytes: &[u8], order: u32, index: usize) -> u64 {
         .fold(0, |value, &byte| value << 8 | u64::from(byte))
 }
 
-fn put(bytes: &mut [u8], order: u32, index: usize, value: u64) {
+/// Sets refcount number `index` of a block or slice.
+pub(super) fn put(bytes: &mut [u8], order: u32, index: usize, value: u64) {
     if order < 3 {
         let bit = index << order;
         let mask = ((1u8 << (1 << order)) - 1) << (bit % 8);
