@@ -113,6 +113,7 @@ fn layer(path: &Path, options: &Options, writable: bool, cache_bytes: u64) -> Re
             writable,
             discard: false,
             cache_bytes,
+            ..qcow2::Options::default()
         };
         let image = reactor.block_on(Qcow2::open(storage.clone(), options))?;
         Format::Qcow2(Arc::new(image))

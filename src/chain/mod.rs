@@ -13,6 +13,7 @@ mod copy;
 pub mod graph;
 mod open;
 mod read;
+pub mod resize;
 mod status;
 mod write;
 

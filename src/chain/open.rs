@@ -443,6 +443,7 @@ fn image_options(options: &BlockdevOptions, writable: bool) -> qcow2::Options {
             _ => options.discard == Discard::Unmap,
         },
         cache_bytes: cache_bytes.unwrap_or(qcow2::DEFAULT_CACHE_BYTES),
+        size: None,
     }
 }
 

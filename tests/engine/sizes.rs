@@ -1,17 +1,19 @@
-//! Images that are made, cut at every write: rebuilt as a power cut may leave them, judged by
-//! `qemu-img check` and read back.
+//! Images that are made, grow and shrink, cut at every write: rebuilt as a power cut may leave
+//! them, judged by `qemu-img check` and read back.
 //!
 //! What would be caught: a half-made image that is taken for a whole one, a header that names a
-//! table which is not there yet.
+//! table which is not there yet, a new size before what is new reads as zeros, clusters freed
+//! before the mapping without them is stable.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
-use stratablk::chain::{Chain, Layer, View};
+use stratablk::chain::{Chain, Layer, View, resize};
 use stratablk::format::qcow2::create::{CreateOptions, create};
-use stratablk::format::qcow2::{self, header};
+use stratablk::format::qcow2::{self, Preallocation, header};
 use stratablk::format::{Format, Qcow2, Raw};
 use stratablk::reactor::Reactor;
 use stratablk::storage::memory::{MemoryStorage, Step};
@@ -21,6 +23,7 @@ use crate::model::seed;
 use crate::powercut::{apply, torn};
 use crate::support::{check, in_dir};
 
+const BASE: usize = 6 << 20;
 /// Cuts of a recording.
 const CUTS: usize = 60;
 
@@ -128,4 +131,134 @@ fn read(reactor: &Reactor, chain: &Arc<Chain>) -> Vec<u8> {
     let view = View::of(chain.clone());
     reactor.block_on(view.read(0, bufs)).unwrap();
     buffer.to_vec()
+}
+
+fn scribble(reactor: &Reactor, chain: &Arc<Chain>, rng: &mut StdRng) {
+    for _ in 0..20 {
+        let size = chain.size() as usize;
+        let offset = rng.random_range(0..size / 512) * 512;
+        let len = (rng.random_range(1..200) * 512).min(size - offset);
+        let mut buffer = AlignedBuf::zeroed(len);
+        buffer.fill(rng.random());
+        // SAFETY: `buffer` outlives the write.
+        let bufs = unsafe { IoBufs::of(&buffer, 0, len) };
+        let write = View::of(chain.clone()).write(offset as u64, bufs);
+        reactor.block_on(write).unwrap();
+    }
+}
+
+fn close(reactor: &Reactor, chain: &Chain) {
+    let Format::Qcow2(image) = &chain.top().format else {
+        panic!("not qcow2")
+    };
+    reactor.block_on(image.close()).unwrap();
+}
+
+fn resized(dir: &Path, options: &CreateOptions, size: u64, mode: Preallocation, with_base: bool) {
+    let seed = seed();
+    println!("seed {seed}: {} to {size}, {options:?}", options.size);
+    let mut rng = StdRng::seed_from_u64(seed);
+    let reactor = Reactor::for_this_thread().unwrap();
+    let mut base = vec![0; BASE];
+    rng.fill(&mut base[..]);
+    let base = with_base.then_some(&base[..]);
+    let storage = Arc::new(MemoryStorage::new(Vec::new()));
+    reactor.block_on(create(&*storage, options)).unwrap();
+    let chain = open(&reactor, &storage, base, true);
+    scribble(&reactor, &chain, &mut rng);
+    close(&reactor, &chain);
+    let before = read(&reactor, &chain);
+    drop(chain);
+    let start = storage.snapshot();
+    let chain = open(&reactor, &storage, base, true);
+    storage.record();
+    if size >= options.size {
+        reactor.block_on(resize::grow(&chain, size, mode)).unwrap();
+    } else {
+        reactor.block_on(resize::shrink(&chain, size)).unwrap();
+    }
+    let mut after = before.clone();
+    after.resize(size as usize, 0);
+    let log = storage.take_log();
+    let mut sizes = [0, 0];
+    for (cut, image) in cuts(&start, &log, &mut rng) {
+        let path = dir.join("cut");
+        std::fs::write(&path, &image).unwrap();
+        check(&path, true);
+        let storage = Arc::new(MemoryStorage::new(image));
+        let bytes = read(&reactor, &open(&reactor, &storage, base, false));
+        let new = bytes.len() as u64 == size;
+        sizes[usize::from(new)] += 1;
+        // Of what a smaller disk loses, nothing is promised.
+        let kept = bytes.len().min(before.len()).min(size as usize);
+        let fine = if new {
+            bytes == after
+        } else {
+            bytes.len() == before.len() && bytes[..kept] == before[..kept]
+        };
+        assert!(fine, "seed {seed}, cut after step {cut} of {}", log.len());
+    }
+    assert!(
+        sizes[0] > 0 && sizes[1] > 0,
+        "cuts before and after the new size: {sizes:?}"
+    );
+}
+
+fn shapes(size: u64) -> Vec<CreateOptions> {
+    let plain = CreateOptions {
+        cluster_size: 4096,
+        ..CreateOptions::new(size)
+    };
+    vec![
+        CreateOptions {
+            cluster_size: 512,
+            refcount_bits: 64,
+            ..plain.clone()
+        },
+        CreateOptions {
+            version: 2,
+            ..plain.clone()
+        },
+        CreateOptions {
+            cluster_size: 16384,
+            extended_l2: true,
+            ..plain.clone()
+        },
+        plain,
+    ]
+}
+
+#[test]
+fn a_cut_while_growing_leaves_the_old_or_the_new_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    for options in shapes((3 << 20) + 512) {
+        resized(dir.path(), &options, 12 << 20, Preallocation::Off, false);
+        resized(
+            dir.path(),
+            &options,
+            (5 << 20) - 512,
+            Preallocation::Off,
+            true,
+        );
+    }
+    let [_, _, extended, plain] = &shapes((1 << 20) + 512)[..] else {
+        panic!("four shapes")
+    };
+    resized(dir.path(), plain, 4 << 20, Preallocation::Metadata, false);
+    resized(dir.path(), extended, 4 << 20, Preallocation::Full, true);
+}
+
+#[test]
+fn a_cut_while_shrinking_keeps_what_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    for options in shapes(4 << 20) {
+        resized(
+            dir.path(),
+            &options,
+            (1 << 20) + 512,
+            Preallocation::Off,
+            false,
+        );
+        resized(dir.path(), &options, 3 << 20, Preallocation::Off, true);
+    }
 }

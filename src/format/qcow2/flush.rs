@@ -69,7 +69,7 @@ impl Qcow2 {
     /// What the storage reports. Changed metadata stays in memory and is written again later.
     pub async fn flush(&self) -> Result<()> {
         let arrived = self.flushing.begun.load(Ordering::SeqCst);
-        let _turn = self.flushing.lock.lock().await;
+        let _turn = self.flush_turn().await;
         if self.flushing.succeeded.load(Ordering::SeqCst) > arrived {
             return Ok(());
         }
@@ -77,6 +77,11 @@ impl Qcow2 {
         self.write_back().await?;
         self.flushing.succeeded.store(number, Ordering::SeqCst);
         Ok(())
+    }
+
+    /// Waits for the flush that is under way, and keeps others from beginning.
+    pub(super) async fn flush_turn(&self) -> async_lock::MutexGuard<'_, ()> {
+        self.flushing.lock.lock().await
     }
 
     /// Flushes, and releases what waits to be released: before the image is closed.
@@ -96,7 +101,7 @@ impl Qcow2 {
     }
 
     /// The body of a flush. The caller holds the flush lock.
-    async fn write_back(&self) -> Result<()> {
+    pub(super) async fn write_back(&self) -> Result<()> {
         self.release_freed().await;
         let mut snapshot = self.take_snapshot();
         let result = self.write_snapshot(&snapshot).await;
@@ -137,7 +142,10 @@ impl Qcow2 {
     }
 
     fn take_snapshot(&self) -> Snapshot {
-        let reftable_offset = self.header.lock().reftable_offset;
+        let (reftable_offset, l1_offset) = {
+            let header = self.header.lock();
+            (header.reftable_offset, header.l1_offset)
+        };
         let mut meta = self.meta.lock();
         let l1_entries = std::mem::take(&mut meta.dirty_l1);
         let l2_slices = std::mem::take(&mut meta.dirty_slices);
@@ -160,7 +168,7 @@ impl Qcow2 {
             reftable: self.table_sectors(reftable_offset, &reftable_entries, |index| {
                 meta.allocator.table().get(index).copied()
             }),
-            l1: self.table_sectors(self.l1_offset, &l1_entries, |index| {
+            l1: self.table_sectors(l1_offset, &l1_entries, |index| {
                 self.l1
                     .get(index)
                     .map(|entry| entry.load(Ordering::Relaxed))
@@ -272,7 +280,7 @@ impl Qcow2 {
         if !self.options.writable {
             return Err(Error::Invalid("Block node is read-only".into()));
         }
-        let _turn = self.flushing.lock.lock().await;
+        let _turn = self.flush_turn().await;
         self.write_back().await?;
         let patches = self.header().plan_backing(backing)?;
         self.patch_header(&patches).await
@@ -295,7 +303,7 @@ impl Qcow2 {
     /// they name the same blocks, and no further one comes before a replacement succeeds, which
     /// begins at the same place.
     pub(super) async fn grow_reftable(&self, len: usize) -> Result<()> {
-        let _turn = self.flushing.lock.lock().await;
+        let _turn = self.flush_turn().await;
         let growth = {
             let mut meta = self.meta.lock();
             if meta.allocator.table().len() > len {

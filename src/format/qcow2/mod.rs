@@ -10,6 +10,7 @@
 //! * `reserve`: space behind the end of the file, ahead of the writes;
 //! * `flush`: what reaches the disk in which order;
 //! * [`create`]: making images;
+//! * `resize`: another size, and space allocated ahead;
 //! * `compress`: reading compressed clusters.
 //!
 //! All changes to the metadata are made under one lock ([`Meta`]) that is held for memory
@@ -26,6 +27,7 @@ pub mod l2;
 pub mod metadata;
 pub mod refcount;
 mod reserve;
+mod resize;
 mod update;
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
@@ -47,6 +49,7 @@ use refcount::{Allocator, Geometry, SLICE_BYTES};
 
 pub use header::Backing;
 pub use refcount::Allocation;
+pub use resize::{Preallocation, write_zeros};
 pub use update::{Clear, Target};
 
 /// Bytes of metadata kept in memory at most, unless an option says otherwise.
@@ -65,6 +68,9 @@ pub struct Options {
     pub discard: bool,
     /// Bytes of metadata to keep in memory at most.
     pub cache_bytes: u64,
+    /// Treat the disk as one of this size, whatever the header says: to prepare an image before
+    /// its header names the new size. The L1 table must be long enough.
+    pub size: Option<u64>,
 }
 
 impl Default for Options {
@@ -73,6 +79,7 @@ impl Default for Options {
             writable: false,
             discard: false,
             cache_bytes: DEFAULT_CACHE_BYTES,
+            size: None,
         }
     }
 }
@@ -108,7 +115,6 @@ pub struct Qcow2 {
     cluster_bits: u32,
     size: u64,
     l1: Box<[AtomicU64]>,
-    l1_offset: u64,
     directory: Directory<Slice>,
     meta: Mutex<Meta>,
     /// Guest clusters whose mapping is being changed.
@@ -191,15 +197,22 @@ impl Qcow2 {
             storage.limits().zero_past_end,
         );
         let shape = shape(&header);
-        let slices = header.size.div_ceil(cluster).div_ceil(slice_entries(shape));
+        let size = options.size.unwrap_or(header.size);
+        if resize::l1_entries(shape, size) > l1.len() as u64 {
+            return Err(Error::Invalid(format!(
+                "{}: the L1 table has {} entries, too few for a disk of {size} bytes",
+                storage.name(),
+                l1.len()
+            )));
+        }
+        let slices = size.div_ceil(cluster).div_ceil(slice_entries(shape));
         let image = Self {
             options,
             data,
             shape,
             cluster_bits: header.cluster_bits,
-            size: header.size.next_multiple_of(header::SECTOR as u64),
+            size: size.next_multiple_of(header::SECTOR as u64),
             l1: l1.into_iter().map(AtomicU64::new).collect(),
-            l1_offset: header.l1_offset,
             directory: Directory::new(slices),
             meta: Mutex::new(Meta {
                 allocator,

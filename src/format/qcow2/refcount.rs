@@ -8,6 +8,8 @@
 //! * what is in `free` has refcount 0, and no request and no stable mapping refers to it;
 //! * from `virgin_from` on nothing has ever been written: those clusters read as zeros.
 
+mod exact;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 

@@ -141,7 +141,7 @@ impl Qcow2 {
     }
 
     /// In a data file every cluster lies at its guest offset.
-    fn identity(&self, first: u64, clusters: u64) -> Allocation {
+    pub(super) fn identity(&self, first: u64, clusters: u64) -> Allocation {
         Allocation {
             offset: first << self.cluster_bits,
             clusters,
@@ -195,7 +195,7 @@ impl Qcow2 {
         target.allocation.filter(|_| self.data.is_none())
     }
 
-    async fn give_up(&self, allocation: Allocation) {
+    pub(super) async fn give_up(&self, allocation: Allocation) {
         let first = allocation.offset >> self.cluster_bits;
         for cluster in first..first + allocation.clusters {
             self.release(cluster).await;
@@ -310,7 +310,7 @@ impl Qcow2 {
     ///
     /// # Errors
     /// When metadata cannot be read or written.
-    async fn prepare(&self, cluster: u64) -> Result<()> {
+    pub(super) async fn prepare(&self, cluster: u64) -> Result<()> {
         let index = cluster / self.table_entries();
         self.ensure_table(index).await?;
         let number = self.place(cluster).0;

@@ -1,0 +1,303 @@
+//! Another size, and space allocated ahead.
+//!
+//! An image grows in steps, each of which leaves a sound image of the old size: a longer L1 table
+//! ([`Qcow2::reserve_mapping`]); the new part made what it is to be, on the image opened as though
+//! it had the new size already; last the header's size ([`Qcow2::set_size`]). It shrinks the other
+//! way round: first nothing is mapped above the new end ([`Qcow2::unmap_above`]), then the header.
+
+use std::sync::atomic::Ordering;
+
+use super::header::MAX_L1_ENTRIES;
+use super::l2::{self, COPIED, Shape, Words};
+use super::metadata::Kind;
+use super::refcount::Allocation;
+use super::update::Clear;
+use super::{Qcow2, header};
+use crate::error::{Action, Error, Result};
+use crate::storage::{self, AlignedBuf};
+
+/// Bytes of the disk that get their place at a time.
+const STEP: u64 = 64 << 20;
+/// Zeros are written from a buffer of this size.
+const ZERO_CHUNK: u64 = 1 << 20;
+
+/// What is allocated before it is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preallocation {
+    /// Nothing.
+    #[default]
+    Off,
+    /// The mapping: clusters have their place, and the file has holes there.
+    Metadata,
+    /// The mapping, and space in the file system.
+    Falloc,
+    /// The mapping, and zeros written to it.
+    Full,
+}
+
+/// L1 entries that a disk of `size` bytes needs.
+pub(super) fn l1_entries(shape: Shape, size: u64) -> u64 {
+    let cluster = 1u64 << shape.cluster_bits;
+    size.div_ceil(cluster)
+        .div_ceil(cluster / shape.entry_bytes())
+}
+
+impl Qcow2 {
+    /// Makes the L1 table long enough for a disk of `size` bytes. The new table is stable before
+    /// the header names it, and the old one is freed after that. To be used, the image is closed
+    /// and opened anew.
+    ///
+    /// # Errors
+    /// When the format has no room for such a disk, or metadata cannot be read or written.
+    pub async fn reserve_mapping(&self, size: u64) -> Result<()> {
+        let entries = l1_entries(self.shape, size);
+        if entries <= self.header().l1_size.into() {
+            return Ok(());
+        }
+        if entries > MAX_L1_ENTRIES || size > 1 << 62 {
+            return Err(Error::Invalid(format!(
+                "{}: {size} bytes is too large for clusters of {} bytes (an L1 table has at most \
+                 {MAX_L1_ENTRIES} entries)",
+                self.storage.name(),
+                self.cluster_size()
+            )));
+        }
+        let clusters = (entries * 8).div_ceil(self.cluster_size());
+        let place = self.allocate_table(clusters).await?;
+        let _turn = self.flush_turn().await;
+        self.write_back().await?;
+        let old = self.header();
+        let mut bytes = AlignedBuf::zeroed((clusters << self.cluster_bits) as usize);
+        for (word, entry) in bytes.chunks_exact_mut(8).zip(&self.l1) {
+            word.copy_from_slice(&entry.load(Ordering::Relaxed).to_be_bytes());
+        }
+        self.write_at(place.offset, &bytes).await?;
+        self.barrier().await?;
+        self.patch_header(&[old.with_size(old.size, place.offset, entries as u32)])
+            .await?;
+        let len = (u64::from(old.l1_size) * 8).next_multiple_of(self.cluster_size());
+        if len > 0 {
+            self.meta.lock().unmapped.push((old.l1_offset, len));
+        }
+        Ok(())
+    }
+
+    /// Allocates contiguous clusters for a longer L1 table.
+    async fn allocate_table(&self, clusters: u64) -> Result<Allocation> {
+        loop {
+            let (result, table_len) = {
+                let mut meta = self.meta.lock();
+                let result = meta.allocator.allocate_exact(clusters);
+                if let Ok(place) = &result {
+                    let first = place.offset >> self.cluster_bits;
+                    for cluster in first..first + clusters {
+                        meta.allocator.add_metadata(cluster, Kind::L1);
+                    }
+                }
+                (result, meta.allocator.table().len())
+            };
+            match result {
+                Ok(place) => return Ok(place),
+                Err(need) => self.provide(need, table_len).await?,
+            }
+        }
+    }
+
+    /// Makes the header name another size of the disk. When this returns, everything that was
+    /// written before and the new size are stable. The image has its old size until it is opened
+    /// anew.
+    ///
+    /// # Errors
+    /// When the header cannot be written; the old one stands then.
+    pub async fn set_size(&self, size: u64) -> Result<()> {
+        let _turn = self.flush_turn().await;
+        self.write_back().await?;
+        let header = self.header();
+        let size = size.next_multiple_of(header::SECTOR as u64);
+        self.patch_header(&[header.with_size(size, header.l1_offset, header.l1_size)])
+            .await
+    }
+
+    /// Unmaps every whole cluster above byte `size` of the disk, and the L2 tables that are
+    /// needed no longer. Stable when this returns.
+    ///
+    /// # Errors
+    /// When metadata cannot be read or written; a part may have been unmapped.
+    pub async fn unmap_above(&self, size: u64) -> Result<()> {
+        let start = size.next_multiple_of(self.cluster_size());
+        let coverage = self.table_entries() << self.cluster_bits;
+        let end = self.size.next_multiple_of(self.cluster_size());
+        let tables = end.div_ceil(coverage);
+        for index in start / coverage..tables {
+            let from = start.max(index * coverage);
+            let to = end.min((index + 1) * coverage);
+            if from < to && self.l1_entry(index) & l2::OFFSET != 0 {
+                let _claim = self.claim(from, to - from).await;
+                self.clear(from, to - from, Clear::Unmap).await?;
+            }
+        }
+        // Stable together: where the L1 entry is gone, nobody looks at the table's entries.
+        {
+            let mut meta = self.meta.lock();
+            for index in start.div_ceil(coverage)..tables {
+                self.drop_table(&mut meta, index);
+            }
+        }
+        self.flush().await
+    }
+
+    /// Takes an L2 table without entries out of the L1 table.
+    fn drop_table(&self, meta: &mut super::Meta, index: u64) {
+        let Some(entry) = self.l1.get(index as usize) else {
+            return;
+        };
+        let table = entry.swap(0, Ordering::AcqRel) & l2::OFFSET;
+        if table == 0 {
+            return;
+        }
+        meta.dirty_l1.insert(index as usize);
+        meta.unmapped.push((table, self.cluster_size()));
+        let slices = self.table_entries() / self.slice_entries();
+        for number in index * slices..(index + 1) * slices {
+            meta.dirty_slices.remove(&number);
+            self.directory.set(number, None);
+        }
+    }
+
+    /// Cuts the file behind the last cluster in use. Nothing may be allocated afterwards.
+    ///
+    /// # Errors
+    /// When refcounts cannot be read, or the file cannot be cut.
+    pub async fn trim_file(&self) -> Result<()> {
+        let failed = |error| Error::io(Action::Write, self.storage.name(), 0, &error);
+        let len = self.storage.len().map_err(failed)?;
+        let mut end = len.div_ceil(self.cluster_size());
+        while end > 1 && self.refcount(end - 1).await == Some(0) {
+            end -= 1;
+        }
+        let end = end << self.cluster_bits;
+        if end < len {
+            self.storage.set_len(end).map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// Gives the clusters of `[from, to)` that have none a place in the file; what they read as
+    /// stays what it is, if nothing lies below the image or clusters have subclusters.
+    ///
+    /// # Errors
+    /// When there is no space, or metadata cannot be read or written; a part may have been
+    /// allocated.
+    pub async fn preallocate(&self, from: u64, to: u64, mode: Preallocation) -> Result<()> {
+        if mode == Preallocation::Off {
+            return Ok(());
+        }
+        let end = to.div_ceil(self.cluster_size());
+        let mut at = from >> self.cluster_bits;
+        while at < end {
+            let wanted = (end - at).min((STEP >> self.cluster_bits).max(1));
+            at += self.preallocate_some(at, wanted, mode).await?;
+        }
+        self.cover_end().await?;
+        self.flush().await
+    }
+
+    /// Up to `wanted` clusters from `first` on; returns how many are done.
+    async fn preallocate_some(&self, first: u64, wanted: u64, mode: Preallocation) -> Result<u64> {
+        let offset = first << self.cluster_bits;
+        let _claim = self.claim(offset, wanted << self.cluster_bits).await;
+        self.prepare(first).await?;
+        let lacking = self.without_host(first, wanted);
+        if lacking == 0 {
+            return Ok(1);
+        }
+        let place = if self.data.is_some() {
+            self.identity(first, lacking)
+        } else {
+            self.allocate(lacking).await?
+        };
+        let len = place.clusters << self.cluster_bits;
+        if let Err(error) = self.fill_place(&place, mode).await {
+            if self.data.is_none() {
+                self.give_up(place).await;
+            }
+            return Err(error);
+        }
+        self.modify(offset, offset + len, |cluster, units, old| {
+            let host = place.offset + ((cluster - first) << self.cluster_bits);
+            if self.shape.extended {
+                // A host cluster of which no subcluster holds anything so far.
+                return Words {
+                    descriptor: host | COPIED,
+                    bitmap: old.bitmap & !0xffff_ffff,
+                };
+            }
+            self.shape.data(host, units, old)
+        })
+        .await?;
+        Ok(place.clusters)
+    }
+
+    /// How many clusters from `first` on, up to `limit`, have no host cluster; within one slice.
+    fn without_host(&self, first: u64, limit: u64) -> u64 {
+        let (number, index) = self.place(first);
+        let Some(slice) = self.slice(number) else {
+            return 0;
+        };
+        let Some(slice) = slice.as_ref() else {
+            return 0;
+        };
+        let most = limit.min(self.slice_entries() - index as u64);
+        (0..most)
+            .take_while(|&at| {
+                let words = slice.get(index + at as usize);
+                self.shape.descriptor(words.descriptor) == l2::Descriptor::None
+            })
+            .count() as u64
+    }
+
+    /// Makes a new place read as zeros, in the way that `mode` asks for.
+    async fn fill_place(&self, place: &Allocation, mode: Preallocation) -> Result<()> {
+        let storage = self.data_storage();
+        let len = place.clusters << self.cluster_bits;
+        let result = match mode {
+            Preallocation::Off => Ok(()),
+            Preallocation::Metadata if place.fresh || self.data.is_some() => Ok(()),
+            Preallocation::Metadata => storage::io::zero(&**storage, place.offset, len, true).await,
+            Preallocation::Falloc => storage::io::zero(&**storage, place.offset, len, false).await,
+            Preallocation::Full => write_zeros(&**storage, place.offset, len).await,
+        };
+        result.map_err(|error| Error::io(Action::Write, storage.name(), place.offset, &error))
+    }
+
+    /// Makes the file as long as its clusters say: nothing was written to some of them.
+    async fn cover_end(&self) -> Result<()> {
+        let failed = |error| Error::io(Action::Write, self.storage.name(), 0, &error);
+        let end = self.meta.lock().allocator.frontier() << self.cluster_bits;
+        if self.storage.len().map_err(failed)? < end {
+            self.storage.set_len(end).map_err(failed)?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes zeros as data.
+///
+/// # Errors
+/// What the storage reports.
+pub async fn write_zeros(
+    storage: &dyn storage::Storage,
+    offset: u64,
+    len: u64,
+) -> std::io::Result<()> {
+    let zeros = AlignedBuf::zeroed(len.min(ZERO_CHUNK) as usize);
+    let mut done = 0;
+    while done < len {
+        let now = (len - done).min(ZERO_CHUNK);
+        // SAFETY: `zeros` outlives the write.
+        let bufs = unsafe { storage::IoBufs::of(&zeros, 0, now as usize) };
+        storage::io::write(storage, &bufs, offset + done).await?;
+        done += now;
+    }
+    Ok(())
+}
