@@ -30,6 +30,7 @@ use crate::storage::{self, Limits, Storage};
 
 pub use copy::Copied;
 pub use graph::Graph;
+pub use open::{backing_options, layer_options};
 pub use status::Status;
 
 /// How many pieces a request is cut into before it takes the slow path.

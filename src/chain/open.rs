@@ -247,6 +247,27 @@ impl Graph {
             .map_err(context)
     }
 
+    /// Opens `backing` as the header of node `above`'s image would name it. It is not put under
+    /// that node. Returns the new node's name.
+    ///
+    /// # Errors
+    /// As for [`Graph::open`]; or the image is itself in that chain.
+    pub async fn open_as_backing(&self, above: &str, backing: &Backing) -> Result<String> {
+        let node = self.node(above)?;
+        let options = backing_options(&node.options, &node.filename, backing)?;
+        let mut descent = Descent::default();
+        if let Ok(stat) = std::fs::metadata(&node.filename) {
+            descent.files.insert((stat.dev(), stat.ino()));
+        }
+        let result = self.open_node(&options, &mut descent, Origin::Header).await;
+        if result.is_err() {
+            for name in descent.added.iter().rev() {
+                self.remove(name);
+            }
+        }
+        result
+    }
+
     async fn open_probed(
         &self,
         name: &str,
@@ -551,8 +572,12 @@ fn make_node(
     }
 }
 
-/// The options of the node for a backing file that a header names.
-fn backing_options(
+/// The options of the node for a backing file that the header of the file `image` names; `above`
+/// are those of its own node.
+///
+/// # Errors
+/// When the name or the format makes no sense.
+pub fn backing_options(
     above: &BlockdevOptions,
     image: &Path,
     backing: &Backing,
@@ -570,8 +595,21 @@ fn backing_options(
         file: BlockRef::Name(String::new()),
         copy_on_read: false,
     }));
-    let file = BlockRef::Inline(Box::new(placeholder.child_file(&path)));
-    let driver = match backing.format.as_deref() {
+    layer_options(placeholder, &path, backing.format.as_deref())
+}
+
+/// The options of a node for the image in the file `path`: a node of `format` (probed if there is
+/// none) over a file node. For all else both follow `common`, whose driver does not count.
+///
+/// # Errors
+/// A format that is not known.
+pub fn layer_options(
+    common: BlockdevOptions,
+    path: &Path,
+    format: Option<&str>,
+) -> Result<BlockdevOptions> {
+    let file = BlockRef::Inline(Box::new(common.child_file(path)));
+    let driver = match format {
         Some("raw" | "file" | "host_device") => Driver::Raw(RawOptions {
             file,
             offset: 0,
@@ -593,10 +631,7 @@ fn backing_options(
             )));
         }
     };
-    Ok(BlockdevOptions {
-        driver,
-        ..placeholder
-    })
+    Ok(BlockdevOptions { driver, ..common })
 }
 
 /// The path that a backing file's name stands for.

@@ -125,8 +125,11 @@ impl Chain {
 }
 
 impl Layer {
-    /// Maps with metadata loaded as needed.
-    pub(super) async fn map_loaded(&self, offset: u64, len: u64) -> Result<crate::format::Extent> {
+    /// Says where the bytes from `offset` on are, with metadata loaded as needed.
+    ///
+    /// # Errors
+    /// When metadata cannot be read or contradicts the format.
+    pub async fn map_loaded(&self, offset: u64, len: u64) -> Result<crate::format::Extent> {
         loop {
             let extent = self.format.map(offset, len);
             if extent.place != Place::Unknown {

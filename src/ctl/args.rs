@@ -1,5 +1,6 @@
 //! The words of `stratactl`'s command line.
 
+use super::image::ImageArgs;
 use super::units::parse_rate;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde_json::Value;
@@ -18,7 +19,7 @@ RATE is in bytes per second: 512K, 20M, 1G (powers of 1024), or 0 or 'unlimited'
 
 Exit codes:
   0  done
-  1  the daemon answered with an error
+  1  the daemon answered with an error, or an image could not be worked on
   2  wrong options
   3  cannot connect, or the connection was lost
   4  a job that was waited for (--wait, --watch) failed or was cancelled
@@ -30,9 +31,10 @@ Examples:
   stratactl jobs --watch                    look on, until all is done
   stratactl speed disk0 unlimited           now fast
   stratactl stream disk0 --base golden.raw --wait   keep golden.raw below, take in the rest
+  stratactl image create -f qcow2 disk.qcow2 20G    a new image (see 'image --help')
   stratactl qmp query-named-block-nodes '{\"flat\": true}'";
 
-/// Controls a running stratablk over its control socket
+/// Controls a running stratablk over its control socket, and works on image files
 #[derive(Debug, Parser)]
 #[command(name = "stratactl", version, after_help = AFTER_HELP, infer_subcommands = true)]
 pub struct Cli {
@@ -129,6 +131,8 @@ pub enum Command {
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         line: Vec<String>,
     },
+    /// Make, describe and change image files. No daemon is needed
+    Image(ImageArgs),
     /// End the daemon
     Quit,
 }

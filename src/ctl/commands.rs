@@ -4,7 +4,7 @@ use super::args::{Cli, Command, SOCKET_VARIABLE, StreamArgs};
 use super::client::Client;
 use super::tracker::{Tracker, merge};
 use super::watch::watch;
-use super::{Failure, info, units};
+use super::{Failure, image, info, units};
 use serde_json::{Map, Value, json};
 use std::io::Write;
 use std::path::PathBuf;
@@ -12,6 +12,9 @@ use std::time::Instant;
 
 /// Connects and carries out the command.
 pub fn execute(cli: Cli, out: &mut dyn Write) -> Result<(), Failure> {
+    if let Command::Image(args) = cli.command {
+        return image::execute(args, cli.json, out);
+    }
     let socket = socket_path(&cli)?;
     let mut client = Client::connect(&socket, cli.timeout())?;
     let json = cli.json;
@@ -49,6 +52,8 @@ pub fn execute(cli: Cli, out: &mut dyn Write) -> Result<(), Failure> {
             Ok(())
         }
         Command::Hmp { line } => human(client, &line, json, out),
+        // Done above, before there was a daemon to talk to.
+        Command::Image(_) => Ok(()),
         Command::Quit => send(client, "quit", Value::Null, json, out),
     }
 }

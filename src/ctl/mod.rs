@@ -10,11 +10,13 @@
 //! - `tracker`: what is known of running jobs, from polls and events;
 //! - `watch`: showing it until they end;
 //! - `info`: the overview with its trees of layers;
+//! - `image`: tools for image files, which need no daemon;
 //! - `units`: sizes, rates and times as people write them.
 
 mod args;
 pub mod client;
 mod commands;
+mod image;
 mod info;
 mod tracker;
 mod units;
@@ -42,11 +44,29 @@ enum Failure {
     Usage(String),
     #[error("{0}")]
     Client(#[from] ClientError),
+    /// An operation on an image file failed.
+    #[error("{error}")]
+    Image {
+        error: crate::error::Error,
+        code: u8,
+    },
+    /// The outcome has been told; this is the exit code that goes with it.
+    #[error("exit code {0}")]
+    Outcome(u8),
     /// Already told to the user as the job's outcome.
     #[error("a job failed or was cancelled")]
     Job,
     #[error("cannot write the output: {0}")]
     Output(#[from] io::Error),
+}
+
+impl From<crate::error::Error> for Failure {
+    fn from(error: crate::error::Error) -> Self {
+        Failure::Image {
+            error,
+            code: EXIT_ANSWER,
+        }
+    }
 }
 
 impl Failure {
@@ -55,6 +75,7 @@ impl Failure {
             Failure::Usage(_) => EXIT_USAGE,
             Failure::Client(ClientError::Answer(_)) => EXIT_ANSWER,
             Failure::Client(_) => EXIT_CONNECTION,
+            Failure::Image { code, .. } | Failure::Outcome(code) => *code,
             Failure::Job => EXIT_JOB,
             // The reader has gone, as `head` does: nothing is wrong with the daemon.
             Failure::Output(_) => EXIT_ANSWER,
@@ -95,7 +116,7 @@ where
 
 fn report(failure: &Failure, json: bool) {
     let quiet = match failure {
-        Failure::Job => true,
+        Failure::Job | Failure::Outcome(_) => true,
         Failure::Output(error) => error.kind() == io::ErrorKind::BrokenPipe,
         _ => false,
     };

@@ -69,6 +69,15 @@ pub enum Compression {
     Zstd,
 }
 
+/// How guest data is encrypted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Encryption {
+    /// AES-CBC, an old and weak kind.
+    Aes,
+    /// LUKS version 1.
+    Luks,
+}
+
 /// A header extension as it stands in the image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Extension {
@@ -139,6 +148,8 @@ pub struct Header {
     pub refcount_order: u32,
     /// How compressed clusters are compressed.
     pub compression: Compression,
+    /// How guest data is encrypted. Such an image can be described, and not opened.
+    pub encryption: Option<Encryption>,
     /// The first cluster as read, without the zeros at its end: changes are made to a copy of it.
     raw: Vec<u8>,
     header_length: usize,
@@ -203,6 +214,23 @@ impl Header {
     /// # Errors
     /// When it contradicts the specification, or needs a feature that is not supported.
     pub fn parse(raw: Vec<u8>, file: &str) -> Result<Self> {
+        let header = Self::describe(raw, file)?;
+        match header.encryption {
+            None => Ok(header),
+            Some(Encryption::Aes) => {
+                Err(header.unsupported("AES-encrypted images are not supported"))
+            }
+            Some(Encryption::Luks) => {
+                Err(header.unsupported("LUKS-encrypted images are not supported"))
+            }
+        }
+    }
+
+    /// As [`Header::parse`], but of encrypted images too: to tell what they are.
+    ///
+    /// # Errors
+    /// As for [`Header::parse`].
+    pub fn describe(raw: Vec<u8>, file: &str) -> Result<Self> {
         let cluster_bits = cluster_bits(&raw, file)?;
         let version = be32(&raw, 4);
         let header_length = match version {
@@ -234,6 +262,7 @@ impl Header {
             autoclear: v3(88),
             refcount_order: if version == 3 { be32(&raw, 96) } else { 4 },
             compression: Compression::Zlib,
+            encryption: None,
             header_length,
             extensions: Vec::new(),
             file: file.to_owned(),
@@ -291,8 +320,8 @@ impl Header {
     fn check_features(&mut self) -> Result<()> {
         match be32(&self.raw, 32) {
             0 => {}
-            1 => return Err(self.unsupported("AES-encrypted images are not supported")),
-            2 => return Err(self.unsupported("LUKS-encrypted images are not supported")),
+            1 => self.encryption = Some(Encryption::Aes),
+            2 => self.encryption = Some(Encryption::Luks),
             other => {
                 return Err(self.unsupported(format!("Unsupported encryption method {other}")));
             }

@@ -11,6 +11,7 @@
 //! * `flush`: what reaches the disk in which order;
 //! * [`create`]: making images;
 //! * `resize`: another size, and space allocated ahead;
+//! * `inspect`: what tools tell of an image;
 //! * `compress`: reading compressed clusters.
 //!
 //! All changes to the metadata are made under one lock ([`Meta`]) that is held for memory
@@ -23,6 +24,7 @@ mod compress;
 pub mod create;
 mod flush;
 pub mod header;
+mod inspect;
 pub mod l2;
 pub mod metadata;
 pub mod refcount;
@@ -624,6 +626,18 @@ fn shape(header: &Header) -> Shape {
 /// # Errors
 /// When it is not a qcow2 image, or one that needs a feature that is not there.
 pub async fn read_header(storage: &dyn Storage) -> Result<Header> {
+    Header::parse(read_first_cluster(storage).await?, storage.name())
+}
+
+/// As [`read_header`], but of encrypted images too: to tell what they are.
+///
+/// # Errors
+/// As for [`read_header`].
+pub async fn describe_header(storage: &dyn Storage) -> Result<Header> {
+    Header::describe(read_first_cluster(storage).await?, storage.name())
+}
+
+async fn read_first_cluster(storage: &dyn Storage) -> Result<Vec<u8>> {
     let io_error = |error| Error::io(Action::Read, storage.name(), 0, &error);
     let start = storage::io::read_buf(storage, 0, 4096)
         .await
@@ -632,7 +646,7 @@ pub async fn read_header(storage: &dyn Storage) -> Result<Header> {
     let first = storage::io::read_buf(storage, 0, 1 << bits)
         .await
         .map_err(io_error)?;
-    Header::parse(first.to_vec(), storage.name())
+    Ok(first.to_vec())
 }
 
 fn check_data_file(

@@ -561,7 +561,7 @@ pub struct Growth {
 
 /// Refcount number `index` of a block or slice; entries are big-endian, those below a byte wide
 /// begin at the least significant bit.
-fn get(bytes: &[u8], order: u32, index: usize) -> u64 {
+pub(super) fn get(bytes: &[u8], order: u32, index: usize) -> u64 {
     if order < 3 {
         let bit = index << order;
         let byte = bytes.get(bit / 8).copied().unwrap_or_default();

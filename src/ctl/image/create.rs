@@ -1,0 +1,305 @@
+//! `create`: new images.
+
+use super::open::{Images, Purpose, common};
+use super::options::{HELP, Options, size_error};
+use crate::chain::backing_options;
+use crate::chain::graph::resolve;
+use crate::chain::resize::preallocate_raw;
+use crate::config::{BlockdevOptions, size};
+use crate::ctl::{Failure, units};
+use crate::error::{Action, Error, Result, errno_text};
+use crate::format::Qcow2;
+use crate::format::qcow2::create::{self, CreateOptions};
+use crate::format::qcow2::header::Backing;
+use crate::format::qcow2::{self, Preallocation};
+use crate::storage::file::OpenFlags;
+use crate::storage::{Access, FileStorage, Storage};
+use clap::Args;
+use serde_json::json;
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Options of `create`.
+#[derive(Debug, Args)]
+#[command(after_help = HELP)]
+pub struct CreateArgs {
+    /// The image; what a file of this name holds is lost
+    file: PathBuf,
+    /// Size of the disk, such as 20G [default: the backing file's]
+    size: Option<String>,
+    /// The image's format: raw or qcow2
+    #[arg(short, long, default_value = "raw", value_parser = ["raw", "qcow2"])]
+    format: String,
+    /// The backing file, as the image is to name it: relative to the image's own folder
+    #[arg(short, long, value_name = "FILE")]
+    backing: Option<String>,
+    /// The backing file's format
+    #[arg(short = 'F', long, value_name = "FORMAT")]
+    backing_format: Option<String>,
+    /// Do not look at the backing file; the size must be given
+    #[arg(short, long)]
+    r#unsafe: bool,
+    /// More options, see below
+    #[arg(short, long, value_name = "KEY=VALUE,...")]
+    options: Vec<String>,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+/// Carries out `create`.
+pub fn run(args: &CreateArgs, json: bool, out: &mut dyn Write) -> std::result::Result<(), Failure> {
+    let mut options = Options::parse(&args.options, &args.format)?;
+    if let Some(name) = &args.backing {
+        refuse_backing_of_raw(args)?;
+        options.set("backing_file", "-b", name)?;
+    }
+    if let Some(format) = &args.backing_format {
+        refuse_backing_of_raw(args)?;
+        options.set("backing_fmt", "-F", format)?;
+    }
+    let images = Images::new()?;
+    let size = find_size(&images, args, &options)?.next_multiple_of(512);
+    let preallocation = options.preallocation()?;
+    if args.format == "raw" {
+        create_raw(&images, &args.file, size, preallocation)?;
+    } else {
+        let options = options.qcow2(size)?;
+        let wanted = Wanted::new(options, preallocation)?;
+        create_qcow2(&images, &args.file, &wanted)?;
+    }
+    let file = args.file.display().to_string();
+    if json {
+        let value = json!({"filename": file, "format": args.format, "virtual-size": size});
+        writeln!(out, "{value}")?;
+    } else if !args.quiet {
+        let text = units::bytes(size);
+        writeln!(
+            out,
+            "Created '{file}': {}, {text} ({size} bytes)",
+            args.format
+        )?;
+    }
+    Ok(())
+}
+
+fn refuse_backing_of_raw(args: &CreateArgs) -> std::result::Result<(), Failure> {
+    if args.format == "raw" {
+        return Err(Failure::Usage(
+            "a raw image has no backing file (expected -f qcow2 with -b)".to_owned(),
+        ));
+    }
+    Ok(())
+}
+
+/// The size that was asked for, or the backing file's, which is looked at in any case.
+fn find_size(
+    images: &Images,
+    args: &CreateArgs,
+    options: &Options,
+) -> std::result::Result<u64, Failure> {
+    let given = match (&args.size, options.size()?) {
+        (Some(text), Some(_)) => {
+            let text = format!("SIZE: {text} is given a second time, as -o size");
+            return Err(Failure::Usage(text));
+        }
+        (Some(text), None) => {
+            let size = size::parse(text).filter(|size| *size <= 1 << 62);
+            Some(size.ok_or_else(|| Failure::Usage(size_error("SIZE", text)))?)
+        }
+        (None, size) => size,
+    };
+    let backing = match options.backing() {
+        Some(backing) if !args.r#unsafe => Some(look_below(images, &args.file, &backing)?),
+        Some(backing) => {
+            needs_format(&backing, "?")?;
+            None
+        }
+        None => None,
+    };
+    given.or(backing).ok_or_else(|| {
+        Failure::Usage("the size is missing (expected SIZE, such as 20G, after FILE)".to_owned())
+    })
+}
+
+/// Opens the backing file, as whoever uses the new image will. Returns its size.
+fn look_below(
+    images: &Images,
+    file: &Path,
+    backing: &Backing,
+) -> std::result::Result<u64, Failure> {
+    let context = |error: Error| match error {
+        Error::Invalid(text) => Error::Invalid(format!("Could not open backing file: {text}")),
+        other => other,
+    };
+    let options = backing_options(&common(Purpose::Read), file, backing).map_err(context)?;
+    let options = BlockdevOptions {
+        node_name: Some(images.graph.make_name()),
+        ..options
+    };
+    let name = images.run(images.graph.open(&options)).map_err(context)?;
+    let node = images.graph.node(&name)?;
+    let same = std::fs::canonicalize(file).ok();
+    if same.is_some() && same == std::fs::canonicalize(&node.filename).ok() {
+        return Err(Failure::Usage(format!(
+            "{}: the image would be its own backing file",
+            file.display()
+        )));
+    }
+    needs_format(backing, node.driver)?;
+    Ok(images.chain(&name)?.size())
+}
+
+/// An image must say what its backing file is: whoever writes a raw one could make it look like
+/// another format.
+fn needs_format(backing: &Backing, found: &str) -> std::result::Result<(), Failure> {
+    if backing.format.is_some() {
+        return Ok(());
+    }
+    Err(Failure::Usage(format!(
+        "backing file '{}': its format must be named with -F (it looks like: {found})",
+        backing.name
+    )))
+}
+
+/// A qcow2 image that is to be made.
+struct Wanted {
+    options: CreateOptions,
+    preallocation: Preallocation,
+}
+
+impl Wanted {
+    fn new(options: CreateOptions, preallocation: Preallocation) -> Result<Self> {
+        options.check()?;
+        if preallocation != Preallocation::Off && options.backing.is_some() && !options.extended_l2
+        {
+            return Err(Error::Invalid(
+                "preallocation: clusters allocated ahead would hide the backing file (expected \
+                 preallocation=off, or extended_l2=on)"
+                    .into(),
+            ));
+        }
+        // A raw data file is read without a mapping by others, so all of it is mapped from the
+        // start.
+        let preallocation = match preallocation {
+            Preallocation::Off if options.data_file_raw => Preallocation::Metadata,
+            other => other,
+        };
+        Ok(Self {
+            options,
+            preallocation,
+        })
+    }
+}
+
+fn create_qcow2(images: &Images, file: &Path, wanted: &Wanted) -> Result<()> {
+    let storage = NewFile::open(file)?;
+    let data = match &wanted.options.data_file {
+        Some(name) => {
+            let data = NewFile::open(&resolve(file, name))?;
+            data.set_size(wanted.options.size)?;
+            Some(data)
+        }
+        None => None,
+    };
+    images.run(async {
+        create::create(&*storage.storage, &wanted.options).await?;
+        if wanted.preallocation == Preallocation::Off {
+            return Ok(());
+        }
+        let options = qcow2::Options {
+            writable: true,
+            ..qcow2::Options::default()
+        };
+        let data = data.as_ref().map(NewFile::storage);
+        let image = Qcow2::open_with_data(storage.storage(), data, options).await?;
+        image
+            .preallocate(0, wanted.options.size, wanted.preallocation)
+            .await?;
+        image.close().await
+    })?;
+    storage.keep();
+    if let Some(data) = data {
+        data.keep();
+    }
+    Ok(())
+}
+
+fn create_raw(images: &Images, path: &Path, size: u64, mode: Preallocation) -> Result<()> {
+    if mode == Preallocation::Metadata {
+        return Err(Error::Invalid(
+            "preallocation=metadata: a raw image has no metadata (expected off, falloc or full)"
+                .into(),
+        ));
+    }
+    let file = NewFile::open(path)?;
+    file.set_size(size)?;
+    images
+        .run(preallocate_raw(&*file.storage, 0, size, mode))
+        .map_err(|error| Error::io(Action::Write, file.storage.name(), 0, &error))?;
+    file.keep();
+    Ok(())
+}
+
+/// A file for a new image; one that was not there goes again unless it is kept.
+struct NewFile {
+    storage: Arc<FileStorage>,
+    path: PathBuf,
+    fresh: bool,
+}
+
+impl NewFile {
+    /// Opens or makes the file. It is locked, so that nobody loses an image in use.
+    fn open(path: &Path) -> Result<Self> {
+        let failed = |error: std::io::Error| {
+            let text = match error.raw_os_error() {
+                Some(code) => errno_text(code),
+                None => error.to_string(),
+            };
+            Error::Invalid(format!("Could not create '{}': {text}", path.display()))
+        };
+        let fresh = match OpenOptions::new().write(true).create_new(true).open(path) {
+            Ok(_) => true,
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => false,
+            Err(error) => return Err(failed(error)),
+        };
+        let flags = OpenFlags {
+            writable: true,
+            ..OpenFlags::default()
+        };
+        let text = |error: std::io::Error| Error::Busy(error.to_string());
+        let storage = Arc::new(FileStorage::open(path, flags).map_err(text)?);
+        storage.set_access(Access::Write).map_err(text)?;
+        Ok(Self {
+            storage,
+            path: path.to_owned(),
+            fresh,
+        })
+    }
+
+    fn storage(&self) -> Arc<dyn Storage> {
+        self.storage.clone()
+    }
+
+    /// Empties the file and makes it `size` bytes of zeros.
+    fn set_size(&self, size: u64) -> Result<()> {
+        let failed = |error| Error::io(Action::Write, self.storage.name(), size, &error);
+        self.storage.set_len(0).map_err(failed)?;
+        self.storage.set_len(size).map_err(failed)
+    }
+
+    fn keep(mut self) {
+        self.fresh = false;
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        if self.fresh {
+            // The error that led here is told; this one would say no more.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}

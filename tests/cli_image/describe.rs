@@ -1,0 +1,198 @@
+//! `info` and `map`. What would be caught: a key that is missing or has another value than
+//! `qemu-img` gives it, a range that is told wrong, an image in use that cannot be looked at, one
+//! that is looked at though its contents change.
+
+use super::tools::{Dir, errors, rng};
+use serde_json::Value;
+use std::path::Path;
+use stratablk::storage::file::OpenFlags;
+use stratablk::storage::{Access, FileStorage, Storage};
+
+fn same_info(dir: &Dir, args: &[&str]) {
+    let theirs = dir.qemu_json(&[&["info", "--output=json"], args].concat());
+    let ours = dir.ctl_json(&[&["info"], args].concat());
+    assert_eq!(ours, theirs, "{args:?}");
+}
+
+fn same_map(dir: &Dir, args: &[&str]) {
+    let theirs = dir.qemu_json(&[&["map", "--output=json"], args].concat());
+    let ours = dir.ctl_json(&[&["map"], args].concat());
+    let lines = |value: &Value| {
+        let lines: Vec<String> = value
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(Value::to_string)
+            .collect();
+        lines.join("\n")
+    };
+    assert_eq!(
+        ours,
+        theirs,
+        "{args:?}:\n{}\n{}",
+        lines(&ours),
+        lines(&theirs)
+    );
+}
+
+const SHAPES: [&str; 10] = [
+    "compat=1.1",
+    "compat=0.10",
+    "cluster_size=512,refcount_bits=1",
+    "cluster_size=2M",
+    "extended_l2=on",
+    "extended_l2=on,preallocation=metadata",
+    "preallocation=metadata",
+    "preallocation=falloc,lazy_refcounts=on",
+    "data_file=d.raw,data_file_raw=on",
+    "data_file=d.raw",
+];
+
+#[test]
+fn every_kind_of_image_is_told_as_qemu_img_does() {
+    let mut rng = rng();
+    for options in SHAPES {
+        println!("{options}");
+        let dir = Dir::new();
+        dir.qemu(&["create", "-q", "-f", "qcow2", "-o", options, "image", "5M"]);
+        same_info(&dir, &["image"]);
+        same_map(&dir, &["image"]);
+        dir.scribble("qcow2", "image", 5 << 20, &mut rng);
+        same_info(&dir, &["image"]);
+        same_info(&dir, &["-f", "raw", "image"]);
+        same_map(&dir, &["image"]);
+    }
+}
+
+#[test]
+fn chains_are_told_down_to_the_last_layer() {
+    let mut rng = rng();
+    for options in [
+        "compat=1.1",
+        "extended_l2=on",
+        "compat=0.10,cluster_size=4k",
+    ] {
+        let dir = Dir::new();
+        std::fs::create_dir(dir.path("below")).unwrap();
+        dir.qemu(&["create", "-q", "-f", "raw", "below/base.raw", "3M"]);
+        dir.scribble("raw", "below/base.raw", 3 << 20, &mut rng);
+        let make = |name, below, format, size| {
+            let args = [
+                "create", "-q", "-f", "qcow2", "-o", options, "-b", below, "-F", format,
+            ];
+            dir.qemu(&[&args[..], &[name, size]].concat());
+        };
+        make("below/middle", "base.raw", "raw", "4M");
+        dir.scribble("qcow2", "below/middle", 4 << 20, &mut rng);
+        make("top", "below/middle", "qcow2", "6M");
+        dir.scribble("qcow2", "top", 6 << 20, &mut rng);
+        same_info(&dir, &["top"]);
+        same_info(&dir, &["--backing-chain", "top"]);
+        same_map(&dir, &["top"]);
+        let text = dir.ctl(&["map", "top"]);
+        assert!(text.contains("top"), "{text}");
+        let text = dir.ctl(&["info", "below/middle"]);
+        let named = "backing file: base.raw (actual path: below/base.raw)\n";
+        assert!(text.contains(named), "{text}");
+    }
+}
+
+#[test]
+fn compressed_clusters_and_other_formats_are_told() {
+    let mut rng = rng();
+    let dir = Dir::new();
+    dir.qemu(&["create", "-q", "-f", "raw", "base.raw", "3M"]);
+    dir.scribble("raw", "base.raw", 3 << 20, &mut rng);
+    same_info(&dir, &["base.raw"]);
+    same_map(&dir, &["-f", "raw", "base.raw"]);
+    dir.qemu(&["convert", "-c", "-O", "qcow2", "base.raw", "packed"]);
+    same_info(&dir, &["packed"]);
+    same_map(&dir, &["packed"]);
+    dir.qemu(&["convert", "-O", "qed", "base.raw", "disk.qed"]);
+    same_info(&dir, &["disk.qed"]);
+    same_map(&dir, &["disk.qed"]);
+}
+
+#[test]
+fn bitmaps_and_bits_are_told() {
+    let dir = Dir::new();
+    dir.qemu(&["create", "-q", "-f", "qcow2", "image", "5M"]);
+    dir.qemu(&["bitmap", "--add", "image", "one"]);
+    dir.qemu(&["bitmap", "--add", "--disable", "-g", "4k", "image", "two"]);
+    same_info(&dir, &["image"]);
+    let text = dir.ctl(&["info", "image"]);
+    assert!(text.contains("            granularity: 4096\n"), "{text}");
+    // Dirty and corrupt.
+    let mut bytes = std::fs::read(dir.path("image")).unwrap();
+    bytes[79] |= 3;
+    std::fs::write(dir.path("image"), bytes).unwrap();
+    same_info(&dir, &["image"]);
+}
+
+#[test]
+fn encryption_is_named() {
+    let dir = Dir::new();
+    let secret = "secret,id=s,data=abc";
+    let options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    let args = [
+        "create", "-q", "--object", secret, "-f", "qcow2", "-o", options, "image", "1M",
+    ];
+    dir.qemu(&args);
+    let info = dir.ctl_json(&["info", "image"]);
+    assert_eq!(info["encrypted"], true);
+    assert_eq!(info["format-specific"]["data"]["encrypt"]["format"], "luks");
+    assert!(dir.ctl(&["info", "image"]).contains("encrypted: yes\n"));
+}
+
+#[test]
+fn loops_and_missing_files_are_errors() {
+    let dir = Dir::new();
+    dir.qemu(&["create", "-q", "-f", "qcow2", "image", "1M"]);
+    dir.qemu(&["rebase", "-u", "-b", "image", "-F", "qcow2", "image"]);
+    let output = dir.image(&["info", "--backing-chain", "image"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(errors(&output).contains("loop"), "{}", errors(&output));
+    dir.ctl(&["info", "image"]);
+    let output = dir.image(&["info", "missing"]);
+    assert!(errors(&output).contains("Could not open 'missing': No such file"));
+}
+
+fn in_use(path: &Path) -> FileStorage {
+    let flags = OpenFlags {
+        writable: true,
+        ..OpenFlags::default()
+    };
+    let storage = FileStorage::open(path, flags).unwrap();
+    storage.set_access(Access::Write).unwrap();
+    storage
+}
+
+#[test]
+fn an_image_in_use_is_looked_at_and_not_changed() {
+    let dir = Dir::new();
+    dir.qemu(&["create", "-q", "-f", "qcow2", "image", "1M"]);
+    dir.qemu(&["create", "-q", "-f", "raw", "base.raw", "1M"]);
+    let before = std::fs::read(dir.path("image")).unwrap();
+    let user = in_use(&dir.path("image"));
+    dir.ctl(&["info", "image"]);
+    dir.ctl(&["map", "-U", "image"]);
+    dir.ctl(&["compare", "-U", "image", "base.raw"]);
+    for args in [
+        &["map", "image"][..],
+        &["compare", "image", "base.raw"],
+        &["resize", "image", "2M"],
+        &["rebase", "-b", "base.raw", "-F", "raw", "image"],
+        &["set-backing", "-F", "raw", "image", "base.raw"],
+        &["create", "-f", "qcow2", "image", "2M"],
+    ] {
+        let output = dir.image(args);
+        let text = errors(&output);
+        assert!(!output.status.success(), "{args:?}");
+        assert!(
+            text.contains("Is another process using the image"),
+            "{args:?}: {text}"
+        );
+    }
+    drop(user);
+    assert!(std::fs::read(dir.path("image")).unwrap() == before);
+}

@@ -1,0 +1,11 @@
+//! `stratactl image` beside `qemu-img`: the same commands on the same inputs. What `qemu-img`
+//! says of the results is the judge.
+
+#![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
+
+mod compare;
+mod create;
+mod describe;
+mod rebase;
+mod resize;
+mod tools;
