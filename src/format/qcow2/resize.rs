@@ -223,7 +223,8 @@ impl Qcow2 {
             }
             return Err(error);
         }
-        self.modify(offset, offset + len, |cluster, units, old| {
+        let mut at = offset;
+        self.modify(&mut at, offset + len, |cluster, units, old| {
             let host = place.offset + ((cluster - first) << self.cluster_bits);
             if self.shape.extended {
                 // A host cluster of which no subcluster holds anything so far.
