@@ -76,6 +76,7 @@ impl Files {
             writable: how.writable,
             discard: how.discard,
             cache_bytes: if how.small_cache { 0 } else { 1 << 20 },
+            ..qcow2::Options::default()
         };
         let image = Arc::new(Qcow2::open_with_data(storage, data, options).await?);
         let top = Layer {

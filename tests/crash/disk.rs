@@ -227,6 +227,7 @@ impl Disk {
             writable,
             discard: true,
             cache_bytes: self.recipe.cache_bytes,
+            ..qcow2::Options::default()
         };
         let data = self.recipe.data_file.then(|| file(1));
         let image = Qcow2::open_with_data(file(0), data, options).await?;
