@@ -78,6 +78,7 @@ fn cuts(recipe: Recipe, stream: bool, operations: usize) {
             seed,
             Box::new(move || clock.now()),
         );
+        work.compress.set(recipe.compress);
         if stream {
             work.spawn_stream(&reactor, 3);
         }
@@ -248,6 +249,16 @@ fn a_stream_of_subclusters() {
     let recipe = Recipe {
         below: Below::Raw,
         ..Recipe::new("cluster_size=16k,extended_l2=on", 1024)
+    };
+    cuts(recipe, true, 100);
+}
+
+#[test]
+fn a_compressed_stream() {
+    let recipe = Recipe {
+        below: Below::Raw,
+        compress: true,
+        ..Recipe::new("cluster_size=4k", 1024)
     };
     cuts(recipe, true, 100);
 }

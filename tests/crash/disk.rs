@@ -40,6 +40,8 @@ pub struct Recipe {
     /// Bytes of mapping metadata in memory.
     pub cache_bytes: u64,
     pub reserves: bool,
+    /// Copies from below are compressed.
+    pub compress: bool,
 }
 
 impl Recipe {
@@ -54,6 +56,7 @@ impl Recipe {
             bitmap: false,
             cache_bytes: qcow2::DEFAULT_CACHE_BYTES,
             reserves: false,
+            compress: false,
         }
     }
 }

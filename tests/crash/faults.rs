@@ -59,6 +59,7 @@ impl Bench {
         let work = self.work(&machine, opened.chain.clone());
         work.strict.set(false);
         machine.fail(Some(fault));
+        work.compress.set(self.disk.recipe.compress);
         self.spawn(&work, self.stream);
         machine.run(&self.reactor, &mut rng);
         let (counted, failed) = machine.counted();
@@ -221,6 +222,16 @@ fn of_an_overlay_with_subclusters() {
     let mut bench = bench(recipe, true);
     bench.every(0, false, libc::ENOSPC);
     bench.every(1, true, libc::EIO);
+}
+
+#[test]
+fn of_a_compressed_stream() {
+    let recipe = Recipe {
+        below: Below::Raw,
+        compress: true,
+        ..Recipe::new("cluster_size=4k", 1024)
+    };
+    bench(recipe, true).every(0, false, libc::ENOSPC);
 }
 
 #[test]

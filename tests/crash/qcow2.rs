@@ -1,6 +1,6 @@
 //! An independent reader of qcow2: it counts references and compares them with the refcounts,
-//! and reads a guest's sectors through any L1 table. It shares no code with the engine, knows
-//! uncompressed clusters only, and is made for images of a few MiB.
+//! and reads a guest's sectors through any L1 table. It shares no code with the engine, does
+//! not decompress, and is made for images of a few MiB.
 //!
 //! Source: QEMU's `docs/interop/qcow2`.
 
@@ -224,7 +224,9 @@ impl<'a> Image<'a> {
             for at in (0..per_table).map(|index| table + index * self.entry_bytes()) {
                 let entry = number(self.bytes, at, 8)?;
                 if entry & 1 << 62 != 0 {
-                    return Err("a compressed cluster: not expected here".into());
+                    let (start, len) = self.compressed(entry);
+                    counted.clusters(self, start, len, "a compressed cluster")?;
+                    continue;
                 }
                 let host = entry & OFFSET;
                 if host == 0 || self.has_data_file() {
@@ -238,6 +240,15 @@ impl<'a> Image<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Where the bytes of a compressed cluster are, in whole sectors.
+    fn compressed(&self, entry: u64) -> (u64, u64) {
+        let shift = 62 - (self.bits - 8);
+        let field = entry & ((1 << 62) - 1);
+        let offset = field & ((1 << shift) - 1);
+        let sectors = (field >> shift) + 1;
+        (offset, sectors * 512 - offset % 512)
     }
 
     /// The copied flag says whether the refcount is one.
@@ -264,12 +275,22 @@ impl Counted {
         if len == 0 {
             return Ok(());
         }
+        if !start.is_multiple_of(image.cluster()) {
+            return Err(format!("{by} refers to {start:#x}: no cluster"));
+        }
+        self.clusters(image, start, len, by)
+    }
+
+    fn clusters(
+        &mut self,
+        image: &Image<'_>,
+        start: u64,
+        len: u64,
+        by: &'static str,
+    ) -> Result<(), String> {
         // As qemu-img: less than a cluster may lie behind the end of the file.
         if start + len > image.bytes.len() as u64 + image.cluster() - 1 {
             return Err(format!("{by} refers to {start:#x}, behind the end"));
-        }
-        if !start.is_multiple_of(image.cluster()) {
-            return Err(format!("{by} refers to {start:#x}: no cluster"));
         }
         for cluster in start >> image.bits..=(start + len - 1) >> image.bits {
             let known = self.0.get_mut(cluster as usize);

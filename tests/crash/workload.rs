@@ -59,6 +59,8 @@ pub struct Work {
     pub failures: RefCell<Vec<(Kind, i32)>>,
     /// Failures end the test.
     pub strict: Cell<bool>,
+    /// Copies are compressed.
+    pub compress: Cell<bool>,
     /// Who keeps the history as well.
     pub observer: RefCell<Option<Observer>>,
     clock: Clock,
@@ -76,6 +78,7 @@ impl Work {
             history: RefCell::new(History::new(first)),
             failures: RefCell::default(),
             strict: Cell::new(true),
+            compress: Cell::new(false),
             observer: RefCell::default(),
             clock,
             rng: RefCell::new(StdRng::seed_from_u64(seed)),
@@ -127,9 +130,8 @@ impl Work {
                 let stop = (at + part as u64).min(size);
                 while at < stop {
                     let len = (stop - at).min(24 << 10);
-                    let view = work.view();
-                    let copied = view.copy(0, view.chain.layers().len(), at, len).await;
-                    work.judge(Kind::Copy, copied.map(drop));
+                    let copied = work.copy(at, len).await;
+                    work.judge(Kind::Copy, copied);
                     at += len;
                 }
                 left.set(left.get() - 1);
@@ -234,6 +236,18 @@ impl Work {
         self.busy.borrow_mut()[start..start + len].fill(false);
     }
 
+    /// Copies a range from the layers below, as a job does.
+    async fn copy(&self, offset: u64, len: u64) -> stratablk::error::Result<()> {
+        let view = self.view();
+        let end = view.chain.layers().len();
+        let copied = if self.compress.get() {
+            view.copy_compressed(0, end, offset, len).await
+        } else {
+            view.copy(0, end, offset, len).await
+        };
+        copied.map(drop)
+    }
+
     async fn perform(
         &self,
         kind: Kind,
@@ -259,10 +273,7 @@ impl Work {
             Kind::Zero => view.write_zeroes(offset, bytes as u64, false).await,
             Kind::Unmap => view.write_zeroes(offset, bytes as u64, true).await,
             Kind::Discard => view.discard(offset, bytes as u64).await,
-            Kind::Copy => {
-                let end = view.chain.layers().len();
-                view.copy(0, end, offset, bytes as u64).await.map(drop)
-            }
+            Kind::Copy => self.copy(offset, bytes as u64).await,
             Kind::Flush => Ok(()),
         }
     }
