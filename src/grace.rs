@@ -12,8 +12,7 @@
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 
-use arc_swap::ArcSwap;
-use parking_lot::Mutex;
+use crate::sync::{ArcSwap, Global, Mutex};
 
 /// What to do when the grace period is over.
 type Release = Box<dyn FnOnce() + Send>;
@@ -78,8 +77,8 @@ impl Grace {
     /// The grace periods that all images of the process share.
     #[must_use]
     pub fn global() -> &'static Self {
-        static GLOBAL: OnceLock<Grace> = OnceLock::new();
-        GLOBAL.get_or_init(Self::default)
+        static GLOBAL: Global<Grace> = Global::new();
+        GLOBAL.get()
     }
 
     /// The current era. Whoever holds it may use what is retired from now on.

@@ -16,3 +16,4 @@ pub mod grace;
 pub mod job;
 pub mod reactor;
 pub mod storage;
+pub mod sync;

@@ -20,13 +20,13 @@ mod write;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use arc_swap::ArcSwap;
 use arrayvec::ArrayVec;
 
 use crate::error::{Action, Error, Result};
 use crate::format::{Format, Place};
 use crate::grace::{EraCache, Grace, LocalEra};
 use crate::storage::{self, Limits, Storage};
+use crate::sync::{self, ArcSwap};
 
 pub use copy::Copied;
 pub use graph::Graph;
@@ -339,7 +339,7 @@ impl ViewCache {
             return view.clone();
         }
         let view = Rc::new(View {
-            chain: arc_swap::Guard::into_inner(chain),
+            chain: sync::Guard::into_inner(chain),
             _era: era,
         });
         self.view = Some(view.clone());

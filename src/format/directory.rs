@@ -7,7 +7,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use arc_swap::{ArcSwapOption, Guard};
+use crate::sync::{ArcSwapOption, Guard};
 
 /// Slices in a group.
 const GROUP: usize = 1024;

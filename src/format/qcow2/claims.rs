@@ -8,8 +8,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use event_listener::{Event, EventListener};
-use parking_lot::Mutex;
+use crate::sync::{Event, EventListener, Mutex};
 
 /// All claims of an image (or of its L1 table).
 #[derive(Debug, Default)]

@@ -7,14 +7,13 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
-
 use super::Qcow2;
 use super::header::{Compression, SECTOR};
 use super::l2::Words;
 use crate::error::{Action, Error, Result};
 use crate::format::Compressed;
 use crate::storage::{self, AlignedBuf};
+use crate::sync::Mutex;
 
 /// Clusters kept after decompression: guests read a cluster in several requests.
 const KEPT: usize = 16;

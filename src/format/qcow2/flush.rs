@@ -19,7 +19,6 @@
 //! next flush.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures_util::future::try_join_all;
 
@@ -28,6 +27,10 @@ use super::{Freed, Qcow2};
 use crate::error::{Action, Error, Result};
 use crate::grace::Grace;
 use crate::storage::{self, AlignedBuf};
+use crate::sync::{
+    AsyncMutex,
+    atomic::{AtomicU64, Ordering},
+};
 
 /// Writes of one phase that are in flight together.
 const PARALLEL: usize = 32;
@@ -37,7 +40,7 @@ const MERGE: usize = 1 << 20;
 /// Who flushes, and who waits for it.
 #[derive(Debug, Default)]
 pub struct Flushing {
-    lock: async_lock::Mutex<()>,
+    lock: AsyncMutex<()>,
     /// Flushes that have begun.
     begun: AtomicU64,
     /// The latest one that succeeded.

@@ -6,9 +6,11 @@
 //! directory holds atomic pointers to slices, and entries of two words are guarded by a sequence
 //! count, since both must come from the same instant.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
-
 use crate::format::Compressed;
+use crate::sync::{
+    atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence},
+    spin_loop,
+};
 
 /// The refcount of what the entry points at is exactly one.
 pub const COPIED: u64 = 1 << 63;
@@ -399,7 +401,7 @@ impl Slice {
             if before.is_multiple_of(2) && self.sequence.load(Ordering::Relaxed) == before {
                 return words;
             }
-            std::hint::spin_loop();
+            spin_loop();
         }
     }
 

@@ -34,15 +34,15 @@ mod update;
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-
-use event_listener::Event;
-use parking_lot::Mutex;
 
 use super::directory::Directory;
 use super::{Extent, Place};
 use crate::error::{Action, Error, Result};
 use crate::storage::{self, Storage};
+use crate::sync::{
+    self, Event, Mutex,
+    atomic::{AtomicU64, Ordering},
+};
 
 use claims::Claims;
 use header::Header;
@@ -314,7 +314,7 @@ impl Qcow2 {
         )
     }
 
-    fn slice(&self, number: u64) -> Option<arc_swap::Guard<Option<Arc<Slice>>>> {
+    fn slice(&self, number: u64) -> Option<sync::Guard<Option<Arc<Slice>>>> {
         self.directory.get(number)
     }
 

@@ -5,12 +5,11 @@
 //! and not used is given back when the image is closed; after a kill the next to open the image
 //! finds the true end by the refcounts.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-
 use super::Qcow2;
 use super::refcount::Allocation;
 use crate::error::Result;
 use crate::storage;
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// The first step in bytes; each is an eighth of the file, between these two.
 const LEAST: u64 = 1 << 20;

@@ -12,9 +12,9 @@ use super::refcount::{Allocation, Need};
 use super::{Meta, Qcow2};
 use crate::error::{Action, Error, Result};
 use crate::storage::{self, AlignedBuf};
+use crate::sync::atomic::Ordering;
 
 use std::ops::Range;
-use std::sync::atomic::Ordering;
 
 /// What becomes of clusters that hold nothing but zeros, or nothing of worth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,0 +1,97 @@
+//! Storage in memory: before and behind each operation another thread may go on.
+
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::reactor::{Reactor, Token};
+use crate::storage::{IoBufs, Limits, Op, Storage, Submission};
+
+/// A file in memory.
+#[derive(Debug)]
+pub struct Disk(Mutex<Vec<u8>>);
+
+impl Disk {
+    #[must_use]
+    pub fn new(bytes: Vec<u8>) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(bytes)))
+    }
+
+    fn bytes(&self) -> std::sync::MutexGuard<'_, Vec<u8>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What it holds.
+    #[must_use]
+    pub fn snapshot(&self) -> Vec<u8> {
+        self.bytes().clone()
+    }
+
+    /// # Safety
+    /// The vectors of `op` are valid.
+    unsafe fn call(&self, op: Op<'_>) -> io::Result<u32> {
+        let mut file = self.bytes();
+        let mut put = |offset: u64, bytes: &[u8]| {
+            let end = offset as usize + bytes.len();
+            if file.len() < end {
+                file.resize(end, 0);
+            }
+            file[offset as usize..end].copy_from_slice(bytes);
+            Ok(bytes.len() as u32)
+        };
+        match op {
+            Op::Read { iovecs, offset } => {
+                // SAFETY: valid by contract.
+                let bufs = unsafe { IoBufs::new(iovecs) };
+                let rest = file.get(offset as usize..).unwrap_or(&[]);
+                let count = rest.len().min(bufs.len());
+                bufs.copy_from(&rest[..count]);
+                Ok(count as u32)
+            }
+            Op::Write { iovecs, offset } => {
+                // SAFETY: valid by contract.
+                let bufs = unsafe { IoBufs::new(iovecs) };
+                let mut bytes = vec![0; bufs.len()];
+                bufs.copy_to(&mut bytes);
+                put(offset, &bytes)
+            }
+            Op::Sync => Ok(0),
+            Op::Reserve { .. } => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
+            Op::Zero { offset, len, .. } => put(offset, &vec![0; len as usize]).map(|_| 0),
+        }
+    }
+}
+
+impl Storage for Disk {
+    unsafe fn submit(&self, _reactor: &Reactor, op: Op<'_>, _token: Token) -> Submission {
+        shuttle::thread::yield_now();
+        // SAFETY: passed on to the caller.
+        let result = unsafe { self.call(op) };
+        shuttle::thread::yield_now();
+        Submission::Ready(result)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.bytes().len() as u64)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.bytes().resize(len as usize, 0);
+        Ok(())
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            memory_align: 1,
+            offset_align: 1,
+            zero_past_end: true,
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        "disk"
+    }
+
+    fn writable(&self) -> bool {
+        true
+    }
+}

@@ -1,0 +1,195 @@
+//! Claims, grace periods and the chain's root.
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::{Context, Waker};
+
+use stratablk_model::chain::{Chain, Layer, Root, ViewCache};
+use stratablk_model::disk::Disk;
+use stratablk_model::format::qcow2::claims::Claims;
+use stratablk_model::format::{Format, Raw};
+use stratablk_model::grace::{EraCache, Grace};
+use stratablk_model::shuttle::future::block_on;
+use stratablk_model::shuttle::thread;
+use stratablk_model::sync;
+
+use crate::{every_order, many_orders};
+
+/// Threads that claim ranges, from start to end; each looks whether it is alone. Those that are not
+/// patient give up waiting.
+fn claim(ranges: &[(u64, u64, bool)]) {
+    let claims = Arc::new(Claims::default());
+    let held: Arc<Vec<AtomicBool>> = Arc::new((0..8).map(|_| AtomicBool::new(false)).collect());
+    let threads: Vec<_> = ranges
+        .iter()
+        .map(|&(start, end, patient)| {
+            let (claims, held) = (claims.clone(), held.clone());
+            thread::spawn(move || {
+                if !patient {
+                    // Polled once, perhaps left waiting, and dropped.
+                    let mut claim = pin!(claims.claim(start..end));
+                    let _ = claim.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+                    return;
+                }
+                let claim = block_on(claims.claim(start..end));
+                let held = &held[start as usize..end as usize];
+                for cluster in held {
+                    assert!(!cluster.swap(true, Ordering::SeqCst), "claimed twice");
+                }
+                for cluster in held {
+                    cluster.store(false, Ordering::SeqCst);
+                }
+                drop(claim);
+            })
+        })
+        .collect();
+    threads.into_iter().for_each(|t| t.join().unwrap());
+    // All are free again: this does not wait.
+    let mut claim = pin!(claims.claim(0..8));
+    let polled = claim.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+    assert!(polled.is_ready(), "a claim is left over");
+}
+
+#[test]
+fn two_claims_in_every_order() {
+    every_order(30_000, 100, || claim(&[(0, 3, true), (2, 4, true)]));
+}
+
+#[test]
+fn a_claim_that_is_given_up_in_every_order() {
+    every_order(20_000, 100, || {
+        claim(&[(0, 3, true), (2, 4, false), (1, 5, true)]);
+    });
+}
+
+#[test]
+fn many_claims() {
+    many_orders(3000, || {
+        claim(&[
+            (0, 3, true),
+            (2, 6, true),
+            (1, 2, true),
+            (5, 8, false),
+            (0, 8, true),
+        ]);
+    });
+}
+
+/// Readers look a value up and use it; writers replace it and free it when nobody can have it any
+/// longer.
+fn retire(readers: usize, looks: usize, replacements: usize) {
+    let grace = Arc::new(Grace::default());
+    let current = Arc::new(sync::atomic::AtomicUsize::new(0));
+    let freed: Arc<Vec<AtomicBool>> = Arc::new(
+        (0..replacements)
+            .map(|_| AtomicBool::new(false))
+            .chain([AtomicBool::new(false)])
+            .collect(),
+    );
+    let mut threads: Vec<_> = (0..readers)
+        .map(|_| {
+            let (grace, current, freed) = (grace.clone(), current.clone(), freed.clone());
+            thread::spawn(move || {
+                let mut eras = EraCache::default();
+                for _ in 0..looks {
+                    let era = eras.enter(&grace);
+                    let value = current.load(Ordering::SeqCst);
+                    thread::yield_now();
+                    assert!(!freed[value].load(Ordering::SeqCst), "freed while in use");
+                    drop(era);
+                }
+                eras.leave();
+            })
+        })
+        .collect();
+    let writer = {
+        let (grace, freed) = (grace.clone(), freed.clone());
+        thread::spawn(move || {
+            for value in 0..replacements {
+                current.store(value + 1, Ordering::SeqCst);
+                let freed = freed.clone();
+                grace.retire(move || freed[value].store(true, Ordering::SeqCst));
+            }
+        })
+    };
+    threads.push(writer);
+    threads.into_iter().for_each(|t| t.join().unwrap());
+    for value in 0..replacements {
+        assert!(
+            freed[value].load(Ordering::SeqCst),
+            "{value} is never freed"
+        );
+    }
+}
+
+#[test]
+fn what_is_retired_waits_for_its_readers_in_every_order() {
+    every_order(30_000, 100, || retire(1, 1, 1));
+}
+
+#[test]
+fn what_is_retired_waits_for_many_readers() {
+    many_orders(4000, || retire(3, 3, 4));
+}
+
+/// A chain that is told by the name of its layer.
+fn chain(number: usize) -> Arc<Chain> {
+    let layer = Layer {
+        name: number.to_string(),
+        format: Format::Raw(Raw::new(0, 512)),
+        storage: Disk::new(vec![0; 512]),
+        read_only: false,
+        discard: false,
+        copy_on_read: false,
+    };
+    Arc::new(Chain::new(vec![Arc::new(layer)]).unwrap())
+}
+
+/// Workers take views; a job publishes chains. Old chains go with their last request.
+fn publish(workers: usize, requests: usize, chains: usize) {
+    let first = chain(0);
+    let mut old = vec![Arc::downgrade(&first)];
+    let root = Root::new(Arc::into_inner(first).unwrap());
+    old[0] = Arc::downgrade(&root.chain());
+    let published = Arc::new(AtomicUsize::new(0));
+    let threads: Vec<_> = (0..workers)
+        .map(|_| {
+            let (root, published) = (root.clone(), published.clone());
+            thread::spawn(move || {
+                let mut views = ViewCache::new(root);
+                for _ in 0..requests {
+                    let least = published.load(Ordering::SeqCst);
+                    let view = views.get();
+                    thread::yield_now();
+                    let seen: usize = view.chain.top().name.parse().unwrap();
+                    assert!(seen >= least, "chain {seen} after {least} was published");
+                }
+                views.leave();
+            })
+        })
+        .collect();
+    for number in 1..=chains {
+        let next = chain(number);
+        old.push(Arc::downgrade(&next));
+        root.publish(next);
+        published.store(number, Ordering::SeqCst);
+    }
+    threads.into_iter().for_each(|t| t.join().unwrap());
+    let last = old.pop().unwrap();
+    assert!(last.upgrade().is_some());
+    for chain in old {
+        assert!(chain.upgrade().is_none(), "an old chain lives on");
+    }
+}
+
+#[test]
+fn the_chain_is_replaced_in_every_order() {
+    every_order(20_000, 100, || publish(1, 2, 2));
+}
+
+#[test]
+fn the_chain_is_replaced_under_many_workers() {
+    many_orders(3000, || publish(3, 3, 3));
+}

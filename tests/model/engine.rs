@@ -1,0 +1,210 @@
+//! The qcow2 engine: several threads write, read, discard and flush one image, most of whose
+//! mapping is not in memory.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use stratablk_model::chain::{Chain, Layer, View};
+use stratablk_model::disk::Disk;
+use stratablk_model::format::{Format, Qcow2, qcow2};
+use stratablk_model::reactor::Reactor;
+use stratablk_model::shuttle::future::block_on;
+use stratablk_model::shuttle::thread;
+use stratablk_model::storage::{AlignedBuf, IoBufs};
+
+use crate::many_orders;
+use crate::qcow2::Image;
+use crate::support::{create, run};
+
+/// Bytes that one slice of the mapping covers: 64 entries of clusters of 512 bytes.
+const SLICE: u64 = 64 * 512;
+/// So many slices are in use; 8 are kept in memory.
+const SLICES: u64 = 11;
+const SIZE: usize = (SLICES * SLICE) as usize;
+
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    /// Offset, length, value.
+    Write(u64, u64, u8),
+    /// Offset, length, the value that is there.
+    Read(u64, u64, u8),
+    /// Offset, length: reads as zeros from then on.
+    Zero(u64, u64),
+    Flush,
+}
+use Step::{Flush, Read, Write, Zero};
+
+/// An image with one cluster of value 1 in each slice.
+fn image(options: &str) -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image.qcow2");
+    create(&path, options, SIZE as u64);
+    let commands: Vec<String> = (0..SLICES)
+        .map(|slice| format!("write -q -P 1 {} 512", slice * SLICE))
+        .collect();
+    let mut words = vec!["-f", "qcow2"];
+    for command in &commands {
+        words.extend(["-c", command]);
+    }
+    words.push(path.to_str().unwrap());
+    run("qemu-io", &words);
+    std::fs::read(&path).unwrap()
+}
+
+async fn open(disk: &Arc<Disk>, writable: bool) -> (Arc<Qcow2>, Arc<Chain>) {
+    let options = qcow2::Options {
+        writable,
+        discard: true,
+        cache_bytes: 0,
+    };
+    let image = Arc::new(Qcow2::open(disk.clone(), options).await.unwrap());
+    let layer = Layer {
+        name: "top".into(),
+        format: Format::Qcow2(image.clone()),
+        storage: disk.clone(),
+        read_only: !writable,
+        discard: true,
+        copy_on_read: false,
+    };
+    (image, Arc::new(Chain::new(vec![Arc::new(layer)]).unwrap()))
+}
+
+async fn perform(chain: &Arc<Chain>, step: Step) {
+    let view = View::of(chain.clone());
+    match step {
+        Write(offset, len, value) => {
+            let mut buffer = AlignedBuf::zeroed(len as usize);
+            buffer.fill(value);
+            // SAFETY: `buffer` outlives the operation.
+            let bufs = unsafe { IoBufs::of(&buffer, 0, len as usize) };
+            view.write(offset, bufs).await.unwrap();
+        }
+        Read(offset, len, value) => {
+            let buffer = AlignedBuf::zeroed(len as usize);
+            // SAFETY: `buffer` outlives the operation.
+            let bufs = unsafe { IoBufs::of(&buffer, 0, len as usize) };
+            Rc::clone(&view).read(offset, bufs).await.unwrap();
+            assert!(buffer.iter().all(|byte| *byte == value), "{step:?}");
+        }
+        Zero(offset, len) => view.write_zeroes(offset, len, true).await.unwrap(),
+        Flush => chain.flush().await.unwrap(),
+    }
+}
+
+/// Runs the threads, which do not touch one another's bytes, and looks at what is left.
+fn work(start: &[u8], threads: &'static [&'static [Step]]) {
+    let _reactor = Reactor::for_this_thread().unwrap();
+    let disk = Disk::new(start.to_vec());
+    let (image, chain) = block_on(open(&disk, true));
+    let running: Vec<_> = threads
+        .iter()
+        .map(|steps| {
+            let chain = chain.clone();
+            thread::spawn(move || {
+                for step in *steps {
+                    block_on(perform(&chain, *step));
+                }
+            })
+        })
+        .collect();
+    running.into_iter().for_each(|t| t.join().unwrap());
+    block_on(image.close()).unwrap();
+    let mut expected = vec![0; SIZE];
+    for slice in 0..SLICES {
+        expected[(slice * SLICE) as usize..][..512].fill(1);
+    }
+    for step in threads.iter().copied().flatten() {
+        let (offset, len, value) = match *step {
+            Write(offset, len, value) => (offset, len, value),
+            Zero(offset, len) => (offset, len, 0),
+            _ => continue,
+        };
+        expected[offset as usize..][..len as usize].fill(value);
+    }
+    let bytes = disk.snapshot();
+    let found = Image::new(&bytes).and_then(|image| image.check());
+    assert_eq!(found, Ok(0), "clusters leaked, or what is wrong");
+    let (_image, chain) = block_on(open(&Disk::new(bytes), false));
+    let buffer = AlignedBuf::zeroed(SIZE);
+    // SAFETY: `buffer` outlives the operation.
+    let bufs = unsafe { IoBufs::of(&buffer, 0, SIZE) };
+    block_on(View::of(chain).read(0, bufs)).unwrap();
+    for (sector, (got, expected)) in buffer.chunks(512).zip(expected.chunks(512)).enumerate() {
+        assert_eq!(got[..4], expected[..4], "sector {sector}");
+        assert!(got == expected, "sector {sector} is torn");
+    }
+}
+
+fn orders(options: &str, runs: usize, threads: &'static [&'static [Step]]) {
+    let start: Arc<[u8]> = image(options).into();
+    many_orders(runs, move || work(&start, threads));
+}
+
+#[test]
+fn parts_of_one_new_cluster() {
+    const THREADS: &[&[Step]] = &[
+        &[Write(4096, 512, 2), Flush, Read(4096, 512, 2)],
+        &[Write(4608, 512, 3), Read(4608, 512, 3)],
+        &[Write(5120, 1024, 4)],
+    ];
+    orders("cluster_size=4k", 600, THREADS);
+}
+
+#[test]
+fn slices_that_come_and_go() {
+    const THREADS: &[&[Step]] = &[
+        &[
+            Write(512, 512, 2),
+            Write(SLICE + 512, 512, 3),
+            Flush,
+            Write(2 * SLICE + 512, 512, 4),
+            Read(512, 512, 2),
+        ],
+        &[
+            Read(5 * SLICE, 512, 1),
+            Read(6 * SLICE, 512, 1),
+            Read(7 * SLICE, 512, 1),
+            Read(8 * SLICE, 512, 1),
+            Read(9 * SLICE, 512, 1),
+            Read(10 * SLICE, 512, 1),
+        ],
+        &[
+            Write(3 * SLICE + 512, 512, 5),
+            Flush,
+            Write(4 * SLICE + 512, 512, 6),
+            Read(3 * SLICE + 512, 512, 5),
+        ],
+    ];
+    orders("cluster_size=512", 500, THREADS);
+}
+
+#[test]
+fn clusters_that_are_freed_and_used_again() {
+    const THREADS: &[&[Step]] = &[
+        &[
+            Zero(0, 512),
+            Flush,
+            Zero(SLICE, 512),
+            Flush,
+            Write(1024, 512, 2),
+        ],
+        &[
+            Read(2 * SLICE, 512, 1),
+            Write(2 * SLICE + 1024, 1024, 3),
+            Read(2 * SLICE + 1024, 1024, 3),
+        ],
+        &[Flush, Write(3 * SLICE + 512, 1024, 4), Flush],
+    ];
+    orders("cluster_size=512", 500, THREADS);
+}
+
+#[test]
+fn entries_of_two_words() {
+    // Subclusters of 512 bytes; one slice for the whole disk.
+    const THREADS: &[&[Step]] = &[
+        &[Write(512, 512, 2), Write(1024, 512, 3), Read(0, 512, 1)],
+        &[Write(2048, 512, 4), Zero(2560, 512), Read(2048, 512, 4)],
+        &[Read(0, 512, 1), Flush, Read(0, 512, 1)],
+    ];
+    orders("cluster_size=16k,extended_l2=on", 500, THREADS);
+}
