@@ -7,7 +7,7 @@
 use std::sync::OnceLock;
 
 pub use arc_swap::{ArcSwap, ArcSwapOption, Guard};
-pub use async_lock::Mutex as AsyncMutex;
+pub use async_lock::{Mutex as AsyncMutex, MutexGuard as AsyncMutexGuard};
 pub use event_listener::{Event, EventListener};
 pub use parking_lot::Mutex;
 pub use std::hint::spin_loop;

@@ -56,6 +56,7 @@ async fn open(disk: &Arc<Disk>, writable: bool) -> (Arc<Qcow2>, Arc<Chain>) {
         writable,
         discard: true,
         cache_bytes: 0,
+        ..Default::default()
     };
     let image = Arc::new(Qcow2::open(disk.clone(), options).await.unwrap());
     let layer = Layer {

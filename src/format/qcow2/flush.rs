@@ -28,7 +28,7 @@ use crate::error::{Action, Error, Result};
 use crate::grace::Grace;
 use crate::storage::{self, AlignedBuf};
 use crate::sync::{
-    AsyncMutex,
+    AsyncMutex, AsyncMutexGuard,
     atomic::{AtomicU64, Ordering},
 };
 
@@ -83,7 +83,7 @@ impl Qcow2 {
     }
 
     /// Waits for the flush that is under way, and keeps others from beginning.
-    pub(super) async fn flush_turn(&self) -> async_lock::MutexGuard<'_, ()> {
+    pub(super) async fn flush_turn(&self) -> AsyncMutexGuard<'_, ()> {
         self.flushing.lock.lock().await
     }
 
