@@ -130,6 +130,37 @@ fn bitmaps_and_bits_are_told() {
 }
 
 #[test]
+fn snapshots_are_listed() {
+    let dir = Dir::new();
+    for compat in ["0.10", "1.1"] {
+        let options = format!("compat={compat}");
+        dir.qemu(&["create", "-q", "-f", "qcow2", "-o", &options, "image", "5M"]);
+        assert_eq!(dir.ctl(&["snapshot", "-l", "image"]), "");
+        for name in ["one", "with a longer name than fits", "drei"] {
+            dir.qemu(&["snapshot", "-c", name, "image"]);
+        }
+        same_info(&dir, &["image"]);
+        // Apart from the space between columns.
+        let words = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let ours = words(dir.ctl(&["snapshot", "-l", "image"]));
+        assert_eq!(ours, words(dir.qemu(&["snapshot", "-l", "image"])));
+        assert!(words(dir.ctl(&["info", "image"])).contains(&ours));
+        let list = dir.ctl_json(&["snapshot", "-l", "image"]);
+        assert_eq!(
+            list,
+            dir.qemu_json(&["info", "--output=json", "image"])["snapshots"]
+        );
+    }
+    dir.qemu(&["create", "-q", "-f", "raw", "disk.raw", "1M"]);
+    let output = dir.image(&["snapshot", "-l", "disk.raw"]);
+    assert!(
+        errors(&output).contains("expected qcow2"),
+        "{}",
+        errors(&output)
+    );
+}
+
+#[test]
 fn encryption_is_named() {
     let dir = Dir::new();
     let secret = "secret,id=s,data=abc";

@@ -1,6 +1,7 @@
 //! What an image's header says, in the form of `qemu-img info --output=json`.
 
 use super::open::probe;
+use super::snapshot;
 use crate::chain::graph::resolve;
 use crate::error::{Action, Error, Result};
 use crate::format::qcow2::header::{
@@ -134,6 +135,10 @@ async fn describe_qcow2(
     let header = describe_header(&**storage).await?;
     let size = header.size.next_multiple_of(512);
     common(value, file, "qcow2", size, Some(1 << header.cluster_bits));
+    let snapshots = snapshot::of_image(&**storage, &header).await?;
+    if !snapshots.is_empty() {
+        value.insert("snapshots".to_owned(), Value::Array(snapshots));
+    }
     let bitmaps = bitmaps::list(&**storage, &header).await?;
     let data = specific(&header, &bitmaps);
     value.insert(

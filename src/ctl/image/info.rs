@@ -2,6 +2,7 @@
 
 use super::describe::{Described, describe};
 use super::open::Images;
+use super::snapshot;
 use crate::ctl::{Failure, units};
 use crate::error::Error;
 use clap::Args;
@@ -100,6 +101,9 @@ fn write_image(value: &Value, out: &mut dyn Write) -> io::Result<()> {
     }
     if let Some(format) = text(value, "backing-filename-format") {
         writeln!(out, "backing file format: {format}")?;
+    }
+    if let Some(list) = value.get("snapshots").and_then(Value::as_array) {
+        snapshot::write_table(list, out)?;
     }
     if let Some(data) = value.pointer("/format-specific/data") {
         writeln!(out, "Format specific information:")?;

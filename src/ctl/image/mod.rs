@@ -6,7 +6,7 @@
 //! - `create`, with its `options`: new images;
 //! - `info`: what the headers say (`describe`), as `qemu-img info` tells it;
 //! - `map`: where the bytes of a disk are (`status`);
-//! - `resize`, `rebase`, `compare`: the commands of these names;
+//! - `resize`, `rebase`, `compare`, `snapshot`: the commands of these names;
 //! - `open`: opening images for all of them.
 
 mod compare;
@@ -18,6 +18,7 @@ mod open;
 mod options;
 mod rebase;
 mod resize;
+mod snapshot;
 mod status;
 
 use super::Failure;
@@ -57,6 +58,8 @@ pub enum ImageCommand {
     SetBacking(rebase::SetBackingArgs),
     /// Say whether two images read the same: exit code 0, or 1 if they differ
     Compare(compare::CompareArgs),
+    /// List the internal snapshots of an image
+    Snapshot(snapshot::SnapshotArgs),
 }
 
 /// Carries out a command.
@@ -69,5 +72,6 @@ pub fn execute(args: ImageArgs, json: bool, out: &mut dyn Write) -> Result<(), F
         ImageCommand::Rebase(args) => rebase::run(&args, json, out),
         ImageCommand::SetBacking(args) => rebase::set_backing(&args, json, out),
         ImageCommand::Compare(args) => compare::run(&args, json, out),
+        ImageCommand::Snapshot(args) => snapshot::run(&args, json, out),
     }
 }

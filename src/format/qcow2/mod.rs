@@ -30,6 +30,7 @@ pub mod metadata;
 pub mod refcount;
 mod reserve;
 mod resize;
+pub mod snapshots;
 mod update;
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
