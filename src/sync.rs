@@ -1,7 +1,7 @@
 //! The primitives that the concurrent core is built on: claims, grace periods, the chain's root,
 //! the cache of mapping slices and what is written back of it.
 //!
-//! They have one door so that a model checker can take their place: the package in `model/`
+//! They have one door so that a model checker can take their place: the package in `tests/model/package`
 //! compiles the same sources with primitives of the checker's, and tries their interleavings.
 
 use std::sync::OnceLock;

@@ -1,5 +1,5 @@
 //! The concurrent core under a model checker, which tries the interleavings of its threads: the
-//! engine's own sources, compiled with the checker's primitives (the package in `model/`).
+//! engine's own sources, compiled with the checker's primitives (the package in `tests/model/package`).
 //!
 //! What would be caught: claims that overlap, a waiter that is never woken, a cluster that is
 //! used again while somebody may still read it, an old chain that lives on or goes too early, a

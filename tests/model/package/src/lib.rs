@@ -6,20 +6,20 @@
 //! one, and decides at every primitive who goes on. It knows sequential consistency only: what
 //! depends on weaker memory ordering it does not see.
 
-#[path = "../../src/chain/mod.rs"]
+#[path = "../../../../src/chain/mod.rs"]
 pub mod chain;
-#[path = "../../src/config/mod.rs"]
+#[path = "../../../../src/config/mod.rs"]
 pub mod config;
 pub mod disk;
-#[path = "../../src/error.rs"]
+#[path = "../../../../src/error.rs"]
 pub mod error;
-#[path = "../../src/format/mod.rs"]
+#[path = "../../../../src/format/mod.rs"]
 pub mod format;
-#[path = "../../src/grace.rs"]
+#[path = "../../../../src/grace.rs"]
 pub mod grace;
-#[path = "../../src/reactor/mod.rs"]
+#[path = "../../../../src/reactor/mod.rs"]
 pub mod reactor;
-#[path = "../../src/storage/mod.rs"]
+#[path = "../../../../src/storage/mod.rs"]
 pub mod storage;
 pub mod sync;
 
