@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod check;
+mod damage;
 mod damaged;
 mod differential;
 mod faults;
@@ -11,6 +13,8 @@ mod model;
 mod powercut;
 mod random;
 mod refusals;
+mod repair;
 mod reserve;
 mod sizes;
+mod snapshots;
 mod support;

@@ -414,14 +414,22 @@ impl Header {
         if self.l1_size > 0 && self.l1_offset == 0 {
             return Err(self.corrupt("the L1 table overlaps the header"));
         }
-        if self.reftable_clusters == 0 || self.reftable_offset == 0 {
-            return Err(self.corrupt("Image does not contain a reference count table"));
-        }
         if u64::from(self.reftable_clusters) * cluster > MAX_REFTABLE_BYTES {
             return Err(self.corrupt(format!(
                 "refcount table of {} clusters is too large",
                 self.reftable_clusters
             )));
+        }
+        Ok(())
+    }
+
+    /// Whoever opens the image needs refcounts; who repairs it makes new ones.
+    ///
+    /// # Errors
+    /// When there is no refcount table.
+    pub fn check_refcount_table(&self) -> Result<()> {
+        if self.reftable_clusters == 0 || self.reftable_offset == 0 {
+            return Err(self.corrupt("Image does not contain a reference count table"));
         }
         Ok(())
     }

@@ -19,6 +19,7 @@
 //! metadata under the lock is a state that may reach the disk, in the order that `flush` keeps.
 
 pub mod bitmaps;
+pub mod check;
 pub mod claims;
 mod compress;
 pub mod create;
@@ -166,9 +167,14 @@ impl Qcow2 {
         data: Option<Arc<dyn Storage>>,
         options: Options,
     ) -> Result<Self> {
-        let header = read_header(&*storage).await?;
+        let mut header = read_header(&*storage).await?;
         let data = check_data_file(&header, &*storage, data)?;
         check_writable(&header, &*storage, data.as_ref(), options)?;
+        header.check_refcount_table()?;
+        if options.writable && header.incompatible & header::INCOMPATIBLE_DIRTY != 0 {
+            check::repair_dirty(&*storage).await?;
+            header = read_header(&*storage).await?;
+        }
         let cluster = 1u64 << header.cluster_bits;
         let l1 = read_table(&*storage, header.l1_offset, u64::from(header.l1_size)).await?;
         let table = if options.writable {
@@ -696,15 +702,12 @@ fn check_writable(
     if !options.writable {
         return Ok(());
     }
-    let refused = |what: &str| Err(Error::unsupported(storage.name(), what));
     if header.incompatible & header::INCOMPATIBLE_CORRUPT != 0 {
-        return refused("Image is corrupt; cannot be opened read/write (see qemu-img check -r)");
-    }
-    if header.incompatible & header::INCOMPATIBLE_DIRTY != 0 {
-        return refused(
-            "Image is marked dirty (lazy refcounts): repair it with 'qemu-img check -r all' \
-             before writing to it",
-        );
+        return Err(Error::unsupported(
+            storage.name(),
+            "the image is marked corrupt and cannot be written: repair it with 'stratactl image \
+             check --repair all'",
+        ));
     }
     Ok(())
 }
