@@ -7,8 +7,10 @@
 //! - `info`: what the headers say (`describe`), as `qemu-img info` tells it;
 //! - `map`: where the bytes of a disk are (`status`);
 //! - `resize`, `rebase`, `compare`, `snapshot`: the commands of these names;
+//! - `check`: consistency check and repair;
 //! - `open`: opening images for all of them.
 
+mod check;
 mod compare;
 mod create;
 mod describe;
@@ -60,6 +62,9 @@ pub enum ImageCommand {
     Compare(compare::CompareArgs),
     /// List the internal snapshots of an image
     Snapshot(snapshot::SnapshotArgs),
+    /// Look for contradictions and lost space in an image, and repair them
+    #[command(after_help = check::HELP)]
+    Check(check::CheckArgs),
 }
 
 /// Carries out a command.
@@ -73,5 +78,6 @@ pub fn execute(args: ImageArgs, json: bool, out: &mut dyn Write) -> Result<(), F
         ImageCommand::SetBacking(args) => rebase::set_backing(&args, json, out),
         ImageCommand::Compare(args) => compare::run(&args, json, out),
         ImageCommand::Snapshot(args) => snapshot::run(&args, json, out),
+        ImageCommand::Check(args) => check::run(&args, json, out),
     }
 }
