@@ -12,6 +12,8 @@ const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 /// Images with more than this of anything are not judged.
 const LIMIT: u64 = 1024;
+/// Neither are images with more bytes.
+const LARGEST: u64 = 32 << 20;
 
 /// The verdict.
 #[derive(Debug, Default)]
@@ -22,8 +24,8 @@ pub struct Report {
     pub leaks: usize,
 }
 
-struct Judge<'a> {
-    storage: &'a SparseStorage,
+struct Judge {
+    image: Image,
     bits: u32,
     /// References of each cluster, and whether one of them must be the only one.
     references: HashMap<u64, (u64, bool)>,
@@ -34,25 +36,46 @@ struct Judge<'a> {
     report: Report,
 }
 
+/// The bytes of an image; zeros behind its end.
+struct Image(Vec<u8>);
+
+impl Image {
+    /// A big-endian number of `len` bytes.
+    fn number(&self, at: u64, len: u64) -> u64 {
+        (at..at.saturating_add(len))
+            .map(|at| self.0.get(at as usize).copied().unwrap_or(0))
+            .fold(0, |all, byte| (all << 8) | u64::from(byte))
+    }
+
+    fn word(&self, at: u64) -> u64 {
+        self.number(at, 8)
+    }
+}
+
 /// Judges the image in `storage`; `None`: it is too large, or no image at all.
 #[must_use]
 pub fn check(storage: &SparseStorage) -> Option<Report> {
-    let word = |at| Some(u64::from_be_bytes(storage.bytes(at, 8).try_into().ok()?));
-    let half = |at| Some(u32::from_be_bytes(storage.bytes(at, 4).try_into().ok()?).into());
-    let bits: u64 = half(20)?;
-    if !(9..=21).contains(&bits) || half(0)? != 0x5146_49fb_u64 {
+    let len = stratablk::storage::Storage::len(storage).ok()?;
+    if len > LARGEST {
         return None;
     }
-    let version: u64 = half(4)?;
-    let incompatible = if version >= 3 { word(72)? } else { 0 };
-    let order: u64 = if version >= 3 { half(96)? } else { 4 };
-    let (l1_size, reftable_clusters): (u64, u64) = (half(36)?, half(56)?);
-    let snapshots: u64 = half(60)?;
+    let image = Image(storage.bytes(0, len as usize));
+    let bits = image.number(20, 4);
+    if !(9..=21).contains(&bits) || image.number(0, 4) != 0x5146_49fb {
+        return None;
+    }
+    let version = image.number(4, 4);
+    let incompatible = if version >= 3 { image.word(72) } else { 0 };
+    let order = if version >= 3 { image.number(96, 4) } else { 4 };
+    let (l1, l1_size) = (image.word(40), image.number(36, 4));
+    let (reftable, reftable_clusters) = (image.word(48), image.number(56, 4));
+    let (snapshot_table, snapshots) = (image.word(64), image.number(60, 4));
+    let header_length = image.number(100, 4);
     if l1_size > LIMIT || order > 6 || snapshots > 16 || reftable_clusters << bits > 1 << 20 {
         return None;
     }
     let mut judge = Judge {
-        storage,
+        image,
         bits: bits as u32,
         references: HashMap::new(),
         copied: Vec::new(),
@@ -62,7 +85,6 @@ pub fn check(storage: &SparseStorage) -> Option<Report> {
     };
     let cluster = 1u64 << bits;
     judge.refer(0, cluster, true);
-    let (l1, reftable) = (word(40)?, word(48)?);
     judge.refer(reftable, reftable_clusters << bits, true);
     let table = judge.table(reftable, reftable_clusters << bits >> 3);
     for &block in table.iter().filter(|&&block| block != 0) {
@@ -70,25 +92,25 @@ pub fn check(storage: &SparseStorage) -> Option<Report> {
     }
     judge.refer(l1, l1_size * 8, true);
     judge.mapping(l1, l1_size, true);
-    judge.snapshots(word(64)?, snapshots)?;
-    judge.bitmaps(version, half(100).unwrap_or(0))?;
+    judge.snapshots(snapshot_table, snapshots)?;
+    judge.bitmaps(version, header_length)?;
     judge.compare(&table, order as u32);
     Some(judge.report)
 }
 
-impl Judge<'_> {
+impl Judge {
     fn table(&self, offset: u64, entries: u64) -> Vec<u64> {
-        let bytes = self.storage.bytes(offset, entries as usize * 8);
-        let mut words: Vec<u64> = bytes
-            .chunks_exact(8)
-            .map(|word| u64::from_be_bytes(word.try_into().unwrap()))
-            .collect();
-        words.resize(entries as usize, 0);
-        words
+        (0..entries)
+            .map(|index| self.image.word(offset.saturating_add(index * 8)))
+            .collect()
+    }
+
+    fn len(&self) -> u64 {
+        self.image.0.len() as u64
     }
 
     fn refer(&mut self, offset: u64, len: u64, alone: bool) {
-        let end = stratablk::storage::Storage::len(self.storage).unwrap();
+        let end = self.len();
         if offset.saturating_add(len) >= end.saturating_add(1 << self.bits) {
             let what = format!("{len} bytes at {offset:#x} are behind the end, {end:#x}");
             self.report.errors.push(what);
@@ -163,23 +185,18 @@ impl Judge<'_> {
     fn snapshots(&mut self, table: u64, count: u64) -> Option<()> {
         let mut at = table;
         for _ in 0..count {
-            let fixed = self.storage.bytes(at, 40);
-            let number = |from: usize, len: usize| {
-                let bytes = fixed.get(from..from + len)?;
-                Some(
-                    bytes
-                        .iter()
-                        .fold(0u64, |all, &byte| all << 8 | u64::from(byte)),
-                )
-            };
-            let (l1, l1_size) = (number(0, 8)?, number(8, 4)?);
+            let (l1, l1_size) = (
+                self.image.word(at),
+                self.image.number(at.wrapping_add(8), 4),
+            );
             if l1_size > LIMIT {
                 return None;
             }
             self.refer(l1, l1_size * 8, true);
             self.mapping(l1, l1_size, false);
-            let len = 40 + number(36, 4)? + number(12, 2)? + number(14, 2)?;
-            at += len.next_multiple_of(8);
+            let number = |from, len| self.image.number(at.wrapping_add(from), len);
+            let len = 40 + number(36, 4) + number(12, 2) + number(14, 2);
+            at = at.checked_add(len.next_multiple_of(8))?;
         }
         self.refer(table, at - table, true);
         Some(())
@@ -222,7 +239,7 @@ impl Judge<'_> {
                     self.refer_aligned(entry & OFFSET, true);
                 }
             }
-            at += (24 + name + extra).next_multiple_of(8);
+            at = at.checked_add((24 + name + extra).next_multiple_of(8))?;
         }
         Some(())
     }
@@ -238,19 +255,15 @@ impl Judge<'_> {
         let index = cluster % per_block;
         if order < 3 {
             let bit = index << order;
-            let byte = self.storage.bytes(block + bit / 8, 1);
-            let byte = byte.first().copied().unwrap_or(0);
-            return u64::from(byte >> (bit % 8)) & ((1 << (1 << order)) - 1);
+            let byte = self.image.number(block.wrapping_add(bit / 8), 1);
+            return (byte >> (bit % 8)) & ((1 << (1 << order)) - 1);
         }
         let width = 1u64 << (order - 3);
-        let bytes = self.storage.bytes(block + index * width, width as usize);
-        bytes
-            .iter()
-            .fold(0, |all, &byte| all << 8 | u64::from(byte))
+        self.image.number(block.wrapping_add(index * width), width)
     }
 
     fn compare(&mut self, table: &[u64], order: u32) {
-        let clusters = stratablk::storage::Storage::len(self.storage).unwrap() >> self.bits;
+        let clusters = self.len() >> self.bits;
         // What is counted behind the end is a leak too, once the file reaches it.
         for cluster in 0..=clusters + LIMIT {
             let (references, alone) = self.references.remove(&cluster).unwrap_or_default();

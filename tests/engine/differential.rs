@@ -21,7 +21,10 @@
 //! * Zeroes over a backing file in version 2, which has no zero flag: QEMU writes zeros as data,
 //!   we leave alone what reads as zeros already.
 //! * A cluster with subclusters that a snapshot shares: QEMU copies from the first allocated
-//!   subcluster to the last, we copy all of it.
+//!   subcluster to the last, we copy all of it; and what is made zeros in it may be before or
+//!   after the copy.
+//! * Zeroes that cut a compressed cluster at subclusters: QEMU writes all of them as data, we
+//!   write those in that cluster.
 
 use std::path::{Path, PathBuf};
 
@@ -409,25 +412,28 @@ fn choices(shape: &Shape, steps: &[Step], size: usize, unit: usize) -> Vec<bool>
     let shared = shape[EXTENDED] == 1 && shape[SNAPSHOT] == 1;
     let cluster = CLUSTERS[shape[CLUSTER]].1;
     let mut choices = vec![false; size.div_ceil(unit)];
+    let packed = shape[EXTENDED] == 1 && shape[COMPRESSED] > 0;
     for &(operation, start, len) in steps {
         let end = start + len;
+        let ragged = start % cluster != 0 || (end % cluster != 0 && end != size);
+        let as_data = no_flag || (packed && ragged);
         for (index, choice) in choices.iter_mut().enumerate() {
             let (first, last) = (index * unit, ((index + 1) * unit).min(size));
             let (before, behind) = (first / cluster * cluster, last.next_multiple_of(cluster));
-            if shared && operation != Operation::Flush && start < behind && end > before {
+            let whole = start <= before && end >= behind.min(size);
+            if shared && operation != Operation::Flush && start < behind && end > before && !whole {
                 *choice = true;
+                continue;
             }
             if start >= last || end <= first || len == 0 {
                 continue;
             }
             let cut = start > first || end < last;
             match operation {
-                Operation::Zero | Operation::Unmap if cut || no_flag => *choice = true,
-                Operation::Write(_) | Operation::Zero | Operation::Unmap | Operation::Discard
-                    if !cut =>
-                {
-                    *choice = false;
-                }
+                Operation::Zero | Operation::Unmap if cut || as_data => *choice = true,
+                // Nothing happens.
+                Operation::Discard if no_flag => {}
+                _ if !cut => *choice = false,
                 _ => {}
             }
         }
