@@ -183,8 +183,8 @@ fn of_metadata_that_is_not_all_in_memory() {
 #[test]
 fn while_the_refcount_table_grows() {
     let recipe = Recipe {
-        filled: 3900,
-        ..Recipe::new("cluster_size=512,refcount_bits=64", 5200)
+        filled: 3930,
+        ..Recipe::new("cluster_size=512,refcount_bits=64", 6400)
     };
     bench(recipe, false).every(0, false, libc::EIO);
 }

@@ -189,6 +189,20 @@ fn tear(file: &mut Vec<u8>, effect: &Effect, share: f64, rng: &mut StdRng) {
     }
 }
 
+impl Walker {
+    /// Whether it is the header that is there alone, missing or torn. All else hangs on it, and it
+    /// is seldom written: these states are never left out.
+    fn concerns_header(&self, kept: Kept) -> bool {
+        let (Kept::Only(id) | Kept::Without(id) | Kept::Torn(id)) = kept else {
+            return false;
+        };
+        self.loose.iter().any(|loose| {
+            let first = matches!(loose.effect, Effect::Write { offset, .. } if offset < 512);
+            loose.id == id && loose.file == 0 && first
+        })
+    }
+}
+
 /// Random states at each point that has others.
 const RANDOM: usize = 2;
 
@@ -218,7 +232,7 @@ pub fn visit(
             states.extend([Kept::Random; RANDOM]);
         }
         for kept in states {
-            if rng.random_bool(share) {
+            if walker.concerns_header(kept) || rng.random_bool(share) {
                 let files = walker.build(kept, rng);
                 let cut = now + 1;
                 judge(State { cut, kept, files }, rng);
