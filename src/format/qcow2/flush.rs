@@ -19,6 +19,7 @@
 //! next flush.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use futures_util::future::try_join_all;
 
@@ -26,6 +27,7 @@ use super::header::{Backing, Patch, SECTOR};
 use super::{Freed, Qcow2};
 use crate::error::{Action, Error, Result};
 use crate::grace::Grace;
+use crate::reactor::Reactor;
 use crate::storage::{self, AlignedBuf};
 use crate::sync::{
     AsyncMutex, AsyncMutexGuard,
@@ -36,6 +38,10 @@ use crate::sync::{
 const PARALLEL: usize = 32;
 /// Adjacent pieces are written together up to this size.
 const MERGE: usize = 1 << 20;
+
+/// How often the end of grace periods is waited for when an image is closed, and for how long.
+const GRACE_LOOKS: u32 = 500;
+const GRACE_LOOK: Duration = Duration::from_millis(2);
 
 /// Who flushes, and who waits for it.
 #[derive(Debug, Default)]
@@ -96,11 +102,32 @@ impl Qcow2 {
             return Ok(());
         }
         self.flush().await?;
+        self.await_grace().await;
         while !self.released.lock().is_empty() {
             self.flush().await?;
+            self.await_grace().await;
         }
         self.give_back().await;
         Ok(())
+    }
+
+    /// Waits until nobody can see freed clusters any more, so that they are not lost to the image.
+    /// Grace periods end with the requests of all images of the process; a request that takes
+    /// very long costs no more than the clusters.
+    async fn await_grace(&self) {
+        let Some(reactor) = Reactor::current() else {
+            return;
+        };
+        for _ in 0..GRACE_LOOKS {
+            if self.retiring.load(Ordering::SeqCst) == 0 {
+                return;
+            }
+            reactor.sleep(GRACE_LOOK).await;
+        }
+        log::warn!(
+            "{}: closed while others are still busy: some free clusters stay counted",
+            self.storage.name()
+        );
     }
 
     /// The body of a flush. The caller holds the flush lock.
@@ -244,8 +271,12 @@ impl Qcow2 {
             }
         }
         if !unmapped.is_empty() {
-            let released = self.released.clone();
-            Grace::global().retire(move || released.lock().extend(unmapped));
+            let (released, retiring) = (self.released.clone(), self.retiring.clone());
+            retiring.fetch_add(1, Ordering::SeqCst);
+            Grace::global().retire(move || {
+                released.lock().extend(unmapped);
+                retiring.fetch_sub(1, Ordering::SeqCst);
+            });
         }
     }
 

@@ -43,7 +43,7 @@ use crate::error::{Action, Error, Result};
 use crate::storage::{self, Storage};
 use crate::sync::{
     self, Event, Mutex,
-    atomic::{AtomicU64, Ordering},
+    atomic::{AtomicU64, AtomicUsize, Ordering},
 };
 
 use claims::Claims;
@@ -129,6 +129,8 @@ pub struct Qcow2 {
     flushing: flush::Flushing,
     /// Freed clusters whose grace period is over.
     released: Arc<Mutex<Freed>>,
+    /// Grace periods that have not ended.
+    retiring: Arc<AtomicUsize>,
     decompressed: compress::Cache,
     reservation: reserve::Reservation,
 }
@@ -237,6 +239,7 @@ impl Qcow2 {
             loading: Mutex::default(),
             flushing: flush::Flushing::default(),
             released: Arc::default(),
+            retiring: Arc::default(),
             decompressed: compress::Cache::default(),
             reservation: reserve::Reservation::new(len),
             header: Mutex::new(header),

@@ -172,7 +172,11 @@ impl Qcow2 {
         let failed = |error| Error::io(Action::Write, self.storage.name(), 0, &error);
         let len = self.storage.len().map_err(failed)?;
         let mut end = len.div_ceil(self.cluster_size());
-        while end > 1 && self.refcount(end - 1).await == Some(0) {
+        while end > 1 {
+            let known = self.meta.lock().allocator.metadata().what(end - 1);
+            if known.is_some() || self.refcount(end - 1).await != Some(0) {
+                break;
+            }
             end -= 1;
         }
         let end = end << self.cluster_bits;
@@ -217,7 +221,12 @@ impl Qcow2 {
             self.allocate(lacking).await?
         };
         let len = place.clusters << self.cluster_bits;
-        if let Err(error) = self.fill_place(&place, mode).await {
+        let filled = match self.fill_place(&place, mode).await {
+            // A mapping never points behind the end of the file.
+            Ok(()) => self.cover_end().await,
+            failed => failed,
+        };
+        if let Err(error) = filled {
             if self.data.is_none() {
                 self.give_up(place).await;
             }
