@@ -23,14 +23,9 @@ impl Poller {
         }
     }
 
-    /// Whether [`Poller::poll`] would look at all.
-    pub(super) fn is_open(&self) -> bool {
-        !self.window.is_zero()
-    }
-
     /// Looks for work, until `found` says there is some or the window is over. True: found.
     pub(super) fn poll(&self, mut found: impl FnMut() -> bool) -> bool {
-        if !self.is_open() {
+        if self.window.is_zero() {
             return false;
         }
         let start = Instant::now();

@@ -200,14 +200,12 @@ impl Worker<'_> {
     fn rest(&mut self) {
         let mut timeout = None;
         self.held_back = false;
+        // The driver is quick to send its next request. Storage takes its time, and one request
+        // after the other would be waited for: there the looking costs more than it brings.
+        let in_flight = self.in_flight();
         if let Some(queue) = self.queue.as_mut().filter(|queue| queue.is_open()) {
-            if self.poller.is_open() {
-                self.reactor.submit();
-            }
-            let found = self
-                .poller
-                .poll(|| queue.ring.has_available() || self.reactor.has_completions());
-            if found {
+            let look = || queue.ring.has_available() || self.reactor.has_completions();
+            if !in_flight && self.poller.poll(look) {
                 return;
             }
             if matches!(queue.kick, Kick::Polling) {
@@ -217,13 +215,13 @@ impl Worker<'_> {
                 return;
             }
         }
-        if !self.in_flight() {
+        if !in_flight {
             self.context.leave();
         }
         let stats = &self.context.stats;
         stats.sleeps.add(1);
         stats.enters.add(self.reactor.enters() - stats.enters.get());
-        let start = self.poller.is_on().then(Instant::now);
+        let start = (self.poller.is_on() && !in_flight).then(Instant::now);
         self.reactor.wait(timeout);
         if let Some(start) = start {
             self.poller.slept(start.elapsed());
