@@ -16,6 +16,9 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
+use rand::rngs::StdRng;
+use rand::{RngCore, SeedableRng};
+
 /// Nobody asks for more at once: it is what QEMU reads of an image at most, with room for the
 /// vector that it becomes.
 const LARGEST_ALLOCATION: usize = 256 << 20;
@@ -90,6 +93,22 @@ fn qcow2_images_are_read() {
 #[test]
 fn qcow2_images_are_written() {
     replay("qcow2_write", fuzz::qcow2_write);
+}
+
+/// Random recipes; a failure names the seed.
+#[test]
+fn damaged_images_are_checked_and_repaired() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let first = std::env::var("STRATABLK_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or_else(rand::random::<u64>);
+    for seed in (0..400).map(|round| first.wrapping_add(round)) {
+        let _named = Named(format!("random, STRATABLK_SEED={seed}"));
+        let mut recipe = vec![0; 60];
+        StdRng::seed_from_u64(seed).fill_bytes(&mut recipe);
+        fuzz::qcow2_check(&recipe);
+    }
 }
 
 #[test]

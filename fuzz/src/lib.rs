@@ -3,6 +3,7 @@
 //! The same functions replay the corpus in `tests/fuzz_replay.rs`, without nightly and without
 //! libFuzzer: so they are here, and the targets call them.
 
+pub mod check;
 pub mod image;
 pub mod options;
 pub mod read;
@@ -12,6 +13,7 @@ pub mod seeds;
 pub mod storage;
 pub mod write;
 
+pub use check::qcow2_check;
 pub use options::options;
 pub use read::{qcow2_read, qed};
 pub use write::{qcow2_file, qcow2_write};

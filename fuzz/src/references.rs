@@ -111,6 +111,10 @@ impl Judge {
 
     fn refer(&mut self, offset: u64, len: u64, alone: bool) {
         let end = self.len();
+        if len == 0 {
+            // Where nothing is, is not said.
+            return;
+        }
         if offset.saturating_add(len) >= end.saturating_add(1 << self.bits) {
             let what = format!("{len} bytes at {offset:#x} are behind the end, {end:#x}");
             self.report.errors.push(what);

@@ -6,6 +6,7 @@ use std::io;
 use std::sync::Arc;
 
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use stratablk::reactor::{Reactor, Token};
 use stratablk::storage::{IoBufs, Limits, Op, Storage, Submission};
@@ -22,7 +23,7 @@ const LARGEST_READ: usize = 64 << 20;
 pub struct SparseStorage {
     base: Arc<[u8]>,
     /// Writes behind this are a find.
-    limit: u64,
+    limit: AtomicU64,
     align: u64,
     changes: Mutex<Changes>,
 }
@@ -40,7 +41,7 @@ impl SparseStorage {
     pub fn new(base: Arc<[u8]>, cluster: u64, align: u64) -> Self {
         let len = base.len() as u64;
         Self {
-            limit: len + SLACK + 96 * cluster,
+            limit: AtomicU64::new(len + SLACK + 96 * cluster),
             align,
             base,
             changes: Mutex::new(Changes {
@@ -58,6 +59,12 @@ impl SparseStorage {
         }
     }
 
+    /// Lets writes go anywhere: a repair puts what it moves behind all that counts as used, and
+    /// damaged refcounts say that far away.
+    pub fn without_limit(&self) {
+        self.limit.store(u64::MAX, Ordering::Relaxed);
+    }
+
     /// The bytes of `[offset, offset + len)`, as far as there are any.
     #[must_use]
     pub fn bytes(&self, offset: u64, len: usize) -> Vec<u8> {
@@ -71,7 +78,7 @@ impl SparseStorage {
     fn check(&self, what: &str, offset: u64, len: u64) {
         let end = offset.saturating_add(len);
         assert!(
-            end <= self.limit,
+            end <= self.limit.load(Ordering::Relaxed),
             "{what} of {len} bytes at {offset:#x} of an image of {:#x} bytes",
             self.base.len()
         );
