@@ -89,6 +89,7 @@ ensure_tools() {
     have fio || want+=(fio)
     [ -x /bin/busybox ] || [ -x /usr/bin/busybox ] || want+=(busybox-static)
     have mke2fs || want+=(e2fsprogs)
+    have strace || want+=(strace)
     [ ${#want[@]} -eq 0 ] && return 0
     say "Installing tools"
     apt_install "${want[@]}" || die "could not install: ${want[*]}"
