@@ -118,6 +118,22 @@ fn disk(dir: &Path, qcow2: bool) -> Arc<Root> {
     Root::new(Chain::new(vec![Arc::new(layer)]).unwrap())
 }
 
+/// What would be caught: vectors of nothing in a list, whose address is aligned to nothing, so that
+/// all the rest is copied to where it is.
+#[test]
+fn a_part_of_nothing_does_not_make_a_list_unaligned() {
+    use stratablk::storage::{AlignedBuf, IoBufs};
+
+    let (nothing, block) = (AlignedBuf::zeroed(0), AlignedBuf::zeroed(4096));
+    let mut all = IoBufs::empty();
+    for buffer in [&nothing, &block, &nothing] {
+        // SAFETY: no operation is started.
+        all.append(&unsafe { IoBufs::of(buffer, 0, buffer.len()) });
+    }
+    assert!(all.is_aligned(4096));
+    assert_eq!((all.len(), all.iovecs().len()), (4096, 1));
+}
+
 /// Rounds of reads and writes, as many at a time as are in flight.
 fn rounds(guest: &mut Guest, count: usize) {
     for round in 0..count {

@@ -192,6 +192,10 @@ impl IoBufs {
     pub unsafe fn of(buffer: &AlignedBuf, start: usize, len: usize) -> Self {
         let start = start.min(buffer.len);
         let len = len.min(buffer.len - start);
+        if len == 0 {
+            // A vector of nothing has no address, and would not be aligned to anything.
+            return Self::empty();
+        }
         // SAFETY: `start` is within the buffer.
         let base = unsafe { buffer.start.as_ptr().add(start) };
         Self {
