@@ -479,7 +479,7 @@ impl Qcow2 {
             ));
         }
         meta.loaded.push_back(number);
-        self.evict(&mut meta);
+        self.evict(&mut meta, number);
         Ok(())
     }
 
@@ -537,8 +537,9 @@ impl Qcow2 {
         DIRTY_LIMIT.min(self.mapping_slices() / 2)
     }
 
-    /// Forgets slices that were not used lately, down to the limit. Changed ones stay.
-    fn evict(&self, meta: &mut Meta) {
+    /// Forgets slices that were not used lately, down to the limit. Changed ones stay, and `keep`,
+    /// which was just loaded for somebody.
+    fn evict(&self, meta: &mut Meta, keep: u64) {
         let limit = self.mapping_slices();
         let mut looked_at = 0;
         while meta.loaded.len() > limit && looked_at < 2 * limit {
@@ -551,7 +552,7 @@ impl Qcow2 {
                 .directory
                 .get(number)
                 .is_some_and(|slice| slice.as_ref().is_some_and(|s| s.take_referenced()));
-            if busy || referenced {
+            if busy || referenced || number == keep {
                 meta.loaded.push_back(number);
             } else {
                 self.directory.set(number, None);

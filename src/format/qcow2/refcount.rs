@@ -10,13 +10,17 @@
 
 mod exact;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::ops::Range;
 
 use super::metadata::{Clusters, Kind};
 
 /// Bytes of metadata that are loaded and written at a time.
 pub const SLICE_BYTES: u64 = 4096;
+
+/// Clean slices that are always kept: more than an allocation needs at the same time.
+const KEPT_CLEAN: usize = 8;
 
 /// What the allocator lacks.
 #[derive(Debug, PartialEq, Eq)]
@@ -80,6 +84,8 @@ pub struct Allocator {
     /// Host offset of each refcount block, 0: none.
     table: Vec<u64>,
     slices: HashMap<u64, Box<[u8]>>,
+    /// The slices in memory, the longest there first.
+    loaded: VecDeque<u64>,
     dirty_slices: BTreeSet<u64>,
     /// Slices that a flush is writing: not to be forgotten before it is done.
     writing: BTreeSet<u64>,
@@ -114,6 +120,7 @@ impl Allocator {
             geometry,
             table,
             slices: HashMap::new(),
+            loaded: VecDeque::new(),
             dirty_slices: BTreeSet::new(),
             writing: BTreeSet::new(),
             dirty_table: BTreeSet::new(),
@@ -154,7 +161,10 @@ impl Allocator {
 
     /// Takes a loaded slice.
     pub fn insert_slice(&mut self, no: u64, bytes: Box<[u8]>) {
-        self.slices.entry(no).or_insert(bytes);
+        if let Entry::Vacant(place) = self.slices.entry(no) {
+            place.insert(bytes);
+            self.loaded.push_back(no);
+        }
     }
 
     /// The slice that covers `cluster`.
@@ -363,8 +373,10 @@ impl Allocator {
         let per_block = self.geometry.slices_per_block();
         let first = index as u64 * per_block;
         for no in first..first + per_block {
-            self.slices
-                .insert(no, vec![0; self.slice_bytes()].into_boxed_slice());
+            let zeros = vec![0; self.slice_bytes()].into_boxed_slice();
+            if self.slices.insert(no, zeros).is_none() {
+                self.loaded.push_back(no);
+            }
             if !fresh {
                 // Whatever was in the cluster must go.
                 self.dirty_slices.insert(no);
@@ -461,16 +473,21 @@ impl Allocator {
         &self.table
     }
 
-    /// Forgets clean slices beyond `limit`, so that memory stays bounded.
+    /// Forgets clean slices beyond `limit`, so that memory stays bounded. The latest clean ones
+    /// stay: an allocation that needs several would otherwise drive them out in turn, for ever,
+    /// when changed ones take all the room.
     pub fn trim(&mut self, limit: usize) {
-        if self.slices.len() <= limit {
-            return;
-        }
-        let mut excess = self.slices.len() - limit;
-        let (dirty, writing) = (&self.dirty_slices, &self.writing);
-        self.slices.retain(|no, _| {
-            let keep = excess == 0 || dirty.contains(no) || writing.contains(no);
+        let (dirty, writing, slices) = (&self.dirty_slices, &self.writing, &mut self.slices);
+        let busy = |no: &u64| dirty.contains(no) || writing.contains(no);
+        let clean = self.loaded.iter().filter(|no| !busy(no)).count();
+        let mut excess = slices
+            .len()
+            .saturating_sub(limit)
+            .min(clean.saturating_sub(KEPT_CLEAN));
+        self.loaded.retain(|no| {
+            let keep = excess == 0 || busy(no);
             if !keep {
+                slices.remove(no);
                 excess -= 1;
             }
             keep
