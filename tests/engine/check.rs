@@ -177,6 +177,10 @@ fn repaired_images_are_clean_and_read_the_same() {
             let (code, _) = qemus(&damaged);
             assert_eq!(code, verdict(&summary), "{context}: {summary:?}");
             if let Some(before) = before {
+                if tables.maps_with_metadata() {
+                    // What the disk reads as there changes with the metadata, whoever mends it.
+                    continue;
+                }
                 readable += 1;
                 let after = contents(&damaged, None);
                 assert!(after == Some(before), "{context}: it reads differently");

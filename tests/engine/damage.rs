@@ -164,6 +164,21 @@ impl Tables {
         places.filter(|&at| self.word(at) != 0).collect()
     }
 
+    /// Whether the L1 table, the refcount table or a refcount block is taken for an L2 table, too.
+    pub fn maps_with_metadata(&self) -> bool {
+        let (l1, refcounts) = (self.word(40), self.word(48));
+        let l1_end = l1 + (self.word(32) & 0xffff_ffff) * 8;
+        let refcounts_end = refcounts + (self.word(56) >> 32) * self.cluster;
+        let blocks: Vec<u64> = self.reftable().iter().map(|&at| self.word(at)).collect();
+        let l2_tables = self.l1().into_iter().map(|at| self.word(at) & OFFSET);
+        l2_tables.into_iter().any(|table| {
+            table < self.cluster
+                || (l1..l1_end).contains(&table)
+                || (refcounts..refcounts_end).contains(&table)
+                || blocks.contains(&table)
+        })
+    }
+
     fn one_of(&mut self, places: &[u64]) -> Option<u64> {
         places.choose(&mut self.rng).copied()
     }
