@@ -246,22 +246,11 @@ impl IoBufs {
         iovecs_aligned(&self.iovecs, align)
     }
 
-    /// Whether all of it is zero. Who else writes to it meanwhile may get either answer.
+    /// Whether all of it is zero; see [`iovecs_are_zero`].
     #[must_use]
     pub fn is_zero(&self) -> bool {
-        let mut copy = [0; 4096];
-        self.iovecs.iter().all(|iovec| {
-            (0..iovec.iov_len).step_by(copy.len()).all(|start| {
-                let now = copy.len().min(iovec.iov_len - start);
-                // SAFETY: the range is valid by the contract of `new`, and `start + now` is within
-                // it. It is copied, since a guest may change it at any time.
-                unsafe {
-                    let from = iovec.iov_base.cast::<u8>().add(start);
-                    std::ptr::copy_nonoverlapping(from, copy.as_mut_ptr(), now);
-                }
-                copy.get(..now).is_some_and(is_zero)
-            })
-        })
+        // SAFETY: the ranges are valid by the contract of `new`.
+        unsafe { iovecs_are_zero(&self.iovecs) }
     }
 
     /// Fills all of it with zeros.
@@ -312,6 +301,27 @@ pub fn is_zero(bytes: &[u8]) -> bool {
         .by_ref()
         .all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
         && blocks.remainder().iter().all(|&byte| byte == 0)
+}
+
+/// Whether ranges have nothing but zeros. Who changes them meanwhile may get either answer.
+///
+/// # Safety
+/// The ranges are valid for reads.
+#[must_use]
+pub unsafe fn iovecs_are_zero(iovecs: &[libc::iovec]) -> bool {
+    let mut copy = [0; 4096];
+    iovecs.iter().all(|iovec| {
+        (0..iovec.iov_len).step_by(copy.len()).all(|start| {
+            let now = copy.len().min(iovec.iov_len - start);
+            // SAFETY: valid by contract, and `start + now` is within the range. It is copied, since
+            // a guest may change it at any time.
+            unsafe {
+                let from = iovec.iov_base.cast::<u8>().add(start);
+                std::ptr::copy_nonoverlapping(from, copy.as_mut_ptr(), now);
+            }
+            copy.get(..now).is_some_and(is_zero)
+        })
+    })
 }
 
 /// Calls `push` with the vectors that cover `[start, start + len)` of `iovecs`.

@@ -24,7 +24,7 @@ use crate::export::request::{self, Kind, MAX_RANGES, Parsed, Status};
 use crate::export::ring::SplitRing;
 use crate::export::stats::QueueStats;
 use crate::reactor::{Completion, Reactor, Token};
-use crate::storage::buffer::{iovecs_aligned, slice_iovecs};
+use crate::storage::buffer::{iovecs_aligned, iovecs_are_zero, slice_iovecs};
 use crate::storage::{IoBufs, Limits, Op, Submission};
 
 /// Chains taken from the ring before completions are looked at again.
@@ -355,7 +355,9 @@ impl Queue {
         };
         let len = slot.ranges.data_len() as usize;
         let mut pieces = Pieces::new();
-        if write && context.facts.detect_zeroes.is_some() {
+        // SAFETY: the ranges were translated with memory that the queue keeps.
+        let zeros = || unsafe { iovecs_are_zero(slot.ranges.data()) };
+        if write && context.facts.detect_zeroes.is_some() && zeros() {
             return self.spawn(context, head);
         }
         let planned = iovecs_aligned(slot.ranges.data(), limits.memory_align)
