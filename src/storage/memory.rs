@@ -2,7 +2,7 @@
 //! everything above it.
 
 use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
@@ -42,6 +42,7 @@ pub struct MemoryStorage {
     /// Operations until one fails; `usize::MAX`: never.
     fail_after: AtomicUsize,
     errno: AtomicUsize,
+    fail_syncs: AtomicBool,
 }
 
 impl MemoryStorage {
@@ -53,6 +54,7 @@ impl MemoryStorage {
             log: Mutex::new(None),
             fail_after: AtomicUsize::new(usize::MAX),
             errno: AtomicUsize::new(libc::EIO as usize),
+            fail_syncs: AtomicBool::new(false),
         }
     }
 
@@ -84,6 +86,11 @@ impl MemoryStorage {
         self.errno
             .store(errno.unsigned_abs() as usize, Ordering::SeqCst);
         self.fail_after.store(count, Ordering::SeqCst);
+    }
+
+    /// Whether every sync fails, and nothing else.
+    pub fn fail_syncs(&self, fail: bool) {
+        self.fail_syncs.store(fail, Ordering::SeqCst);
     }
 
     fn step(&self, step: impl FnOnce() -> Step) {
@@ -135,6 +142,9 @@ impl MemoryStorage {
                 let count = new.len() as u32;
                 self.step(|| Step::Write { offset, bytes: new });
                 Ok(count)
+            }
+            Op::Sync if self.fail_syncs.load(Ordering::SeqCst) => {
+                Err(io::Error::from_raw_os_error(libc::EIO))
             }
             Op::Sync => {
                 self.step(|| Step::Sync);

@@ -101,3 +101,32 @@ fn a_refcount_table_that_cannot_be_replaced_costs_no_data() {
         }
     }
 }
+
+/// What would be caught: writes that go on for ever where a disk that does not flush keeps the cache
+/// full of changed metadata, or that fail on when it flushes again; changes that are lost with it.
+#[test]
+fn a_disk_that_does_not_flush_fails_writes_and_stops_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = in_dir(&dir, "image.qcow2");
+    create(&path, "cluster_size=512", SIZE);
+    let storage = Arc::new(MemoryStorage::new(std::fs::read(&path).unwrap()));
+    let reactor = Reactor::for_this_thread().unwrap();
+    let (image, chain) = open_memory_with(&reactor, &storage, 0);
+    // One to each slice of the mapping, which has room for eight of them.
+    let places = || (0..SIZE).step_by(32 << 10);
+    storage.fail_syncs(true);
+    let failed = places()
+        .filter(|&at| write_value(&reactor, &chain, at, 512, 1) == Err(libc::EIO))
+        .count();
+    assert!(failed > 8, "{failed}");
+    storage.fail_syncs(false);
+    let mut expected = vec![0; SIZE as usize];
+    for at in places() {
+        write_value(&reactor, &chain, at, 512, 2).unwrap();
+        expected[at as usize..][..512].fill(2);
+    }
+    reactor.block_on(image.close()).unwrap();
+    std::fs::write(&path, storage.snapshot()).unwrap();
+    check(&path, false);
+    compare(&path, "qcow2", &expected);
+}

@@ -181,8 +181,18 @@ pub fn compare(path: &Path, format: &str, bytes: &[u8]) {
 
 /// Opens an image in memory for writing, with nothing under it.
 pub fn open_memory(reactor: &Reactor, storage: &Arc<MemoryStorage>) -> (Arc<Qcow2>, Arc<Chain>) {
+    open_memory_with(reactor, storage, qcow2::DEFAULT_CACHE_BYTES)
+}
+
+/// As [`open_memory`], with as many bytes for metadata in memory.
+pub fn open_memory_with(
+    reactor: &Reactor,
+    storage: &Arc<MemoryStorage>,
+    cache_bytes: u64,
+) -> (Arc<Qcow2>, Arc<Chain>) {
     let options = qcow2::Options {
         writable: true,
+        cache_bytes,
         ..Default::default()
     };
     let image = reactor

@@ -1,4 +1,5 @@
-//! What would be caught: a cluster handed out twice, refcounts written into a neighbour's bits,
+//! What would be caught: slices that drive one another out of memory for ever, or stay in it for
+//! ever, a cluster handed out twice, refcounts written into a neighbour's bits,
 //! a table growth that does not cover itself.
 
 use proptest::prelude::*;
@@ -96,4 +97,37 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn what_was_loaded_last_stays_and_the_rest_goes() {
+    let mut allocator = allocator(9, 4);
+    let blocks = allocator.table().len() as u64;
+    for index in 1..blocks {
+        allocator.table[index as usize] = (2 + index) << 9;
+    }
+    let zeros = || vec![0; 512].into_boxed_slice();
+    // All the room there is goes to changed ones, which a failing disk keeps from being written.
+    for no in 0..8 {
+        allocator.insert_slice(no, zeros());
+        allocator.set(no * 256 + 5, 1).unwrap();
+    }
+    for no in 8..blocks {
+        allocator.trim(4);
+        allocator.insert_slice(no, zeros());
+        let present: Vec<u64> = (0..blocks)
+            .filter(|no| allocator.slices.contains_key(no))
+            .collect();
+        let latest = (8..=no).rev().take(KEPT_CLEAN);
+        assert!(
+            latest.into_iter().all(|no| present.contains(&no)),
+            "{no}: {present:?}"
+        );
+        assert!(present.len() <= 8 + KEPT_CLEAN + 1, "{no}: {present:?}");
+    }
+    // Written, they go as well.
+    allocator.take_dirty_slices();
+    allocator.written(&BTreeSet::new(), true);
+    allocator.trim(4);
+    assert!(allocator.slices.len() <= KEPT_CLEAN);
 }
