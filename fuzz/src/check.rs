@@ -7,10 +7,9 @@
 use stratablk::format::qcow2::check::{Repair, check, repair};
 use stratablk::storage::Storage;
 
-use super::image::{Files, reactor};
+use super::image::reactor;
 use super::recipe::{self, Input};
 use super::references;
-use super::seeds;
 
 /// Images up to this length are compared before and after a check.
 const COMPARED: u64 = 4 << 20;
@@ -18,14 +17,7 @@ const COMPARED: u64 = 4 << 20;
 /// The target: a recipe whose operations are ignored.
 pub fn qcow2_check(data: &[u8]) {
     let mut input = Input(data);
-    let all = seeds::qcow2();
-    let seed = &all[usize::from(input.byte()) % all.len()];
-    let flags = input.byte();
-    let align = if flags & 2 == 0 { 1 } else { 512 };
-    let files = Files::new(seed.bytes.clone(), align);
-    let regions = recipe::qcow2_regions(seed, &files.image);
-    let cluster = recipe::cluster_size(&seed.bytes);
-    recipe::damage(&mut input, &files.image, &regions, cluster, false);
+    let (seed, flags, files) = recipe::damaged(&mut input);
     let what = if flags & 4 == 0 {
         Repair::All
     } else {

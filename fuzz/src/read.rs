@@ -71,14 +71,7 @@ pub fn look(files: &Files, how: How) {
 /// The target: a recipe whose operations are ignored.
 pub fn qcow2_read(data: &[u8]) {
     let mut input = Input(data);
-    let all = seeds::qcow2();
-    let seed = &all[usize::from(input.byte()) % all.len()];
-    let flags = input.byte();
-    let align = if flags & 2 == 0 { 1 } else { 512 };
-    let files = Files::new(seed.bytes.clone(), align);
-    let regions = recipe::qcow2_regions(seed, &files.image);
-    let cluster = recipe::cluster_size(&seed.bytes);
-    recipe::damage(&mut input, &files.image, &regions, cluster, false);
+    let (_, flags, files) = recipe::damaged(&mut input);
     let how = How {
         small_cache: flags & 8 != 0,
         ..How::default()

@@ -12,7 +12,8 @@
 //!
 //! Missing bytes are 0, so every input is a recipe.
 
-use super::seeds::Seed;
+use super::image::Files;
+use super::seeds::{self, Seed};
 use super::storage::SparseStorage;
 
 /// Takes an input apart.
@@ -112,6 +113,19 @@ pub fn qed_regions(seed: &Seed, storage: &SparseStorage) -> Vec<Region> {
         (table, 1024),
         (0, seed.bytes.len() as u64),
     ]
+}
+
+/// The seed, the flags and the damaged image that a recipe begins with.
+pub fn damaged(input: &mut Input<'_>) -> (&'static Seed, u8, Files) {
+    let all = seeds::qcow2();
+    let seed = &all[usize::from(input.byte()) % all.len()];
+    let flags = input.byte();
+    let align = if flags & 2 == 0 { 1 } else { 512 };
+    let files = Files::new(seed.bytes.clone(), align);
+    let regions = qcow2_regions(seed, &files.image);
+    let cluster = cluster_size(&seed.bytes);
+    damage(input, &files.image, &regions, cluster, false);
+    (seed, flags, files)
 }
 
 /// Damages the image as `input` says. Returns how often.

@@ -6,13 +6,12 @@
 
 use std::sync::Arc;
 
-use stratablk::chain::{Chain, View};
+use stratablk::chain::{Chain, Span, View};
 use stratablk::format::Qcow2;
 
 use super::image::{Files, How, WHOLE, reactor, read, write};
 use super::recipe::{self, Input};
 use super::references;
-use super::seeds;
 
 const SECTOR: u64 = 512;
 /// Operations of a recipe that are carried out.
@@ -145,11 +144,8 @@ impl Run<'_> {
             }
             Kind::Copy => {
                 let end = self.chain.layers().len();
-                let copied = if self.how.compress {
-                    view.copy_compressed(0, end, offset, len).await
-                } else {
-                    view.copy(0, end, offset, len).await
-                };
+                let span = Span::new(0, end).compressed(self.how.compress);
+                let copied = view.copy(span, offset, len).await;
                 copied.map(drop)
             }
             Kind::Reopen => {
@@ -267,14 +263,7 @@ fn how(flags: u8) -> How {
 /// The target: a recipe.
 pub fn qcow2_write(data: &[u8]) {
     let mut input = Input(data);
-    let all = seeds::qcow2();
-    let seed = &all[usize::from(input.byte()) % all.len()];
-    let flags = input.byte();
-    let align = if flags & 2 == 0 { 1 } else { 512 };
-    let files = Files::new(seed.bytes.clone(), align);
-    let regions = recipe::qcow2_regions(seed, &files.image);
-    let cluster = recipe::cluster_size(&seed.bytes);
-    recipe::damage(&mut input, &files.image, &regions, cluster, false);
+    let (_, flags, files) = recipe::damaged(&mut input);
     reactor().block_on(run(&files, how(flags), flags & 1 == 0, input));
 }
 

@@ -25,23 +25,44 @@ pub struct Copied {
     pub zero: u64,
 }
 
-/// Where a copy goes and how far down it looks.
+/// Where a copy goes, how far down it looks, and how it is kept.
 #[derive(Clone, Copy, Debug)]
-struct Span {
+pub struct Span {
     target: usize,
     end: usize,
     compress: bool,
 }
 
+impl Span {
+    /// Into layer `target`, from those above `end`: the index of the base, or the number of layers.
+    #[must_use]
+    pub fn new(target: usize, end: usize) -> Self {
+        Self {
+            target,
+            end,
+            compress: false,
+        }
+    }
+
+    /// Whole clusters that become smaller by it are compressed, if `on`.
+    #[must_use]
+    pub fn compressed(self, on: bool) -> Self {
+        Self {
+            compress: on,
+            ..self
+        }
+    }
+}
+
 impl View {
     /// Copies what the top layer lacks of `[offset, offset + len)` into it.
     pub(super) async fn populate(self: &Rc<Self>, offset: u64, len: u64) -> Result<Copied> {
-        let end = self.chain.layers().len();
+        let span = Span::new(0, self.chain.layers().len());
         let mut copied = Copied::default();
         let mut done = 0;
         while done < len {
             let now = (len - done).min(COPY_ON_READ_STEP);
-            let step = self.copy(0, end, offset + done, now).await?;
+            let step = self.copy(span, offset + done, now).await?;
             copied.data += step.data;
             copied.zero += step.zero;
             done += now;
@@ -49,48 +70,13 @@ impl View {
         Ok(copied)
     }
 
-    /// Copies into layer `target` what it lacks of the clusters of `[offset, offset + len)` and
-    /// a layer above `end` has (`end`: the index of the base, or the number of layers). Clusters
-    /// of zeros are recorded as such.
+    /// Copies into the span's target what it lacks of the clusters of `[offset, offset + len)` and
+    /// a layer below it and above the span's end has. Clusters of zeros are recorded as such.
     ///
     /// # Errors
     /// When a layer below cannot be read or the target cannot be written; what was copied before
     /// stays.
-    pub async fn copy(
-        self: &Rc<Self>,
-        target: usize,
-        end: usize,
-        offset: u64,
-        len: u64,
-    ) -> Result<Copied> {
-        let span = Span {
-            target,
-            end,
-            compress: false,
-        };
-        self.copy_span(span, offset, len).await
-    }
-
-    /// As [`View::copy`]; whole clusters that become smaller by it are compressed.
-    ///
-    /// # Errors
-    /// As for [`View::copy`].
-    pub async fn copy_compressed(
-        self: &Rc<Self>,
-        target: usize,
-        end: usize,
-        offset: u64,
-        len: u64,
-    ) -> Result<Copied> {
-        let span = Span {
-            target,
-            end,
-            compress: true,
-        };
-        self.copy_span(span, offset, len).await
-    }
-
-    async fn copy_span(self: &Rc<Self>, span: Span, offset: u64, len: u64) -> Result<Copied> {
+    pub async fn copy(self: &Rc<Self>, span: Span, offset: u64, len: u64) -> Result<Copied> {
         let Span { target, end, .. } = span;
         let layer = self.chain.layer(target)?;
         let Format::Qcow2(qcow2) = &layer.format else {

@@ -15,6 +15,7 @@ mod open;
 mod read;
 pub mod resize;
 mod status;
+mod writable;
 mod write;
 
 use std::rc::Rc;
@@ -28,7 +29,7 @@ use crate::grace::{EraCache, Grace, LocalEra};
 use crate::storage::{self, Limits, Storage};
 use crate::sync::{self, ArcSwap};
 
-pub use copy::Copied;
+pub use copy::{Copied, Span};
 pub use graph::Graph;
 pub use open::{backing_options, layer_options};
 pub use status::Status;

@@ -18,10 +18,10 @@ use crate::config::{
     Locking, Qcow2Options, QedOptions, RawOptions,
 };
 use crate::error::{Action, Error, Result};
-use crate::format::qcow2::{self, Backing, header};
-use crate::format::{Format, Qcow2, Qed, Raw, qed};
+use crate::format::qcow2::{self, Backing};
+use crate::format::{Format, Qcow2, Qed, Raw, probe};
 use crate::storage::file::OpenFlags;
-use crate::storage::{self, Access, FileStorage, Storage};
+use crate::storage::{self, FileStorage, Storage};
 
 /// Layers that a chain may have.
 const MAX_DEPTH: usize = 200;
@@ -167,7 +167,8 @@ impl Graph {
             Some(node) => Some(self.node(node)?.layer.storage.clone()),
             None => None,
         };
-        let image = Qcow2::open_with_data(storage, data, image_options(options, false)).await?;
+        let image =
+            Qcow2::open_parsed(storage, data, header, image_options(options, false)).await?;
         let named = image.backing();
         let backing = self
             .open_below(options, &file.filename, &qcow2.backing, named, descent)
@@ -278,30 +279,30 @@ impl Graph {
     ) -> Result<String> {
         let file = self.open_ref(&auto.file, descent).await?;
         let storage = self.node(&file)?.layer.storage.clone();
-        let start = storage::io::read_buf(&*storage, 0, 512)
-            .await
-            .map_err(|error| Error::io(Action::Read, storage.name(), 0, &error))?;
+        let start = storage::io::fetch(&*storage, 0, 512).await?;
         let file = BlockRef::Name(file);
-        let driver = if header::probe(&start) {
-            let mut qcow2 = Qcow2Options::new(file);
-            qcow2.copy_on_read = auto.copy_on_read;
-            Driver::Qcow2(Box::new(qcow2))
-        } else if qed::probe(&start) {
-            Driver::Qed(QedOptions {
+        let driver = match probe(&start) {
+            "qcow2" => {
+                let mut qcow2 = Qcow2Options::new(file);
+                qcow2.copy_on_read = auto.copy_on_read;
+                Driver::Qcow2(Box::new(qcow2))
+            }
+            "qed" => Driver::Qed(QedOptions {
                 file,
                 backing: BackingRef::Default,
-            })
-        } else {
-            log::warn!(
-                "{}: no format was named and it looks raw; name it, since whoever writes a raw \
-                 disk can make it look like another format",
-                storage.name()
-            );
-            Driver::Raw(RawOptions {
-                file,
-                offset: 0,
-                size: None,
-            })
+            }),
+            _ => {
+                log::warn!(
+                    "{}: no format was named and it looks raw; name it, since whoever writes a \
+                     raw disk can make it look like another format",
+                    storage.name()
+                );
+                Driver::Raw(RawOptions {
+                    file,
+                    offset: 0,
+                    size: None,
+                })
+            }
         };
         let options = BlockdevOptions {
             node_name: Some(name.to_owned()),
@@ -311,124 +312,8 @@ impl Graph {
         self.open_node(&options, descent, origin).await
     }
 
-    /// Makes a node's image ready to be written: takes the writer's locks and opens it anew.
-    ///
-    /// # Errors
-    /// When the node is read-only, somebody else uses the image, or its state forbids it.
-    pub async fn make_writable(&self, name: &str) -> Result<()> {
-        let node = self.node(name)?;
-        if node.driver == "copy-on-read"
-            && let Some(file) = &node.file
-        {
-            let file = file.clone();
-            return Box::pin(self.make_writable(&file)).await;
-        }
-        if !node.layer.read_only {
-            return Ok(());
-        }
-        if node.fixed_read_only {
-            return Err(Error::Invalid("Block node is read-only".into()));
-        }
-        let (format, storage) = match &node.layer.format {
-            Format::Raw(raw) => {
-                let storage = self.writable_storage(&node, &node.layer.storage)?;
-                storage.set_access(Access::Write).map_err(text)?;
-                (Format::Raw(*raw), storage)
-            }
-            Format::Qcow2(image) => {
-                let image = Arc::new(self.reopen_qcow2(&node, image).await?);
-                let storage = image.data_storage().clone();
-                (Format::Qcow2(image), storage)
-            }
-            Format::Qed(_) => {
-                return Err(Error::unsupported(
-                    node.layer.storage.name(),
-                    "QED images are only read: stream or convert it into a qcow2 image",
-                ));
-            }
-        };
-        let layer = Layer {
-            format,
-            storage,
-            read_only: false,
-            ..(*node.layer).clone()
-        };
-        self.replace_layer(name, Arc::new(layer))
-    }
-
-    /// Opens an image anew, to write it. When that fails, others may go on reading it.
-    async fn reopen_qcow2(&self, node: &Node, image: &Qcow2) -> Result<Qcow2> {
-        let storage = self.writable_storage(node, image.storage())?;
-        let data = match &node.data_file {
-            Some(data) => Some(self.writable_storage(&self.node(data)?, image.data_storage())?),
-            None => None,
-        };
-        let files: Vec<_> = [&storage].into_iter().chain(&data).cloned().collect();
-        let opened = async {
-            for file in &files {
-                file.set_access(Access::Write).map_err(text)?;
-            }
-            Qcow2::open_with_data(storage, data, image_options(&node.options, true)).await
-        }
-        .await;
-        if opened.is_err() {
-            for file in &files {
-                let _ = file.set_access(Access::Read);
-            }
-        }
-        opened
-    }
-
-    /// The file that a node is in, open for writing.
-    fn writable_storage(
-        &self,
-        node: &Node,
-        storage: &Arc<dyn Storage>,
-    ) -> Result<Arc<dyn Storage>> {
-        if storage.writable() {
-            return Ok(storage.clone());
-        }
-        let flags = OpenFlags {
-            writable: true,
-            ..file_flags(&self.file_options(node)?)
-        };
-        let storage = FileStorage::open(&node.filename, flags).map_err(text)?;
-        Ok(Arc::new(storage))
-    }
-
-    /// Gives a node's image back to its readers, since nobody writes it any longer.
-    ///
-    /// # Errors
-    /// When what was written cannot be made stable; it stays writable then.
-    pub async fn make_read_only(&self, name: &str) -> Result<()> {
-        let node = self.node(name)?;
-        if node.driver == "copy-on-read"
-            && let Some(file) = &node.file
-        {
-            let file = file.clone();
-            return Box::pin(self.make_read_only(&file)).await;
-        }
-        if node.layer.read_only {
-            return Ok(());
-        }
-        match &node.layer.format {
-            Format::Raw(_) => node.layer.flush().await?,
-            Format::Qcow2(qcow2) => qcow2.close().await?,
-            Format::Qed(_) => {}
-        }
-        let layer = Layer {
-            read_only: true,
-            ..(*node.layer).clone()
-        };
-        self.replace_layer(name, Arc::new(layer))?;
-        if let Format::Qcow2(image) = &node.layer.format {
-            image.storage().set_access(Access::Read).map_err(text)?;
-        }
-        node.layer.storage.set_access(Access::Read).map_err(text)
-    }
-
     /// The options of the file node under `node`.
-    fn file_options(&self, node: &Node) -> Result<BlockdevOptions> {
+    pub(super) fn file_options(&self, node: &Node) -> Result<BlockdevOptions> {
         match &node.file {
             Some(file) => Ok(self.node(file)?.options),
             None => Ok(node.options.clone()),
@@ -436,7 +321,7 @@ impl Graph {
     }
 }
 
-fn text(error: std::io::Error) -> Error {
+pub(super) fn text(error: std::io::Error) -> Error {
     match error.kind() {
         // A lock is held by somebody else.
         std::io::ErrorKind::WouldBlock => Error::Busy(error.to_string()),
@@ -450,7 +335,7 @@ fn storage_len(storage: &dyn Storage) -> Result<u64> {
         .map_err(|error| Error::io(Action::Read, storage.name(), 0, &error))
 }
 
-fn image_options(options: &BlockdevOptions, writable: bool) -> qcow2::Options {
+pub(super) fn image_options(options: &BlockdevOptions, writable: bool) -> qcow2::Options {
     let cache_bytes = match &options.driver {
         Driver::Qcow2(qcow2) => qcow2.l2_cache_size.or(qcow2.cache_size),
         _ => None,
@@ -468,7 +353,7 @@ fn image_options(options: &BlockdevOptions, writable: bool) -> qcow2::Options {
     }
 }
 
-fn file_flags(options: &BlockdevOptions) -> OpenFlags {
+pub(super) fn file_flags(options: &BlockdevOptions) -> OpenFlags {
     let locking = match &options.driver {
         Driver::File(file) | Driver::HostDevice(file) => file.locking,
         _ => Locking::Auto,

@@ -16,7 +16,7 @@ use crate::control::backend::{
     Backend, Backing, BlockNode, ChainView, Export, LayerView, SourceFactory, StreamSpec,
 };
 use crate::format::Format;
-use crate::format::qcow2::header::Compression;
+use crate::format::qcow2;
 use crate::job::stream::StreamSource;
 use crate::job::{JobError, Refused};
 
@@ -190,27 +190,6 @@ fn format_specific(node: &Node) -> Option<Value> {
             _ => None,
         };
     };
-    let header = image.header();
-    let mut data = json!({
-        "compat": if header.version >= 3 { "1.1" } else { "0.10" },
-        "compression-type": match header.compression {
-            Compression::Zlib => "zlib",
-            Compression::Zstd => "zstd",
-        },
-        "refcount-bits": 1u64 << header.refcount_order,
-    });
-    if header.version >= 3
-        && let Some(data) = data.as_object_mut()
-    {
-        data.insert("lazy-refcounts".into(), (header.compatible & 1 != 0).into());
-        data.insert("corrupt".into(), (header.incompatible & 2 != 0).into());
-        data.insert("extended-l2".into(), header.has_subclusters().into());
-        if let Some(name) = &header.data_file {
-            data.insert("data-file".into(), name.clone().into());
-        }
-        if header.has_data_file() {
-            data.insert("data-file-raw".into(), header.data_file_is_raw().into());
-        }
-    }
-    Some(json!({"type": "qcow2", "data": data}))
+    // The bitmaps would have to be read.
+    Some(qcow2::format_specific(&image.header(), &[]))
 }

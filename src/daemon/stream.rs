@@ -7,7 +7,7 @@ use std::sync::Arc;
 use futures_util::future::LocalBoxFuture;
 
 use crate::chain::graph::Node;
-use crate::chain::{Chain, Graph, Root, Status, View};
+use crate::chain::{Chain, Graph, Root, Span, Status, View};
 use crate::control::backend::StreamSpec;
 use crate::error::{Error, Result};
 use crate::format::Format;
@@ -79,11 +79,8 @@ impl GraphSource {
     async fn copy_range(&self, offset: u64, len: u64) -> Result<u64> {
         let view = View::of(self.root.chain());
         let end = self.end(&view.chain)?;
-        let copied = if self.compress {
-            view.copy_compressed(0, end, offset, len).await?
-        } else {
-            view.copy(0, end, offset, len).await?
-        };
+        let span = Span::new(0, end).compressed(self.compress);
+        let copied = view.copy(span, offset, len).await?;
         self.give_way(copied.data);
         Ok(copied.data)
     }

@@ -12,8 +12,9 @@ use parking_lot::Mutex;
 use super::directory::Directory;
 use super::qcow2::Backing;
 use super::{Extent, Place};
-use crate::error::{Action, Error, Result};
-use crate::storage::{self, Storage};
+use crate::error::{Error, Result};
+use crate::storage::Storage;
+use crate::storage::io::fetch;
 
 /// "QED\0", little-endian.
 const MAGIC: u32 = 0x0044_4551;
@@ -151,13 +152,6 @@ fn is_offset(entry: u64, cluster_bits: u32) -> bool {
     entry.trailing_zeros() >= cluster_bits && entry >> OFFSET_BITS == 0
 }
 
-async fn read(storage: &dyn Storage, offset: u64, len: usize) -> Result<Vec<u8>> {
-    storage::io::read_buf(storage, offset, len)
-        .await
-        .map(|bytes| bytes.to_vec())
-        .map_err(|error| Error::io(Action::Read, storage.name(), offset, &error))
-}
-
 fn words(bytes: &[u8]) -> Box<[u64]> {
     bytes.chunks_exact(8).map(|word| le64(word, 0)).collect()
 }
@@ -168,13 +162,13 @@ impl Qed {
     /// # Errors
     /// When it is not a QED image, contradicts the specification or needs an unknown feature.
     pub async fn open(storage: Arc<dyn Storage>) -> Result<Self> {
-        let start = read(&*storage, 0, HEADER_BYTES).await?;
+        let start = fetch(&*storage, 0, HEADER_BYTES).await?;
         let header = Header::parse(&start, storage.name())?;
         let backing = match header.backing {
             None => None,
             Some((offset, len)) => {
-                let name = read(&*storage, offset, len as usize).await?;
-                let name = String::from_utf8(name).map_err(|_| {
+                let name = fetch(&*storage, offset, len as usize).await?;
+                let name = String::from_utf8(name.to_vec()).map_err(|_| {
                     Error::corrupt(storage.name(), "the backing file name is not valid UTF-8")
                 })?;
                 let format = header.backing_raw.then(|| "raw".to_owned());
@@ -183,7 +177,7 @@ impl Qed {
         };
         let clusters = header.size.div_ceil(1 << header.cluster_bits);
         let needed = clusters.div_ceil(header.entries);
-        let l1 = words(&read(&*storage, header.l1_offset, needed as usize * 8).await?);
+        let l1 = words(&fetch(&*storage, header.l1_offset, needed as usize * 8).await?);
         for (index, entry) in l1.iter().enumerate() {
             if !is_offset(*entry, header.cluster_bits) {
                 return Err(Error::corrupt(
@@ -276,7 +270,7 @@ impl Qed {
             return Ok(());
         };
         let at = table + number * SLICE % self.entries * 8;
-        let slice = words(&read(&*self.storage, at, SLICE as usize * 8).await?);
+        let slice = words(&fetch(&*self.storage, at, SLICE as usize * 8).await?);
         let bad = slice
             .iter()
             .find(|&&entry| entry != ZERO && !is_offset(entry, self.cluster_bits));

@@ -4,6 +4,7 @@
 use std::io;
 
 use super::{AlignedBuf, IoBufs, Op, Storage, Submission};
+use crate::error::{Action, Error};
 use crate::reactor::Reactor;
 
 /// Zeros are written from here where the storage cannot make them by itself.
@@ -211,6 +212,20 @@ pub async fn read_buf(storage: &dyn Storage, offset: u64, len: usize) -> io::Res
     let bufs = unsafe { IoBufs::of(&buffer, 0, len) };
     read(storage, &bufs, offset).await?;
     Ok(buffer)
+}
+
+/// As [`read_buf`], with an error that says which file, and where.
+///
+/// # Errors
+/// What the storage reports.
+pub async fn fetch(
+    storage: &dyn Storage,
+    offset: u64,
+    len: usize,
+) -> crate::error::Result<AlignedBuf> {
+    read_buf(storage, offset, len)
+        .await
+        .map_err(|error| Error::io(Action::Read, storage.name(), offset, &error))
 }
 
 /// Writes `bytes` at `offset`.

@@ -215,29 +215,11 @@ fn what_qemu_img_refuses_is_refused_with_a_reason() {
         vec!["-f", "qcow2", "-u", "-b", "missing", "new", "1M"],
         vec!["-f", "raw", "-b", "base.raw", "-F", "raw", "new", "1M"],
         vec!["-f", "raw", "-o", "preallocation=metadata", "new", "1M"],
-        vec![
-            "-f",
-            "qcow2",
-            "-b",
-            "base.raw",
-            "-F",
-            "raw",
-            "-o",
-            "preallocation=full",
-            "new",
-        ],
-        vec![
-            "-f",
-            "qcow2",
-            "-b",
-            "base.raw",
-            "-F",
-            "raw",
-            "-o",
-            "data_file=d,data_file_raw=on",
-            "new",
-        ],
     ]);
+    let over_base = ["-f", "qcow2", "-b", "base.raw", "-F", "raw", "-o"];
+    for options in ["preallocation=full", "data_file=d,data_file_raw=on"] {
+        cases.push(over_base.into_iter().chain([options, "new"]).collect());
+    }
     for case in cases {
         let args = [&["create"], &case[..]].concat();
         let theirs = dir.qemu_img(&args);

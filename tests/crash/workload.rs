@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use stratablk::chain::{Chain, View};
+use stratablk::chain::{Chain, Span, View};
 use stratablk::format::Format;
 use stratablk::reactor::{Reactor, yield_now};
 use stratablk::storage::{AlignedBuf, IoBufs};
@@ -240,11 +240,8 @@ impl Work {
     async fn copy(&self, offset: u64, len: u64) -> stratablk::error::Result<()> {
         let view = self.view();
         let end = view.chain.layers().len();
-        let copied = if self.compress.get() {
-            view.copy_compressed(0, end, offset, len).await
-        } else {
-            view.copy(0, end, offset, len).await
-        };
+        let span = Span::new(0, end).compressed(self.compress.get());
+        let copied = view.copy(span, offset, len).await;
         copied.map(drop)
     }
 

@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use serde_json::json;
+use stratablk::chain::Span;
 
 use crate::model::{SECTOR, seed};
 use crate::random::{SIZE, workload};
@@ -283,7 +284,7 @@ fn a_compressed_stream_is_small_and_qemu_reads_it() {
         disk.reactor.block_on(async {
             for at in (0..SIZE as u64).step_by(1 << 20) {
                 disk.view()
-                    .copy_compressed(0, 2, at, 1 << 20)
+                    .copy(Span::new(0, 2).compressed(true), at, 1 << 20)
                     .await
                     .unwrap();
             }
@@ -318,7 +319,9 @@ fn a_copy_into_a_snapshots_cluster_keeps_the_rest_of_it() {
     for (offset, len) in [(20480, 1024), (16384, 65536)] {
         let disk = Disk::open(&path, "qcow2", json!({}));
         let view = disk.view();
-        let copied = disk.reactor.block_on(view.copy(0, 2, offset, len));
+        let copied = disk
+            .reactor
+            .block_on(view.copy(Span::new(0, 2), offset, len));
         assert!(copied.unwrap().data > 0);
         drop(view);
         disk.close();

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
-use stratablk::chain::{Chain, Layer, View};
+use stratablk::chain::{Chain, Layer, Span, View};
 use stratablk::format::{Format, Qcow2, Raw, qcow2};
 use stratablk::reactor::Reactor;
 use stratablk::storage::memory::{MemoryStorage, Step};
@@ -172,7 +172,7 @@ impl Run {
             9 => {
                 let end = self.chain.layers().len();
                 self.reactor
-                    .block_on(view.copy(0, end, offset, bytes as u64))
+                    .block_on(view.copy(Span::new(0, end), offset, bytes as u64))
                     .unwrap();
             }
             _ => self.flush(),
@@ -297,7 +297,7 @@ fn cuts(options: &str, with_base: bool, stream: bool, count: usize) {
         let end = run.chain.layers().len();
         let view = View::of(run.chain.clone());
         run.reactor
-            .block_on(view.copy(0, end, 0, SIZE as u64))
+            .block_on(view.copy(Span::new(0, end), 0, SIZE as u64))
             .unwrap();
         let Format::Qcow2(image) = &run.chain.top().format else {
             panic!()

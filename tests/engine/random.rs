@@ -8,6 +8,7 @@ use std::rc::Rc;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::json;
+use stratablk::chain::Span;
 
 use crate::model::{Kind, Model, SECTOR, operate, seed};
 use crate::support::*;
@@ -57,14 +58,8 @@ pub fn workload(
             reactor.spawn(async move {
                 let end = disk.root.chain().layers().len();
                 let len = (512 << 10).min(disk.size() - offset);
-                if round % 8 == 0 {
-                    disk.view()
-                        .copy_compressed(0, end, offset, len)
-                        .await
-                        .unwrap();
-                } else {
-                    disk.view().copy(0, end, offset, len).await.unwrap();
-                }
+                let span = Span::new(0, end).compressed(round % 8 == 0);
+                disk.view().copy(span, offset, len).await.unwrap();
             });
         }
         while reactor.tasks() > 0 {
@@ -205,7 +200,7 @@ fn whole_stream_stands_alone() {
         let mut at = 0;
         while at < size {
             let now = (size - at).min(512 << 10);
-            disk.view().copy(0, 2, at, now).await.unwrap();
+            disk.view().copy(Span::new(0, 2), at, now).await.unwrap();
             at += now;
         }
         let chain = disk.root.chain();

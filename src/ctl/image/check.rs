@@ -2,13 +2,11 @@
 //! the JSON of `qemu-img check`.
 
 use super::super::Failure;
-use crate::error::{Action, Error};
+use super::open::{Images, probe};
+use crate::error::Error;
 use crate::format::qcow2::check::{self, Finding, Summary};
-use crate::format::qcow2::header;
-use crate::format::qed;
-use crate::reactor::Reactor;
 use crate::storage::file::OpenFlags;
-use crate::storage::{self, Access, FileStorage, Storage};
+use crate::storage::{Access, FileStorage, Storage};
 use clap::{Args, ValueEnum};
 use serde_json::{Map, Value, json};
 use std::io::{self, Write};
@@ -76,9 +74,11 @@ impl From<Repair> for check::Repair {
 /// Checks and repairs an image, and says what was found.
 pub fn run(args: &CheckArgs, json: bool, out: &mut dyn Write) -> Result<(), Failure> {
     let storage = open(args)?;
-    let reactor = Reactor::for_this_thread()
-        .map_err(|error| Error::Invalid(format!("io_uring cannot be used: {error}")))?;
-    let format = reactor.block_on(format(args, &storage))?;
+    let images = Images::new()?;
+    let format = match &args.format {
+        Some(format) => format,
+        None => probe(&args.file).map_err(|error| failed(error, EXIT_FAILED))?,
+    };
     if format != "qcow2" {
         let file = args.file.display().to_string();
         let error = Error::unsupported(&file, format!("{format} images cannot be checked"));
@@ -89,10 +89,10 @@ pub fn run(args: &CheckArgs, json: bool, out: &mut dyn Write) -> Result<(), Fail
         let _ = writeln!(io::stderr(), "{finding}");
     };
     let summary = match args.repair {
-        None => reactor.block_on(check::check(&storage, &mut report)),
+        None => images.run(check::check(&storage, &mut report)),
         Some(what) => {
             storage.set_access(Access::Write).map_err(busy)?;
-            reactor.block_on(check::repair(&storage, what.into(), &mut report))
+            images.run(check::repair(&storage, what.into(), &mut report))
         }
     };
     let summary = summary.map_err(|error| failed(error, EXIT_FAILED))?;
@@ -115,24 +115,6 @@ fn open(args: &CheckArgs) -> Result<FileStorage, Failure> {
         ..OpenFlags::default()
     };
     FileStorage::open(&args.file, flags).map_err(busy)
-}
-
-async fn format(args: &CheckArgs, storage: &FileStorage) -> Result<String, Failure> {
-    if let Some(format) = &args.format {
-        return Ok(format.clone());
-    }
-    let start = storage::io::read_buf(storage, 0, header::SECTOR)
-        .await
-        .map_err(|error| Error::io(Action::Read, storage.name(), 0, &error))
-        .map_err(|error| failed(error, EXIT_FAILED))?;
-    let name = if header::probe(&start) {
-        "qcow2"
-    } else if qed::probe(&start) {
-        "qed"
-    } else {
-        "raw"
-    };
-    Ok(name.to_owned())
 }
 
 fn failed(error: Error, code: u8) -> Failure {

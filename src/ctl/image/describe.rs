@@ -4,11 +4,8 @@ use super::open::probe;
 use super::snapshot;
 use crate::chain::graph::resolve;
 use crate::error::{Action, Error, Result};
-use crate::format::qcow2::header::{
-    Backing, COMPATIBLE_LAZY_REFCOUNTS, Compression, Encryption, Header, INCOMPATIBLE_CORRUPT,
-    INCOMPATIBLE_DIRTY,
-};
-use crate::format::qcow2::{bitmaps, describe_header};
+use crate::format::qcow2::header::{Backing, INCOMPATIBLE_DIRTY};
+use crate::format::qcow2::{bitmaps, describe_header, format_specific};
 use crate::format::{Format, Qed};
 use crate::storage::file::OpenFlags;
 use crate::storage::{FileStorage, Storage};
@@ -140,10 +137,9 @@ async fn describe_qcow2(
         value.insert("snapshots".to_owned(), Value::Array(snapshots));
     }
     let bitmaps = bitmaps::list(&**storage, &header).await?;
-    let data = specific(&header, &bitmaps);
     value.insert(
         "format-specific".to_owned(),
-        json!({"type": "qcow2", "data": data}),
+        format_specific(&header, &bitmaps),
     );
     if header.encryption.is_some() {
         value.insert("encrypted".to_owned(), json!(true));
@@ -151,62 +147,6 @@ async fn describe_qcow2(
     let dirty = header.incompatible & INCOMPATIBLE_DIRTY != 0;
     value.insert("dirty-flag".to_owned(), json!(dirty));
     Ok(header.backing)
-}
-
-/// What only qcow2 images have.
-fn specific(header: &Header, bitmaps: &[bitmaps::Bitmap]) -> Value {
-    let mut data = Map::new();
-    let mut put = |key: &str, value: Value| {
-        data.insert(key.to_owned(), value);
-    };
-    let compression = match header.compression {
-        Compression::Zlib => "zlib",
-        Compression::Zstd => "zstd",
-    };
-    let modern = header.version >= 3;
-    put("compat", json!(if modern { "1.1" } else { "0.10" }));
-    put("compression-type", json!(compression));
-    if modern {
-        let lazy = header.compatible & COMPATIBLE_LAZY_REFCOUNTS != 0;
-        put("lazy-refcounts", json!(lazy));
-    }
-    if !bitmaps.is_empty() {
-        put("bitmaps", bitmaps.iter().map(bitmap).collect());
-    }
-    put("refcount-bits", json!(1u64 << header.refcount_order));
-    if header.has_data_file() {
-        if let Some(name) = &header.data_file {
-            put("data-file", json!(name));
-        }
-        put("data-file-raw", json!(header.data_file_is_raw()));
-    }
-    if let Some(encryption) = header.encryption {
-        let format = match encryption {
-            Encryption::Aes => "aes",
-            Encryption::Luks => "luks",
-        };
-        put("encrypt", json!({"format": format}));
-    }
-    if modern {
-        let corrupt = header.incompatible & INCOMPATIBLE_CORRUPT != 0;
-        put("corrupt", json!(corrupt));
-        put("extended-l2", json!(header.has_subclusters()));
-    }
-    Value::Object(data)
-}
-
-fn bitmap(bitmap: &bitmaps::Bitmap) -> Value {
-    let flags = [(bitmaps::IN_USE, "in-use"), (bitmaps::AUTO, "auto")];
-    let flags: Vec<&str> = flags
-        .iter()
-        .filter(|(flag, _)| bitmap.flags & flag != 0)
-        .map(|(_, word)| *word)
-        .collect();
-    json!({
-        "flags": flags,
-        "name": bitmap.name,
-        "granularity": 1u64.checked_shl(bitmap.granularity_bits.into()).unwrap_or(0),
-    })
 }
 
 /// Adds how the image names its backing file. Returns where that is.

@@ -3,8 +3,7 @@
 use crate::chain::{Chain, Graph, layer_options};
 use crate::config::{AutoOptions, BackingRef, BlockRef, BlockdevOptions, Discard, Driver};
 use crate::error::{Error, Result, errno_text};
-use crate::format::qcow2::header;
-use crate::format::qed;
+use crate::format;
 use crate::reactor::Reactor;
 use std::fs::File;
 use std::future::Future;
@@ -118,11 +117,5 @@ pub fn probe(path: &Path) -> Result<&'static str> {
     let mut start = Vec::new();
     let file = File::open(path).map_err(failed)?;
     file.take(512).read_to_end(&mut start).map_err(failed)?;
-    Ok(if header::probe(&start) {
-        "qcow2"
-    } else if qed::probe(&start) {
-        "qed"
-    } else {
-        "raw"
-    })
+    Ok(format::probe(&start))
 }

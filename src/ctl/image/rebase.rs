@@ -22,11 +22,27 @@ pub const SET_BACKING_HELP: &str = "\
 This is for a backing file that was moved or renamed, or whose copy is elsewhere. With a file that \
 reads differently the image is damaged; 'rebase' is for that.";
 
+/// What `rebase` and `set-backing` have in common.
+#[derive(Debug, Args)]
+pub struct Common {
+    /// The image
+    file: PathBuf,
+    /// The new backing file's format
+    #[arg(short = 'F', long, value_name = "FORMAT")]
+    backing_format: Option<String>,
+    /// The image's format [default: found out by looking]
+    #[arg(short, long)]
+    format: Option<String>,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    quiet: bool,
+}
+
 /// Options of `rebase`.
 #[derive(Debug, Args)]
 pub struct RebaseArgs {
-    /// The image
-    file: PathBuf,
+    #[command(flatten)]
+    common: Common,
     /// The new backing file, as the image is to name it: relative to the image's own folder
     /// [default: none; the image stands alone]
     #[arg(
@@ -37,51 +53,27 @@ pub struct RebaseArgs {
         hide_default_value = true
     )]
     backing: String,
-    /// The new backing file's format
-    #[arg(short = 'F', long, value_name = "FORMAT")]
-    backing_format: Option<String>,
-    /// The image's format [default: found out by looking]
-    #[arg(short, long)]
-    format: Option<String>,
     /// Change the name alone, as 'set-backing' does
     #[arg(short, long)]
     r#unsafe: bool,
-    /// Print nothing but errors
-    #[arg(short, long)]
-    quiet: bool,
 }
 
 /// Options of `set-backing`.
 #[derive(Debug, Args)]
 pub struct SetBackingArgs {
-    /// The image
-    file: PathBuf,
+    #[command(flatten)]
+    common: Common,
     /// The name to write into it; '' for none
     backing: String,
-    /// The backing file's format
-    #[arg(short = 'F', long, value_name = "FORMAT")]
-    backing_format: Option<String>,
-    /// The image's format [default: found out by looking]
-    #[arg(short, long)]
-    format: Option<String>,
-    /// Print nothing but errors
-    #[arg(short, long)]
-    quiet: bool,
 }
 
 /// Carries out `rebase`.
 pub fn run(args: &RebaseArgs, json: bool, out: &mut dyn Write) -> std::result::Result<(), Failure> {
     if args.r#unsafe {
-        let args = SetBackingArgs {
-            file: args.file.clone(),
-            backing: args.backing.clone(),
-            backing_format: args.backing_format.clone(),
-            format: args.format.clone(),
-            quiet: args.quiet,
-        };
-        return set_backing(&args, json, out);
+        return write_name(&args.common, &args.backing, json, out);
     }
-    let backing = named(&args.backing, args.backing_format.as_deref())?;
+    let (args, backing) = (&args.common, &args.backing);
+    let backing = named(backing, args.backing_format.as_deref())?;
     let images = Images::new()?;
     let name = images.open(&args.file, args.format.as_deref(), Purpose::Write)?;
     let old = match images.graph.node(&name)?.backing {
@@ -114,7 +106,17 @@ pub fn set_backing(
     json: bool,
     out: &mut dyn Write,
 ) -> std::result::Result<(), Failure> {
-    let backing = named(&args.backing, args.backing_format.as_deref())?;
+    write_name(&args.common, &args.backing, json, out)
+}
+
+/// Changes the name of the backing file, and nothing else.
+fn write_name(
+    args: &Common,
+    backing: &str,
+    json: bool,
+    out: &mut dyn Write,
+) -> std::result::Result<(), Failure> {
+    let backing = named(backing, args.backing_format.as_deref())?;
     let images = Images::new()?;
     // The backing file that it has may be gone.
     let name = images.open_alone(&args.file, args.format.as_deref(), Purpose::Write)?;

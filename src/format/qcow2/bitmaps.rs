@@ -7,7 +7,8 @@
 
 use super::Qcow2;
 use super::header::{AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, Header};
-use crate::error::{Action, Error, Result};
+use super::numbers::{be, be32, be64};
+use crate::error::{Error, Result};
 use crate::storage::{self, Storage};
 
 /// It was not saved, and may be out of date.
@@ -41,27 +42,24 @@ pub struct Bitmap {
     foreign: bool,
 }
 
-fn bytes<const N: usize>(from: &[u8], at: usize) -> Option<[u8; N]> {
-    from.get(at..at + N)?.try_into().ok()
-}
-
 /// Takes the directory apart; `None`: it contradicts the specification.
 fn parse(directory: &[u8], count: u32) -> Option<Vec<Bitmap>> {
     let mut bitmaps = Vec::new();
     let mut at = 0;
     for _ in 0..count {
         let entry = directory.get(at..)?;
-        let name_len = usize::from(u16::from_be_bytes(bytes(entry, 18)?));
-        let extra = u32::from_be_bytes(bytes(entry, 20)?) as usize;
+        let fixed = entry.get(..FIXED)?;
+        let name_len = be(fixed, 18, 2) as usize;
+        let extra = be(fixed, 20, 4) as usize;
         let name_at = FIXED.checked_add(extra)?;
         let name = entry.get(name_at..name_at.checked_add(name_len)?)?;
-        let flags = u32::from_be_bytes(bytes(entry, 12)?);
+        let flags = be32(fixed, 12);
         bitmaps.push(Bitmap {
             name: String::from_utf8_lossy(name).into_owned(),
             flags,
-            granularity_bits: *entry.get(17)?,
-            table_offset: u64::from_be_bytes(bytes(entry, 0)?),
-            table_entries: u32::from_be_bytes(bytes(entry, 8)?),
+            granularity_bits: *fixed.get(17)?,
+            table_offset: be64(fixed, 0),
+            table_entries: be32(fixed, 8),
             at,
             foreign: extra > 0 && flags & EXTRA_DATA_COMPATIBLE == 0,
         });
@@ -80,9 +78,7 @@ async fn read_directory(storage: &dyn Storage, header: &Header) -> Result<Option
     {
         return Ok(None);
     }
-    let bytes = storage::io::read_buf(storage, directory.offset, directory.len as usize)
-        .await
-        .map_err(|error| Error::io(Action::Read, storage.name(), directory.offset, &error))?;
+    let bytes = storage::io::fetch(storage, directory.offset, directory.len as usize).await?;
     Ok(Some(bytes.to_vec()))
 }
 

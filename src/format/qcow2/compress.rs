@@ -59,10 +59,8 @@ impl Qcow2 {
         if let Some(cluster) = self.decompressed.get(compressed.offset) {
             return Ok(cluster);
         }
-        let bytes =
-            storage::io::read_buf(&*self.storage, compressed.offset, compressed.len as usize)
-                .await
-                .map_err(|error| self.io_error(Action::Read, compressed.offset, &error))?;
+        let len = compressed.len as usize;
+        let bytes = storage::io::fetch(&*self.storage, compressed.offset, len).await?;
         let compression = self.header.lock().compression;
         let mut cluster = vec![0; self.cluster_size() as usize];
         inflate(compression, &bytes, &mut cluster).map_err(|what| {
@@ -98,7 +96,9 @@ impl Qcow2 {
         if room >= cluster {
             return Ok(false);
         }
-        let host = self.allocate_part(room).await?;
+        let host = self
+            .with_allocator(|allocator| allocator.allocate_part(room))
+            .await?;
         self.decompressed.forget(host);
         let mut padded = AlignedBuf::zeroed(room as usize);
         if let Some(start) = padded.get_mut(..packed.len()) {
@@ -121,23 +121,6 @@ impl Qcow2 {
             self.release(host >> self.cluster_bits).await;
         }
         linked.map(|()| true)
-    }
-
-    /// Finds `len` bytes in a host cluster that compressed clusters share, and takes a reference.
-    async fn allocate_part(&self, len: u64) -> Result<u64> {
-        loop {
-            let (result, table_len) = {
-                let mut meta = self.meta.lock();
-                (
-                    meta.allocator.allocate_part(len),
-                    meta.allocator.table().len(),
-                )
-            };
-            match result {
-                Ok(offset) => return Ok(offset),
-                Err(need) => self.provide(need, table_len).await?,
-            }
-        }
     }
 }
 

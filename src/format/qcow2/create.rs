@@ -14,6 +14,8 @@ use super::header::{
     self, AUTOCLEAR_DATA_FILE_RAW, Backing, COMPATIBLE_LAZY_REFCOUNTS, Compression,
     INCOMPATIBLE_COMPRESSION, INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_EXTENDED_L2,
 };
+use super::l2::Shape;
+use super::numbers::put;
 use super::refcount;
 use crate::error::{Action, Error, Result};
 use crate::storage::{self, AlignedBuf, Storage};
@@ -79,16 +81,18 @@ impl CreateOptions {
         }
     }
 
-    fn entry_bytes(&self) -> u64 {
-        if self.extended_l2 { 16 } else { 8 }
+    fn shape(&self) -> Shape {
+        Shape {
+            cluster_bits: self.cluster_size.trailing_zeros(),
+            extended: self.extended_l2,
+            data_file: self.data_file.is_some(),
+            version: self.version,
+        }
     }
 
     fn l1_entries(&self) -> u64 {
-        let clusters = self.size.div_ceil(self.cluster_size);
         // A disk of no size has a table all the same, since a header must name one.
-        clusters
-            .div_ceil(self.cluster_size / self.entry_bytes())
-            .max(1)
+        self.shape().l1_entries(self.size).max(1)
     }
 
     /// Finds what the format forbids.
@@ -132,7 +136,7 @@ impl CreateOptions {
             );
         }
         if self.size > 1 << 62 || self.l1_entries() > header::MAX_L1_ENTRIES {
-            let most = header::MAX_L1_ENTRIES * (cluster / self.entry_bytes()) * cluster;
+            let most = header::MAX_L1_ENTRIES * (cluster / self.shape().entry_bytes()) * cluster;
             return invalid(format!(
                 "size: {} bytes is too large for clusters of {cluster} bytes (expected at most \
                  {most}; try a larger cluster_size)",
@@ -342,10 +346,4 @@ fn extension(bytes: &mut Vec<u8>, kind: u32, data: &[u8]) {
     bytes.extend_from_slice(&(data.len() as u32).to_be_bytes());
     bytes.extend_from_slice(data);
     bytes.resize(bytes.len().next_multiple_of(8), 0);
-}
-
-fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
-    if let Some(target) = bytes.get_mut(at..at + value.len()) {
-        target.copy_from_slice(value);
-    }
 }

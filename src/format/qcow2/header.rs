@@ -1,9 +1,15 @@
-//! The qcow2 header: parsing it, and changing it so that a cut at any instant leaves either the
-//! old or the new one.
+//! The qcow2 header: parsing it, and (`edit`) changing it so that a cut at any instant leaves
+//! either the old or the new one.
 //!
 //! Source: QEMU's `docs/interop/qcow2`, sections "Header" and "Header extensions".
 
+mod edit;
+
+use super::l2::Shape;
+use super::numbers::{be32, be64};
 use crate::error::{Error, Result};
+
+pub use edit::Patch;
 
 /// "QFI\xfb".
 pub const MAGIC: u32 = 0x5146_49fb;
@@ -21,9 +27,6 @@ pub(super) const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 const EXT_BITMAPS: u32 = 0x2385_2875;
 /// Header extension: the data file's name.
 pub(super) const EXT_DATA_FILE: u32 = 0x4441_5441;
-/// What takes the place of a removed extension of the same length: unknown to everybody, and
-/// unknown extensions are ignored by the specification.
-const EXT_FILLER: u32 = 0x5354_5241;
 
 /// Incompatible feature: refcounts may be out of date.
 pub const INCOMPATIBLE_DIRTY: u64 = 1;
@@ -155,26 +158,6 @@ pub struct Header {
     header_length: usize,
     extensions: Vec<Extension>,
     file: String,
-}
-
-fn be32(bytes: &[u8], at: usize) -> u32 {
-    bytes
-        .get(at..at + 4)
-        .and_then(|b| b.try_into().ok())
-        .map_or(0, u32::from_be_bytes)
-}
-
-fn be64(bytes: &[u8], at: usize) -> u64 {
-    bytes
-        .get(at..at + 8)
-        .and_then(|b| b.try_into().ok())
-        .map_or(0, u64::from_be_bytes)
-}
-
-fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
-    if let Some(target) = bytes.get_mut(at..at + value.len()) {
-        target.copy_from_slice(value);
-    }
 }
 
 /// Whether `bytes`, the start of a file, are a qcow2 header's.
@@ -385,10 +368,7 @@ impl Header {
                 1 << MIN_EXTENDED_BITS
             )));
         }
-        let needed = self
-            .size
-            .div_ceil(cluster)
-            .div_ceil(cluster / self.entry_bytes());
+        let needed = self.shape().l1_entries(self.size);
         if needed > MAX_L1_ENTRIES || u64::from(self.l1_size) > MAX_L1_ENTRIES {
             return Err(self.corrupt(format!(
                 "L1 table of {} entries is too large (at most {MAX_L1_ENTRIES})",
@@ -513,197 +493,15 @@ impl Header {
         self.incompatible & INCOMPATIBLE_EXTENDED_L2 != 0
     }
 
-    /// Bytes of an L2 entry.
+    /// What L2 entries mean in this image.
     #[must_use]
-    pub fn entry_bytes(&self) -> u64 {
-        if self.has_subclusters() { 16 } else { 8 }
-    }
-
-    /// The changes, in order and with a barrier between them, that give the image another
-    /// backing file or none. What the present header refers to is touched by the last change
-    /// alone, and that is one sector: a cut leaves the old header or the new one.
-    ///
-    /// # Errors
-    /// When there is no room for the name.
-    pub fn plan_backing(&self, backing: Option<&Backing>) -> Result<Vec<Patch>> {
-        let mut sector = self.whole();
-        let mut patches = Vec::new();
-        self.place_backing_format(&mut sector, backing.and_then(|b| b.format.as_deref()))?;
-        let (at, len) = match backing {
-            None => (0, 0),
-            Some(Backing { name, .. }) => {
-                let at = self.room_for_name(&sector, name.len())?;
-                put(&mut sector, at, name.as_bytes());
-                let first = at / SECTOR * SECTOR;
-                let last = (at + name.len()).next_multiple_of(SECTOR);
-                if let Some(bytes) = sector.get(first.max(SECTOR)..last)
-                    && !bytes.is_empty()
-                {
-                    patches.push(Patch {
-                        offset: first.max(SECTOR) as u64,
-                        bytes: bytes.to_vec(),
-                    });
-                }
-                (at as u64, name.len() as u32)
-            }
-        };
-        put(&mut sector, 8, &at.to_be_bytes());
-        put(&mut sector, 16, &len.to_be_bytes());
-        sector.truncate(SECTOR);
-        patches.push(Patch {
-            offset: 0,
-            bytes: sector,
-        });
-        Ok(patches)
-    }
-
-    /// Changes the backing-format extension within the first sector of `bytes`.
-    fn place_backing_format(&self, bytes: &mut [u8], format: Option<&str>) -> Result<()> {
-        let old = self
-            .extensions
-            .iter()
-            .position(|e| e.kind == EXT_BACKING_FORMAT);
-        let mut extensions = self.extensions.clone();
-        match (old, format) {
-            (None, None) => return Ok(()),
-            (Some(index), None) => {
-                if let Some(extension) = extensions.get_mut(index) {
-                    extension.kind = EXT_FILLER;
-                    extension.data.fill(0);
-                }
-            }
-            (Some(index), Some(format)) => {
-                if let Some(extension) = extensions.get_mut(index) {
-                    extension.data = format.as_bytes().to_vec();
-                }
-            }
-            (None, Some(format)) => {
-                let filler = extensions.iter_mut().find(|e| {
-                    e.kind == EXT_FILLER && e.padded_len() == 8 + format.len().next_multiple_of(8)
-                });
-                let new = Extension {
-                    kind: EXT_BACKING_FORMAT,
-                    data: format.as_bytes().to_vec(),
-                };
-                match filler {
-                    Some(filler) => *filler = new,
-                    None => extensions.insert(0, new),
-                }
-            }
+    pub fn shape(&self) -> Shape {
+        Shape {
+            cluster_bits: self.cluster_bits,
+            extended: self.has_subclusters(),
+            data_file: self.has_data_file(),
+            version: self.version,
         }
-        let layout =
-            |list: &[Extension]| -> Vec<usize> { list.iter().map(Extension::padded_len).collect() };
-        if layout(&extensions) != layout(&self.extensions) {
-            // Everything behind it moves. What names the features is for messages alone, and is
-            // given up where the rest would otherwise not fit into one sector.
-            extensions.retain(|e| e.kind != EXT_FEATURE_NAMES && e.kind != EXT_FILLER);
-        }
-        self.write_extensions(bytes, &extensions)
-    }
-
-    fn write_extensions(&self, bytes: &mut [u8], extensions: &[Extension]) -> Result<()> {
-        let before = bytes.to_vec();
-        let mut at = self.header_length;
-        for extension in extensions {
-            put(bytes, at, &extension.kind.to_be_bytes());
-            put(bytes, at + 4, &(extension.data.len() as u32).to_be_bytes());
-            let padded = extension.padded_len() - 8;
-            if let Some(area) = bytes.get_mut(at + 8..at + 8 + padded) {
-                area.fill(0);
-            }
-            put(bytes, at + 8, &extension.data);
-            at += extension.padded_len();
-        }
-        put(bytes, at, &[0; 8]);
-        let same_behind = bytes.get(SECTOR..) == before.get(SECTOR..);
-        let fits = extensions == self.extensions.as_slice() || at + 8 <= SECTOR || same_behind;
-        if fits && same_behind {
-            return Ok(());
-        }
-        Err(self.unsupported("the header has no room to change the backing file in one sector"))
-    }
-
-    /// A place for a backing file name of `len` bytes that nothing refers to now, except within
-    /// the first sector, which is written as a whole.
-    fn room_for_name(&self, bytes: &[u8], len: usize) -> Result<usize> {
-        if len > MAX_BACKING_NAME {
-            return Err(self.unsupported(format!(
-                "backing file name of {len} bytes (expected at most {MAX_BACKING_NAME})"
-            )));
-        }
-        let mut end = self.header_length + 8;
-        let mut at = self.header_length;
-        while at + 8 <= bytes.len() && be32(bytes, at) != EXT_END {
-            at += 8 + (be32(bytes, at + 4) as usize).next_multiple_of(8);
-            end = at + 8;
-        }
-        if end + len <= SECTOR {
-            return Ok(end);
-        }
-        let (old_at, old_len) = (be64(&self.raw, 8) as usize, be32(&self.raw, 16) as usize);
-        // Behind the old name, in a sector of its own: the old one stays whole meanwhile.
-        let behind = end
-            .max(old_at.saturating_add(old_len))
-            .next_multiple_of(SECTOR);
-        if behind + len <= bytes.len() {
-            return Ok(behind);
-        }
-        // Between the extensions and the old name.
-        let between = end.next_multiple_of(SECTOR);
-        if between + len <= old_at / SECTOR * SECTOR {
-            return Ok(between);
-        }
-        Err(self.unsupported("the header has no room for the new backing file name"))
-    }
-
-    /// The first sector with other autoclear bits.
-    #[must_use]
-    pub fn with_autoclear(&self, bits: u64) -> Patch {
-        self.first_sector(|sector| put(sector, 88, &bits.to_be_bytes()))
-    }
-
-    /// The first sector with other incompatible bits: dirty and corrupt are what changes.
-    #[must_use]
-    pub fn with_incompatible(&self, bits: u64) -> Patch {
-        self.first_sector(|sector| put(sector, 72, &bits.to_be_bytes()))
-    }
-
-    /// The first sector with another disk size and L1 table.
-    #[must_use]
-    pub fn with_size(&self, size: u64, l1_offset: u64, l1_size: u32) -> Patch {
-        self.first_sector(|sector| {
-            put(sector, 24, &size.to_be_bytes());
-            put(sector, 36, &l1_size.to_be_bytes());
-            put(sector, 40, &l1_offset.to_be_bytes());
-        })
-    }
-
-    /// The first sector with another refcount table.
-    #[must_use]
-    pub fn with_reftable(&self, offset: u64, clusters: u32) -> Patch {
-        self.first_sector(|sector| {
-            put(sector, 48, &offset.to_be_bytes());
-            put(sector, 56, &clusters.to_be_bytes());
-        })
-    }
-
-    fn first_sector(&self, change: impl FnOnce(&mut [u8])) -> Patch {
-        let mut bytes = self.whole();
-        bytes.truncate(SECTOR);
-        change(&mut bytes);
-        Patch { offset: 0, bytes }
-    }
-
-    /// The header after `patches` have reached the disk.
-    ///
-    /// # Errors
-    /// When they do not make a header.
-    pub fn patched(&self, patches: &[Patch]) -> Result<Self> {
-        let mut raw = self.whole();
-        for patch in patches {
-            put(&mut raw, patch.offset as usize, &patch.bytes);
-        }
-        Self::parse(raw, &self.file)
     }
 
     fn corrupt(&self, what: impl Into<String>) -> Error {
@@ -713,13 +511,4 @@ impl Header {
     fn unsupported(&self, what: impl Into<String>) -> Error {
         Error::unsupported(&self.file, what)
     }
-}
-
-/// Whole sectors to be written to the header.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Patch {
-    /// Position in the file.
-    pub offset: u64,
-    /// The bytes.
-    pub bytes: Vec<u8>,
 }

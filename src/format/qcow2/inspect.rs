@@ -1,9 +1,15 @@
 //! What tools tell of an image: nothing here is on the way of a guest's request.
 
+use super::bitmaps::{AUTO, Bitmap, IN_USE};
+use super::header::{
+    COMPATIBLE_LAZY_REFCOUNTS, Compression, Encryption, Header, INCOMPATIBLE_CORRUPT,
+};
 use super::l2::{Descriptor, Shape, Words};
-use super::{Qcow2, read_table, refcount};
+use super::open::read_table;
+use super::{Qcow2, refcount};
 use crate::error::{Action, Result};
 use crate::storage;
+use serde_json::{Map, Value, json};
 
 impl Qcow2 {
     /// The place in the file that is kept for the byte at `offset`, which holds no data there,
@@ -63,9 +69,8 @@ impl Qcow2 {
             if block == 0 {
                 continue;
             }
-            let bytes = storage::io::read_buf(&*self.storage, block, self.cluster_size() as usize)
-                .await
-                .map_err(|error| self.io_error(Action::Read, block, &error))?;
+            let bytes =
+                storage::io::fetch(&*self.storage, block, self.cluster_size() as usize).await?;
             for index in 0..per_block.min(end - first) as usize {
                 used += u64::from(refcount::get(&bytes, header.refcount_order, index) > 0);
                 if used >= enough {
@@ -82,4 +87,61 @@ fn kept(shape: Shape, words: Words) -> Option<u64> {
         Descriptor::Host(host) | Descriptor::Zero(Some(host)) => Some(host.offset),
         Descriptor::None | Descriptor::Zero(None) | Descriptor::Compressed { .. } => None,
     }
+}
+
+/// What only qcow2 images have, as QMP describes it (`ImageInfoSpecific`).
+#[must_use]
+pub fn format_specific(header: &Header, bitmaps: &[Bitmap]) -> Value {
+    let mut data = Map::new();
+    let mut put = |key: &str, value: Value| {
+        data.insert(key.to_owned(), value);
+    };
+    let compression = match header.compression {
+        Compression::Zlib => "zlib",
+        Compression::Zstd => "zstd",
+    };
+    let modern = header.version >= 3;
+    put("compat", json!(if modern { "1.1" } else { "0.10" }));
+    put("compression-type", json!(compression));
+    if modern {
+        let lazy = header.compatible & COMPATIBLE_LAZY_REFCOUNTS != 0;
+        put("lazy-refcounts", json!(lazy));
+    }
+    if !bitmaps.is_empty() {
+        put("bitmaps", bitmaps.iter().map(bitmap).collect());
+    }
+    put("refcount-bits", json!(1u64 << header.refcount_order));
+    if header.has_data_file() {
+        if let Some(name) = &header.data_file {
+            put("data-file", json!(name));
+        }
+        put("data-file-raw", json!(header.data_file_is_raw()));
+    }
+    if let Some(encryption) = header.encryption {
+        let format = match encryption {
+            Encryption::Aes => "aes",
+            Encryption::Luks => "luks",
+        };
+        put("encrypt", json!({"format": format}));
+    }
+    if modern {
+        let corrupt = header.incompatible & INCOMPATIBLE_CORRUPT != 0;
+        put("corrupt", json!(corrupt));
+        put("extended-l2", json!(header.has_subclusters()));
+    }
+    json!({"type": "qcow2", "data": data})
+}
+
+fn bitmap(bitmap: &Bitmap) -> Value {
+    let flags = [(IN_USE, "in-use"), (AUTO, "auto")];
+    let flags: Vec<&str> = flags
+        .iter()
+        .filter(|(flag, _)| bitmap.flags & flag != 0)
+        .map(|(_, word)| *word)
+        .collect();
+    json!({
+        "flags": flags,
+        "name": bitmap.name,
+        "granularity": 1u64.checked_shl(bitmap.granularity_bits.into()).unwrap_or(0),
+    })
 }

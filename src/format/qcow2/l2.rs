@@ -14,8 +14,10 @@ use crate::sync::{
 
 /// The refcount of what the entry points at is exactly one.
 pub const COPIED: u64 = 1 << 63;
-const COMPRESSED: u64 = 1 << 62;
-const ZERO: u64 = 1;
+/// The entry is of a compressed cluster.
+pub(super) const COMPRESSED: u64 = 1 << 62;
+/// The cluster reads as zeros; there is no such flag where there are subclusters.
+pub(super) const ZERO: u64 = 1;
 /// The host offset in an L1 or L2 entry.
 pub const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// Subclusters of a cluster, where it has any.
@@ -114,6 +116,14 @@ impl Shape {
     #[must_use]
     pub fn entry_bytes(self) -> u64 {
         if self.extended { 16 } else { 8 }
+    }
+
+    /// L1 entries that a disk of `size` bytes needs.
+    #[must_use]
+    pub fn l1_entries(self, size: u64) -> u64 {
+        let cluster = 1u64 << self.cluster_bits;
+        size.div_ceil(cluster)
+            .div_ceil(cluster / self.entry_bytes())
     }
 
     /// Decodes the descriptor of an entry.

@@ -8,7 +8,7 @@
 use std::sync::atomic::Ordering;
 
 use super::header::MAX_L1_ENTRIES;
-use super::l2::{self, COPIED, Shape, Words};
+use super::l2::{self, COPIED, Words};
 use super::metadata::Kind;
 use super::refcount::Allocation;
 use super::update::Clear;
@@ -35,13 +35,6 @@ pub enum Preallocation {
     Full,
 }
 
-/// L1 entries that a disk of `size` bytes needs.
-pub(super) fn l1_entries(shape: Shape, size: u64) -> u64 {
-    let cluster = 1u64 << shape.cluster_bits;
-    size.div_ceil(cluster)
-        .div_ceil(cluster / shape.entry_bytes())
-}
-
 impl Qcow2 {
     /// Makes the L1 table long enough for a disk of `size` bytes. The new table is stable before
     /// the header names it, and the old one is freed after that. To be used, the image is closed
@@ -50,7 +43,7 @@ impl Qcow2 {
     /// # Errors
     /// When the format has no room for such a disk, or metadata cannot be read or written.
     pub async fn reserve_mapping(&self, size: u64) -> Result<()> {
-        let entries = l1_entries(self.shape, size);
+        let entries = self.shape.l1_entries(size);
         if entries <= self.header().l1_size.into() {
             return Ok(());
         }
@@ -84,23 +77,15 @@ impl Qcow2 {
 
     /// Allocates contiguous clusters for a longer L1 table.
     async fn allocate_table(&self, clusters: u64) -> Result<Allocation> {
-        loop {
-            let (result, table_len) = {
-                let mut meta = self.meta.lock();
-                let result = meta.allocator.allocate_exact(clusters);
-                if let Ok(place) = &result {
-                    let first = place.offset >> self.cluster_bits;
-                    for cluster in first..first + clusters {
-                        meta.allocator.add_metadata(cluster, Kind::L1);
-                    }
-                }
-                (result, meta.allocator.table().len())
-            };
-            match result {
-                Ok(place) => return Ok(place),
-                Err(need) => self.provide(need, table_len).await?,
+        self.with_allocator(|allocator| {
+            let place = allocator.allocate_exact(clusters)?;
+            let first = place.offset >> self.cluster_bits;
+            for cluster in first..first + clusters {
+                allocator.add_metadata(cluster, Kind::L1);
             }
-        }
+            Ok(place)
+        })
+        .await
     }
 
     /// Makes the header name another size of the disk. When this returns, everything that was

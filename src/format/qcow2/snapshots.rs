@@ -5,7 +5,8 @@
 //! table is for those who list them, and for the check, which follows every L1 table.
 
 use super::header::Header;
-use crate::error::{Action, Error, Result};
+use super::numbers::be;
+use crate::error::{Error, Result};
 use crate::storage::{self, Storage};
 
 /// QEMU's limits.
@@ -85,7 +86,7 @@ pub(super) async fn read(storage: &dyn Storage, header: &Header) -> Result<Table
     let mut table = Table::default();
     for index in 0..header.snapshots {
         let at = table.len.next_multiple_of(8);
-        let fixed = read_at(storage, start + at, FIXED).await?;
+        let fixed = storage::io::fetch(storage, start + at, FIXED).await?;
         let sizes = Sizes::of(&fixed);
         if sizes.extra > MAX_EXTRA {
             return Err(damaged(format!(
@@ -100,7 +101,8 @@ pub(super) async fn read(storage: &dyn Storage, header: &Header) -> Result<Table
                 "the snapshot table has more than {MAX_TABLE} bytes at entry {index}"
             )));
         }
-        let variable = read_at(storage, start + at + FIXED as u64, sizes.variable()).await?;
+        let variable =
+            storage::io::fetch(storage, start + at + FIXED as u64, sizes.variable()).await?;
         table
             .snapshots
             .push(parse(&fixed, &variable, sizes, header));
@@ -119,9 +121,9 @@ struct Sizes {
 impl Sizes {
     fn of(fixed: &[u8]) -> Self {
         Self {
-            extra: number(fixed, 36, 4) as usize,
-            id: number(fixed, 12, 2) as usize,
-            name: number(fixed, 14, 2) as usize,
+            extra: be(fixed, 36, 4) as usize,
+            id: be(fixed, 12, 2) as usize,
+            name: be(fixed, 14, 2) as usize,
         }
     }
 
@@ -134,34 +136,19 @@ fn parse(fixed: &[u8], variable: &[u8], sizes: Sizes, header: &Header) -> Snapsh
     let (extra, names) = variable.split_at_checked(sizes.extra).unwrap_or_default();
     let (id, name) = names.split_at_checked(sizes.id).unwrap_or_default();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    let large = |at: usize| (extra.len() >= at + 8).then(|| number(extra, at, 8));
+    let large = |at: usize| (extra.len() >= at + 8).then(|| be(extra, at, 8));
     Snapshot {
         id: text(id),
         name: text(name),
-        l1_offset: number(fixed, 0, 8),
-        l1_entries: number(fixed, 8, 4) as u32,
-        date_seconds: number(fixed, 16, 4) as u32,
-        date_nanoseconds: number(fixed, 20, 4) as u32,
-        vm_clock: number(fixed, 24, 8),
-        vm_state_size: large(0).unwrap_or_else(|| number(fixed, 32, 4)),
+        l1_offset: be(fixed, 0, 8),
+        l1_entries: be(fixed, 8, 4) as u32,
+        date_seconds: be(fixed, 16, 4) as u32,
+        date_nanoseconds: be(fixed, 20, 4) as u32,
+        vm_clock: be(fixed, 24, 8),
+        vm_state_size: large(0).unwrap_or_else(|| be(fixed, 32, 4)),
         disk_size: large(8).unwrap_or(header.size),
         // All ones: they are not counted.
         instructions: large(16).filter(|&count| count != u64::MAX),
         incomplete: header.version >= 3 && extra.len() < EXTRA_V3,
     }
-}
-
-/// The big-endian number of `len` bytes at `at`.
-fn number(bytes: &[u8], at: usize, len: usize) -> u64 {
-    let bytes = bytes.get(at..at + len).unwrap_or_default();
-    bytes
-        .iter()
-        .fold(0, |value, &byte| value << 8 | u64::from(byte))
-}
-
-async fn read_at(storage: &dyn Storage, offset: u64, len: usize) -> Result<Vec<u8>> {
-    let bytes = storage::io::read_buf(storage, offset, len)
-        .await
-        .map_err(|error| Error::io(Action::Read, storage.name(), offset, &error))?;
-    Ok(bytes.to_vec())
 }

@@ -8,10 +8,10 @@ use super::claims::Claim;
 use super::header::SECTOR;
 use super::l2::{self, Descriptor, State, Words};
 use super::metadata::Kind;
-use super::refcount::{Allocation, Need};
+use super::refcount::{Allocation, Allocator, Need};
 use super::{Meta, Qcow2};
 use crate::error::{Action, Error, Result};
-use crate::storage::{self, AlignedBuf};
+use crate::storage;
 use crate::sync::atomic::Ordering;
 
 use std::ops::Range;
@@ -155,32 +155,54 @@ impl Qcow2 {
     /// # Errors
     /// When metadata cannot be read or written.
     pub(super) async fn allocate(&self, wanted: u64) -> Result<Allocation> {
+        let allocation = self
+            .with_allocator(|allocator| allocator.allocate(wanted))
+            .await?;
+        if allocation.fresh {
+            self.reserve_ahead(&allocation).await;
+        }
+        Ok(allocation)
+    }
+
+    /// Takes a step of the allocator, providing what that lacks until it is done.
+    ///
+    /// # Errors
+    /// When metadata cannot be read or written, or is wrong.
+    pub(super) async fn with_allocator<T>(
+        &self,
+        mut step: impl FnMut(&mut Allocator) -> std::result::Result<T, Need>,
+    ) -> Result<T> {
         loop {
-            let (result, table_len) = {
-                let mut meta = self.meta.lock();
-                (
-                    meta.allocator.allocate(wanted),
-                    meta.allocator.table().len(),
-                )
-            };
-            match result {
-                Ok(allocation) => {
-                    if allocation.fresh {
-                        self.reserve_ahead(&allocation).await;
-                    }
-                    return Ok(allocation);
-                }
-                Err(need) => self.provide(need, table_len).await?,
+            let table_len = self.meta.lock().allocator.table().len();
+            match self.with_refcounts(&mut step).await? {
+                Ok(value) => return Ok(value),
+                // Whoever made it longer in the meantime has done so for us too.
+                Err(Need::Table) => self.grow_reftable(table_len).await?,
+                Err(need) => return Err(self.lacking(need)),
             }
         }
     }
 
-    pub(super) async fn provide(&self, need: Need, table_len: usize) -> Result<()> {
-        match need {
-            Need::Slice(number) => self.load_refcounts(number).await,
-            Need::Table => self.grow_reftable(table_len).await,
-            Need::Corrupt(what) => Err(Error::corrupt(self.storage.name(), what)),
+    /// Takes a step of the allocator, loading the refcounts that it needs; says what else it lacks.
+    async fn with_refcounts<T>(
+        &self,
+        mut step: impl FnMut(&mut Allocator) -> std::result::Result<T, Need>,
+    ) -> Result<std::result::Result<T, Need>> {
+        loop {
+            let result = step(&mut self.meta.lock().allocator);
+            match result {
+                Err(Need::Slice(number)) => self.load_refcounts(number).await?,
+                other => return Ok(other),
+            }
         }
+    }
+
+    fn lacking(&self, need: Need) -> Error {
+        let what = match need {
+            Need::Corrupt(what) => what,
+            need => format!("refcounts are lacking: {need:?}"),
+        };
+        Error::corrupt(self.storage.name(), what)
     }
 
     /// Gives back a place that is not to be linked.
@@ -204,36 +226,24 @@ impl Qcow2 {
 
     /// How many refer to a host cluster; `None` when that cannot be found out.
     pub(super) async fn refcount(&self, cluster: u64) -> Option<u64> {
-        loop {
-            let refcount = self.meta.lock().allocator.refcount(cluster);
-            match refcount {
-                Ok(count) => return Some(count.unwrap_or(0)),
-                Err(Need::Slice(number)) => self.load_refcounts(number).await.ok()?,
-                Err(_) => return None,
-            }
-        }
+        let count = self
+            .with_refcounts(|allocator| allocator.refcount(cluster))
+            .await;
+        Some(count.ok()?.ok()?.unwrap_or(0))
     }
 
     /// Takes one reference off a host cluster. When that fails, the next flush tries again.
     pub(super) async fn release(&self, cluster: u64) {
-        loop {
-            let released = self.meta.lock().allocator.release(cluster);
-            let provided = match released {
-                Ok(()) => return,
-                Err(Need::Slice(number)) => self.load_refcounts(number).await,
-                Err(need) => {
-                    log::error!(
-                        "{}: freeing cluster {cluster}: {need:?}",
-                        self.storage.name()
-                    );
-                    return;
-                }
-            };
-            if let Err(error) = provided {
+        let released = self
+            .with_refcounts(|allocator| allocator.release(cluster))
+            .await;
+        match released {
+            Ok(Ok(())) => {}
+            Ok(Err(need)) => log::error!("freeing a cluster: {}", self.lacking(need)),
+            Err(error) => {
                 log::warn!("freeing a cluster, to be tried again: {error}");
                 let freed = (cluster << self.cluster_bits, self.cluster_size());
                 self.meta.lock().unreleased.push(freed);
-                return;
             }
         }
     }
@@ -370,9 +380,7 @@ impl Qcow2 {
     /// Copies a table that a snapshot refers to as well. Nobody changes it: it is not ours.
     async fn copy_table(&self, from: u64, to: u64) -> Result<()> {
         let len = self.cluster_size() as usize;
-        let bytes: AlignedBuf = storage::io::read_buf(&*self.storage, from, len)
-            .await
-            .map_err(|error| self.io_error(Action::Read, from, &error))?;
+        let bytes = storage::io::fetch(&*self.storage, from, len).await?;
         storage::io::write_buf(&*self.storage, to, &bytes)
             .await
             .map_err(|error| self.io_error(Action::Write, to, &error))

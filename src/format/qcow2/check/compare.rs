@@ -20,14 +20,6 @@ pub fn geometry(image: &Image<'_>) -> Geometry {
     }
 }
 
-/// The largest refcount.
-pub fn max_refcount(image: &Image<'_>) -> u64 {
-    match image.header.refcount_order {
-        6.. => u64::MAX,
-        order => (1 << (1 << order)) - 1,
-    }
-}
-
 impl Scan {
     /// Where the refcount block number `index` is, if it is of any use.
     pub fn block(&self, image: &Image<'_>, index: u64) -> Option<u64> {
@@ -38,7 +30,9 @@ impl Scan {
 
     /// The references to a cluster, as far as a refcount can say it.
     pub fn wanted(&self, image: &Image<'_>, cluster: u64) -> u64 {
-        self.references.get(cluster).min(max_refcount(image))
+        self.references
+            .get(cluster)
+            .min(geometry(image).max_refcount())
     }
 }
 
@@ -75,7 +69,7 @@ impl Walk<'_, '_, '_> {
     }
 
     fn compare_refcounts(&mut self) {
-        let max = max_refcount(self.image);
+        let max = geometry(self.image).max_refcount();
         let mut highest = 0;
         let mut at = 0;
         loop {

@@ -5,14 +5,12 @@
 
 use std::fmt;
 
-use super::super::l2::{COPIED, Descriptor, OFFSET, Shape, Words};
+use super::super::l2::{COMPRESSED, COPIED, Descriptor, OFFSET, Shape, Words, ZERO};
 
 /// Bits of a standard cluster descriptor that must be 0. Bit 0 is the zero flag.
 const RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// Bits of an L1 entry that must be 0.
 pub const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
-const COMPRESSED: u64 = 1 << 62;
-const ZERO: u64 = 1;
 /// In a bitmap of subclusters: the data bits.
 const DATA_BITS: u64 = 0xffff_ffff;
 

@@ -5,7 +5,8 @@
 
 use super::super::header::{Header, SECTOR};
 use super::super::l2::Shape;
-use super::super::{read_header, shape};
+use super::super::numbers::words;
+use super::super::read_header;
 use crate::error::{Action, Error, Result};
 use crate::storage::{self, AlignedBuf, Storage};
 
@@ -33,7 +34,7 @@ impl<'a> Image<'a> {
             .map_err(|error| Error::io(Action::Read, storage.name(), 0, &error))?;
         Ok(Self {
             storage,
-            shape: shape(&header),
+            shape: header.shape(),
             header,
             len: len.next_multiple_of(SECTOR as u64),
         })
@@ -81,9 +82,7 @@ impl<'a> Image<'a> {
 
     /// Reads `len` bytes; those behind the end of the file are 0.
     pub async fn read(&self, offset: u64, len: usize) -> Result<AlignedBuf> {
-        storage::io::read_buf(self.storage, offset, len)
-            .await
-            .map_err(|error| Error::io(Action::Read, self.storage.name(), offset, &error))
+        storage::io::fetch(self.storage, offset, len).await
     }
 
     /// Gives the index and value of each word but 0 of a table to `each`.
@@ -163,11 +162,4 @@ impl<'a> Image<'a> {
             .await
             .map_err(|error| Error::io(Action::Flush, self.storage.name(), 0, &error))
     }
-}
-
-/// The words of a table.
-pub fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {
-    bytes
-        .chunks_exact(8)
-        .map(|word| word.try_into().map_or(0, u64::from_be_bytes))
 }

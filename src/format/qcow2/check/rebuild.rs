@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 
 use super::super::refcount;
-use super::compare::{geometry, max_refcount};
+use super::compare::geometry;
 use super::counts::CHUNK;
 use super::image::Image;
 use super::scan::Scan;
@@ -131,7 +131,7 @@ fn value(image: &Image<'_>, scan: &Scan, cluster: u64) -> u64 {
     if scan.hidden {
         return wanted
             .max(scan.stored.get(cluster))
-            .min(max_refcount(image));
+            .min(geometry(image).max_refcount());
     }
     wanted
 }

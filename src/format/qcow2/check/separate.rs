@@ -8,7 +8,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::super::l2::OFFSET;
-use super::compare::{geometry, max_refcount};
+use super::compare::geometry;
 use super::entries::{self, Target};
 use super::image::Image;
 use super::scan::{Area, Scan, Uses};
@@ -93,7 +93,7 @@ async fn data(
     uses: Uses,
     moves: &mut Moves,
 ) -> Result<()> {
-    let max = max_refcount(image);
+    let max = geometry(image).max_refcount();
     let bytes = image.read_cluster(table).await?;
     for (index, words) in entries::entries(image.shape, &bytes).enumerate() {
         let entry = entries::judge(image.shape, words, |at, len| image.leaves_file(at, len));

@@ -1,6 +1,6 @@
 //! Contiguous clusters for a table.
 
-use super::{Allocation, Allocator, Kind, Need};
+use super::{Allocation, Allocator, Need};
 
 impl Allocator {
     /// Allocates exactly `count` contiguous clusters behind everything else. Refcount blocks that
@@ -16,7 +16,10 @@ impl Allocator {
             match self.first_in_use(start, first + count)? {
                 Some(cluster) => self.frontier = cluster + 1,
                 None => {
-                    self.place_blocks(start, &missing);
+                    for (cluster, &index) in (start..).zip(&missing) {
+                        // They are written whole.
+                        self.place_block(index, cluster, false);
+                    }
                     for cluster in start..first + count {
                         self.set(cluster, 1)?;
                     }
@@ -70,25 +73,6 @@ impl Allocator {
             }
         }
         Ok(None)
-    }
-
-    /// Makes the clusters from `start` on the blocks that `indices` lack.
-    fn place_blocks(&mut self, start: u64, indices: &[usize]) {
-        let per_block = self.geometry.slices_per_block();
-        for (cluster, &index) in (start..).zip(indices) {
-            if let Some(entry) = self.table.get_mut(index) {
-                *entry = cluster << self.geometry.cluster_bits;
-            }
-            self.metadata.add(cluster, Kind::RefcountBlock);
-            self.dirty_table.insert(index);
-            let first = index as u64 * per_block;
-            for no in first..first + per_block {
-                self.slices
-                    .insert(no, vec![0; self.slice_bytes()].into_boxed_slice());
-                // All of it is written, whatever was in the cluster.
-                self.dirty_slices.insert(no);
-            }
-        }
     }
 }
 

@@ -1,0 +1,132 @@
+//! From reading to writing and back: what an export or a job that writes asks for.
+//!
+//! The writer's locks are taken first, then the image is opened anew, and only then is anything
+//! written to it.
+
+use std::sync::Arc;
+
+use super::Layer;
+use super::graph::{Graph, Node};
+use super::open::{file_flags, image_options, text};
+use crate::error::{Error, Result};
+use crate::format::{Format, Qcow2};
+use crate::storage::file::OpenFlags;
+use crate::storage::{Access, FileStorage, Storage};
+
+impl Graph {
+    /// Makes a node's image ready to be written: takes the writer's locks and opens it anew.
+    ///
+    /// # Errors
+    /// When the node is read-only, somebody else uses the image, or its state forbids it.
+    pub async fn make_writable(&self, name: &str) -> Result<()> {
+        let node = self.node(name)?;
+        if node.driver == "copy-on-read"
+            && let Some(file) = &node.file
+        {
+            let file = file.clone();
+            return Box::pin(self.make_writable(&file)).await;
+        }
+        if !node.layer.read_only {
+            return Ok(());
+        }
+        if node.fixed_read_only {
+            return Err(Error::Invalid("Block node is read-only".into()));
+        }
+        let (format, storage) = match &node.layer.format {
+            Format::Raw(raw) => {
+                let storage = self.writable_storage(&node, &node.layer.storage)?;
+                storage.set_access(Access::Write).map_err(text)?;
+                (Format::Raw(*raw), storage)
+            }
+            Format::Qcow2(image) => {
+                let image = Arc::new(self.reopen_qcow2(&node, image).await?);
+                let storage = image.data_storage().clone();
+                (Format::Qcow2(image), storage)
+            }
+            Format::Qed(_) => {
+                return Err(Error::unsupported(
+                    node.layer.storage.name(),
+                    "QED images are only read: stream or convert it into a qcow2 image",
+                ));
+            }
+        };
+        let layer = Layer {
+            format,
+            storage,
+            read_only: false,
+            ..(*node.layer).clone()
+        };
+        self.replace_layer(name, Arc::new(layer))
+    }
+
+    /// Opens an image anew, to write it. When that fails, others may go on reading it.
+    async fn reopen_qcow2(&self, node: &Node, image: &Qcow2) -> Result<Qcow2> {
+        let storage = self.writable_storage(node, image.storage())?;
+        let data = match &node.data_file {
+            Some(data) => Some(self.writable_storage(&self.node(data)?, image.data_storage())?),
+            None => None,
+        };
+        let files: Vec<_> = [&storage].into_iter().chain(&data).cloned().collect();
+        let opened = async {
+            for file in &files {
+                file.set_access(Access::Write).map_err(text)?;
+            }
+            Qcow2::open_with_data(storage, data, image_options(&node.options, true)).await
+        }
+        .await;
+        if opened.is_err() {
+            for file in &files {
+                let _ = file.set_access(Access::Read);
+            }
+        }
+        opened
+    }
+
+    /// The file that a node is in, open for writing.
+    fn writable_storage(
+        &self,
+        node: &Node,
+        storage: &Arc<dyn Storage>,
+    ) -> Result<Arc<dyn Storage>> {
+        if storage.writable() {
+            return Ok(storage.clone());
+        }
+        let flags = OpenFlags {
+            writable: true,
+            ..file_flags(&self.file_options(node)?)
+        };
+        let storage = FileStorage::open(&node.filename, flags).map_err(text)?;
+        Ok(Arc::new(storage))
+    }
+
+    /// Gives a node's image back to its readers, since nobody writes it any longer.
+    ///
+    /// # Errors
+    /// When what was written cannot be made stable; it stays writable then.
+    pub async fn make_read_only(&self, name: &str) -> Result<()> {
+        let node = self.node(name)?;
+        if node.driver == "copy-on-read"
+            && let Some(file) = &node.file
+        {
+            let file = file.clone();
+            return Box::pin(self.make_read_only(&file)).await;
+        }
+        if node.layer.read_only {
+            return Ok(());
+        }
+        match &node.layer.format {
+            Format::Raw(_) => node.layer.flush().await?,
+            Format::Qcow2(qcow2) => qcow2.close().await?,
+            Format::Qed(_) => {}
+        }
+        let layer = Layer {
+            read_only: true,
+            ..(*node.layer).clone()
+        };
+        self.replace_layer(name, Arc::new(layer))?;
+        if let Format::Qcow2(image) = &node.layer.format {
+            image.storage().set_access(Access::Read).map_err(text)?;
+        }
+        node.layer.storage.set_access(Access::Read).map_err(text)
+    }
+}

@@ -1,0 +1,225 @@
+//! From a file to an image: what is looked at, and refused, before anything is written.
+
+use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::sync::Arc;
+
+use super::claims::Claims;
+use super::header::{self, Header};
+use super::numbers::words;
+use super::refcount::{Allocator, Geometry};
+use super::slice_entries;
+use super::{DataFile, Meta, Options, Qcow2, check, compress, flush, metadata, reserve};
+use crate::error::{Action, Error, Result};
+use crate::format::directory::Directory;
+use crate::storage::{self, Storage};
+use crate::sync::{Mutex, atomic::AtomicU64};
+
+impl Qcow2 {
+    /// Opens the image in `storage`, which holds its guest data as well.
+    ///
+    /// # Errors
+    /// When it is not a qcow2 image, contradicts the specification or needs a feature that is
+    /// not there. Nothing has been written then.
+    pub async fn open(storage: Arc<dyn Storage>, options: Options) -> Result<Self> {
+        Self::open_with_data(storage, None, options).await
+    }
+
+    /// Opens the image in `storage`; `data` is its data file, which it has if its header says so.
+    ///
+    /// # Errors
+    /// As for [`Qcow2::open`].
+    pub async fn open_with_data(
+        storage: Arc<dyn Storage>,
+        data: Option<Arc<dyn Storage>>,
+        options: Options,
+    ) -> Result<Self> {
+        let header = read_header(&*storage).await?;
+        Self::open_parsed(storage, data, header, options).await
+    }
+
+    /// As [`Qcow2::open_with_data`], with the header that was just read from `storage`.
+    ///
+    /// # Errors
+    /// As for [`Qcow2::open`].
+    pub async fn open_parsed(
+        storage: Arc<dyn Storage>,
+        data: Option<Arc<dyn Storage>>,
+        mut header: Header,
+        options: Options,
+    ) -> Result<Self> {
+        let data = check_data_file(&header, &*storage, data)?;
+        check_writable(&header, &*storage, data.as_ref(), options)?;
+        header.check_refcount_table()?;
+        if options.writable && header.incompatible & header::INCOMPATIBLE_DIRTY != 0 {
+            check::repair_dirty(&*storage).await?;
+            header = read_header(&*storage).await?;
+        }
+        let cluster = 1u64 << header.cluster_bits;
+        let l1 = read_table(&*storage, header.l1_offset, u64::from(header.l1_size)).await?;
+        let table = if options.writable {
+            let entries = u64::from(header.reftable_clusters) * cluster / 8;
+            read_table(&*storage, header.reftable_offset, entries).await?
+        } else {
+            // Whoever only reads does not ask who refers to what.
+            Vec::new()
+        };
+        metadata::check_tables(&header, &l1, &table, storage.name())?;
+        let len = storage
+            .len()
+            .map_err(|error| Error::io(Action::Read, storage.name(), 0, &error))?;
+        let end = len.div_ceil(cluster).max(1);
+        let metadata = if options.writable {
+            metadata::Clusters::new(&header, &l1, &table, end, storage.name())?
+        } else {
+            metadata::Clusters::default()
+        };
+        let geometry = Geometry {
+            cluster_bits: header.cluster_bits,
+            refcount_order: header.refcount_order,
+        };
+        let allocator = Allocator::new(
+            geometry,
+            table,
+            metadata,
+            end,
+            storage.limits().zero_past_end,
+        );
+        let shape = header.shape();
+        let size = options.size.unwrap_or(header.size);
+        if shape.l1_entries(size) > l1.len() as u64 {
+            return Err(Error::Invalid(format!(
+                "{}: the L1 table has {} entries, too few for a disk of {size} bytes",
+                storage.name(),
+                l1.len()
+            )));
+        }
+        let slices = size.div_ceil(cluster).div_ceil(slice_entries(shape));
+        let image = Self {
+            options,
+            data,
+            shape,
+            cluster_bits: header.cluster_bits,
+            size: size.next_multiple_of(header::SECTOR as u64),
+            l1: l1.into_iter().map(AtomicU64::new).collect(),
+            directory: Directory::new(slices),
+            meta: Mutex::new(Meta {
+                allocator,
+                dirty_l1: BTreeSet::new(),
+                dirty_slices: BTreeSet::new(),
+                writing: HashSet::new(),
+                loaded: VecDeque::new(),
+                unmapped: Vec::new(),
+                unreleased: Vec::new(),
+            }),
+            claims: Claims::default(),
+            l1_claims: Claims::default(),
+            loading: Mutex::default(),
+            flushing: flush::Flushing::default(),
+            released: Arc::default(),
+            retiring: Arc::default(),
+            decompressed: compress::Cache::default(),
+            reservation: reserve::Reservation::new(len),
+            header: Mutex::new(header),
+            storage,
+        };
+        if options.writable {
+            image.invalidate_bitmaps().await?;
+            image.find_end().await?;
+        }
+        Ok(image)
+    }
+}
+
+/// Reads and parses the header of the image in `storage`.
+///
+/// # Errors
+/// When it is not a qcow2 image, or one that needs a feature that is not there.
+pub async fn read_header(storage: &dyn Storage) -> Result<Header> {
+    Header::parse(read_first_cluster(storage).await?, storage.name())
+}
+
+/// As [`read_header`], but of encrypted images too: to tell what they are.
+///
+/// # Errors
+/// As for [`read_header`].
+pub async fn describe_header(storage: &dyn Storage) -> Result<Header> {
+    Header::describe(read_first_cluster(storage).await?, storage.name())
+}
+
+async fn read_first_cluster(storage: &dyn Storage) -> Result<Vec<u8>> {
+    let start = storage::io::fetch(storage, 0, 4096).await?;
+    let cluster = 1 << header::cluster_bits(&start, storage.name())?;
+    let mut first = start.to_vec();
+    if cluster > first.len() {
+        let rest = storage::io::fetch(storage, first.len() as u64, cluster - first.len()).await?;
+        first.extend_from_slice(&rest);
+    }
+    first.truncate(cluster);
+    Ok(first)
+}
+
+fn check_data_file(
+    header: &Header,
+    storage: &dyn Storage,
+    data: Option<Arc<dyn Storage>>,
+) -> Result<Option<DataFile>> {
+    match (header.has_data_file(), data) {
+        (false, None) => Ok(None),
+        (true, Some(storage)) => Ok(Some(DataFile {
+            storage,
+            raw: header.data_file_is_raw(),
+        })),
+        (true, None) => Err(Error::unsupported(
+            storage.name(),
+            "'data-file' is required for this image",
+        )),
+        (false, Some(_)) => Err(Error::unsupported(
+            storage.name(),
+            "'data-file' can only be set for images with an external data file",
+        )),
+    }
+}
+
+fn check_writable(
+    header: &Header,
+    storage: &dyn Storage,
+    data: Option<&DataFile>,
+    options: Options,
+) -> Result<()> {
+    for storage in [Some(storage), data.map(|data| &*data.storage)]
+        .into_iter()
+        .flatten()
+    {
+        if storage.limits().offset_align > 1 << header.shape().unit_bits() {
+            return Err(Error::unsupported(
+                storage.name(),
+                format!(
+                    "the file's blocks of {} bytes are larger than its clusters: open it without \
+                     direct I/O",
+                    storage.limits().offset_align
+                ),
+            ));
+        }
+    }
+    if !options.writable {
+        return Ok(());
+    }
+    if header.incompatible & header::INCOMPATIBLE_CORRUPT != 0 {
+        return Err(Error::unsupported(
+            storage.name(),
+            "the image is marked corrupt and cannot be written: repair it with 'stratactl image \
+             check --repair all'",
+        ));
+    }
+    Ok(())
+}
+
+/// Reads a table of big-endian words.
+pub(super) async fn read_table(
+    storage: &dyn Storage,
+    offset: u64,
+    entries: u64,
+) -> Result<Vec<u64>> {
+    let bytes = storage::io::fetch(storage, offset, (entries * 8) as usize).await?;
+    Ok(words(&bytes).collect())
+}

@@ -1,0 +1,86 @@
+//! A longer refcount table in place of one that is full.
+
+use super::{Allocator, Kind, put};
+
+/// A longer refcount table that is to be.
+#[derive(Debug)]
+pub struct Growth {
+    /// First cluster of the new blocks; the table follows them.
+    pub start: u64,
+    /// New refcount blocks.
+    pub blocks: u64,
+    /// Clusters of the new table.
+    pub clusters: u64,
+    /// The new table.
+    pub table: Vec<u64>,
+}
+
+impl Allocator {
+    /// Plans a longer table, and keeps others from adding blocks until [`Allocator::adopt`].
+    ///
+    /// The new table and the blocks that cover it stand together where no block covers anything
+    /// yet, so that nothing else changes.
+    pub fn plan_growth(&mut self) -> Growth {
+        self.frozen = true;
+        let per_block = self.geometry.per_block();
+        let per_cluster = (1u64 << self.geometry.cluster_bits) / 8;
+        let old = self.table.len() as u64;
+        let start = old * per_block;
+        let mut blocks = 1;
+        let clusters = loop {
+            let entries = (old + old / 2 + blocks + 1).max(old + blocks);
+            let clusters = entries.div_ceil(per_cluster);
+            if blocks * per_block >= blocks + clusters {
+                break clusters;
+            }
+            blocks += 1;
+        };
+        let mut table = self.table.clone();
+        table.extend((0..blocks).map(|i| (start + i) << self.geometry.cluster_bits));
+        table.resize((clusters * per_cluster) as usize, 0);
+        Growth {
+            start,
+            blocks,
+            clusters,
+            table,
+        }
+    }
+
+    /// The refcount blocks of a growth, as they go to the disk.
+    #[must_use]
+    pub fn growth_blocks(&self, growth: &Growth) -> Vec<u8> {
+        let mut bytes = vec![0; (growth.blocks << self.geometry.cluster_bits) as usize];
+        for index in 0..growth.blocks + growth.clusters {
+            put(&mut bytes, self.geometry.refcount_order, index as usize, 1);
+        }
+        bytes
+    }
+
+    /// Takes the new table, which is stable and named by the header.
+    pub fn adopt(&mut self, growth: Growth) {
+        let skipped = self.frontier..growth.start;
+        self.table = growth.table;
+        for index in 0..growth.blocks {
+            self.metadata.add(growth.start + index, Kind::RefcountBlock);
+        }
+        for index in growth.blocks..growth.blocks + growth.clusters {
+            self.metadata.add(growth.start + index, Kind::RefcountTable);
+        }
+        self.frontier = growth.start + growth.blocks + growth.clusters;
+        if self.virgin_from != u64::MAX {
+            self.virgin_from = self.virgin_from.max(self.frontier);
+        }
+        self.frozen = false;
+        // Between the old end and the new table there may be clusters that a block covers.
+        for cluster in skipped {
+            if matches!(self.refcount(cluster), Ok(Some(0))) && self.may_use(cluster) {
+                self.add_free(cluster, 1);
+            }
+        }
+    }
+
+    /// Gives up a growth that failed.
+    pub fn abandon_growth(&mut self) {
+        self.frozen = false;
+    }
+}
