@@ -31,7 +31,7 @@ use crate::reactor::Reactor;
 use crate::storage::{self, AlignedBuf};
 use crate::sync::{
     AsyncMutex, AsyncMutexGuard,
-    atomic::{AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 /// Writes of one phase that are in flight together.
@@ -51,6 +51,8 @@ pub struct Flushing {
     begun: AtomicU64,
     /// The latest one that succeeded.
     succeeded: AtomicU64,
+    /// A change of the header has failed: the disk may have it all the same.
+    header_unsure: AtomicBool,
 }
 
 /// A piece of metadata on its way to the file.
@@ -132,6 +134,7 @@ impl Qcow2 {
 
     /// The body of a flush. The caller holds the flush lock.
     pub(super) async fn write_back(&self) -> Result<()> {
+        self.restore_header().await?;
         self.release_freed().await;
         let mut snapshot = self.take_snapshot();
         let result = self.write_snapshot(&snapshot).await;
@@ -321,21 +324,41 @@ impl Qcow2 {
     }
 
     /// Writes header patches, a barrier after each.
+    ///
+    /// When that fails, the disk may have the old header or the new one. The old one is in force,
+    /// and is written again by the next flush, before anything that the new one names is used for
+    /// something else.
     pub(super) async fn patch_header(&self, patches: &[Patch]) -> Result<()> {
         let patched = self.header().patched(patches)?;
+        self.flushing.header_unsure.store(true, Ordering::SeqCst);
+        self.write_patches(patches).await?;
+        self.flushing.header_unsure.store(false, Ordering::SeqCst);
+        *self.header.lock() = patched;
+        Ok(())
+    }
+
+    async fn write_patches(&self, patches: &[Patch]) -> Result<()> {
         for patch in patches {
             self.write_at(patch.offset, &patch.bytes).await?;
             self.barrier().await?;
         }
-        *self.header.lock() = patched;
+        Ok(())
+    }
+
+    /// Makes the disk have the header that is in force. The caller holds the flush lock.
+    async fn restore_header(&self) -> Result<()> {
+        if self.flushing.header_unsure.load(Ordering::SeqCst) {
+            self.write_patches(&[self.header().first()]).await?;
+            self.flushing.header_unsure.store(false, Ordering::SeqCst);
+        }
         Ok(())
     }
 
     /// Replaces the refcount table by a longer one, unless it has more than `len` entries by now.
     ///
-    /// When this fails half-way, the header on the disk may name either table. Both are right:
-    /// they name the same blocks, and no further one comes before a replacement succeeds, which
-    /// begins at the same place.
+    /// When this fails half-way, the header on the disk may name either table. Both are right
+    /// until the next flush restores the old one: they name the same blocks, and no further one
+    /// comes before a replacement succeeds.
     pub(super) async fn grow_reftable(&self, len: usize) -> Result<()> {
         let _turn = self.flush_turn().await;
         let growth = {

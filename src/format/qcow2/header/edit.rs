@@ -193,6 +193,12 @@ impl Header {
         })
     }
 
+    /// The first sector as it is.
+    #[must_use]
+    pub fn first(&self) -> Patch {
+        self.first_sector(|_| ())
+    }
+
     fn first_sector(&self, change: impl FnOnce(&mut [u8])) -> Patch {
         let mut bytes = self.whole();
         bytes.truncate(SECTOR);
