@@ -199,3 +199,50 @@ fn repaired_images_are_clean_and_read_the_same() {
         "seed {first}: {readable} images could be read"
     );
 }
+
+/// What would be caught: a repair that takes guest data for entries of the L1 table, because a bit of
+/// the table's length has flipped, and writes to them.
+#[test]
+fn a_wrong_length_of_the_l1_table_costs_no_data() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = in_dir(&dir, "image.qcow2");
+    create(&path, "compat=1.1", SIZE);
+    let image = path.to_str().unwrap();
+    // Behind the table: zeros, what looks like entries with reserved bits, and an L2 table.
+    let writes = [
+        "write -q -P 1 0 256k",
+        "write -q -P 0x42 1M 128k",
+        "write -q -P 0 2M 64k",
+    ];
+    let args = writes.iter().flat_map(|write| ["-c", write]);
+    run(
+        "qemu-io",
+        &["-f", "qcow2"]
+            .into_iter()
+            .chain(args)
+            .chain([image])
+            .collect::<Vec<_>>(),
+    );
+    let bytes = std::fs::read(&path).unwrap();
+    let before = contents(&path, None).unwrap();
+    // More than 2^22 are refused.
+    for bit in 0..22 {
+        let mut damaged = bytes.clone();
+        damaged[39 - bit / 8] ^= 1 << (bit % 8);
+        let length = u32::from_be_bytes(damaged[36..40].try_into().unwrap());
+        if length == 0 {
+            continue;
+        }
+        let (summary, repaired) = repaired(&damaged, Repair::All);
+        assert!(summary.is_clean(), "{length} entries: {summary:?}");
+        assert!(
+            repaired.len() <= bytes.len() + (64 << 10),
+            "{length} entries: it grew from {} to {} bytes",
+            bytes.len(),
+            repaired.len()
+        );
+        std::fs::write(&path, &repaired).unwrap();
+        let after = contents(&path, None).unwrap();
+        assert!(after == before, "{length} entries: it reads differently");
+    }
+}

@@ -1,5 +1,7 @@
 //! Repair, in an order that may be cut at any write.
 //!
+//! 0. A length of the disk's L1 table that cannot be right is corrected in the header, and the
+//!    image looked at anew: what is behind the table is not to be taken for its entries.
 //! 1. What shares a cluster with metadata is copied to the end of the file, where nothing points
 //!    yet. Refcounts that are too low are raised, or new refcount structures take the place of
 //!    unusable ones by one write of the header. Barrier: from here on nothing that is in use can
@@ -52,6 +54,15 @@ async fn all(mut image: Image<'_>, mut scan: Scan) -> Result<()> {
         if scan.summary.is_clean() {
             return Ok(());
         }
+        if let Some(entries) = right_l1_size(&image, &scan) {
+            let header = &image.header;
+            let patch = header.with_size(header.size, header.l1_offset, entries);
+            image.write(patch.offset, &patch.bytes).await?;
+            image.barrier().await?;
+            image = Image::open(storage).await?;
+            scan = Scan::run(&image, &mut |_| ()).await?;
+            continue;
+        }
         let moves = separate::run(&image, &mut scan).await?;
         for (start, count, times) in std::mem::take(&mut scan.latent) {
             for cluster in start..start + count {
@@ -76,6 +87,21 @@ async fn all(mut image: Image<'_>, mut scan: Scan) -> Result<()> {
         return settle(&image, &mut scan).await;
     }
     settle(&image, &mut scan).await
+}
+
+/// How many entries the disk's L1 table has, if the header says more and they cannot be its own:
+/// in clusters that the disk does not need, behind the end of the file or on top of something else.
+fn right_l1_size(image: &Image<'_>, scan: &Scan) -> Option<u32> {
+    let header = &image.header;
+    let needed = image.shape.l1_entries(header.size).max(1);
+    let at = |entries: u64| header.l1_offset.saturating_add(entries * 8);
+    let rest = at(needed).next_multiple_of(image.cluster_size());
+    let len = at(header.l1_size.into()).saturating_sub(rest);
+    let wrong = image.leaves_file(rest, len)
+        || image
+            .clusters_of(rest, len)
+            .any(|cluster| scan.overlaps.contains_key(&cluster));
+    u32::try_from(needed).ok().filter(|_| wrong)
 }
 
 /// Flags and refcounts, when the entries are what they are to be.
