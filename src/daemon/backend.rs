@@ -106,9 +106,10 @@ impl Backend for DaemonBackend {
             on_this_thread(|reactor| reactor.block_on(self.graph.make_writable(&spec.target)))
                 .map_err(refused)?;
         }
-        let (graph, spec) = (self.graph.clone(), spec.clone());
+        let (graph, exports) = (self.graph.clone(), self.exports.clone());
+        let spec = spec.clone();
         Ok(Box::new(move || {
-            let source = GraphSource::new(graph, &spec, restore)
+            let source = GraphSource::new(graph, exports, &spec, restore)
                 .map(|source| Box::new(source) as Box<dyn StreamSource>)
                 .map_err(|error| JobError::new(error.to_string()));
             Box::pin(std::future::ready(source))

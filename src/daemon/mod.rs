@@ -62,6 +62,14 @@ impl Exports {
             .collect()
     }
 
+    /// The requests that guests have made so far.
+    #[must_use]
+    pub fn requests(&self) -> u64 {
+        let exports = self.list.lock();
+        let queues = exports.iter().flat_map(|(export, _)| export.stats());
+        queues.map(|queue| queue.requests()).sum()
+    }
+
     fn shut_down(&self) {
         for (export, _) in self.list.lock().drain(..) {
             export.shutdown();

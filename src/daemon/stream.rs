@@ -3,8 +3,11 @@
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use futures_util::future::LocalBoxFuture;
+
+use super::Exports;
 
 use crate::chain::graph::Node;
 use crate::chain::{Chain, Graph, Root, Span, Status, View};
@@ -29,6 +32,39 @@ pub struct GraphSource {
     compress: bool,
     /// Bytes copied since a guest's thread was let first.
     since_giving_way: Cell<u64>,
+    guests: Guests,
+}
+
+/// A guest without a request for so long is idle.
+const QUIET: Duration = Duration::from_millis(20);
+
+/// What is seen of the guests.
+struct Guests {
+    exports: Arc<Exports>,
+    /// Their requests up to the last look.
+    requests: Cell<u64>,
+    /// When a look last found new ones.
+    active: Cell<Option<Instant>>,
+}
+
+impl Guests {
+    fn new(exports: Arc<Exports>) -> Self {
+        Self {
+            requests: Cell::new(exports.requests()),
+            active: Cell::new(None),
+            exports,
+        }
+    }
+
+    /// Whether there were requests of late.
+    fn are_active(&self) -> bool {
+        let requests = self.exports.requests();
+        if self.requests.replace(requests) != requests {
+            self.active.set(Some(Instant::now()));
+            return true;
+        }
+        self.active.get().is_some_and(|at| at.elapsed() < QUIET)
+    }
 }
 
 /// Bytes copied before a guest's thread is let first: about a millisecond's worth.
@@ -40,7 +76,12 @@ impl GraphSource {
     ///
     /// # Errors
     /// When the target does not exist.
-    pub fn new(graph: Arc<Graph>, spec: &StreamSpec, restore: bool) -> Result<Self> {
+    pub fn new(
+        graph: Arc<Graph>,
+        exports: Arc<Exports>,
+        spec: &StreamSpec,
+        restore: bool,
+    ) -> Result<Self> {
         Ok(Self {
             root: graph.root(&spec.target)?,
             graph,
@@ -49,6 +90,7 @@ impl GraphSource {
             compress: spec.compress,
             restore,
             since_giving_way: Cell::new(0),
+            guests: Guests::new(exports),
         })
     }
 
@@ -170,6 +212,10 @@ impl StreamSource for GraphSource {
 
     fn cluster_size(&self) -> u64 {
         self.root.chain().cluster_size()
+    }
+
+    fn guest_is_active(&self) -> bool {
+        self.guests.are_active()
     }
 
     fn chunk_status(

@@ -47,3 +47,14 @@ pub struct QueueStats {
     /// Times that the worker's ring entered the kernel, up to when it last slept.
     pub enters: Counter,
 }
+
+impl QueueStats {
+    /// Requests of every kind that were answered.
+    #[must_use]
+    pub fn requests(&self) -> u64 {
+        [&self.reads, &self.writes, &self.flushes, &self.discards]
+            .map(Counter::get)
+            .into_iter()
+            .sum()
+    }
+}

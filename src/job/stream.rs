@@ -3,8 +3,8 @@
 //!
 //! The job walks through the device from its start. Ranges that need no copy are passed over at no
 //! cost; of the others several copies are in flight at once, in pieces small enough for the speed
-//! limit to be kept smoothly. Copies may land in any order; what clients see as `offset` is the mark
-//! below which all have landed.
+//! limit to be kept smoothly. While a guest is active, there is one at a time. Copies may land in any
+//! order; what clients see as `offset` is the mark below which all have landed.
 //!
 //! How ranges are looked up and copied, and what makes the result count, is the business of a
 //! [`StreamSource`].
@@ -27,6 +27,10 @@ pub const MAX_COPY: u64 = 512 << 10;
 
 /// How many copies are in flight at most.
 pub const MAX_IN_FLIGHT: usize = 4;
+
+/// How many copies are in flight at most while a guest is active: it may have to wait for that long
+/// behind them at the disk.
+pub const POLITE_IN_FLIGHT: usize = 1;
 
 /// How far ahead ranges are looked up at once.
 const LOOK_AHEAD: u64 = 64 << 20;
@@ -69,6 +73,11 @@ pub trait StreamSource {
 
     /// The cluster size of the layer streamed into.
     fn cluster_size(&self) -> u64;
+
+    /// Whether a guest has asked for something in the last few milliseconds.
+    fn guest_is_active(&self) -> bool {
+        false
+    }
 
     /// What the range at `offset` needs, and how far that holds: at least one byte, at most
     /// `max_len`. It may change before the range is copied.
@@ -215,7 +224,7 @@ impl<'a> Copier<'a> {
                 }
                 self.stopping = false;
             }
-            if self.in_flight.len() >= MAX_IN_FLIGHT {
+            if self.in_flight.len() >= self.max_in_flight() {
                 self.land_one().await;
                 continue;
             }
@@ -238,6 +247,14 @@ impl<'a> Copier<'a> {
             }
         }
         self.ignored.take().map_or(Ok(()), Err)
+    }
+
+    fn max_in_flight(&self) -> usize {
+        if self.source.guest_is_active() {
+            POLITE_IN_FLIGHT
+        } else {
+            MAX_IN_FLIGHT
+        }
     }
 
     async fn find_work(&mut self) -> Work {
@@ -395,7 +412,7 @@ impl<'a> Copier<'a> {
 }
 
 /// Lets the other tasks of the thread run.
-async fn yield_now() {
+pub(super) async fn yield_now() {
     struct Yield(bool);
     impl Future for Yield {
         type Output = ();

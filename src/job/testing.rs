@@ -13,7 +13,7 @@ use event_listener::Event as Signal;
 use futures_util::future::LocalBoxFuture;
 use parking_lot::Mutex;
 
-use super::stream::{ChunkStatus, JobIoError, Stream, StreamSource};
+use super::stream::{ChunkStatus, JobIoError, Stream, StreamSource, yield_now};
 use super::*;
 
 pub const KIB: u64 = 1 << 10;
@@ -130,6 +130,7 @@ pub struct Disk {
     pub gate_moved: Signal,
     /// How many copies were in flight at once at most, and are now.
     pub most_in_flight: Mutex<(usize, usize)>,
+    pub guest_is_active: Mutex<bool>,
 }
 
 impl Disk {
@@ -147,6 +148,7 @@ impl Disk {
             gate: Mutex::new(false),
             gate_moved: Signal::new(),
             most_in_flight: Mutex::default(),
+            guest_is_active: Mutex::default(),
         })
     }
 
@@ -165,6 +167,10 @@ impl StreamSource for FakeSource {
 
     fn cluster_size(&self) -> u64 {
         self.0.cluster
+    }
+
+    fn guest_is_active(&self) -> bool {
+        *self.0.guest_is_active.lock()
     }
 
     fn chunk_status(
@@ -198,6 +204,8 @@ impl StreamSource for FakeSource {
                 count.1 += 1;
                 count.0 = count.0.max(count.1);
             }
+            // Whatever else is to be in flight is begun meanwhile.
+            yield_now().await;
             loop {
                 let moved = disk.gate_moved.listen();
                 if !*disk.gate.lock() {

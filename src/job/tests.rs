@@ -56,6 +56,17 @@ fn several_copies_are_in_flight() {
     assert_eq!(disk.most_in_flight.lock().0, stream::MAX_IN_FLIGHT);
 }
 
+/// Would catch a stream that crowds out an active guest.
+#[test]
+fn one_copy_is_in_flight_while_a_guest_is_active() {
+    let bench = Bench::new();
+    let disk = Disk::new(800, 0..800);
+    *disk.guest_is_active.lock() = true;
+    bench.start(spec(), &disk);
+    bench.until("null");
+    assert_eq!(disk.most_in_flight.lock().0, stream::POLITE_IN_FLIGHT);
+}
+
 /// Would catch a result that is put in force without being asked for, and a job that vanishes
 /// before its end was looked at.
 #[test]
