@@ -16,6 +16,8 @@ pub enum Disk {
     Overlay,
     /// An empty qcow2 overlay over an empty one: allocation without anything to copy.
     Empty,
+    /// Fifteen empty overlays, one over the other, over the image with all clusters.
+    Chain,
 }
 
 impl Disk {
@@ -26,9 +28,13 @@ impl Disk {
             Disk::Qcow2 => "qcow2",
             Disk::Overlay => "overlay",
             Disk::Empty => "empty overlay",
+            Disk::Chain => "chain of 16",
         }
     }
 }
+
+/// Layers of a chain.
+const CHAIN: usize = 16;
 
 /// A folder with the lasting images, removed at the end.
 pub struct Disks {
@@ -72,6 +78,18 @@ impl Disks {
                     images::create(&base, self.size, "compat=1.1", None)?;
                 }
                 self.overlay(base)
+            }
+            Disk::Chain => {
+                let mut layers = vec![(self.qcow2()?, "qcow2")];
+                for number in 1..CHAIN {
+                    let path = self.file(&format!("layer{number}.qcow2"));
+                    let below = &layers[0].0;
+                    if !path.exists() {
+                        images::create(&path, self.size, "compat=1.1", Some((below, "qcow2")))?;
+                    }
+                    layers.insert(0, (path, "qcow2"));
+                }
+                Ok(layers)
             }
         }
     }

@@ -31,6 +31,7 @@ pub fn rows() -> Vec<Row> {
         len,
         depth,
         order,
+        flush_every: None,
     };
     let usual = [
         ("4k randread QD1", shape(false, 4096, 1, Order::Random)),
@@ -45,6 +46,11 @@ pub fn rows() -> Vec<Row> {
     for disk in [Disk::Raw, Disk::Qcow2, Disk::Overlay] {
         rows.extend(usual.iter().map(|&(load, shape)| Row { disk, load, shape }));
     }
+    rows.push(Row {
+        disk: Disk::Chain,
+        load: "4k randread QD32",
+        shape: shape(false, 4096, 32, Order::Random),
+    });
     let once = Order::EachClusterOnce;
     for (disk, load, len, depth) in [
         (Disk::Overlay, "4k allocating write QD32", 4096, 32),
@@ -55,6 +61,16 @@ pub fn rows() -> Vec<Row> {
             disk,
             load,
             shape: shape(true, len, depth, once),
+        });
+    }
+    for disk in [Disk::Overlay, Disk::Empty] {
+        rows.push(Row {
+            disk,
+            load: "4k allocating write QD32, flush after 32",
+            shape: Shape {
+                flush_every: Some(32),
+                ..shape(true, 4096, 32, once)
+            },
         });
     }
     rows
@@ -109,10 +125,18 @@ fn run(
         load.run_for(options.warm_up())?;
     }
     let other = OtherLoad::start(&daemon)?;
-    let before = daemon.cpu_time()?;
+    let (before, written) = (daemon.cpu_time()?, daemon.bytes_written()?);
     let measured = load.run_for(options.measured())?;
     let cpu = daemon.cpu_time()?.saturating_sub(before);
     let other = other.end(&daemon)?;
+    let mut written_each = f64::NAN;
+    if row.shape.write {
+        load.flush()?;
+        let bytes = daemon.bytes_written()?.saturating_sub(written);
+        if bytes > 0 {
+            written_each = bytes as f64 / 1024.0 / measured.requests.max(1) as f64;
+        }
+    }
     load.verify_samples()?;
     drop(load);
     daemon.stop()?;
@@ -121,6 +145,7 @@ fn run(
         p50: measured.latencies.percentile(0.50),
         p99: measured.latencies.percentile(0.99),
         cpu: cpu.as_secs_f64() * 1e6 / measured.requests.max(1) as f64,
+        written: written_each,
         other,
     })
 }

@@ -30,6 +30,8 @@ pub struct Shape {
     pub depth: usize,
     /// Where they go.
     pub order: Order,
+    /// A flush follows after so many of them.
+    pub flush_every: Option<u64>,
 }
 
 /// Latencies, in buckets of at most 1/32 of their value.
@@ -111,6 +113,8 @@ pub struct Load {
     clusters: Vec<u64>,
     started: Vec<Instant>,
     offsets: Vec<u64>,
+    /// Slots with a flush in flight.
+    flushing: Vec<bool>,
     scratch: Vec<u8>,
     verified: usize,
     written: Vec<u64>,
@@ -161,6 +165,7 @@ impl Load {
             clusters,
             started: vec![Instant::now(); shape.depth],
             offsets: vec![0; shape.depth],
+            flushing: vec![false; shape.depth],
             scratch: vec![0; shape.len],
             verified: 0,
             written: Vec::new(),
@@ -189,11 +194,21 @@ impl Load {
             while let Some(done) = self.queue.pop()? {
                 let slot = done.token as usize;
                 self.finish(slot, done.status)?;
+                if std::mem::take(&mut self.flushing[slot]) {
+                    self.start(slot, now)?;
+                    continue;
+                }
                 measured.requests += 1;
                 measured
                     .latencies
                     .add(now.duration_since(self.started[slot]));
-                self.start(slot, now)?;
+                match self.shape.flush_every {
+                    Some(every) if measured.requests.is_multiple_of(every) => {
+                        self.flushing[slot] = true;
+                        self.queue.submit(&Op::flush(), slot as u64)?;
+                    }
+                    _ => self.start(slot, now)?,
+                }
             }
             self.queue.kick()?;
         }
@@ -220,10 +235,20 @@ impl Load {
         while self.queue.in_flight() > 0 {
             self.wait()?;
             while let Some(done) = self.queue.pop()? {
-                self.finish(done.token as usize, done.status)?;
+                let slot = done.token as usize;
+                self.finish(slot, done.status)?;
+                self.flushing[slot] = false;
             }
         }
         Ok(())
+    }
+
+    /// Makes stable what was written.
+    pub fn flush(&mut self) -> Res<()> {
+        match self.queue.run(&Op::flush())? {
+            frontend::OK => Ok(()),
+            status => Err(format!("a flush completed with status {status}").into()),
+        }
     }
 
     fn place(&mut self) -> Option<u64> {
@@ -270,6 +295,9 @@ impl Load {
         let offset = self.offsets[slot];
         if status != frontend::OK {
             return Err(format!("a request at {offset:#x} completed with status {status}").into());
+        }
+        if self.flushing[slot] {
+            return Ok(());
         }
         if self.shape.write {
             if self.written.len() < SAMPLES {

@@ -14,6 +14,8 @@ pub struct IoSample {
     pub p99: f64,
     /// CPU seconds of the back-end per million requests.
     pub cpu: f64,
+    /// KiB written to the disk for each request, flushed; NaN where that is not counted.
+    pub written: f64,
     /// CPUs kept busy by others meanwhile.
     pub other: f64,
 }
@@ -135,17 +137,19 @@ impl Report {
     fn io_table(&self, text: &mut String, names: &[&'static str]) {
         let _ = writeln!(
             text,
-            "| row | 1000 IOPS | ratio | p50 µs | p99 µs | ratio | CPU s per million | ratio |\n\
-             | --- | --- | --- | --- | --- | --- | --- | --- |"
+            "| row | 1000 IOPS | ratio | p50 µs | p99 µs | ratio | CPU s per million | ratio | \
+             KiB written each |\n\
+             | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
         );
         for row in rows(&self.io) {
             let of = |get: fn(&IoSample) -> f64| medians(&self.io, row, names, get);
             let (iops, p50) = (of(|s| s.iops / 1000.0), of(|s| s.p50));
             let (p99, cpu) = (of(|s| s.p99), of(|s| s.cpu));
+            let written = of(|s| s.written);
             let best = better(&iops, true);
             let _ = writeln!(
                 text,
-                "| {row} | {} | {} | {} | {} | {} | {} | {} |",
+                "| {row} | {} | {} | {} | {} | {} | {} | {} | {} |",
                 cells(&iops, 1),
                 ratio(&iops, best),
                 cells(&p50, 0),
@@ -153,6 +157,7 @@ impl Report {
                 ratio(&p99, best),
                 cells(&cpu, 2),
                 ratio(&cpu, best),
+                cells(&written, 1),
             );
         }
         text.push('\n');

@@ -42,6 +42,7 @@ const SHAPE: Shape = Shape {
     len: 4096,
     depth: 32,
     order: Order::Random,
+    flush_every: None,
 };
 
 /// Measures the wanted rows in `dir`: in each round every back-end in turn.

@@ -1,5 +1,6 @@
 //! How the image engine scales with requests in flight and with queues, on storage that takes its
-//! time: each operation is answered after a set latency, however many others are under way.
+//! time: each operation is answered after a set latency, however many others are under way. Or on a
+//! real disk (`--latency 0 --dir target`).
 //!
 //! `cargo bench --bench engine` prints a table; `docs/performance.md` says how to read it. What it
 //! would show: a lock that is held across I/O (the figures stop growing with the depth), metadata
@@ -30,13 +31,14 @@ type Res<T> = Result<T, Box<dyn std::error::Error>>;
 /// Measure how the image engine scales.
 #[derive(Parser, Debug)]
 struct Options {
-    /// What each operation of the storage takes, in microseconds
+    /// What each operation of the storage takes, in microseconds; 0: as long as the disk takes that
+    /// holds the folder, past the page cache
     #[arg(long, default_value_t = 200)]
     latency: u64,
     /// Seconds measured for each figure
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
-    /// Folder for the images; it should be on tmpfs
+    /// Folder for the images; on tmpfs, unless the latency is 0
     #[arg(long, default_value = "/dev/shm")]
     dir: PathBuf,
     /// Given by `cargo bench`; without meaning here
@@ -101,12 +103,15 @@ fn text(path: &Path) -> Res<&str> {
 fn layer(path: &Path, options: &Options, writable: bool, cache_bytes: u64) -> Res<Arc<Layer>> {
     let flags = OpenFlags {
         writable,
+        direct: options.latency == 0,
         no_lock: true,
         ..OpenFlags::default()
     };
-    let file = Arc::new(FileStorage::open(path, flags)?);
-    let latency = Duration::from_micros(options.latency);
-    let storage: Arc<dyn Storage> = Arc::new(Delay::new(file, latency));
+    let mut storage: Arc<dyn Storage> = Arc::new(FileStorage::open(path, flags)?);
+    if options.latency > 0 {
+        let latency = Duration::from_micros(options.latency);
+        storage = Arc::new(Delay::new(storage, latency));
+    }
     let format = if path.extension().is_some_and(|e| e == "qcow2") {
         let reactor = Reactor::for_this_thread()?;
         let options = qcow2::Options {
@@ -306,10 +311,11 @@ fn main() -> Res<()> {
     let dir = tempfile::Builder::new()
         .prefix("stratablk-bench-")
         .tempdir_in(&options.dir)?;
-    println!(
-        "Each operation of the storage takes {} µs. 1000 requests per second:\n",
-        options.latency
-    );
+    let latency = match options.latency {
+        0 => "as long as the disk takes".to_owned(),
+        latency => format!("{latency} µs"),
+    };
+    println!("Each operation of the storage takes {latency}. 1000 requests per second:\n");
     let head: Vec<String> = SHAPES
         .iter()
         .map(|(queues, depth)| format!("{queues} × {depth}"))

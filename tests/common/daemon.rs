@@ -180,6 +180,15 @@ impl Daemon {
         cpu_time_of(self.pid())
     }
 
+    /// Bytes that the process has written to disks past the page cache so far.
+    pub fn bytes_written(&self) -> Res<u64> {
+        let text = fs::read_to_string(format!("/proc/{}/io", self.pid()))?;
+        let value = text
+            .lines()
+            .find_map(|line| line.strip_prefix("write_bytes: "));
+        Ok(value.ok_or("no write_bytes")?.parse()?)
+    }
+
     /// How many descriptors the process has open.
     pub fn descriptors(&self) -> Res<usize> {
         Ok(fs::read_dir(format!("/proc/{}/fd", self.pid()))?.count())
