@@ -471,8 +471,10 @@ impl Walk<'_, '_, '_> {
             } else {
                 self.add(entry, self.image.cluster_size(), 1);
                 let references = self.scan.references.get(cluster);
-                (references != 1)
-                    .then(|| format!("points at a cluster with {references} references"))
+                self.scan.rebuild |= references != 1;
+                // More than a refcount can hold are told of as that.
+                let wanted = self.scan.wanted(self.image, cluster);
+                (wanted != 1).then(|| format!("points at a cluster with {references} references"))
             };
             if let Some(what) = wrong {
                 self.scan.rebuild = true;
