@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use futures_util::future::LocalBoxFuture;
+use serde_json::{Map, Value, json};
 
 use super::Layer;
 use super::graph::{Graph, Node, filter_layer, resolve};
@@ -470,6 +471,12 @@ pub fn backing_options(
     if let Some(json) = backing.name.strip_prefix("json:") {
         let value = serde_json::from_str(json)
             .map_err(|error| Error::Invalid(format!("backing file name '{json}': {error}")))?;
+        let mut value = nested(value);
+        if let Value::Object(map) = &mut value
+            && let Some(format) = &backing.format
+        {
+            map.entry("driver").or_insert_with(|| json!(format));
+        }
         let mut options = BlockdevOptions::from_nested(&value, above, Dialect::Json)
             .map_err(|error| Error::Invalid(error.to_string()))?;
         options.read_only = true;
@@ -481,6 +488,34 @@ pub fn backing_options(
         copy_on_read: false,
     }));
     layer_options(placeholder, &path, backing.format.as_deref())
+}
+
+/// An object whose keys may be paths (`file.filename`), as QEMU has them in `json:` names, with
+/// objects in their place.
+fn nested(value: Value) -> Value {
+    let Value::Object(flat) = value else {
+        return value;
+    };
+    let mut map = Map::new();
+    for (path, value) in flat {
+        let mut place = &mut map;
+        let mut keys = path.split('.').peekable();
+        while let Some(key) = keys.next() {
+            if keys.peek().is_none() {
+                place.insert(key.to_owned(), nested(value));
+                break;
+            }
+            let inner = place
+                .entry(key)
+                .or_insert_with(|| Value::Object(Map::new()));
+            if !inner.is_object() {
+                *inner = Value::Object(Map::new());
+            }
+            let Value::Object(inner) = inner else { break };
+            place = inner;
+        }
+    }
+    Value::Object(map)
 }
 
 /// The options of a node for the image in the file `path`: a node of `format` (probed if there is

@@ -98,6 +98,39 @@ fn chains_are_told_down_to_the_last_layer() {
 }
 
 #[test]
+fn backing_files_named_in_json_are_told() {
+    let dir = Dir::new();
+    dir.qemu(&["create", "-q", "-f", "raw", "base.raw", "1M"]);
+    dir.qemu(&["create", "-q", "-f", "qcow2", "middle", "2M"]);
+    for (name, format, json) in [
+        (
+            "one",
+            "qcow2",
+            r#"{"driver":"qcow2","file":{"driver":"file","filename":"middle"}}"#,
+        ),
+        (
+            "two",
+            "raw",
+            r#"{"driver":"raw","file.driver":"file","file.filename":"base.raw"}"#,
+        ),
+        ("three", "raw", r#"{"driver":"file","filename":"base.raw"}"#),
+    ] {
+        let json = format!("json:{json}");
+        let args = [
+            "create", "-q", "-f", "qcow2", "-u", "-F", format, "-b", &json, name, "2M",
+        ];
+        dir.qemu(&args);
+        same_info(&dir, &[name]);
+        if name != "three" {
+            same_info(&dir, &["--backing-chain", name]);
+        }
+    }
+    // QEMU describes the protocol node itself there.
+    let chain = dir.ctl(&["info", "--backing-chain", "three"]);
+    assert!(chain.contains("image: base.raw"), "{chain}");
+}
+
+#[test]
 fn compressed_clusters_and_other_formats_are_told() {
     let mut rng = rng();
     let dir = Dir::new();

@@ -1,8 +1,10 @@
 //! What an image's header says, in the form of `qemu-img info --output=json`.
 
-use super::open::probe;
+use super::open::{Purpose, common as common_options, probe};
 use super::snapshot;
+use crate::chain::backing_options;
 use crate::chain::graph::resolve;
+use crate::config::{BlockRef, BlockdevOptions, Driver};
 use crate::error::{Action, Error, Result};
 use crate::format::qcow2::header::{Backing, INCOMPATIBLE_DIRTY};
 use crate::format::qcow2::{bitmaps, describe_header, format_specific};
@@ -18,8 +20,8 @@ use std::sync::Arc;
 pub struct Described {
     /// In QEMU's form.
     pub value: Value,
-    /// Where its backing file is and what format it is said to have.
-    pub below: Option<(PathBuf, Option<String>)>,
+    /// Its backing file.
+    pub backing: Option<Backing>,
 }
 
 /// Describes the image in `path`; nothing under it is opened, and it may be in use.
@@ -63,10 +65,12 @@ pub async fn describe(path: &Path, format: Option<&str>) -> Result<Described> {
             )));
         }
     };
-    let below = backing.map(|backing| name_below(&mut value, path, backing));
+    if let Some(backing) = &backing {
+        name_below(&mut value, path, backing);
+    }
     Ok(Described {
         value: Value::Object(value),
-        below,
+        backing,
     })
 }
 
@@ -149,12 +153,50 @@ async fn describe_qcow2(
     Ok(header.backing)
 }
 
-/// Adds how the image names its backing file. Returns where that is.
-fn name_below(
-    value: &mut Map<String, Value>,
-    image: &Path,
-    backing: Backing,
-) -> (PathBuf, Option<String>) {
+/// The file and the format of the image that `image` names as its backing file.
+///
+/// # Errors
+/// When the name makes no sense.
+pub fn place_below(image: &Path, backing: Backing) -> Result<(PathBuf, Option<String>)> {
+    if !backing.name.starts_with("json:") {
+        let plain = backing.name.strip_prefix("file:").unwrap_or(&backing.name);
+        return Ok((resolve(image, plain), backing.format));
+    }
+    let options = backing_options(&common_options(Purpose::ReadShared), image, &backing)?;
+    file_of(&options)
+        .map(|(path, format)| (path, format.map(str::to_owned)))
+        .ok_or_else(|| {
+            Error::Invalid(format!(
+                "{}: backing file '{}' (expected an image in a file)",
+                image.display(),
+                backing.name
+            ))
+        })
+}
+
+/// The file that a node's options lead to, and the format of the image in it.
+fn file_of(options: &BlockdevOptions) -> Option<(PathBuf, Option<&'static str>)> {
+    let (file, format) = match &options.driver {
+        Driver::File(file) | Driver::HostDevice(file) => {
+            return Some((file.filename.clone(), None));
+        }
+        Driver::Raw(raw) => (&raw.file, Some("raw")),
+        Driver::Qcow2(qcow2) => (&qcow2.file, Some("qcow2")),
+        Driver::Qed(qed) => (&qed.file, Some("qed")),
+        Driver::CopyOnRead(filter) => (&filter.file, None),
+        Driver::Auto(auto) => (&auto.file, None),
+    };
+    match file {
+        BlockRef::Inline(below) => {
+            let (path, inner) = file_of(below)?;
+            Some((path, format.or(inner)))
+        }
+        BlockRef::Name(_) => None,
+    }
+}
+
+/// Adds how the image names its backing file.
+fn name_below(value: &mut Map<String, Value>, image: &Path, backing: &Backing) {
     let plain = backing.name.strip_prefix("file:").unwrap_or(&backing.name);
     let path = if plain.starts_with("json:") {
         PathBuf::from(plain)
@@ -169,5 +211,4 @@ fn name_below(
     if let Some(format) = &backing.format {
         value.insert("backing-filename-format".to_owned(), json!(format));
     }
-    (path, backing.format)
 }

@@ -1,6 +1,6 @@
 //! `info`: what an image is.
 
-use super::describe::{Described, describe};
+use super::describe::{Described, describe, place_below};
 use super::open::Images;
 use super::snapshot;
 use crate::ctl::{Failure, units};
@@ -41,9 +41,12 @@ pub fn run(args: &InfoArgs, json: bool, out: &mut dyn Write) -> Result<(), Failu
                 path.display()
             ))));
         }
-        let Described { value, below } = images.run(describe(&path, format.as_deref()))?;
+        let Described { value, backing } = images.run(describe(&path, format.as_deref()))?;
         values.push(value);
-        next = below.filter(|_| args.backing_chain);
+        let backing = backing.filter(|_| args.backing_chain);
+        next = backing
+            .map(|backing| place_below(&path, backing))
+            .transpose()?;
     }
     if json {
         let value = match (args.backing_chain, values.len()) {
