@@ -247,8 +247,9 @@ impl Judge {
                 }
             }
             at = at.checked_add((24 + name + extra).next_multiple_of(8))?;
-            if at > directory.checked_add(len)? {
-                // It leaves the directory: what the bitmaps refer to is not to be relied on.
+            if at > directory.checked_add(len)? || extra > 0 {
+                // It leaves the directory, or has extra data that must be understood: what the
+                // bitmaps refer to is not to be relied on.
                 return None;
             }
         }

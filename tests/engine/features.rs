@@ -302,6 +302,37 @@ fn a_compressed_stream_is_small_and_qemu_reads_it() {
     }
 }
 
+/// What would be caught: a discard or zeroes up to the disk's end that fail where the last cluster
+/// is compressed and reaches behind it.
+#[test]
+fn the_last_cluster_is_cleared_though_the_disk_ends_within_it() {
+    const SIZE: usize = 5 << 15;
+    for options in ["cluster_size=64k", "cluster_size=64k,extended_l2=on"] {
+        for zeroes in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let (base, top) = (in_dir(&dir, "base.raw"), in_dir(&dir, "top.qcow2"));
+            let mut bytes = vec![7; SIZE];
+            std::fs::write(&base, &bytes).unwrap();
+            let names = [base.to_str().unwrap(), top.to_str().unwrap()];
+            let convert = ["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options];
+            run("qemu-img", &[&convert[..], &names[..]].concat());
+            let disk = Disk::open(&top, "qcow2", json!({}));
+            let (at, len) = (1 << 16, SIZE as u64 - (1 << 16));
+            let cleared = disk.reactor.block_on(async {
+                match zeroes {
+                    true => disk.view().write_zeroes(at, len, true).await,
+                    false => disk.view().discard(at, len).await,
+                }
+            });
+            cleared.unwrap_or_else(|error| panic!("{options}, zeroes: {zeroes}: {error}"));
+            disk.close();
+            bytes[at as usize..].fill(0);
+            check(&top, false);
+            compare(&top, "qcow2", &bytes);
+        }
+    }
+}
+
 /// What would be caught: a copy from below that takes the place of a snapshot's cluster, and
 /// shifts or loses what the cluster held.
 #[test]

@@ -280,13 +280,17 @@ impl Qcow2 {
     }
 
     /// Clears `[offset, offset + len)`, which is whole units; the disk's end counts as the end
-    /// of its last one. Compressed clusters are cleared as a whole or not at all.
+    /// of its last cluster. Compressed clusters are cleared as a whole or not at all.
     ///
     /// # Errors
     /// When metadata cannot be read or written, or the range cuts a compressed cluster; a prefix
     /// may have been cleared.
     pub async fn clear(&self, offset: u64, len: u64, how: Clear) -> Result<()> {
-        let end = (offset + len).next_multiple_of(self.unit_size());
+        let end = if offset + len < self.size {
+            (offset + len).next_multiple_of(self.unit_size())
+        } else {
+            (offset + len).next_multiple_of(self.cluster_size())
+        };
         self.clear_data_file(offset, end, how).await?;
         let mut at = offset;
         self.modify(&mut at, end, |_, units, old| match how {
