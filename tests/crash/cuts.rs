@@ -202,10 +202,13 @@ fn a_snapshot_of_subclusters() {
     cuts(recipe, false, 120);
 }
 
+/// What would be caught: a write in place that is stable before the bitmap which has not recorded
+/// it is marked.
 #[test]
 fn a_persistent_bitmap() {
     let recipe = Recipe {
         bitmap: true,
+        filled: 400,
         ..Recipe::new("cluster_size=4k", 512)
     };
     cuts(recipe, false, 60);

@@ -88,7 +88,11 @@ impl Judge<'_> {
                 ));
             }
         }
-        Ok(seen.into_iter().flatten().collect())
+        let seen: Vec<u32> = seen.into_iter().flatten().collect();
+        if seen != self.disk.first && Image::new(&state.files[0])?.has_bitmap_in_force()? {
+            return Err("the disk is not what it was, and a bitmap knows nothing of it".into());
+        }
+        Ok(seen)
     }
 
     /// Work goes on: what is written now is there, nothing else changes, nothing leaks.
