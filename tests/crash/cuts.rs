@@ -21,7 +21,7 @@ use stratablk::storage::{AlignedBuf, IoBufs};
 use crate::disk::{Below, Disk, Recipe, read_all, write};
 use crate::history::{SECTOR, fill, stamp_of};
 use crate::judge::Judge;
-use crate::machine::{Effect, Event, Machine};
+use crate::machine::{Counted, Effect, Event, Fault, Machine};
 use crate::qcow2::Image;
 use crate::states::visit;
 use crate::workload::Work;
@@ -128,8 +128,18 @@ fn a_slow_request_keeps_the_clusters_that_it_found() {
 /// Guests work on a disk, and a stream if `stream`; then the machine stops at every instant.
 /// Returns the image as it was before and after the work.
 fn cuts(recipe: Recipe, stream: bool, operations: usize) -> (Vec<u8>, Vec<u8>) {
-    let seed = seed();
-    println!("STRATABLK_SEED={seed}: {recipe:?}");
+    cuts_with(seed(), recipe, stream, operations, None)
+}
+
+/// As [`cuts`], on storage that fails for a while if there is a `fault`.
+fn cuts_with(
+    seed: u64,
+    recipe: Recipe,
+    stream: bool,
+    operations: usize,
+    fault: Option<Fault>,
+) -> (Vec<u8>, Vec<u8>) {
+    println!("STRATABLK_SEED={seed}: {recipe:?}, {fault:?}");
     let mut rng = StdRng::seed_from_u64(seed);
     let dir = tempfile::tempdir().unwrap();
     let disk = Disk::make(dir.path(), recipe);
@@ -146,6 +156,8 @@ fn cuts(recipe: Recipe, stream: bool, operations: usize) -> (Vec<u8>, Vec<u8>) {
             Box::new(move || clock.now()),
         );
         work.compress.set(recipe.compress);
+        work.strict.set(fault.is_none());
+        machine.fail(fault);
         if stream {
             work.spawn_stream(&reactor, 3);
         }
@@ -153,6 +165,8 @@ fn cuts(recipe: Recipe, stream: bool, operations: usize) -> (Vec<u8>, Vec<u8>) {
             work.spawn_guest(&reactor, operations / 5);
         }
         machine.run(&reactor, &mut rng);
+        machine.fail(None);
+        work.strict.set(true);
         reactor.block_on(work.flush());
         let everything = read_all(&reactor, &work.chain.borrow()).unwrap();
         let history = work.history.borrow().clone();
@@ -334,4 +348,31 @@ fn a_compressed_stream() {
         ..Recipe::new("cluster_size=4k", 1024)
     };
     cuts(recipe, true, 100);
+}
+
+/// What would be caught: a flush that failed and counts all the same, clusters that are free because
+/// a flush that failed has unmapped them.
+#[test]
+fn storage_that_fails_for_a_while() {
+    let seed = seed();
+    let mut rng = StdRng::seed_from_u64(seed);
+    for round in 0..6 {
+        let recipe = Recipe {
+            filled: 400,
+            data_file: round >= 4,
+            ..Recipe::new("cluster_size=4k", 512)
+        };
+        let (of, from, count) = match round % 2 {
+            0 => (Counted::Changes, rng.random_range(10..60), 1..20),
+            _ => (Counted::Barriers, rng.random_range(0..10), 1..4),
+        };
+        let fault = Fault {
+            file: usize::from(recipe.data_file),
+            of,
+            from,
+            until: from + rng.random_range(count),
+            errno: libc::EIO,
+        };
+        cuts_with(seed.wrapping_add(round), recipe, false, 60, Some(fault));
+    }
 }

@@ -13,6 +13,7 @@ use stratablk::chain::Chain;
 use stratablk::reactor::Reactor;
 
 use crate::disk::{Below, Disk, Recipe, read_all};
+use crate::machine::Counted::{self, Changes, Reads};
 use crate::machine::{Fault, Machine};
 use crate::qcow2::Image;
 use crate::workload::Work;
@@ -121,13 +122,13 @@ impl Bench {
     }
 
     /// Every operation on `file` fails, one after another.
-    fn every(&mut self, file: usize, reads: bool, errno: i32) {
+    fn every(&mut self, file: usize, of: Counted, errno: i32) {
         let fault = |from, until| Fault {
             file,
+            of,
             from,
             until,
             errno,
-            reads,
         };
         let total = self.run(fault(usize::MAX, usize::MAX));
         assert!(total > 0, "{:?}: nothing to fail", self.disk.recipe);
@@ -165,7 +166,7 @@ fn of_a_plain_image() {
         reserves: true,
         ..Recipe::new("cluster_size=4k", 1024)
     };
-    bench(recipe, false).every(0, false, libc::ENOSPC);
+    bench(recipe, false).every(0, Changes, libc::ENOSPC);
 }
 
 #[test]
@@ -176,8 +177,8 @@ fn of_metadata_that_is_not_all_in_memory() {
         ..Recipe::new("cluster_size=512,refcount_bits=64", 2048)
     };
     let mut bench = bench(recipe, false);
-    bench.every(0, false, libc::EIO);
-    bench.every(0, true, libc::EIO);
+    bench.every(0, Changes, libc::EIO);
+    bench.every(0, Reads, libc::EIO);
 }
 
 #[test]
@@ -186,7 +187,7 @@ fn while_the_refcount_table_grows() {
         filled: 3930,
         ..Recipe::new("cluster_size=512,refcount_bits=64", 6400)
     };
-    bench(recipe, false).every(0, false, libc::EIO);
+    bench(recipe, false).every(0, Changes, libc::EIO);
 }
 
 #[test]
@@ -196,9 +197,9 @@ fn of_a_data_file() {
         ..Recipe::new("cluster_size=4k,data_file_raw=on", 512)
     };
     let mut bench = bench(recipe, false);
-    bench.every(0, false, libc::EIO);
-    bench.every(1, false, libc::ENOSPC);
-    bench.every(1, true, libc::EIO);
+    bench.every(0, Changes, libc::EIO);
+    bench.every(1, Changes, libc::ENOSPC);
+    bench.every(1, Reads, libc::EIO);
 }
 
 #[test]
@@ -208,8 +209,8 @@ fn of_layers_below() {
         ..Recipe::new("cluster_size=4k", 1024)
     };
     let mut bench = bench(recipe, true);
-    bench.every(1, true, libc::EIO);
-    bench.every(2, true, libc::EIO);
+    bench.every(1, Reads, libc::EIO);
+    bench.every(2, Reads, libc::EIO);
 }
 
 #[test]
@@ -220,8 +221,8 @@ fn of_an_overlay_with_subclusters() {
         ..Recipe::new("cluster_size=16k,extended_l2=on", 1024)
     };
     let mut bench = bench(recipe, true);
-    bench.every(0, false, libc::ENOSPC);
-    bench.every(1, true, libc::EIO);
+    bench.every(0, Changes, libc::ENOSPC);
+    bench.every(1, Reads, libc::EIO);
 }
 
 #[test]
@@ -231,7 +232,7 @@ fn of_a_compressed_stream() {
         compress: true,
         ..Recipe::new("cluster_size=4k", 1024)
     };
-    bench(recipe, true).every(0, false, libc::ENOSPC);
+    bench(recipe, true).every(0, Changes, libc::ENOSPC);
 }
 
 #[test]
@@ -242,8 +243,8 @@ fn of_an_image_with_a_snapshot() {
         ..Recipe::new("cluster_size=2k", 1024)
     };
     let mut bench = bench(recipe, false);
-    bench.every(0, false, libc::ENOSPC);
-    bench.every(0, true, libc::EIO);
+    bench.every(0, Changes, libc::ENOSPC);
+    bench.every(0, Reads, libc::EIO);
 }
 
 /// A file below that has become shorter reads as zeros from there on.
@@ -260,10 +261,10 @@ fn a_short_file_below_reads_as_zeros() {
         bench.seed = bench.seed.wrapping_add(round);
         bench.run(Fault {
             file: 0,
+            of: Reads,
             from: usize::MAX,
             until: usize::MAX,
             errno: 0,
-            reads: true,
         });
     }
 }

@@ -46,22 +46,47 @@ pub enum Event {
         file: usize,
         effect: Effect,
     },
-    /// Failed operations are never done.
-    Done { id: usize },
+    Done {
+        id: usize,
+    },
+    /// It failed, and did no more than this.
+    Failed {
+        id: usize,
+        effect: Effect,
+    },
+}
+
+/// What counts for a fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Counted {
+    Reads,
+    /// All but reads.
+    Changes,
+    /// Those of the changes that make others stable.
+    Barriers,
+}
+
+impl Counted {
+    fn has(self, effect: &Effect) -> bool {
+        match self {
+            Self::Reads => *effect == Effect::Read,
+            Self::Changes => *effect != Effect::Read,
+            Self::Barriers => *effect == Effect::Sync,
+        }
+    }
 }
 
 /// Which operations fail.
 #[derive(Clone, Copy, Debug)]
 pub struct Fault {
-    /// Operations on this file count.
+    /// Operations on this file count, if they are among `of`.
     pub file: usize,
+    pub of: Counted,
     /// The first one that fails, by its number among those that count.
     pub from: usize,
     /// The first one that does not fail any more.
     pub until: usize,
     pub errno: i32,
-    /// Reads count, and writes and barriers do not; or the other way round.
-    pub reads: bool,
 }
 
 struct Pending {
@@ -206,8 +231,9 @@ impl Machine {
 }
 
 impl State {
-    fn verdict(&mut self, file: usize, read: bool) -> Option<i32> {
-        let fault = self.fault.filter(|f| f.file == file && f.reads == read)?;
+    fn verdict(&mut self, file: usize, effect: &Effect) -> Option<i32> {
+        let counts = |fault: &Fault| fault.file == file && fault.of.has(effect);
+        let fault = self.fault.filter(counts)?;
         let number = self.counted;
         self.counted += 1;
         let fails = (fault.from..fault.until).contains(&number);
@@ -230,11 +256,17 @@ impl State {
 
     fn perform(&mut self, pending: Pending) -> io::Result<u32> {
         if let Some(errno) = pending.fault {
-            if let Effect::Write { offset, bytes } = &pending.effect {
+            let effect = match pending.effect {
                 // Some of it reached the disk.
-                let half = bytes.len() / 1024 * 512;
-                write(&mut self.files[pending.file], *offset, &bytes[..half]);
-            }
+                Effect::Write { offset, mut bytes } => {
+                    bytes.truncate(bytes.len() / 1024 * 512);
+                    Effect::Write { offset, bytes }
+                }
+                _ => Effect::Read,
+            };
+            apply(&mut self.files[pending.file], &effect);
+            let id = pending.id;
+            self.log.push(Event::Failed { id, effect });
             return Err(io::Error::from_raw_os_error(errno));
         }
         let result = match &pending.effect {
@@ -308,7 +340,7 @@ impl Storage for File {
             let error = io::Error::from_raw_os_error(libc::EOPNOTSUPP);
             return Submission::Ready(Err(error));
         }
-        let fault = state.verdict(self.index, effect == Effect::Read);
+        let fault = state.verdict(self.index, &effect);
         let pending = Pending {
             id: state.issue(self.index, &effect),
             file: self.index,
@@ -331,10 +363,10 @@ impl Storage for File {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         let mut state = self.machine.0.lock();
-        if let Some(errno) = state.verdict(self.index, false) {
+        let effect = Effect::SetLen(len);
+        if let Some(errno) = state.verdict(self.index, &effect) {
             return Err(io::Error::from_raw_os_error(errno));
         }
-        let effect = Effect::SetLen(len);
         let id = state.issue(self.index, &effect);
         apply(&mut state.files[self.index], &effect);
         state.log.push(Event::Done { id });
