@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::Arc;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -169,6 +170,33 @@ fn a_dirty_image_is_repaired_before_it_is_written() {
     let tables = Tables::of(std::fs::read(&path).unwrap(), 0);
     assert_eq!(tables.word(72), 0, "the dirty bit");
     assert_eq!(tables.word(80), 1, "lazy refcounts are still on");
+}
+
+/// What would be caught: a dirty bit that is gone before the refcounts and flags are right.
+#[test]
+fn an_image_is_dirty_until_its_refcounts_are_stable() {
+    let seed = seed();
+    println!("seed {seed}");
+    let mut rng = StdRng::seed_from_u64(seed);
+    let dir = tempfile::tempdir().unwrap();
+    let path = in_dir(&dir, "image.qcow2");
+    make_dirty(&path);
+    let start = std::fs::read(&path).unwrap();
+    let storage = Arc::new(MemoryStorage::new(start.clone()));
+    storage.record();
+    open_memory(&Reactor::for_this_thread().unwrap(), &storage);
+    let steps = storage.take_log();
+    let mut clean = 0;
+    for count in (0..=steps.len()).flat_map(|count| [count; 8]) {
+        let left = cut(&start, &steps[..count], &mut rng);
+        if Tables::of(left.clone(), 0).word(72) & 1 == 0 {
+            clean += 1;
+            let (summary, found) = ours(&left);
+            let damage = summary.unwrap().corruptions;
+            assert_eq!(damage, 0, "cut after {count} of {}: {found:?}", steps.len());
+        }
+    }
+    assert!(clean > 0, "it stays dirty");
 }
 
 #[test]
