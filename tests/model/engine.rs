@@ -179,6 +179,18 @@ fn slices_that_come_and_go() {
     orders("cluster_size=512", 500, THREADS);
 }
 
+/// What would be caught: a slice that is loaded over a newer one, by a thread that began to miss it
+/// before another had loaded and changed it.
+#[test]
+fn a_slice_that_two_miss() {
+    const THREADS: &[&[Step]] = &[
+        &[Write(512, 512, 2)],
+        &[Read(0, 512, 1)],
+        &[Read(0, 512, 1)],
+    ];
+    orders("cluster_size=512", 1000, THREADS);
+}
+
 #[test]
 fn clusters_that_are_freed_and_used_again() {
     const THREADS: &[&[Step]] = &[
