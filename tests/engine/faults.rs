@@ -1,8 +1,11 @@
 //! Storage that fails: each request gets its own error, nothing is half allocated, and work goes
 //! on when the storage does.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use stratablk::chain::Chain;
+use stratablk::format::Qcow2;
 use stratablk::reactor::Reactor;
 use stratablk::storage::memory::MemoryStorage;
 
@@ -55,44 +58,80 @@ fn a_write_that_fails_at_any_point_leaves_a_sound_image() {
     }
 }
 
+/// Bytes that are written, and stable, before storage fails.
+const BEFORE: usize = 1_600 << 10;
+
+/// An image whose refcount table has room for 2 MiB: it is about to grow.
+struct Growing {
+    dir: tempfile::TempDir,
+    start: Vec<u8>,
+    reactor: Reactor,
+}
+
+impl Growing {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = in_dir(&dir, "image.qcow2");
+        create(&path, "cluster_size=512,refcount_bits=64", SIZE);
+        Self {
+            start: std::fs::read(&path).unwrap(),
+            reactor: Reactor::for_this_thread().unwrap(),
+            dir,
+        }
+    }
+
+    /// The image with [`BEFORE`] bytes in it, on storage of which operation `fail_at` fails, and
+    /// all after it.
+    fn failing_at(&self, fail_at: usize) -> (Arc<MemoryStorage>, Arc<Qcow2>, Arc<Chain>) {
+        let storage = Arc::new(MemoryStorage::new(self.start.clone()));
+        let (image, chain) = open_memory(&self.reactor, &storage);
+        write_value(&self.reactor, &chain, 0, BEFORE, 1).unwrap();
+        self.reactor.block_on(chain.flush()).unwrap();
+        storage.fail_after(fail_at, libc::EIO);
+        (storage, image, chain)
+    }
+
+    /// Write number `index` of those that make the table grow. Whether it succeeded.
+    fn write(&self, chain: &Arc<Chain>, index: u64) -> bool {
+        write_value(&self.reactor, chain, BEFORE as u64 + index * 8192, 8192, 2).is_ok()
+    }
+
+    /// Whether the header names another table than at first.
+    fn has_another_table(&self, storage: &MemoryStorage) -> bool {
+        storage.snapshot()[48..56] != self.start[48..56]
+    }
+
+    /// Judges the image: leaves it in a file.
+    fn check(&self, storage: &MemoryStorage, leaks_allowed: bool) -> PathBuf {
+        let path = in_dir(&self.dir, "image.qcow2");
+        std::fs::write(&path, storage.snapshot()).unwrap();
+        check(&path, leaks_allowed);
+        path
+    }
+}
+
 /// What would be caught: references that are counted only in a table which the header does not
 /// name, after the replacement of the table has failed half-way.
 #[test]
 fn a_refcount_table_that_cannot_be_replaced_costs_no_data() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = in_dir(&dir, "image.qcow2");
-    create(&path, "cluster_size=512,refcount_bits=64", SIZE);
-    let start = std::fs::read(&path).unwrap();
-    let reactor = Reactor::for_this_thread().unwrap();
-    let table_of = |bytes: &[u8]| bytes[48..56].to_vec();
+    let growing = Growing::new();
     let mut judged = 0;
-    // The table has room for 2 MiB: it is about to grow. The first failures that find another
-    // table in the header are those in the middle of its replacement.
+    // The first failures that find another table in the header are those in the middle of its
+    // replacement.
     for fail_at in 0.. {
-        let storage = Arc::new(MemoryStorage::new(start.clone()));
-        let (image, chain) = open_memory(&reactor, &storage);
-        let before = 1_600 << 10;
-        write_value(&reactor, &chain, 0, before, 1).unwrap();
-        reactor.block_on(chain.flush()).unwrap();
-        storage.fail_after(fail_at, libc::EIO);
-        let mut replaced = false;
-        for index in 0..200 {
-            if index == 100 {
-                replaced = table_of(&storage.snapshot()) != table_of(&start);
-                storage.fail_after(usize::MAX, 0);
-            }
-            let offset = before as u64 + index * 8192;
-            let _ = write_value(&reactor, &chain, offset, 8192, 2);
-        }
-        let _ = reactor.block_on(chain.flush());
-        let _ = reactor.block_on(image.close());
+        let (storage, image, chain) = growing.failing_at(fail_at);
+        (0..100).for_each(|index| _ = growing.write(&chain, index));
+        let replaced = growing.has_another_table(&storage);
+        storage.fail_after(usize::MAX, 0);
+        (100..200).for_each(|index| _ = growing.write(&chain, index));
+        let _ = growing.reactor.block_on(chain.flush());
+        let _ = growing.reactor.block_on(image.close());
         if !replaced {
             assert!(fail_at < 2000, "the table is never replaced");
             continue;
         }
-        std::fs::write(&path, storage.snapshot()).unwrap();
-        check(&path, true);
-        let read = format!("read -P 1 0 {before}");
+        let path = growing.check(&storage, true);
+        let read = format!("read -P 1 0 {BEFORE}");
         let image = path.to_str().unwrap();
         run("qemu-io", &["-r", "-f", "qcow2", "-c", &read, image]);
         judged += 1;
@@ -106,30 +145,16 @@ fn a_refcount_table_that_cannot_be_replaced_costs_no_data() {
 /// and we mean different refcount tables, and one of them is lost when the image is closed.
 #[test]
 fn a_header_that_may_have_been_changed_is_written_again() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = in_dir(&dir, "image.qcow2");
-    create(&path, "cluster_size=512,refcount_bits=64", SIZE);
-    let start = std::fs::read(&path).unwrap();
-    let reactor = Reactor::for_this_thread().unwrap();
-    let table_of = |bytes: &[u8]| bytes[48..56].to_vec();
+    let growing = Growing::new();
     let mut judged = 0;
     for fail_at in 0..2000 {
-        let storage = Arc::new(MemoryStorage::new(start.clone()));
-        let (image, chain) = open_memory(&reactor, &storage);
-        let before = 1_600 << 10;
-        write_value(&reactor, &chain, 0, before, 1).unwrap();
-        reactor.block_on(chain.flush()).unwrap();
-        storage.fail_after(fail_at, libc::EIO);
-        let failed = (0..200u64).any(|index| {
-            let offset = before as u64 + index * 8192;
-            write_value(&reactor, &chain, offset, 8192, 2).is_err()
-        });
-        let changed = table_of(&storage.snapshot()) != table_of(&start);
+        let (storage, image, chain) = growing.failing_at(fail_at);
+        let failed = (0..200).any(|index| !growing.write(&chain, index));
+        let changed = growing.has_another_table(&storage);
         storage.fail_after(usize::MAX, 0);
-        reactor.block_on(image.close()).unwrap();
+        growing.reactor.block_on(image.close()).unwrap();
         if failed && changed {
-            std::fs::write(&path, storage.snapshot()).unwrap();
-            check(&path, false);
+            growing.check(&storage, false);
             judged += 1;
         } else if judged > 0 {
             return;
