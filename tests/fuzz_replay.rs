@@ -95,9 +95,10 @@ fn qcow2_images_are_written() {
     replay("qcow2_write", fuzz::qcow2_write);
 }
 
-/// Random recipes; a failure names the seed.
+/// The corpus, and random recipes; a failure names the seed.
 #[test]
 fn damaged_images_are_checked_and_repaired() {
+    replay("qcow2_check", fuzz::qcow2_check);
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let first = std::env::var("STRATABLK_SEED")
         .ok()
