@@ -3,7 +3,7 @@
 //!
 //! The job walks through the device from its start. Ranges that need no copy are passed over at no
 //! cost; of the others several copies are in flight at once, in pieces small enough for the speed
-//! limit to be kept smoothly. While a guest is active, there is one at a time. Copies may land in any
+//! limit to be kept smoothly. While a guest is active, there are fewer. Copies may land in any
 //! order; what clients see as `offset` is the mark below which all have landed.
 //!
 //! How ranges are looked up and copied, and what makes the result count, is the business of a
@@ -30,7 +30,7 @@ pub const MAX_IN_FLIGHT: usize = 4;
 
 /// How many copies are in flight at most while a guest is active: it may have to wait for that long
 /// behind them at the disk.
-pub const POLITE_IN_FLIGHT: usize = 1;
+pub const POLITE_IN_FLIGHT: usize = 2;
 
 /// How far ahead ranges are looked up at once.
 const LOOK_AHEAD: u64 = 64 << 20;

@@ -58,7 +58,7 @@ fn several_copies_are_in_flight() {
 
 /// Would catch a stream that crowds out an active guest.
 #[test]
-fn one_copy_is_in_flight_while_a_guest_is_active() {
+fn fewer_copies_are_in_flight_while_a_guest_is_active() {
     let bench = Bench::new();
     let disk = Disk::new(800, 0..800);
     *disk.guest_is_active.lock() = true;
