@@ -123,9 +123,6 @@ impl Judge {
             self.report.errors.push(what);
             return;
         }
-        if len == 0 {
-            return;
-        }
         for cluster in offset >> self.bits..=(offset + len - 1) >> self.bits {
             let entry = self.references.entry(cluster).or_default();
             *entry = (entry.0 + 1, entry.1 || alone);

@@ -61,6 +61,15 @@ impl State {
             .ok_or_else(|| Error::Invalid(format!("Cannot find node '{name}'")))
     }
 
+    /// The names of the filters on a node.
+    fn filters_of(&self, name: &str) -> Vec<String> {
+        self.nodes
+            .iter()
+            .filter(|node| node.driver == "copy-on-read" && node.file.as_deref() == Some(name))
+            .map(|node| node.name.clone())
+            .collect()
+    }
+
     fn node_mut(&mut self, name: &str) -> Result<&mut Node> {
         self.nodes
             .iter_mut()
@@ -158,6 +167,20 @@ impl Graph {
         self.state.lock().node(name).cloned()
     }
 
+    /// The node that has the image of `name`: the one under a filter, any other itself.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub fn image_node(&self, name: &str) -> Result<Node> {
+        let mut node = self.node(name)?;
+        while node.driver == "copy-on-read"
+            && let Some(file) = &node.file
+        {
+            node = self.node(file)?;
+        }
+        Ok(node)
+    }
+
     /// All nodes as they are now.
     #[must_use]
     pub fn nodes(&self) -> Vec<Node> {
@@ -197,12 +220,7 @@ impl Graph {
     /// When there is no such node.
     pub fn replace_layer(&self, name: &str, layer: Arc<Layer>) -> Result<()> {
         let mut state = self.state.lock();
-        let filters: Vec<String> = state
-            .nodes
-            .iter()
-            .filter(|node| node.driver == "copy-on-read" && node.file.as_deref() == Some(name))
-            .map(|node| node.name.clone())
-            .collect();
+        let filters = state.filters_of(name);
         for filter in filters {
             let of = filter_layer(&layer, &filter);
             state.node_mut(&filter)?.layer = of;
@@ -220,12 +238,7 @@ impl Graph {
         if let Some(backing) = backing {
             state.node(backing)?;
         }
-        let filters: Vec<String> = state
-            .nodes
-            .iter()
-            .filter(|node| node.driver == "copy-on-read" && node.file.as_deref() == Some(name))
-            .map(|node| node.name.clone())
-            .collect();
+        let filters = state.filters_of(name);
         for changed in filters.iter().map(String::as_str).chain([name]) {
             state.node_mut(changed)?.backing = backing.map(str::to_owned);
         }

@@ -131,6 +131,7 @@ impl Chain {
 
     /// The layer that the guest writes.
     #[must_use]
+    #[allow(clippy::indexing_slicing)]
     pub fn top(&self) -> &Arc<Layer> {
         // A chain is made of at least one layer.
         &self.layers[0]

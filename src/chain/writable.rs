@@ -19,13 +19,7 @@ impl Graph {
     /// # Errors
     /// When the node is read-only, somebody else uses the image, or its state forbids it.
     pub async fn make_writable(&self, name: &str) -> Result<()> {
-        let node = self.node(name)?;
-        if node.driver == "copy-on-read"
-            && let Some(file) = &node.file
-        {
-            let file = file.clone();
-            return Box::pin(self.make_writable(&file)).await;
-        }
+        let node = self.image_node(name)?;
         if !node.layer.read_only {
             return Ok(());
         }
@@ -56,7 +50,7 @@ impl Graph {
             read_only: false,
             ..(*node.layer).clone()
         };
-        self.replace_layer(name, Arc::new(layer))
+        self.replace_layer(&node.name, Arc::new(layer))
     }
 
     /// Opens an image anew, to write it. When that fails, others may go on reading it.
@@ -104,13 +98,7 @@ impl Graph {
     /// # Errors
     /// When what was written cannot be made stable; it stays writable then.
     pub async fn make_read_only(&self, name: &str) -> Result<()> {
-        let node = self.node(name)?;
-        if node.driver == "copy-on-read"
-            && let Some(file) = &node.file
-        {
-            let file = file.clone();
-            return Box::pin(self.make_read_only(&file)).await;
-        }
+        let node = self.image_node(name)?;
         if node.layer.read_only {
             return Ok(());
         }
@@ -123,7 +111,7 @@ impl Graph {
             read_only: true,
             ..(*node.layer).clone()
         };
-        self.replace_layer(name, Arc::new(layer))?;
+        self.replace_layer(&node.name, Arc::new(layer))?;
         if let Format::Qcow2(image) = &node.layer.format {
             image.storage().set_access(Access::Read).map_err(text)?;
         }

@@ -38,15 +38,6 @@ impl DaemonBackend {
         }
     }
 
-    /// The node that holds a filter's image; any other node stands for itself.
-    fn image_node(&self, name: &str) -> Option<Node> {
-        let node = self.graph.node(name).ok()?;
-        match &node.file {
-            Some(file) if node.driver == "copy-on-read" => self.image_node(file),
-            _ => Some(node),
-        }
-    }
-
     /// The node that a device's name stands for, and the export it is the top of.
     fn resolve(&self, device: &str) -> Option<(String, Option<String>)> {
         let exports = self.exports.list();
@@ -71,7 +62,7 @@ impl Backend for DaemonBackend {
 
     fn chain(&self, device: &str) -> Option<ChainView> {
         let (top, export) = self.resolve(device)?;
-        let top = self.image_node(&top)?.name;
+        let top = self.graph.image_node(&top).ok()?.name;
         let nodes = self.graph.chain_nodes(&top).ok()?;
         let mut layers = Vec::with_capacity(nodes.len());
         let mut above: Option<&Node> = None;

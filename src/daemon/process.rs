@@ -70,8 +70,8 @@ fn redirect_standard_streams() {
 }
 
 /// How much the threads of jobs step back: they get a little less than a guest's thread where
-/// both want the same processor. With 10, a guest would not see them in its 99th percentile, and a
-/// stream would take four times as long.
+/// both want the same processor. With 10, the guest's 99th percentile is hardly
+/// touched, and a stream takes four times as long.
 const JOB_NICE: libc::c_int = 1;
 
 /// Lets the threads that serve guests have more where there is one processor for both.

@@ -157,12 +157,8 @@ async fn describe_qcow2(
 ///
 /// # Errors
 /// When the name makes no sense.
-pub fn place_below(image: &Path, backing: Backing) -> Result<(PathBuf, Option<String>)> {
-    if !backing.name.starts_with("json:") {
-        let plain = backing.name.strip_prefix("file:").unwrap_or(&backing.name);
-        return Ok((resolve(image, plain), backing.format));
-    }
-    let options = backing_options(&common_options(Purpose::ReadShared), image, &backing)?;
+pub fn place_below(image: &Path, backing: &Backing) -> Result<(PathBuf, Option<String>)> {
+    let options = backing_options(&common_options(Purpose::ReadShared), image, backing)?;
     file_of(&options)
         .map(|(path, format)| (path, format.map(str::to_owned)))
         .ok_or_else(|| {

@@ -45,7 +45,7 @@ pub fn run(args: &InfoArgs, json: bool, out: &mut dyn Write) -> Result<(), Failu
         values.push(value);
         let backing = backing.filter(|_| args.backing_chain);
         next = backing
-            .map(|backing| place_below(&path, backing))
+            .map(|backing| place_below(&path, &backing))
             .transpose()?;
     }
     if json {
