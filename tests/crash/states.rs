@@ -1,10 +1,10 @@
 //! Every state in which a cut may leave a machine's files.
 //!
-//! What a finished barrier covered is stable; one that failed covered nothing. Of everything else that had been issued any sectors
-//! may have reached the disk, in any order. At every barrier, when it is issued and when it has
-//! ended, and at every write between, these states are made: nothing of what is not stable, all
-//! of it, each operation alone present, each alone missing, each torn, and random subsets of
-//! sectors in random orders.
+//! What a finished barrier covered is stable; one that failed covered nothing. Of everything else
+//! that had been issued any sectors may have reached the disk, in any order. At every barrier, when
+//! it is issued and when it has ended, and at every write between, these states are made: nothing
+//! of what is not stable, all of it, each operation alone present, each alone missing, each torn,
+//! and random subsets of sectors in random orders.
 
 use std::collections::HashMap;
 
