@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use super::{Chain, Graph, Layer, View};
 use crate::error::{Action, Error, Result};
-use crate::format::qcow2::header::AUTOCLEAR_BITMAPS;
-use crate::format::qcow2::{self, Preallocation, bitmaps};
+use crate::format::qcow2::bitmaps::{InForce, check_resize};
+use crate::format::qcow2::{self, Preallocation};
 use crate::format::{Format, Qcow2};
 use crate::storage::{self, Storage};
 
@@ -51,8 +51,9 @@ impl Graph {
             )));
         }
         let below = self.root(name)?.chain().layers().len() > 1;
+        let mut in_force = InForce::new();
         if let Format::Qcow2(image) = &layer.format {
-            check_qcow2(image, wanted, below).await?;
+            in_force = check_qcow2(image, wanted, below).await?;
         } else if wanted.preallocation == Preallocation::Metadata {
             return Err(Error::Invalid(format!(
                 "{file}: a raw image has no metadata to preallocate (expected off, falloc or full)"
@@ -65,30 +66,20 @@ impl Graph {
             Format::Raw(_) => Err(Error::Invalid(format!(
                 "{file}: a part of a file cannot be resized"
             ))),
-            Format::Qcow2(_) if wanted.size >= old => {
-                grow(&chain, wanted.size, wanted.preallocation).await
-            }
-            Format::Qcow2(_) => shrink(&chain, wanted.size).await,
+            Format::Qcow2(_) if wanted.size >= old => grow(&chain, wanted, &in_force).await,
+            Format::Qcow2(_) => shrink(&chain, wanted.size, &in_force).await,
             Format::Qed(_) => Err(Error::unsupported(file, "QED images are only read")),
         }
     }
 }
 
-/// What QEMU refuses too, before anything is changed.
-async fn check_qcow2(image: &Qcow2, wanted: Resize, below: bool) -> Result<()> {
+/// What QEMU refuses too, before anything is changed. Returns the bitmaps that are in force.
+async fn check_qcow2(image: &Qcow2, wanted: Resize, below: bool) -> Result<InForce> {
     let header = image.header();
     let refused = |what: &str| Err(Error::unsupported(image.storage().name(), what));
     if header.snapshots > 0 && header.version < 3 {
         // Snapshots of version 2 do not record the size of their disk.
         return refused("a version 2 image with internal snapshots cannot be resized");
-    }
-    if header.autoclear & AUTOCLEAR_BITMAPS != 0
-        && !bitmaps::list(&**image.storage(), &header).await?.is_empty()
-    {
-        return refused(
-            "an image with persistent bitmaps cannot be resized: they are as long as the disk. \
-             Remove them first ('qemu-img bitmap --remove')",
-        );
     }
     if wanted.preallocation != Preallocation::Off && below && !header.has_subclusters() {
         return refused(
@@ -96,7 +87,7 @@ async fn check_qcow2(image: &Qcow2, wanted: Resize, below: bool) -> Result<()> {
              an image with extended_l2=on)",
         );
     }
-    Ok(())
+    check_resize(&**image.storage(), &header, wanted.size).await
 }
 
 async fn resize_raw(layer: &Layer, wanted: Resize) -> Result<()> {
@@ -128,11 +119,13 @@ pub async fn preallocate_raw(
     }
 }
 
-/// Makes the qcow2 image on top of `chain`, which is open for writing, larger.
+/// Makes the qcow2 image on top of `chain`, which is open for writing, larger. Bitmaps that were
+/// `in_force` before it was opened so are in force again.
 ///
 /// # Errors
 /// When it cannot be read or written; it has its old size then.
-pub async fn grow(chain: &Chain, size: u64, preallocation: Preallocation) -> Result<()> {
+pub async fn grow(chain: &Chain, wanted: Resize, in_force: &InForce) -> Result<()> {
+    let size = wanted.size;
     let top = chain.top();
     let Format::Qcow2(image) = &top.format else {
         return Err(Error::Invalid("only qcow2 images grow like this".into()));
@@ -159,10 +152,14 @@ pub async fn grow(chain: &Chain, size: u64, preallocation: Preallocation) -> Res
     });
     let below = chain.layers().iter().skip(1).cloned();
     let layers: Vec<_> = std::iter::once(layer).chain(below).collect();
-    clear_new(Chain::new(layers)?, old).await?;
-    wide.preallocate(old, size, preallocation).await?;
-    wide.set_size(size).await?;
-    wide.close().await
+    let grown = async {
+        clear_new(Chain::new(layers)?, old).await?;
+        wide.preallocate(old, size, wanted.preallocation).await?;
+        wide.set_size(size, in_force).await
+    }
+    .await;
+    // Also frees what was allocated in vain.
+    grown.and(wide.close().await)
 }
 
 /// Makes what is above `old` read as zeros: the rest of the last cluster may hold something, and
@@ -185,17 +182,18 @@ async fn clear_new(chain: Chain, old: u64) -> Result<()> {
     Ok(())
 }
 
-/// Makes the qcow2 image on top of `chain`, which is open for writing, smaller.
+/// Makes the qcow2 image on top of `chain`, which is open for writing, smaller. Bitmaps that were
+/// `in_force` before it was opened so are in force again.
 ///
 /// # Errors
 /// When it cannot be read or written. Its header has the old size or the new one then; what is
 /// above the new end may be lost already.
-pub async fn shrink(chain: &Chain, size: u64) -> Result<()> {
+pub async fn shrink(chain: &Chain, size: u64, in_force: &InForce) -> Result<()> {
     let Format::Qcow2(image) = &chain.top().format else {
         return Err(Error::Invalid("only qcow2 images shrink like this".into()));
     };
     image.unmap_above(size).await?;
-    image.set_size(size).await?;
+    image.set_size(size, in_force).await?;
     image.close().await?;
     image.trim_file().await?;
     if let Some(data) = data_file(image) {

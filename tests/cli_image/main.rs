@@ -3,6 +3,8 @@
 
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "../common/bitmaps.rs"]
+mod bitmaps;
 mod compare;
 mod create;
 mod describe;

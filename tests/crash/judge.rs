@@ -2,6 +2,7 @@
 
 use stratablk::reactor::Reactor;
 
+use crate::bitmaps::{AUTO, Bitmap, IN_USE, bitmaps};
 use crate::disk::{Disk, read_all, write};
 use crate::history::{History, SECTOR, stamp_of};
 use crate::machine::Machine;
@@ -89,7 +90,8 @@ impl Judge<'_> {
             }
         }
         let seen: Vec<u32> = seen.into_iter().flatten().collect();
-        if seen != self.disk.first && Image::new(&state.files[0])?.has_bitmap_in_force()? {
+        let in_force = |bitmap: &Bitmap| bitmap.flags & (IN_USE | AUTO) == AUTO;
+        if seen != self.disk.first && bitmaps(&state.files[0]).iter().any(in_force) {
             return Err("the disk is not what it was, and a bitmap knows nothing of it".into());
         }
         Ok(seen)

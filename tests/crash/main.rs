@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "../common/bitmaps.rs"]
+mod bitmaps;
 mod cuts;
 mod disk;
 mod faults;

@@ -17,8 +17,6 @@ pub struct Image<'a> {
     snapshots: (u64, u32),
     order: u32,
     incompatible: u64,
-    autoclear: u64,
-    header_len: u64,
 }
 
 /// A table of mappings, and how large the disk is that it maps.
@@ -58,8 +56,6 @@ impl<'a> Image<'a> {
             snapshots: (at(64, 8)?, at(60, 4)? as u32),
             order: if version == 2 { 4 } else { at(96, 4)? as u32 },
             incompatible: if version == 2 { 0 } else { at(72, 8)? },
-            autoclear: if version == 2 { 0 } else { at(88, 8)? },
-            header_len: if version == 2 { 72 } else { at(100, 4)? },
             bytes,
         })
     }
@@ -107,28 +103,6 @@ impl<'a> Image<'a> {
     /// The tables of the internal snapshots.
     pub fn snapshots(&self) -> Result<Vec<Root>, String> {
         Ok(self.all_snapshots()?.0)
-    }
-
-    /// Whether a persistent bitmap claims that it has recorded all writes so far.
-    pub fn has_bitmap_in_force(&self) -> Result<bool, String> {
-        let field = |at, len| number(self.bytes, at, len);
-        let mut at = self.header_len;
-        // The extension with the directory of the bitmaps.
-        while field(at, 4)? != 0x2385_2875 {
-            if self.autoclear & 1 == 0 || field(at, 4)? == 0 {
-                return Ok(false);
-            }
-            at += 8 + field(at + 4, 4)?.next_multiple_of(8);
-        }
-        let (count, mut entry) = (field(at + 8, 4)?, field(at + 24, 8)?);
-        let mut in_force = false;
-        for _ in 0..count {
-            let (in_use, auto) = (field(entry + 12, 4)? & 1, field(entry + 12, 4)? >> 1 & 1);
-            in_force |= in_use == 0 && auto == 1;
-            let len = 24 + field(entry + 18, 2)? + field(entry + 20, 4)?;
-            entry += len.next_multiple_of(8);
-        }
-        Ok(in_force && self.autoclear & 1 != 0)
     }
 
     /// Where a sector of the guest is, by one of the tables.

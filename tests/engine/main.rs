@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "../common/bitmaps.rs"]
+mod bitmaps;
 mod check;
 mod damage;
 mod damaged;

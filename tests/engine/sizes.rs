@@ -3,7 +3,7 @@
 //!
 //! What would be caught: a half-made image that is taken for a whole one, a header that names a
 //! table which is not there yet, a new size before what is new reads as zeros, clusters freed
-//! before the mapping without them is stable.
+//! before the mapping without them is stable, bitmaps that are not those of the size.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -11,17 +11,19 @@ use std::sync::Arc;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
-use stratablk::chain::{Chain, Layer, View, resize};
+use stratablk::chain::resize::{self, Resize};
+use stratablk::chain::{Chain, Layer, View};
 use stratablk::format::qcow2::create::{CreateOptions, create};
-use stratablk::format::qcow2::{self, Preallocation, header};
+use stratablk::format::qcow2::{self, Preallocation, bitmaps::check_resize, header};
 use stratablk::format::{Format, Qcow2, Raw};
 use stratablk::reactor::Reactor;
 use stratablk::storage::memory::{MemoryStorage, Step};
 use stratablk::storage::{AlignedBuf, IoBufs, Storage};
 
+use crate::bitmaps::{Bitmap, IN_USE, bitmaps, resized as bits_of};
 use crate::model::seed;
 use crate::powercut::{apply, torn};
-use crate::support::{check, in_dir};
+use crate::support::{check, in_dir, run};
 
 const BASE: usize = 6 << 20;
 /// Cuts of a recording.
@@ -157,28 +159,100 @@ fn close(reactor: &Reactor, chain: &Chain) {
     reactor.block_on(image.close()).unwrap();
 }
 
-fn resized(dir: &Path, options: &CreateOptions, size: u64, mode: Preallocation, with_base: bool) {
-    let seed = seed();
+/// Adds bitmaps with some bits to an image: one that tracks writes, one that does not.
+fn add_bitmaps(dir: &Path, storage: &MemoryStorage, rng: &mut StdRng) -> Arc<MemoryStorage> {
+    let path = dir.join("with-bitmaps");
+    let name = path.to_str().unwrap();
+    std::fs::write(&path, storage.snapshot()).unwrap();
+    for bitmap in ["tracking", "frozen"] {
+        run("qemu-img", &["bitmap", "--add", "-g", "512", name, bitmap]);
+    }
+    for _ in 0..3 {
+        let write = format!("write -q {}k 70k", rng.random_range(0..2000));
+        run("qemu-io", &["-f", "qcow2", "-c", &write, name]);
+    }
+    // Up to the very end.
+    run("qemu-io", &["-f", "qcow2", "-c", "write -q 3M 512", name]);
+    run("qemu-img", &["bitmap", "--disable", name, "frozen"]);
+    Arc::new(MemoryStorage::new(std::fs::read(&path).unwrap()))
+}
+
+/// What can be relied on has the bits that it had.
+fn judge_bitmaps(image: &[u8], before: &[Bitmap], case: &Case, new: bool) {
+    let after = bitmaps(image);
+    assert_eq!(after.len(), before.len());
+    let cluster = case.options.cluster_size;
+    let old = case.options.size;
+    let size = if new { case.size } else { old };
+    for (before, after) in before.iter().zip(after) {
+        if after.flags & IN_USE == 0 {
+            let bits = bits_of(before, old, size, cluster);
+            assert!(after.bits == bits, "bitmap '{}'", after.name);
+        }
+    }
+}
+
+/// A resize that is cut.
+struct Case<'a> {
+    options: &'a CreateOptions,
+    size: u64,
+    mode: Preallocation,
+    with_base: bool,
+    with_bitmaps: bool,
+}
+
+impl<'a> Case<'a> {
+    fn new(options: &'a CreateOptions, size: u64) -> Self {
+        Self {
+            options,
+            size,
+            mode: Preallocation::Off,
+            with_base: false,
+            with_bitmaps: false,
+        }
+    }
+}
+
+fn resized(dir: &Path, case: &Case) {
+    let (seed, options, size) = (seed(), case.options, case.size);
     println!("seed {seed}: {} to {size}, {options:?}", options.size);
     let mut rng = StdRng::seed_from_u64(seed);
     let reactor = Reactor::for_this_thread().unwrap();
     let mut base = vec![0; BASE];
     rng.fill(&mut base[..]);
-    let base = with_base.then_some(&base[..]);
-    let storage = Arc::new(MemoryStorage::new(Vec::new()));
+    let base = case.with_base.then_some(&base[..]);
+    let mut storage = Arc::new(MemoryStorage::new(Vec::new()));
     reactor.block_on(create(&*storage, options)).unwrap();
     let chain = open(&reactor, &storage, base, true);
     scribble(&reactor, &chain, &mut rng);
     close(&reactor, &chain);
-    let before = read(&reactor, &chain);
-    drop(chain);
+    if case.with_bitmaps {
+        storage = add_bitmaps(dir, &storage, &mut rng);
+    }
+    let before = read(&reactor, &open(&reactor, &storage, base, false));
+    let tracked = bitmaps(&storage.snapshot());
+    let Format::Qcow2(image) = &open(&reactor, &storage, base, false).top().format.clone() else {
+        panic!("not qcow2")
+    };
+    let in_force = reactor
+        .block_on(check_resize(&*storage, &image.header(), size))
+        .unwrap();
+    storage.record();
     let start = storage.snapshot();
     let chain = open(&reactor, &storage, base, true);
-    storage.record();
     if size >= options.size {
-        reactor.block_on(resize::grow(&chain, size, mode)).unwrap();
+        let wanted = Resize {
+            size,
+            shrink: false,
+            preallocation: case.mode,
+        };
+        reactor
+            .block_on(resize::grow(&chain, wanted, &in_force))
+            .unwrap();
     } else {
-        reactor.block_on(resize::shrink(&chain, size)).unwrap();
+        reactor
+            .block_on(resize::shrink(&chain, size, &in_force))
+            .unwrap();
     }
     let mut after = before.clone();
     after.resize(size as usize, 0);
@@ -188,7 +262,7 @@ fn resized(dir: &Path, options: &CreateOptions, size: u64, mode: Preallocation, 
         let path = dir.join("cut");
         std::fs::write(&path, &image).unwrap();
         check(&path, cut < log.len());
-        let storage = Arc::new(MemoryStorage::new(image));
+        let storage = Arc::new(MemoryStorage::new(image.clone()));
         let bytes = read(&reactor, &open(&reactor, &storage, base, false));
         let new = bytes.len() as u64 == size;
         sizes[usize::from(new)] += 1;
@@ -201,6 +275,12 @@ fn resized(dir: &Path, options: &CreateOptions, size: u64, mode: Preallocation, 
         };
         assert!(fine, "seed {seed}, cut after step {cut} of {}", log.len());
         assert!(new || cut < log.len(), "seed {seed}: done, but not stable");
+        judge_bitmaps(&image, &tracked, case, new);
+        let in_use = bitmaps(&image).iter().any(|b| b.flags & IN_USE != 0);
+        assert!(
+            !in_use || cut < log.len(),
+            "done, but a bitmap is not valid"
+        );
     }
     assert!(
         sizes[0] > 0 && sizes[1] > 0,
@@ -236,33 +316,55 @@ fn shapes(size: u64) -> Vec<CreateOptions> {
 fn a_cut_while_growing_leaves_the_old_or_the_new_disk() {
     let dir = tempfile::tempdir().unwrap();
     for options in shapes((3 << 20) + 512) {
-        resized(dir.path(), &options, 12 << 20, Preallocation::Off, false);
-        resized(
-            dir.path(),
-            &options,
-            (5 << 20) - 512,
-            Preallocation::Off,
-            true,
-        );
+        resized(dir.path(), &Case::new(&options, 12 << 20));
+        let case = Case {
+            with_base: true,
+            ..Case::new(&options, (5 << 20) - 512)
+        };
+        resized(dir.path(), &case);
     }
     let [_, _, extended, plain] = &shapes((1 << 20) + 512)[..] else {
         panic!("four shapes")
     };
-    resized(dir.path(), plain, 4 << 20, Preallocation::Metadata, false);
-    resized(dir.path(), extended, 4 << 20, Preallocation::Full, true);
+    let metadata = Case {
+        mode: Preallocation::Metadata,
+        ..Case::new(plain, 4 << 20)
+    };
+    resized(dir.path(), &metadata);
+    let full = Case {
+        mode: Preallocation::Full,
+        with_base: true,
+        ..Case::new(extended, 4 << 20)
+    };
+    resized(dir.path(), &full);
 }
 
 #[test]
 fn a_cut_while_shrinking_keeps_what_stays() {
     let dir = tempfile::tempdir().unwrap();
     for options in shapes(4 << 20) {
-        resized(
-            dir.path(),
-            &options,
-            (1 << 20) + 512,
-            Preallocation::Off,
-            false,
-        );
-        resized(dir.path(), &options, 3 << 20, Preallocation::Off, true);
+        resized(dir.path(), &Case::new(&options, (1 << 20) + 512));
+        let case = Case {
+            with_base: true,
+            ..Case::new(&options, 3 << 20)
+        };
+        resized(dir.path(), &case);
+    }
+}
+
+#[test]
+fn a_cut_while_bitmaps_are_resized() {
+    let dir = tempfile::tempdir().unwrap();
+    for options in shapes((3 << 20) + 512) {
+        if options.version < 3 {
+            continue;
+        }
+        for size in [9 << 20, (2 << 20) + 512] {
+            let case = Case {
+                with_bitmaps: true,
+                ..Case::new(&options, size)
+            };
+            resized(dir.path(), &case);
+        }
     }
 }

@@ -5,11 +5,15 @@
 //! for that, *in use*: such a bitmap is not to be relied on, but the others stay what they are,
 //! and its clusters stay accounted for.
 
+mod resize;
+
 use super::Qcow2;
 use super::header::{AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, Header};
 use super::numbers::{be, be32, be64};
 use crate::error::{Error, Result};
 use crate::storage::{self, Storage};
+
+pub use resize::{InForce, MAX_BYTES, check_resize};
 
 /// It was not saved, and may be out of date.
 pub const IN_USE: u32 = 1;
@@ -22,6 +26,13 @@ const EXTRA_DATA_COMPATIBLE: u32 = 1 << 2;
 const MAX_BITMAPS: u32 = 65535;
 const MAX_DIRECTORY: u64 = 64 << 20;
 const FIXED: usize = 24;
+
+/// In an entry of a bitmap's table: where the bits are. 0: nowhere, and all are alike.
+pub const DATA_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+/// In an entry without data: all bits are set.
+pub const ONES: u64 = 1;
+/// In an entry: what must be 0.
+pub const RESERVED: u64 = 0xff00_0000_0000_01fe;
 
 /// An entry of the directory.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -24,7 +24,8 @@ pub(super) const EXT_END: u32 = 0;
 pub(super) const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 /// Header extension: what the feature bits are called.
 pub(super) const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
-const EXT_BITMAPS: u32 = 0x2385_2875;
+/// Header extension: where the directory of the persistent bitmaps is.
+pub(super) const EXT_BITMAPS: u32 = 0x2385_2875;
 /// Header extension: the data file's name.
 pub(super) const EXT_DATA_FILE: u32 = 0x4441_5441;
 

@@ -26,6 +26,8 @@ pub enum Kind {
     RefcountBlock,
     /// The directory of the persistent bitmaps.
     BitmapDirectory,
+    /// The table or the bits of a persistent bitmap.
+    Bitmap,
 }
 
 impl fmt::Display for Kind {
@@ -37,6 +39,7 @@ impl fmt::Display for Kind {
             Self::RefcountTable => "the refcount table",
             Self::RefcountBlock => "a refcount block",
             Self::BitmapDirectory => "the bitmap directory",
+            Self::Bitmap => "a bitmap",
         })
     }
 }

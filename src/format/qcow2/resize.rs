@@ -7,7 +7,8 @@
 
 use std::sync::atomic::Ordering;
 
-use super::header::MAX_L1_ENTRIES;
+use super::bitmaps::InForce;
+use super::header::{BitmapDirectory, MAX_L1_ENTRIES};
 use super::l2::{self, COPIED, Words};
 use super::metadata::Kind;
 use super::refcount::Allocation;
@@ -56,7 +57,7 @@ impl Qcow2 {
             )));
         }
         let clusters = (entries * 8).div_ceil(self.cluster_size());
-        let place = self.allocate_table(clusters).await?;
+        let place = self.allocate_table(clusters, Kind::L1).await?;
         let _turn = self.flush_turn().await;
         self.write_back().await?;
         let old = self.header();
@@ -75,32 +76,47 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Allocates contiguous clusters for a longer L1 table.
-    async fn allocate_table(&self, clusters: u64) -> Result<Allocation> {
+    /// Allocates contiguous clusters for a table.
+    pub(super) async fn allocate_table(&self, clusters: u64, kind: Kind) -> Result<Allocation> {
         self.with_allocator(|allocator| {
             let place = allocator.allocate_exact(clusters)?;
             let first = place.offset >> self.cluster_bits;
             for cluster in first..first + clusters {
-                allocator.add_metadata(cluster, Kind::L1);
+                allocator.add_metadata(cluster, kind);
             }
             Ok(place)
         })
         .await
     }
 
-    /// Makes the header name another size of the disk. When this returns, everything that was
-    /// written before and the new size are stable. The image has its old size until it is opened
-    /// anew.
+    /// Makes the header name another size of the disk, and bitmaps of that size; those that are
+    /// `in_force` are made so again, although the image is open for writing. When this returns,
+    /// everything that was written before and the new size are stable. The image has its old size
+    /// until it is opened anew.
     ///
     /// # Errors
-    /// When the header cannot be written; the old one stands then.
-    pub async fn set_size(&self, size: u64) -> Result<()> {
-        let _turn = self.flush_turn().await;
-        self.write_back().await?;
-        let header = self.header();
+    /// When there is no space for the bitmaps, or metadata or the header cannot be written; the
+    /// old header stands then.
+    pub async fn set_size(&self, size: u64, in_force: &InForce) -> Result<()> {
         let size = size.next_multiple_of(header::SECTOR as u64);
-        self.patch_header(&[header.with_size(size, header.l1_offset, header.l1_size)])
-            .await
+        let bitmaps = self.bitmaps_for(size, in_force).await?;
+        let _turn = self.flush_turn().await;
+        let result = self.name_size(size, bitmaps.directory).await;
+        // The header on the disk may name either until the next flush has restored the old one,
+        // and that is also who frees these.
+        let unused = match &result {
+            Ok(()) => bitmaps.old,
+            Err(_) => bitmaps.new,
+        };
+        self.meta.lock().unmapped.extend(unused);
+        result
+    }
+
+    async fn name_size(&self, size: u64, bitmaps: Option<BitmapDirectory>) -> Result<()> {
+        // The barrier in it makes the new bitmaps stable as well.
+        self.write_back().await?;
+        let patch = self.header().plan_size(size, bitmaps)?;
+        self.patch_header(&[patch]).await
     }
 
     /// Unmaps every whole cluster above byte `size` of the disk, and the L2 tables that are

@@ -17,11 +17,6 @@ use crate::error::{Error, Result};
 
 /// Bits of an entry of the refcount table that must be 0.
 const REFTABLE_RESERVED: u64 = 0x1ff;
-/// The offset in an entry of a bitmap's table, and the bits that must be 0.
-const BITMAP_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
-const BITMAP_RESERVED: u64 = 0xff00_0000_0000_01fe;
-/// QEMU's limit on the bytes of a bitmap.
-const MAX_BITMAP: u64 = 512 << 20;
 /// QEMU's limit on the clusters of a file.
 const MAX_CLUSTERS: u64 = i32::MAX as u64;
 /// More clusters of metadata than this make no sense with so many clusters.
@@ -290,7 +285,7 @@ impl Walk<'_, '_, '_> {
     async fn bitmap(&mut self, bitmap: &bitmaps::Bitmap) -> Result<()> {
         let (image, cluster) = (self.image, self.image.cluster_size());
         let (offset, count) = (bitmap.table_offset, u64::from(bitmap.table_entries));
-        if !image.is_aligned(offset) || offset >> 56 != 0 || count * cluster > MAX_BITMAP {
+        if !image.is_aligned(offset) || offset >> 56 != 0 || count * cluster > bitmaps::MAX_BYTES {
             self.scan.hidden = true;
             let what = format!("bitmap '{}': table of {count} at {offset:#x}", bitmap.name);
             self.damage(1, what);
@@ -299,8 +294,8 @@ impl Walk<'_, '_, '_> {
         self.claim(offset, count * 8, Area::Bitmaps)?;
         self.count(offset, count * 8, 1, "bitmap table");
         for entry in image.table(offset, count).await? {
-            let data = entry & BITMAP_OFFSET;
-            let wrong = entry & BITMAP_RESERVED != 0 || data != 0 && entry & 1 != 0;
+            let data = entry & bitmaps::DATA_OFFSET;
+            let wrong = entry & bitmaps::RESERVED != 0 || data != 0 && entry & bitmaps::ONES != 0;
             if wrong || !image.is_aligned(data) {
                 let what = format!("bitmap '{}': table entry {entry:#018x}", bitmap.name);
                 self.damage(1, what);

@@ -6,8 +6,8 @@
 
 use super::super::numbers::{be32, be64, put};
 use super::{
-    Backing, EXT_BACKING_FORMAT, EXT_END, EXT_FEATURE_NAMES, Extension, Header, MAX_BACKING_NAME,
-    SECTOR,
+    Backing, BitmapDirectory, EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_END, EXT_FEATURE_NAMES,
+    Extension, Header, MAX_BACKING_NAME, SECTOR,
 };
 use crate::error::Result;
 
@@ -100,10 +100,26 @@ impl Header {
         let layout =
             |list: &[Extension]| -> Vec<usize> { list.iter().map(Extension::padded_len).collect() };
         if layout(&extensions) != layout(&self.extensions) {
-            // Everything behind it moves. What names the features is for messages alone, and is
-            // given up where the rest would otherwise not fit into one sector.
-            extensions.retain(|e| e.kind != EXT_FEATURE_NAMES && e.kind != EXT_FILLER);
+            // Everything behind it moves.
+            give_room(&mut extensions);
         }
+        self.write_extensions(bytes, &extensions)
+    }
+
+    /// Changes the bitmaps extension within the first sector of `bytes`.
+    fn place_bitmaps(&self, bytes: &mut [u8], directory: BitmapDirectory) -> Result<()> {
+        let mut extensions = self.extensions.clone();
+        for extension in extensions.iter_mut().filter(|e| e.kind == EXT_BITMAPS) {
+            put(&mut extension.data, 0, &directory.count.to_be_bytes());
+            put(&mut extension.data, 8, &directory.len.to_be_bytes());
+            put(&mut extension.data, 16, &directory.offset.to_be_bytes());
+        }
+        let before = bytes.to_vec();
+        if self.write_extensions(bytes, &extensions).is_ok() {
+            return Ok(());
+        }
+        bytes.copy_from_slice(&before);
+        give_room(&mut extensions);
         self.write_extensions(bytes, &extensions)
     }
 
@@ -126,7 +142,7 @@ impl Header {
         if fits && same_behind {
             return Ok(());
         }
-        Err(self.unsupported("the header has no room to change the backing file in one sector"))
+        Err(self.unsupported("the header has no room to change its extensions in one sector"))
     }
 
     /// A place for a backing file name of `len` bytes that nothing refers to now, except within
@@ -184,6 +200,21 @@ impl Header {
         })
     }
 
+    /// The first sector with another disk size, and with another place of the bitmaps' directory
+    /// if one is given.
+    ///
+    /// # Errors
+    /// When the first sector has no room for what names the directory.
+    pub fn plan_size(&self, size: u64, bitmaps: Option<BitmapDirectory>) -> Result<Patch> {
+        let mut bytes = self.whole();
+        if let Some(directory) = bitmaps {
+            self.place_bitmaps(&mut bytes, directory)?;
+        }
+        put(&mut bytes, 24, &size.to_be_bytes());
+        bytes.truncate(SECTOR);
+        Ok(Patch { offset: 0, bytes })
+    }
+
     /// The first sector with another refcount table.
     #[must_use]
     pub fn with_reftable(&self, offset: u64, clusters: u32) -> Patch {
@@ -217,4 +248,10 @@ impl Header {
         }
         Self::parse(raw, &self.file)
     }
+}
+
+/// What names the features is for messages alone, and is given up where the rest would otherwise
+/// not fit into one sector.
+fn give_room(extensions: &mut Vec<Extension>) {
+    extensions.retain(|e| e.kind != EXT_FEATURE_NAMES && e.kind != EXT_FILLER);
 }
