@@ -94,7 +94,8 @@ impl Disks {
         }
     }
 
-    fn raw(&self) -> Res<PathBuf> {
+    /// The raw image.
+    pub fn raw(&self) -> Res<PathBuf> {
         let path = self.file("disk.raw");
         if !path.exists() {
             blocks::write_image(&path, self.size)?;
@@ -102,7 +103,17 @@ impl Disks {
         Ok(path)
     }
 
-    fn qcow2(&self) -> Res<PathBuf> {
+    /// A file like the raw image, for programs that write anything to it.
+    pub fn scratch(&self) -> Res<PathBuf> {
+        let path = self.file("scratch.raw");
+        if !path.exists() {
+            blocks::write_image(&path, self.size)?;
+        }
+        Ok(path)
+    }
+
+    /// The qcow2 image with all clusters.
+    pub fn qcow2(&self) -> Res<PathBuf> {
         let path = self.file("disk.qcow2");
         if !path.exists() {
             // From the data and not from the raw image, which loads have written to by now.

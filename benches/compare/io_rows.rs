@@ -3,6 +3,7 @@
 use crate::Options;
 use crate::common::Res;
 use crate::disks::{Disk, Disks};
+use crate::floor;
 use crate::load::{self, Load, Order, Shape};
 use crate::machine::OtherLoad;
 use crate::report::{IoSample, Report};
@@ -15,27 +16,48 @@ pub struct Row {
     disk: Disk,
     load: &'static str,
     shape: Shape,
+    /// The front-end polls its ring.
+    poll: bool,
 }
 
 impl Row {
     /// Its name in the report.
     pub fn name(&self, place: &str) -> String {
-        format!("{place} {}, {}", self.disk.name(), self.load)
+        let poll = if self.poll { ", polling" } else { "" };
+        format!("{place} {}, {}{poll}", self.disk.name(), self.load)
+    }
+
+    /// The image.
+    pub fn disk(&self) -> Disk {
+        self.disk
+    }
+
+    /// The load.
+    pub fn shape(&self) -> Shape {
+        self.shape
     }
 }
 
 /// All rows of a place.
-pub fn rows() -> Vec<Row> {
+pub fn rows(place: &str) -> Vec<Row> {
     let shape = |write, len, depth, order| Shape {
         write,
         len,
+        queues: 1,
         depth,
         order,
         flush_every: None,
     };
+    let row = |disk, load, shape| Row {
+        disk,
+        load,
+        shape,
+        poll: false,
+    };
+    let read = shape(false, 4096, 32, Order::Random);
     let usual = [
         ("4k randread QD1", shape(false, 4096, 1, Order::Random)),
-        ("4k randread QD32", shape(false, 4096, 32, Order::Random)),
+        ("4k randread QD32", read),
         ("4k randwrite QD32", shape(true, 4096, 32, Order::Random)),
         (
             "128k seqread QD8",
@@ -44,34 +66,36 @@ pub fn rows() -> Vec<Row> {
     ];
     let mut rows = Vec::new();
     for disk in [Disk::Raw, Disk::Qcow2, Disk::Overlay] {
-        rows.extend(usual.iter().map(|&(load, shape)| Row { disk, load, shape }));
+        rows.extend(usual.iter().map(|&(load, shape)| row(disk, load, shape)));
     }
-    rows.push(Row {
-        disk: Disk::Chain,
-        load: "4k randread QD32",
-        shape: shape(false, 4096, 32, Order::Random),
-    });
-    let once = Order::EachClusterOnce;
-    for (disk, load, len, depth) in [
-        (Disk::Overlay, "4k allocating write QD32", 4096, 32),
-        (Disk::Empty, "4k allocating write QD32", 4096, 32),
-        (Disk::Empty, "64k allocating write QD8", 65536, 8),
+    if place == "tmpfs" {
+        // There the front-end's sleep and the call to end it are most of a request.
+        rows.extend(usual.iter().map(|&(load, shape)| Row {
+            poll: true,
+            ..row(Disk::Raw, load, shape)
+        }));
+    }
+    rows.push(row(Disk::Chain, "4k randread QD32", read));
+    for (queues, load) in [
+        (2, "4k randread QD32, 2 queues"),
+        (4, "4k randread QD32, 4 queues"),
     ] {
-        rows.push(Row {
-            disk,
-            load,
-            shape: shape(true, len, depth, once),
-        });
+        rows.push(row(Disk::Raw, load, Shape { queues, ..read }));
+    }
+    let once = Order::EachClusterOnce;
+    for (disk, load, len) in [
+        (Disk::Overlay, "4k allocating write QD32", 4096),
+        (Disk::Empty, "4k allocating write QD32", 4096),
+        (Disk::Empty, "64k allocating write QD32", 65536),
+    ] {
+        rows.push(row(disk, load, shape(true, len, 32, once)));
     }
     for disk in [Disk::Overlay, Disk::Empty] {
-        rows.push(Row {
-            disk,
-            load: "4k allocating write QD32, flush after 32",
-            shape: Shape {
-                flush_every: Some(32),
-                ..shape(true, 4096, 32, once)
-            },
-        });
+        let shape = Shape {
+            flush_every: Some(32),
+            ..shape(true, 4096, 32, once)
+        };
+        rows.push(row(disk, "4k allocating write QD32, flush after 32", shape));
     }
     rows
 }
@@ -84,7 +108,7 @@ pub fn measure(
     variants: &[Variant],
     report: &mut Report,
 ) -> Res<()> {
-    let rows: Vec<Row> = rows()
+    let rows: Vec<Row> = rows(place)
         .into_iter()
         .filter(|row| options.wants_row(&row.name(place)))
         .collect();
@@ -95,7 +119,14 @@ pub fn measure(
     for row in rows {
         let name = row.name(place);
         for round in 0..options.rounds() {
+            match floor::measure(options, &row, &disks, place) {
+                Ok(floor) => report.add_floor(&name, floor),
+                Err(error) => report.fail(&name, "floor", &error.to_string()),
+            }
             for variant in variants {
+                if variant.raw_only && row.disk != Disk::Raw {
+                    continue;
+                }
                 eprintln!("{name}: round {}, {}", round + 1, variant.name);
                 match run(options, &row, variant, &disks, round) {
                     Ok(sample) => report.add_io(&name, variant.name, sample),
@@ -114,13 +145,15 @@ fn run(
     disks: &Disks,
     round: usize,
 ) -> Res<IoSample> {
-    let setup = variant.setup(disks.dir(), &disks.layers(row.disk)?, false);
+    let mut setup = variant.setup(disks.dir(), &disks.layers(row.disk)?, false);
+    setup.queues = row.shape.queues;
     let mut daemon = setup.start(&variant.program, disks.dir(), Some(options.cpu_backend))?;
     let memory = load::memory_for(row.shape);
-    let frontend = daemon.connect(&setup.socket, 1, 256, memory)?;
+    let frontend = daemon.connect(&setup.socket, row.shape.queues, 256, memory)?;
     // The same places for every back-end of a round.
     let seed = 1 + round as u64;
-    let mut load = Load::new(frontend, row.shape, disks.size(), options.poll, seed)?;
+    let poll = row.poll || options.poll;
+    let mut load = Load::new(frontend, row.shape, disks.size(), poll, seed)?;
     if row.shape.order != Order::EachClusterOnce {
         load.run_for(options.warm_up())?;
     }

@@ -1,8 +1,8 @@
-//! The load generator: a fixed number of requests in flight, latencies in a histogram.
+//! The load generator: a fixed number of requests in flight on each queue, latencies in a histogram.
 
 use crate::blocks::{self, BLOCK};
 use crate::common::Res;
-use crate::common::frontend::{self, Frontend, Op, Queue};
+use crate::common::frontend::{self, Frontend, Op, PATIENCE, Queue};
 use crate::common::memory::Memory;
 use crate::common::rng::Rng;
 use std::sync::Arc;
@@ -26,7 +26,9 @@ pub struct Shape {
     pub write: bool,
     /// Bytes in each request.
     pub len: usize,
-    /// Requests in flight.
+    /// Queues.
+    pub queues: usize,
+    /// Requests in flight on each queue.
     pub depth: usize,
     /// Where they go.
     pub order: Order,
@@ -100,9 +102,9 @@ impl Measured {
     }
 }
 
-/// A load on the first queue of a front-end.
+/// A load on the queues of a front-end.
 pub struct Load {
-    queue: Queue,
+    queues: Vec<Queue>,
     memory: Arc<Memory>,
     shape: Shape,
     size: u64,
@@ -122,7 +124,14 @@ pub struct Load {
 
 /// Bytes of shared memory that a load of `shape` needs.
 pub fn memory_for(shape: Shape) -> usize {
-    (shape.depth + 1) * shape.len
+    (shape.slots() + 1) * shape.len
+}
+
+impl Shape {
+    /// Requests in flight on all queues together.
+    fn slots(&self) -> usize {
+        self.depth * self.queues
+    }
 }
 
 /// Reads checked in full before the measurement, and writes read back after it.
@@ -131,19 +140,12 @@ const SAMPLES: usize = 256;
 impl Load {
     /// A load of `shape` over a disk of `size` bytes. `seed` chooses the places, and is the tag of
     /// what it writes.
-    pub fn new(
-        mut frontend: Frontend,
-        shape: Shape,
-        size: u64,
-        poll: bool,
-        seed: u64,
-    ) -> Res<Self> {
-        let queue = frontend.queues.drain(..).next().ok_or("no queue")?;
-        let memory = frontend.memory.clone();
+    pub fn new(frontend: Frontend, shape: Shape, size: u64, poll: bool, seed: u64) -> Res<Self> {
+        let memory = frontend.memory;
         let mut rng = Rng::new(seed);
         let mut block = vec![0; BLOCK];
         blocks::fill_written(&mut block, 0, seed);
-        for at in (0..shape.depth * shape.len).step_by(BLOCK) {
+        for at in (0..shape.slots() * shape.len).step_by(BLOCK) {
             memory.write(at, &block);
         }
         let mut clusters = Vec::new();
@@ -154,7 +156,7 @@ impl Load {
             }
         }
         Ok(Load {
-            queue,
+            queues: frontend.queues,
             memory,
             shape,
             size,
@@ -163,9 +165,9 @@ impl Load {
             rng,
             next: 0,
             clusters,
-            started: vec![Instant::now(); shape.depth],
-            offsets: vec![0; shape.depth],
-            flushing: vec![false; shape.depth],
+            started: vec![Instant::now(); shape.slots()],
+            offsets: vec![0; shape.slots()],
+            flushing: vec![false; shape.slots()],
             scratch: vec![0; shape.len],
             verified: 0,
             written: Vec::new(),
@@ -178,11 +180,11 @@ impl Load {
         let mut measured = Measured::new();
         let begin = Instant::now();
         let mut asked = begin;
-        for slot in 0..self.shape.depth {
+        for slot in 0..self.shape.slots() {
             self.start(slot, begin)?;
         }
-        self.queue.kick()?;
-        while self.queue.in_flight() > 0 {
+        self.kick()?;
+        while self.in_flight() {
             self.wait()?;
             let now = Instant::now();
             if now.duration_since(asked) >= Duration::from_millis(1) {
@@ -191,30 +193,45 @@ impl Load {
                     break;
                 }
             }
-            while let Some(done) = self.queue.pop()? {
-                let slot = done.token as usize;
-                self.finish(slot, done.status)?;
-                if std::mem::take(&mut self.flushing[slot]) {
-                    self.start(slot, now)?;
-                    continue;
-                }
-                measured.requests += 1;
-                measured
-                    .latencies
-                    .add(now.duration_since(self.started[slot]));
-                match self.shape.flush_every {
-                    Some(every) if measured.requests.is_multiple_of(every) => {
-                        self.flushing[slot] = true;
-                        self.queue.submit(&Op::flush(), slot as u64)?;
-                    }
-                    _ => self.start(slot, now)?,
-                }
+            for queue in 0..self.queues.len() {
+                self.complete(queue, now, &mut measured)?;
             }
-            self.queue.kick()?;
+            self.kick()?;
         }
         measured.elapsed = begin.elapsed();
         self.drain()?;
         Ok(measured)
+    }
+
+    /// Takes what a queue has completed, and lays the next requests into it.
+    fn complete(&mut self, queue: usize, now: Instant, measured: &mut Measured) -> Res<()> {
+        while let Some(done) = self.queues[queue].pop()? {
+            let slot = done.token as usize;
+            self.finish(slot, done.status)?;
+            if std::mem::take(&mut self.flushing[slot]) {
+                self.start(slot, now)?;
+                continue;
+            }
+            measured.requests += 1;
+            let latency = now.duration_since(self.started[slot]);
+            measured.latencies.add(latency);
+            match self.shape.flush_every {
+                Some(every) if measured.requests.is_multiple_of(every) => {
+                    self.flushing[slot] = true;
+                    self.queues[queue].submit(&Op::flush(), slot as u64)?;
+                }
+                _ => self.start(slot, now)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn kick(&mut self) -> Res<()> {
+        self.queues.iter_mut().try_for_each(Queue::kick)
+    }
+
+    fn in_flight(&self) -> bool {
+        self.queues.iter().any(|queue| queue.in_flight() > 0)
     }
 
     /// Runs for `time`, or until every cluster had its turn.
@@ -224,20 +241,28 @@ impl Load {
     }
 
     fn wait(&mut self) -> Res<()> {
-        if self.poll {
-            self.queue.spin()
-        } else {
-            self.queue.wait()
+        if !self.poll {
+            return frontend::wait_any(&mut self.queues.iter_mut().collect::<Vec<_>>());
         }
+        let start = Instant::now();
+        while !self.queues.iter_mut().any(Queue::ready) {
+            std::hint::spin_loop();
+            if start.elapsed() > PATIENCE {
+                return Err("the back-end completed nothing for a minute".into());
+            }
+        }
+        Ok(())
     }
 
     fn drain(&mut self) -> Res<()> {
-        while self.queue.in_flight() > 0 {
+        while self.in_flight() {
             self.wait()?;
-            while let Some(done) = self.queue.pop()? {
-                let slot = done.token as usize;
-                self.finish(slot, done.status)?;
-                self.flushing[slot] = false;
+            for queue in 0..self.queues.len() {
+                while let Some(done) = self.queues[queue].pop()? {
+                    let slot = done.token as usize;
+                    self.finish(slot, done.status)?;
+                    self.flushing[slot] = false;
+                }
             }
         }
         Ok(())
@@ -245,7 +270,7 @@ impl Load {
 
     /// Makes stable what was written.
     pub fn flush(&mut self) -> Res<()> {
-        match self.queue.run(&Op::flush())? {
+        match self.first()?.run(&Op::flush())? {
             frontend::OK => Ok(()),
             status => Err(format!("a flush completed with status {status}").into()),
         }
@@ -288,7 +313,12 @@ impl Load {
         } else {
             Op::read(sector, &data)
         };
-        self.queue.submit(&op, slot as u64)
+        let queue = slot / self.shape.depth;
+        self.queues[queue].submit(&op, slot as u64)
+    }
+
+    fn first(&mut self) -> Res<&mut Queue> {
+        self.queues.first_mut().ok_or_else(|| "no queue".into())
     }
 
     fn finish(&mut self, slot: usize, status: u8) -> Res<()> {
@@ -314,7 +344,7 @@ impl Load {
     /// Reads samples: of what was written, or else of anything; and checks them.
     pub fn verify_samples(&mut self) -> Res<()> {
         let len = self.shape.len;
-        let at = self.shape.depth * len;
+        let at = self.shape.slots() * len;
         let tag = self.shape.write.then_some(self.tag);
         let mut offsets = std::mem::take(&mut self.written);
         if !self.shape.write {
@@ -324,7 +354,7 @@ impl Load {
                 .collect();
         }
         for offset in offsets {
-            let status = self.queue.run(&Op::read(offset / 512, &[(at, len)]))?;
+            let status = self.first()?.run(&Op::read(offset / 512, &[(at, len)]))?;
             if status != frontend::OK {
                 return Err(format!("reading back {offset:#x}: status {status}").into());
             }

@@ -8,7 +8,9 @@
 mod common;
 
 mod blocks;
+mod copy;
 mod disks;
+mod floor;
 mod io_rows;
 mod load;
 mod machine;
@@ -107,7 +109,7 @@ fn main() -> ExitCode {
 fn run(options: &Options) -> Res<()> {
     if options.list {
         for (place, _) in options.places() {
-            io_rows::rows()
+            io_rows::rows(place)
                 .iter()
                 .for_each(|row| println!("{}", row.name(place)));
             stream_rows::rows()

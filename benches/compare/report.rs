@@ -1,5 +1,6 @@
 //! The table: medians over the rounds, and ratios of them.
 
+use crate::floor::Floor;
 use crate::variants::Variant;
 use std::fmt::Write;
 
@@ -60,7 +61,9 @@ impl StreamSample {
 pub struct Report {
     machine: Vec<String>,
     io: Vec<(String, &'static str, IoSample)>,
+    floors: Vec<(String, &'static str, Floor)>,
     stream: Vec<(String, &'static str, StreamSample)>,
+    copies: Vec<(String, &'static str, f64)>,
     failures: Vec<String>,
 }
 
@@ -70,7 +73,9 @@ impl Report {
         Report {
             machine,
             io: Vec::new(),
+            floors: Vec::new(),
             stream: Vec::new(),
+            copies: Vec::new(),
             failures: Vec::new(),
         }
     }
@@ -81,10 +86,21 @@ impl Report {
         self.io.push((row.to_owned(), variant, sample));
     }
 
+    /// Takes the floor of an I/O row.
+    pub fn add_floor(&mut self, row: &str, floor: Floor) {
+        eprintln!("    {floor:.1?}");
+        self.floors.push((row.to_owned(), FLOOR, floor));
+    }
+
     /// Takes a run of a stream row.
     pub fn add_stream(&mut self, row: &str, variant: &'static str, sample: StreamSample) {
         eprintln!("    {sample:.1?}");
         self.stream.push((row.to_owned(), variant, sample));
+    }
+
+    /// Takes the seconds of a plain copy of what a stream row copies.
+    pub fn add_copy(&mut self, row: &str, seconds: f64) {
+        self.copies.push((row.to_owned(), FLOOR, seconds));
     }
 
     /// Takes note of a run that failed.
@@ -138,8 +154,8 @@ impl Report {
         let _ = writeln!(
             text,
             "| row | 1000 IOPS | ratio | p50 µs | p99 µs | ratio | CPU s per million | ratio | \
-             KiB written each |\n\
-             | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+             KiB written each | floor: 1000 IOPS | ratio | CPU s per million | ratio |\n\
+             | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
         );
         for row in rows(&self.io) {
             let of = |get: fn(&IoSample) -> f64| medians(&self.io, row, names, get);
@@ -147,9 +163,12 @@ impl Report {
             let (p99, cpu) = (of(|s| s.p99), of(|s| s.cpu));
             let written = of(|s| s.written);
             let best = better(&iops, true);
+            let floor = |get: fn(&Floor) -> f64| medians(&self.floors, row, &[FLOOR], get)[0];
+            let (floor_iops, floor_cpu) = (floor(|f| f.iops / 1000.0), floor(|f| f.cpu));
+            let to = |values: &[Option<f64>], floor| ratio(&[values[0], floor], Some(1));
             let _ = writeln!(
                 text,
-                "| {row} | {} | {} | {} | {} | {} | {} | {} | {} |",
+                "| {row} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} |",
                 cells(&iops, 1),
                 ratio(&iops, best),
                 cells(&p50, 0),
@@ -158,6 +177,10 @@ impl Report {
                 cells(&cpu, 2),
                 ratio(&cpu, best),
                 cells(&written, 1),
+                cells(&[floor_iops], 1),
+                to(&iops, floor_iops),
+                cells(&[floor_cpu], 2),
+                to(&cpu, floor_cpu),
             );
         }
         text.push('\n');
@@ -166,19 +189,22 @@ impl Report {
     fn stream_table(&self, text: &mut String, names: &[&'static str]) {
         let _ = writeln!(
             text,
-            "| row | seconds | ratio | CPU s | guest 1000 IOPS before | guest 1000 IOPS during | \
-             guest p99 µs before | guest p99 µs during | ratio |\n\
-             | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+            "| row | seconds | ratio | plain copy s | ratio | CPU s | guest 1000 IOPS before | \
+             guest 1000 IOPS during | guest p99 µs before | guest p99 µs during | ratio |\n\
+             | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
         );
         for row in rows(&self.stream) {
             let of = |get: fn(&StreamSample) -> f64| medians(&self.stream, row, names, get);
             let (seconds, p99) = (of(|s| s.seconds), of(|s| s.p99));
             let best = better(&seconds, false);
+            let copy = medians(&self.copies, row, &[FLOOR], |seconds| *seconds)[0];
             let _ = writeln!(
                 text,
-                "| {row} | {} | {} | {} | {} | {} | {} | {} | {} |",
+                "| {row} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} |",
                 cells(&seconds, 2),
                 ratio(&seconds, best),
+                cells(&[copy], 2),
+                ratio(&[seconds[0], copy], Some(1)),
                 cells(&of(|s| s.cpu), 2),
                 cells(&of(|s| s.iops_before / 1000.0), 1),
                 cells(&of(|s| s.iops / 1000.0), 1),
@@ -192,6 +218,9 @@ impl Report {
 }
 
 const RATIO: &str = "the first to the better of the others (in IOPS, or in seconds for a stream)";
+
+/// What stands for a back-end's name where there is none.
+const FLOOR: &str = "floor";
 
 /// The names of the rows, in the order in which they were measured.
 fn rows<'a, S>(samples: &'a [(String, &'static str, S)]) -> Vec<&'a str> {
@@ -253,5 +282,11 @@ fn cells(values: &[Option<f64>], digits: usize) -> String {
         let known = v.filter(|v| !v.is_nan());
         known.map_or("–".to_owned(), |v| format!("{v:.digits$}"))
     };
-    values.iter().map(cell).collect::<Vec<_>>().join(" / ")
+    // Back-ends that a row does not have are the last ones.
+    let known = values
+        .iter()
+        .rposition(Option::is_some)
+        .map_or(1, |i| i + 1);
+    let cells: Vec<_> = values.iter().take(known).map(cell).collect();
+    cells.join(" / ")
 }

@@ -5,6 +5,7 @@ use crate::Options;
 use crate::common::Res;
 use crate::common::daemon::Setup;
 use crate::common::qmp::{Qmp, is_job_end};
+use crate::copy;
 use crate::disks::{Disk, Disks};
 use crate::load::{self, Load, Order, Shape};
 use crate::machine::OtherLoad;
@@ -40,6 +41,7 @@ pub fn rows() -> Vec<Row> {
 const SHAPE: Shape = Shape {
     write: false,
     len: 4096,
+    queues: 1,
     depth: 32,
     order: Order::Random,
     flush_every: None,
@@ -64,7 +66,13 @@ pub fn measure(
     for row in rows {
         let name = row.name(place);
         for round in 0..options.rounds() {
-            for variant in variants {
+            if !row.loaded {
+                match copy::fastest(options, &disks, place) {
+                    Ok(seconds) => report.add_copy(&name, seconds),
+                    Err(error) => report.fail(&name, "plain copy", &error.to_string()),
+                }
+            }
+            for variant in variants.iter().filter(|variant| !variant.raw_only) {
                 eprintln!("{name}: round {}, {}", round + 1, variant.name);
                 match run(options, row, variant, &disks, round) {
                     Ok(sample) => report.add_stream(&name, variant.name, sample),

@@ -14,6 +14,10 @@ pub struct Variant {
     pub aio: &'static str,
     /// Whether it wants an iothread named on the command line to be at its best.
     pub iothread: bool,
+    /// `poll-max-ns=` of that.
+    pub poll_max_ns: Option<u32>,
+    /// It is measured in the rows about raw images only.
+    pub raw_only: bool,
 }
 
 /// All of them, or those whose name contains one of `words`. The first is the one under test.
@@ -23,6 +27,13 @@ pub fn wanted(words: &[String]) -> Vec<Variant> {
         program: Program::reference(),
         aio,
         iothread: true,
+        poll_max_ns: None,
+        raw_only: false,
+    };
+    let polling = |name, poll_max_ns| Variant {
+        poll_max_ns: Some(poll_max_ns),
+        raw_only: true,
+        ..reference(name, "native")
     };
     let all = [
         Variant {
@@ -30,9 +41,13 @@ pub fn wanted(words: &[String]) -> Vec<Variant> {
             program: Program::under_test(),
             aio: "io_uring",
             iothread: false,
+            poll_max_ns: None,
+            raw_only: false,
         },
         reference("qsd-uring", "io_uring"),
         reference("qsd-native", "native"),
+        polling("qsd-native, poll 0", 0),
+        polling("qsd-native, poll 1 ms", 1_000_000),
     ];
     all.into_iter()
         .filter(|v| words.is_empty() || words.iter().any(|word| v.name.contains(word.as_str())))
@@ -47,6 +62,7 @@ impl Variant {
         setup.direct = true;
         setup.aio = Some(self.aio);
         setup.iothread = self.iothread && !job;
+        setup.poll_max_ns = self.poll_max_ns;
         if !job {
             setup.qmp = None;
         }

@@ -309,6 +309,8 @@ pub struct Setup {
     pub aio: Option<&'static str>,
     /// Serve the export from a thread of its own.
     pub iothread: bool,
+    /// How long that thread polls at most before it sleeps, in nanoseconds.
+    pub poll_max_ns: Option<u32>,
     /// More words for the command line.
     pub extra: Vec<String>,
 }
@@ -325,6 +327,7 @@ impl Setup {
             direct: false,
             aio: None,
             iothread: false,
+            poll_max_ns: None,
             extra: Vec::new(),
         }
     }
@@ -382,7 +385,9 @@ impl Setup {
             ",writable=off"
         });
         if self.iothread {
-            option("--object", "iothread,id=worker".to_owned());
+            let poll = self.poll_max_ns.map(|ns| format!(",poll-max-ns={ns}"));
+            let object = format!("iothread,id=worker{}", poll.unwrap_or_default());
+            option("--object", object);
             export.push_str(",iothread=worker");
         }
         option("--export", export);
