@@ -5,6 +5,7 @@
 //! the images, which are closed clean.
 
 mod backend;
+mod guests;
 mod monitors;
 mod process;
 mod stream;
@@ -68,6 +69,15 @@ impl Exports {
         let exports = self.list.lock();
         let queues = exports.iter().flat_map(|(export, _)| export.stats());
         queues.map(|queue| queue.requests()).sum()
+    }
+
+    /// How long the threads that serve guests have been ready to run without a processor.
+    fn waited(&self) -> Duration {
+        let exports = self.list.lock();
+        let queues = exports.iter().flat_map(|(export, _)| export.stats());
+        queues
+            .filter_map(|queue| process::waited(queue.thread.get()))
+            .sum()
     }
 
     fn shut_down(&self) {

@@ -1,13 +1,12 @@
 //! The stream job's source on real chains.
 
-use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use futures_util::future::LocalBoxFuture;
 
 use super::Exports;
+use super::guests::Guests;
 
 use crate::chain::graph::Node;
 use crate::chain::{Chain, Graph, Root, Span, Status, View};
@@ -30,45 +29,8 @@ pub struct GraphSource {
     restore: bool,
     /// Clusters are compressed where that makes them smaller.
     compress: bool,
-    /// Bytes copied since a guest's thread was let first.
-    since_giving_way: Cell<u64>,
     guests: Guests,
 }
-
-/// A guest without a request for so long is idle.
-const QUIET: Duration = Duration::from_millis(20);
-
-/// What is seen of the guests.
-struct Guests {
-    exports: Arc<Exports>,
-    /// Their requests up to the last look.
-    requests: Cell<u64>,
-    /// When a look last found new ones.
-    active: Cell<Option<Instant>>,
-}
-
-impl Guests {
-    fn new(exports: Arc<Exports>) -> Self {
-        Self {
-            requests: Cell::new(exports.requests()),
-            active: Cell::new(None),
-            exports,
-        }
-    }
-
-    /// Whether there were requests of late.
-    fn are_active(&self) -> bool {
-        let requests = self.exports.requests();
-        if self.requests.replace(requests) != requests {
-            self.active.set(Some(Instant::now()));
-            return true;
-        }
-        self.active.get().is_some_and(|at| at.elapsed() < QUIET)
-    }
-}
-
-/// Bytes copied before a guest's thread is let first: about a millisecond's worth.
-const GIVE_WAY_AFTER: u64 = 2560 << 10;
 
 impl GraphSource {
     /// A stream as `spec` wants it. The target can be written to; with `restore` only for the
@@ -89,7 +51,6 @@ impl GraphSource {
             base: spec.base.clone(),
             compress: spec.compress,
             restore,
-            since_giving_way: Cell::new(0),
             guests: Guests::new(exports),
         })
     }
@@ -123,19 +84,8 @@ impl GraphSource {
         let end = self.end(&view.chain)?;
         let span = Span::new(0, end).compressed(self.compress);
         let copied = view.copy(span, offset, len).await?;
-        self.give_way(copied.data);
+        self.guests.give_way();
         Ok(copied.data)
-    }
-
-    /// Lets the thread of a guest go first now and then, where there is one processor for both:
-    /// otherwise it may have to wait for a whole time slice.
-    fn give_way(&self, copied: u64) {
-        let since = self.since_giving_way.get() + copied;
-        self.since_giving_way.set(since);
-        if since >= GIVE_WAY_AFTER {
-            self.since_giving_way.set(0);
-            std::thread::yield_now();
-        }
     }
 
     /// The order matters: everything copied is stable before the header changes, and the header

@@ -44,6 +44,8 @@ pub struct QueueStats {
     pub signals: Counter,
     /// Times that the worker slept.
     pub sleeps: Counter,
+    /// The worker's thread, as the kernel numbers it.
+    pub thread: Counter,
     /// Times that the worker's ring entered the kernel, up to when it last slept.
     pub enters: Counter,
 }

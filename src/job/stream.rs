@@ -30,7 +30,7 @@ pub const MAX_IN_FLIGHT: usize = 4;
 
 /// How many copies are in flight at most while a guest is active: it may have to wait for that long
 /// behind them at the disk.
-pub const POLITE_IN_FLIGHT: usize = 2;
+pub const POLITE_IN_FLIGHT: usize = 1;
 
 /// How far ahead ranges are looked up at once.
 const LOOK_AHEAD: u64 = 64 << 20;

@@ -50,6 +50,8 @@ pub(super) fn run(
             return;
         }
     };
+    // SAFETY: no memory is passed.
+    stats.thread.add(unsafe { libc::gettid() } as u64);
     let _ = ready.send(Ok(reactor.remote()));
     let poller = Poller::new(facts.poll_max_us);
     let mut worker = Worker {
