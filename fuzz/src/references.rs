@@ -10,6 +10,8 @@ use super::storage::SparseStorage;
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
+/// What must be 0 in the descriptor of a cluster that is not compressed.
+const RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// Images with more than this of anything are not judged.
 const LIMIT: u64 = 1024;
 /// Neither are images with more bytes.
@@ -25,6 +27,9 @@ pub struct Report {
     pub errors: Vec<String>,
     /// Clusters that are counted as used by more than use them.
     pub leaks: usize,
+    /// The disk has a cluster in two places. Both may be counted; but the entry that is left when
+    /// the other goes would have to become the cluster's owner, and nobody looks for it.
+    pub shared: bool,
 }
 
 struct Judge {
@@ -177,6 +182,9 @@ impl Judge {
                 .errors
                 .push(format!("subclusters are both: {bitmap:#x}"));
         }
+        if word & RESERVED != 0 {
+            self.report.errors.push(format!("reserved bits: {word:#x}"));
+        }
         let host = word & OFFSET;
         if self.data_file || host == 0 {
             return;
@@ -212,7 +220,10 @@ impl Judge {
         }
         let mut at = header_length;
         let (mut directory, mut len, mut count) = (0, 0, 0);
-        while at < 1 << self.bits {
+        // The extensions end where the backing file's name begins.
+        let name_at = self.table(8, 1)[0];
+        let end = if name_at == 0 { u64::MAX } else { name_at };
+        while at < end.min(1 << self.bits) {
             let word = self.table(at, 1)[0];
             let (kind, length) = (word >> 32, word & 0xffff_ffff);
             match kind {
@@ -288,6 +299,7 @@ impl Judge {
                 self.report.leaks += 1;
             }
         }
+        self.report.shared = self.is_shared();
         for (cluster, copied) in std::mem::take(&mut self.copied) {
             let refcount = self.refcount(table, order, cluster);
             if copied != (refcount == 1) {
@@ -296,5 +308,11 @@ impl Judge {
                 ));
             }
         }
+    }
+
+    fn is_shared(&self) -> bool {
+        let mut clusters: Vec<u64> = self.copied.iter().map(|(cluster, _)| *cluster).collect();
+        clusters.sort_unstable();
+        clusters.windows(2).any(|pair| pair[0] == pair[1])
     }
 }

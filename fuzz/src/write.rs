@@ -196,7 +196,7 @@ async fn run(files: &Files, how: How, close: bool, mut input: Input<'_>) {
     if size <= WHOLE
         && before
             .as_ref()
-            .is_some_and(|report| report.errors.is_empty())
+            .is_some_and(|report| report.errors.is_empty() && !report.shared)
     {
         // A damaged compressed cluster is a contradiction too.
         if let Ok(bytes) = read(&chain, 0, size as usize).await {
