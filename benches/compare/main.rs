@@ -15,6 +15,7 @@ mod io_rows;
 mod load;
 mod machine;
 mod report;
+mod start_rows;
 mod stream_rows;
 mod variants;
 
@@ -115,6 +116,9 @@ fn run(options: &Options) -> Res<()> {
             stream_rows::rows()
                 .iter()
                 .for_each(|row| println!("{}", row.name(place)));
+            start_rows::rows()
+                .iter()
+                .for_each(|row| println!("{}", row.name(place)));
         }
         return Ok(());
     }
@@ -124,6 +128,7 @@ fn run(options: &Options) -> Res<()> {
     for (place, dir) in options.places() {
         io_rows::measure(options, place, &dir, &variants, &mut report)?;
         stream_rows::measure(options, place, &dir, &variants, &mut report)?;
+        start_rows::measure(options, place, &dir, &variants, &mut report)?;
     }
     let text = report.markdown(&variants);
     println!("{text}");

@@ -57,12 +57,26 @@ impl StreamSample {
     }
 }
 
+/// What one run of a start row gave.
+#[derive(Clone, Copy, Debug)]
+pub struct StartSample {
+    /// Milliseconds from the start of the process to the end of a front-end's handshake.
+    pub ready: f64,
+    /// Resident memory then, in MiB.
+    pub resident: f64,
+    /// How often threads woke up in a second without a request.
+    pub wakeups: f64,
+    /// CPU seconds per million requests of a guest that sends 1000 each second.
+    pub cpu: f64,
+}
+
 /// Everything that was measured.
 pub struct Report {
     machine: Vec<String>,
     io: Vec<(String, &'static str, IoSample)>,
     floors: Vec<(String, &'static str, Floor)>,
     stream: Vec<(String, &'static str, StreamSample)>,
+    start: Vec<(String, &'static str, StartSample)>,
     copies: Vec<(String, &'static str, f64)>,
     failures: Vec<String>,
 }
@@ -75,6 +89,7 @@ impl Report {
             io: Vec::new(),
             floors: Vec::new(),
             stream: Vec::new(),
+            start: Vec::new(),
             copies: Vec::new(),
             failures: Vec::new(),
         }
@@ -96,6 +111,12 @@ impl Report {
     pub fn add_stream(&mut self, row: &str, variant: &'static str, sample: StreamSample) {
         eprintln!("    {sample:.1?}");
         self.stream.push((row.to_owned(), variant, sample));
+    }
+
+    /// Takes a run of a start row.
+    pub fn add_start(&mut self, row: &str, variant: &'static str, sample: StartSample) {
+        eprintln!("    {sample:.1?}");
+        self.start.push((row.to_owned(), variant, sample));
     }
 
     /// Takes the seconds of a plain copy of what a stream row copies.
@@ -141,6 +162,9 @@ impl Report {
         if !self.stream.is_empty() {
             self.stream_table(&mut text, &names);
         }
+        if !self.start.is_empty() {
+            self.start_table(&mut text, &names);
+        }
         if self.failed() {
             let _ = writeln!(text, "Failed runs:\n");
             for failure in &self.failures {
@@ -181,6 +205,30 @@ impl Report {
                 to(&iops, floor_iops),
                 cells(&[floor_cpu], 2),
                 to(&cpu, floor_cpu),
+            );
+        }
+        text.push('\n');
+    }
+
+    fn start_table(&self, text: &mut String, names: &[&'static str]) {
+        let _ = writeln!(
+            text,
+            "| row | ready after ms | MiB resident | wake-ups per second, idle | CPU s per \
+             million at 1000 IOPS | ratio |\n\
+             | --- | --- | --- | --- | --- | --- |"
+        );
+        for row in rows(&self.start) {
+            let of = |get: fn(&StartSample) -> f64| medians(&self.start, row, names, get);
+            let cpu = of(|s| s.cpu);
+            let best = better(&cpu, false);
+            let _ = writeln!(
+                text,
+                "| {row} | {} | {} | {} | {} | {} |",
+                cells(&of(|s| s.ready), 1),
+                cells(&of(|s| s.resident), 1),
+                cells(&of(|s| s.wakeups), 1),
+                cells(&cpu, 0),
+                ratio(&cpu, best),
             );
         }
         text.push('\n');

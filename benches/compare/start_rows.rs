@@ -1,0 +1,141 @@
+//! The rows about a daemon that has just started, has nothing to do, or little.
+
+use crate::Options;
+use crate::common::daemon::Daemon;
+use crate::common::frontend::Op;
+use crate::common::{Res, images};
+use crate::disks::Disks;
+use crate::report::{Report, StartSample};
+use crate::variants::Variant;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// One row: so many empty layers, of a terabyte each.
+#[derive(Clone, Copy, Debug)]
+pub struct Row {
+    layers: usize,
+}
+
+impl Row {
+    /// Its name in the report.
+    pub fn name(&self, place: &str) -> String {
+        let layers = if self.layers == 1 { "layer" } else { "layers" };
+        format!("{place} start, 1 TiB in {} {layers}", self.layers)
+    }
+}
+
+/// All rows of a place.
+pub fn rows() -> Vec<Row> {
+    [1, 16, 64].map(|layers| Row { layers }).to_vec()
+}
+
+/// The size of the disk.
+const SIZE: u64 = 1 << 40;
+
+/// Requests each second of a guest that does little.
+const FEW: u32 = 1000;
+
+/// Measures the wanted rows in `dir`: in each round every back-end in turn.
+pub fn measure(
+    options: &Options,
+    place: &str,
+    dir: &Path,
+    variants: &[Variant],
+    report: &mut Report,
+) -> Res<()> {
+    for row in rows() {
+        let name = row.name(place);
+        if !options.wants_row(&name) {
+            continue;
+        }
+        let disks = Disks::new(dir, SIZE)?;
+        let layers = create(&disks, row.layers)?;
+        for round in 0..options.rounds() {
+            for variant in variants {
+                eprintln!("{name}: round {}, {}", round + 1, variant.name);
+                match run(options, variant, &disks, &layers) {
+                    Ok(sample) => report.add_start(&name, variant.name, sample),
+                    Err(error) => report.fail(&name, variant.name, &error.to_string()),
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Empty images, each over the next; the top comes first.
+fn create(disks: &Disks, count: usize) -> Res<Vec<(PathBuf, &'static str)>> {
+    let mut layers: Vec<(PathBuf, &'static str)> = Vec::new();
+    for number in 0..count {
+        let path = disks.dir().join(format!("empty{number}.qcow2"));
+        let below = layers
+            .first()
+            .map(|(path, format)| (path.as_path(), *format));
+        images::create(&path, disks.size(), "compat=1.1", below)?;
+        layers.insert(0, (path, "qcow2"));
+    }
+    Ok(layers)
+}
+
+fn run(
+    options: &Options,
+    variant: &Variant,
+    disks: &Disks,
+    layers: &[(PathBuf, &'static str)],
+) -> Res<StartSample> {
+    let setup = variant.setup(disks.dir(), layers, false);
+    let begin = Instant::now();
+    let mut daemon = setup.start(&variant.program, disks.dir(), Some(options.cpu_backend))?;
+    let frontend = daemon.connect(&setup.socket, 1, 256, 1 << 16)?;
+    let ready = begin.elapsed();
+    let resident = resident(&daemon)?;
+    let mut queues = frontend.queues;
+    let queue = queues.first_mut().ok_or("no queue")?;
+    queue.run(&Op::read(0, &[(0, 4096)]))?;
+    // What begins with the first request has ended by then.
+    std::thread::sleep(options.warm_up());
+    let (switches, begin) = (switches(&daemon)?, Instant::now());
+    std::thread::sleep(options.measured());
+    let idle = self::switches(&daemon)?.saturating_sub(switches) as f64;
+    let wakeups = idle / begin.elapsed().as_secs_f64();
+    let cpu = daemon.cpu_time()?;
+    let (mut requests, mut next) = (0u32, Instant::now());
+    let end = next + options.measured();
+    while next < end {
+        std::thread::sleep(next.saturating_duration_since(Instant::now()));
+        queue.run(&Op::read(u64::from(requests) * 128, &[(0, 4096)]))?;
+        requests += 1;
+        next += Duration::from_secs(1) / FEW;
+    }
+    let cpu = daemon.cpu_time()?.saturating_sub(cpu);
+    drop(queues);
+    daemon.stop()?;
+    Ok(StartSample {
+        ready: ready.as_secs_f64() * 1e3,
+        resident,
+        wakeups,
+        cpu: cpu.as_secs_f64() * 1e6 / f64::from(requests.max(1)),
+    })
+}
+
+/// Resident memory in MiB.
+fn resident(daemon: &Daemon) -> Res<f64> {
+    let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid()))?;
+    Ok(field(&status, "VmRSS:").ok_or("no VmRSS")? / 1024.0)
+}
+
+/// How often threads of the process went to sleep so far.
+fn switches(daemon: &Daemon) -> Res<u64> {
+    let mut sum = 0.0;
+    for thread in fs::read_dir(format!("/proc/{}/task", daemon.pid()))? {
+        let status = fs::read_to_string(thread?.path().join("status")).unwrap_or_default();
+        sum += field(&status, "voluntary_ctxt_switches:").unwrap_or(0.0);
+    }
+    Ok(sum as u64)
+}
+
+fn field(status: &str, name: &str) -> Option<f64> {
+    let value = status.lines().find_map(|line| line.strip_prefix(name))?;
+    value.split_whitespace().next()?.parse().ok()
+}
