@@ -127,7 +127,7 @@ fn a_slow_request_keeps_the_clusters_that_it_found() {
 
 /// Guests work on a disk, and a stream if `stream`; then the machine stops at every instant.
 /// Returns the image as it was before and after the work.
-fn cuts(recipe: Recipe, stream: bool, operations: usize) -> (Vec<u8>, Vec<u8>) {
+pub fn cuts(recipe: Recipe, stream: bool, operations: usize) -> (Vec<u8>, Vec<u8>) {
     cuts_with(seed(), recipe, stream, operations, None)
 }
 
@@ -156,6 +156,7 @@ fn cuts_with(
             Box::new(move || clock.now()),
         );
         work.compress.set(recipe.compress);
+        work.from.set(recipe.from);
         work.strict.set(fault.is_none());
         machine.fail(fault);
         if stream {

@@ -28,6 +28,8 @@ pub struct Recipe {
     /// For `qemu-img create -o`.
     pub options: &'static str,
     pub sectors: usize,
+    /// Guests leave the sectors before this one alone.
+    pub from: usize,
     pub below: Below,
     /// It has a data file.
     pub data_file: bool,
@@ -49,6 +51,7 @@ impl Recipe {
         Self {
             options,
             sectors,
+            from: 0,
             below: Below::Nothing,
             data_file: false,
             filled: 0,
@@ -285,12 +288,17 @@ fn layer(format: Format, storage: Arc<dyn Storage>, read_only: bool) -> Arc<Laye
 
 /// Everything that the guest sees; `None` for a torn sector.
 pub fn read_all(reactor: &Reactor, chain: &Arc<Chain>) -> Result<Vec<Option<u32>>> {
-    let len = chain.size() as usize;
-    let buffer = AlignedBuf::zeroed(len);
-    // SAFETY: `buffer` outlives the operation.
-    let bufs = unsafe { IoBufs::of(&buffer, 0, len) };
-    reactor.block_on(View::of(chain.clone()).read(0, bufs))?;
-    Ok(buffer.chunks(SECTOR).map(stamp_of).collect())
+    let size = chain.size() as usize;
+    let mut seen = Vec::with_capacity(size / SECTOR);
+    let buffer = AlignedBuf::zeroed(size.min(1 << 20));
+    for at in (0..size).step_by(1 << 20) {
+        let len = buffer.len().min(size - at);
+        // SAFETY: `buffer` outlives the operation.
+        let bufs = unsafe { IoBufs::of(&buffer, 0, len) };
+        reactor.block_on(View::of(chain.clone()).read(at as u64, bufs))?;
+        seen.extend(buffer[..len].chunks(SECTOR).map(stamp_of));
+    }
+    Ok(seen)
 }
 
 /// Writes sectors with the stamps from `stamp` on.

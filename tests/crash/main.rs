@@ -13,6 +13,7 @@ mod judge;
 mod kill;
 mod machine;
 mod qcow2;
+mod slices;
 mod states;
 #[allow(dead_code)]
 #[path = "../engine/support.rs"]

@@ -61,6 +61,8 @@ pub struct Work {
     pub strict: Cell<bool>,
     /// Copies are compressed.
     pub compress: Cell<bool>,
+    /// The first sector that guests touch.
+    pub from: Cell<usize>,
     /// Who keeps the history as well.
     pub observer: RefCell<Option<Observer>>,
     clock: Clock,
@@ -79,6 +81,7 @@ impl Work {
             failures: RefCell::default(),
             strict: Cell::new(true),
             compress: Cell::new(false),
+            from: Cell::new(0),
             observer: RefCell::default(),
             clock,
             rng: RefCell::new(StdRng::seed_from_u64(seed)),
@@ -185,7 +188,7 @@ impl Work {
         let mut busy = self.busy.borrow_mut();
         for _ in 0..20 {
             let longest = [1, 8, 24, 64][rng.random_range(0..4)];
-            let start = rng.random_range(0..busy.len());
+            let start = rng.random_range(self.from.get()..busy.len());
             let len = rng.random_range(1..=longest).min(busy.len() - start);
             if busy[start..start + len].iter().all(|busy| !busy) {
                 busy[start..start + len].fill(true);
