@@ -34,15 +34,22 @@ enum Step {
 }
 use Step::{Flush, Read, Write, Zero};
 
-/// An image with one cluster of value 1 in each slice.
-fn image(options: &str) -> Vec<u8> {
+/// An image with one cluster of value 1 in each slice. With `holes` there are free clusters in
+/// front of them.
+fn image(options: &str, holes: bool) -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("image.qcow2");
     create(&path, options, SIZE as u64);
-    let commands: Vec<String> = (0..SLICES)
-        .map(|slice| format!("write -q -P 1 {} 512", slice * SLICE))
-        .collect();
-    let mut words = vec!["-f", "qcow2"];
+    let (before, after) = match holes {
+        true => (
+            vec![format!("write -q 0 {SLICE}")],
+            vec![format!("discard -q 512 {}", SLICE - 512)],
+        ),
+        false => Default::default(),
+    };
+    let each = (0..SLICES).map(|slice| format!("write -q -P 1 {} 512", slice * SLICE));
+    let commands: Vec<String> = before.into_iter().chain(each).chain(after).collect();
+    let mut words = vec!["-f", "qcow2", "-d", "unmap"];
     for command in &commands {
         words.extend(["-c", command]);
     }
@@ -137,7 +144,11 @@ fn work(start: &[u8], threads: &'static [&'static [Step]]) {
 }
 
 fn orders(options: &str, runs: usize, threads: &'static [&'static [Step]]) {
-    let start: Arc<[u8]> = image(options).into();
+    orders_of(image(options, false), runs, threads);
+}
+
+fn orders_of(start: Vec<u8>, runs: usize, threads: &'static [&'static [Step]]) {
+    let start: Arc<[u8]> = start.into();
     many_orders(runs, move || work(&start, threads));
 }
 
@@ -189,6 +200,20 @@ fn a_slice_that_two_miss() {
         &[Read(0, 512, 1)],
     ];
     orders("cluster_size=512", 1000, THREADS);
+}
+
+/// What would be caught: the same of the refcounts: clusters that are in use, and count as free.
+#[test]
+fn refcounts_that_two_miss() {
+    const THREADS: &[&[Step]] = &[
+        &[Write(512, 512, 2)],
+        &[Write(SLICE + 512, 512, 3)],
+        &[Write(2 * SLICE + 512, 512, 4)],
+    ];
+    // A slice covers 64 clusters. The free ones are in the first two; only the last one is looked
+    // at when the image is opened.
+    let start = image("cluster_size=512,refcount_bits=64", true);
+    orders_of(start, 600, THREADS);
 }
 
 #[test]
