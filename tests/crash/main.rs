@@ -13,6 +13,7 @@ mod judge;
 mod kill;
 mod machine;
 mod qcow2;
+mod resize;
 mod short;
 mod slices;
 mod states;
