@@ -16,6 +16,7 @@ mod qcow2;
 mod resize;
 mod short;
 mod slices;
+mod slow;
 mod states;
 #[allow(dead_code)]
 #[path = "../engine/support.rs"]
