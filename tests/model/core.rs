@@ -1,4 +1,4 @@
-//! Claims, grace periods and the chain's root.
+//! Claims, grace periods, entries of the mapping and the chain's root.
 
 use std::future::Future;
 use std::pin::pin;
@@ -9,6 +9,7 @@ use std::task::{Context, Waker};
 use stratablk_model::chain::{Chain, Layer, Root, ViewCache};
 use stratablk_model::disk::Disk;
 use stratablk_model::format::qcow2::claims::Claims;
+use stratablk_model::format::qcow2::l2::{Slice, Words};
 use stratablk_model::format::{Format, Raw};
 use stratablk_model::grace::{EraCache, Grace};
 use stratablk_model::shuttle::future::block_on;
@@ -132,6 +133,34 @@ fn what_is_retired_waits_for_its_readers_in_every_order() {
 #[test]
 fn what_is_retired_waits_for_many_readers() {
     many_orders(4000, || retire(3, 3, 4));
+}
+
+/// What would be caught: an entry of which a reader gets one word as it was and the other one as it
+/// is; together they may mean a place that was never the cluster's.
+#[test]
+fn words_of_an_entry_change_together() {
+    many_orders(2000, || {
+        let slice = Arc::new(Slice::from_bytes(&[0; 64], true));
+        let readers: Vec<_> = (0..2)
+            .map(|_| {
+                let slice = slice.clone();
+                thread::spawn(move || {
+                    for _ in 0..2 {
+                        let words = slice.get(1);
+                        assert_eq!(words.descriptor, words.bitmap, "the entry is torn");
+                    }
+                })
+            })
+            .collect();
+        for value in 1..4 {
+            let words = Words {
+                descriptor: value,
+                bitmap: value,
+            };
+            slice.set(1, words);
+        }
+        readers.into_iter().for_each(|t| t.join().unwrap());
+    });
 }
 
 /// A chain that is told by the name of its layer.

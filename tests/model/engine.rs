@@ -34,28 +34,32 @@ enum Step {
 }
 use Step::{Flush, Read, Write, Zero};
 
-/// An image with one cluster of value 1 in each slice. With `holes` there are free clusters in
-/// front of them.
-fn image(options: &str, holes: bool) -> Vec<u8> {
+/// An image, and what a guest reads from it.
+struct Start {
+    image: Vec<u8>,
+    disk: Vec<u8>,
+}
+
+/// An image with one cluster of value 1 in each slice, and what `more` commands of `qemu-io` make
+/// of it.
+fn image(options: &str, more: &[String]) -> Start {
     let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("image.qcow2");
+    let (path, raw) = (dir.path().join("image.qcow2"), dir.path().join("raw"));
     create(&path, options, SIZE as u64);
-    let (before, after) = match holes {
-        true => (
-            vec![format!("write -q 0 {SLICE}")],
-            vec![format!("discard -q 512 {}", SLICE - 512)],
-        ),
-        false => Default::default(),
-    };
-    let each = (0..SLICES).map(|slice| format!("write -q -P 1 {} 512", slice * SLICE));
-    let commands: Vec<String> = before.into_iter().chain(each).chain(after).collect();
+    let (name, raw_name) = (path.to_str().unwrap(), raw.to_str().unwrap());
     let mut words = vec!["-f", "qcow2", "-d", "unmap"];
+    let each = (0..SLICES).map(|slice| format!("write -q -P 1 {} 512", slice * SLICE));
+    let commands: Vec<String> = each.chain(more.iter().cloned()).collect();
     for command in &commands {
         words.extend(["-c", command]);
     }
-    words.push(path.to_str().unwrap());
+    words.push(name);
     run("qemu-io", &words);
-    std::fs::read(&path).unwrap()
+    run("qemu-img", &["convert", "-O", "raw", name, raw_name]);
+    Start {
+        image: std::fs::read(&path).unwrap(),
+        disk: std::fs::read(&raw).unwrap(),
+    }
 }
 
 async fn open(disk: &Arc<Disk>, writable: bool) -> (Arc<Qcow2>, Arc<Chain>) {
@@ -100,9 +104,9 @@ async fn perform(chain: &Arc<Chain>, step: Step) {
 }
 
 /// Runs the threads, which do not touch one another's bytes, and looks at what is left.
-fn work(start: &[u8], threads: &'static [&'static [Step]]) {
+fn work(start: &Start, threads: &'static [&'static [Step]]) {
     let _reactor = Reactor::for_this_thread().unwrap();
-    let disk = Disk::new(start.to_vec());
+    let disk = Disk::new(start.image.clone());
     let (image, chain) = block_on(open(&disk, true));
     let running: Vec<_> = threads
         .iter()
@@ -117,10 +121,7 @@ fn work(start: &[u8], threads: &'static [&'static [Step]]) {
         .collect();
     running.into_iter().for_each(|t| t.join().unwrap());
     block_on(image.close()).unwrap();
-    let mut expected = vec![0; SIZE];
-    for slice in 0..SLICES {
-        expected[(slice * SLICE) as usize..][..512].fill(1);
-    }
+    let mut expected = start.disk.clone();
     for step in threads.iter().copied().flatten() {
         let (offset, len, value) = match *step {
             Write(offset, len, value) => (offset, len, value),
@@ -144,11 +145,11 @@ fn work(start: &[u8], threads: &'static [&'static [Step]]) {
 }
 
 fn orders(options: &str, runs: usize, threads: &'static [&'static [Step]]) {
-    orders_of(image(options, false), runs, threads);
+    orders_of(image(options, &[]), runs, threads);
 }
 
-fn orders_of(start: Vec<u8>, runs: usize, threads: &'static [&'static [Step]]) {
-    let start: Arc<[u8]> = start.into();
+fn orders_of(start: Start, runs: usize, threads: &'static [&'static [Step]]) {
+    let start = Arc::new(start);
     many_orders(runs, move || work(&start, threads));
 }
 
@@ -210,9 +211,14 @@ fn refcounts_that_two_miss() {
         &[Write(SLICE + 512, 512, 3)],
         &[Write(2 * SLICE + 512, 512, 4)],
     ];
-    // A slice covers 64 clusters. The free ones are in the first two; only the last one is looked
-    // at when the image is opened.
-    let start = image("cluster_size=512,refcount_bits=64", true);
+    // A slice covers 64 clusters. Many in the first one are free; at the end of the file, where an
+    // image is looked at when it is opened, is another.
+    let more = [
+        format!("write -q 512 {}", SLICE - 512),
+        format!("write -q -P 7 {} 512", SIZE - 512),
+        format!("discard -q 512 {}", SLICE - 512),
+    ];
+    let start = image("cluster_size=512,refcount_bits=64", &more);
     orders_of(start, 600, THREADS);
 }
 
