@@ -183,5 +183,5 @@ fn format_specific(node: &Node) -> Option<Value> {
         };
     };
     // The bitmaps would have to be read.
-    Some(qcow2::format_specific(&image.header(), &[]))
+    Some(qcow2::format_specific(&image.header(), &[], None))
 }

@@ -194,18 +194,43 @@ fn snapshots_are_listed() {
 }
 
 #[test]
-fn encryption_is_named() {
+fn encryption_is_told_as_qemu_img_does() {
+    for options in [
+        "encrypt.format=luks,encrypt.iter-time=10",
+        "encrypt.format=luks,encrypt.iter-time=10,encrypt.cipher-alg=aes-128,\
+         encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha256",
+        "encrypt.format=luks,encrypt.iter-time=10,encrypt.cipher-mode=ecb,cluster_size=4k",
+        "encrypt.format=aes",
+    ] {
+        let dir = Dir::new();
+        let secret = "secret,id=s,data=abc";
+        let options = format!("{options},encrypt.key-secret=s");
+        let args = [
+            "create", "-q", "--object", secret, "-f", "qcow2", "-o", &options, "image", "1M",
+        ];
+        dir.qemu(&args);
+        same_info(&dir, &["image"]);
+        assert!(dir.ctl(&["info", "image"]).contains("encrypted: yes\n"));
+    }
+}
+
+/// Without its LUKS header an image is not described as though it had one.
+#[test]
+fn a_damaged_luks_header_is_an_error() {
     let dir = Dir::new();
     let secret = "secret,id=s,data=abc";
-    let options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    let options = "encrypt.format=luks,encrypt.iter-time=10,encrypt.key-secret=s";
     let args = [
         "create", "-q", "--object", secret, "-f", "qcow2", "-o", options, "image", "1M",
     ];
     dir.qemu(&args);
-    let info = dir.ctl_json(&["info", "image"]);
-    assert_eq!(info["encrypted"], true);
-    assert_eq!(info["format-specific"]["data"]["encrypt"]["format"], "luks");
-    assert!(dir.ctl(&["info", "image"]).contains("encrypted: yes\n"));
+    let mut image = std::fs::read(dir.path("image")).unwrap();
+    let magic = image.windows(6).position(|bytes| bytes == b"LUKS\xba\xbe");
+    image[magic.unwrap() + 1] = b'X';
+    std::fs::write(dir.path("image"), image).unwrap();
+    let output = dir.image(&["info", "image"]);
+    assert!(!output.status.success());
+    assert!(errors(&output).contains("LUKS"), "{}", errors(&output));
 }
 
 #[test]

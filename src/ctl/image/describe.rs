@@ -6,8 +6,8 @@ use crate::chain::backing_options;
 use crate::chain::graph::resolve;
 use crate::config::{BlockRef, BlockdevOptions, Driver};
 use crate::error::{Action, Error, Result};
-use crate::format::qcow2::header::{Backing, INCOMPATIBLE_DIRTY};
-use crate::format::qcow2::{bitmaps, describe_header, format_specific};
+use crate::format::qcow2::header::{Backing, Encryption, INCOMPATIBLE_DIRTY};
+use crate::format::qcow2::{bitmaps, describe_header, format_specific, luks};
 use crate::format::{Format, Qed};
 use crate::storage::file::OpenFlags;
 use crate::storage::{FileStorage, Storage};
@@ -141,9 +141,14 @@ async fn describe_qcow2(
         value.insert("snapshots".to_owned(), Value::Array(snapshots));
     }
     let bitmaps = bitmaps::list(&**storage, &header).await?;
+    let encryption = match header.encryption {
+        None => None,
+        Some(Encryption::Aes) => Some(json!({"format": "aes"})),
+        Some(Encryption::Luks) => Some(luks::describe(&**storage, &header).await?),
+    };
     value.insert(
         "format-specific".to_owned(),
-        format_specific(&header, &bitmaps),
+        format_specific(&header, &bitmaps, encryption),
     );
     if header.encryption.is_some() {
         value.insert("encrypted".to_owned(), json!(true));

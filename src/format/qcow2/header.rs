@@ -26,6 +26,8 @@ pub(super) const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 pub(super) const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 /// Header extension: where the directory of the persistent bitmaps is.
 pub(super) const EXT_BITMAPS: u32 = 0x2385_2875;
+/// Header extension: where the LUKS header is.
+pub(super) const EXT_CRYPTO_HEADER: u32 = 0x0537_be77;
 /// Header extension: the data file's name.
 pub(super) const EXT_DATA_FILE: u32 = 0x4441_5441;
 
@@ -415,6 +417,12 @@ impl Header {
         Ok(())
     }
 
+    /// The contents of a header extension.
+    pub(super) fn extension(&self, kind: u32) -> Option<&[u8]> {
+        let extension = self.extensions.iter().find(|e| e.kind == kind);
+        extension.map(|extension| &*extension.data)
+    }
+
     fn parse_backing(&mut self) -> Result<()> {
         let (at, len) = (be64(&self.raw, 8), be32(&self.raw, 16) as usize);
         if at == 0 {
@@ -430,10 +438,8 @@ impl Header {
             .and_then(|at| self.raw.get(at..at.checked_add(len)?))
             .ok_or_else(|| self.corrupt("the backing file name leaves the first cluster"))?;
         let format = self
-            .extensions
-            .iter()
-            .find(|e| e.kind == EXT_BACKING_FORMAT)
-            .map(|e| String::from_utf8_lossy(&e.data).into_owned());
+            .extension(EXT_BACKING_FORMAT)
+            .map(|data| String::from_utf8_lossy(data).into_owned());
         let name = String::from_utf8(name.to_vec())
             .map_err(|_| self.corrupt("the backing file name is not valid UTF-8"))?;
         self.backing = Some(Backing { name, format });
@@ -444,11 +450,10 @@ impl Header {
         if !self.has_data_file() {
             return Ok(());
         }
-        let name = self.extensions.iter().find(|e| e.kind == EXT_DATA_FILE);
-        self.data_file = match name {
+        self.data_file = match self.extension(EXT_DATA_FILE) {
             None => None,
-            Some(extension) => Some(
-                String::from_utf8(extension.data.clone())
+            Some(name) => Some(
+                String::from_utf8(name.to_vec())
                     .map_err(|_| self.corrupt("the data file's name is not valid UTF-8"))?,
             ),
         };
@@ -456,10 +461,9 @@ impl Header {
     }
 
     fn parse_bitmaps(&mut self) -> Result<()> {
-        let Some(extension) = self.extensions.iter().find(|e| e.kind == EXT_BITMAPS) else {
+        let Some(data) = self.extension(EXT_BITMAPS) else {
             return Ok(());
         };
-        let data = &extension.data;
         let directory = BitmapDirectory {
             count: be32(data, 0),
             len: be64(data, 8),

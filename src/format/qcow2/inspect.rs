@@ -1,9 +1,7 @@
 //! What tools tell of an image: nothing here is on the way of a guest's request.
 
 use super::bitmaps::{AUTO, Bitmap, IN_USE};
-use super::header::{
-    COMPATIBLE_LAZY_REFCOUNTS, Compression, Encryption, Header, INCOMPATIBLE_CORRUPT,
-};
+use super::header::{COMPATIBLE_LAZY_REFCOUNTS, Compression, Header, INCOMPATIBLE_CORRUPT};
 use super::l2::{Descriptor, Shape, Words};
 use super::open::read_table;
 use super::{Qcow2, refcount};
@@ -89,9 +87,10 @@ fn kept(shape: Shape, words: Words) -> Option<u64> {
     }
 }
 
-/// What only qcow2 images have, as QMP describes it (`ImageInfoSpecific`).
+/// What only qcow2 images have, as QMP describes it (`ImageInfoSpecific`); `encryption` is what is
+/// told of that.
 #[must_use]
-pub fn format_specific(header: &Header, bitmaps: &[Bitmap]) -> Value {
+pub fn format_specific(header: &Header, bitmaps: &[Bitmap], encryption: Option<Value>) -> Value {
     let mut data = Map::new();
     let mut put = |key: &str, value: Value| {
         data.insert(key.to_owned(), value);
@@ -117,12 +116,8 @@ pub fn format_specific(header: &Header, bitmaps: &[Bitmap]) -> Value {
         }
         put("data-file-raw", json!(header.data_file_is_raw()));
     }
-    if let Some(encryption) = header.encryption {
-        let format = match encryption {
-            Encryption::Aes => "aes",
-            Encryption::Luks => "luks",
-        };
-        put("encrypt", json!({"format": format}));
+    if let Some(encryption) = encryption {
+        put("encrypt", encryption);
     }
     if modern {
         let corrupt = header.incompatible & INCOMPATIBLE_CORRUPT != 0;

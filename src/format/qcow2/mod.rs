@@ -15,6 +15,7 @@
 //! * [`create`]: making images;
 //! * `resize`: another size, and space allocated ahead;
 //! * `inspect`: what tools tell of an image;
+//! * [`luks`]: what is told of an encrypted image;
 //! * `compress`: compressed clusters;
 //! * [`snapshots`], [`check`]: the snapshot table; consistency check and repair;
 //! * `numbers`: big-endian numbers.
@@ -33,6 +34,7 @@ pub mod header;
 mod inspect;
 pub mod l2;
 mod loading;
+pub mod luks;
 mod mapping;
 pub mod metadata;
 mod numbers;
