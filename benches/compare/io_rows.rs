@@ -7,7 +7,7 @@ use crate::floor;
 use crate::load::{self, Load, Order, Shape};
 use crate::machine::OtherLoad;
 use crate::report::{IoSample, Report};
-use crate::variants::Variant;
+use crate::variants::{Variant, in_turn};
 use std::path::Path;
 
 /// One row: a load on an image.
@@ -123,16 +123,14 @@ pub fn measure(
                 Ok(floor) => report.add_floor(&name, floor),
                 Err(error) => report.fail(&name, "floor", &error.to_string()),
             }
-            for variant in variants {
-                if variant.raw_only && row.disk != Disk::Raw {
-                    continue;
-                }
-                eprintln!("{name}: round {}, {}", round + 1, variant.name);
-                match run(options, &row, variant, &disks, round) {
-                    Ok(sample) => report.add_io(&name, variant.name, sample),
-                    Err(error) => report.fail(&name, variant.name, &error.to_string()),
-                }
-            }
+            let fit = |variant: &&Variant| row.disk == Disk::Raw || !variant.raw_only;
+            in_turn(
+                (&name, round),
+                variants.iter().filter(fit),
+                report,
+                Report::add_io,
+                |variant| run(options, &row, variant, &disks, round),
+            );
         }
     }
     Ok(())

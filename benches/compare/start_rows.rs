@@ -6,7 +6,7 @@ use crate::common::frontend::Op;
 use crate::common::{Res, images};
 use crate::disks::Disks;
 use crate::report::{Report, StartSample};
-use crate::variants::Variant;
+use crate::variants::{Variant, in_turn};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -52,13 +52,13 @@ pub fn measure(
         let disks = Disks::new(dir, SIZE)?;
         let layers = create(&disks, row.layers)?;
         for round in 0..options.rounds() {
-            for variant in variants {
-                eprintln!("{name}: round {}, {}", round + 1, variant.name);
-                match run(options, variant, &disks, &layers) {
-                    Ok(sample) => report.add_start(&name, variant.name, sample),
-                    Err(error) => report.fail(&name, variant.name, &error.to_string()),
-                }
-            }
+            in_turn(
+                (&name, round),
+                variants.iter(),
+                report,
+                Report::add_start,
+                |variant| run(options, variant, &disks, &layers),
+            );
         }
     }
     Ok(())

@@ -10,7 +10,7 @@ use crate::disks::{Disk, Disks};
 use crate::load::{self, Load, Order, Shape};
 use crate::machine::OtherLoad;
 use crate::report::{Report, StreamSample};
-use crate::variants::Variant;
+use crate::variants::{Variant, in_turn};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -72,13 +72,13 @@ pub fn measure(
                     Err(error) => report.fail(&name, "plain copy", &error.to_string()),
                 }
             }
-            for variant in variants.iter().filter(|variant| !variant.raw_only) {
-                eprintln!("{name}: round {}, {}", round + 1, variant.name);
-                match run(options, row, variant, &disks, round) {
-                    Ok(sample) => report.add_stream(&name, variant.name, sample),
-                    Err(error) => report.fail(&name, variant.name, &error.to_string()),
-                }
-            }
+            in_turn(
+                (&name, round),
+                variants.iter().filter(|variant| !variant.raw_only),
+                report,
+                Report::add_stream,
+                |variant| run(options, row, variant, &disks, round),
+            );
         }
     }
     Ok(())

@@ -1,6 +1,8 @@
 //! The back-ends that are compared.
 
+use crate::common::Res;
 use crate::common::daemon::{Program, Setup};
+use crate::report::Report;
 use std::path::{Path, PathBuf};
 
 /// A back-end with its options.
@@ -67,5 +69,22 @@ impl Variant {
             setup.qmp = None;
         }
         setup
+    }
+}
+
+/// One round of a row: every back-end of `variants` in turn. What a run gave goes to `take`.
+pub fn in_turn<'a, S>(
+    (row, round): (&str, usize),
+    variants: impl Iterator<Item = &'a Variant>,
+    report: &mut Report,
+    take: fn(&mut Report, &str, &'static str, S),
+    mut run: impl FnMut(&Variant) -> Res<S>,
+) {
+    for variant in variants {
+        eprintln!("{row}: round {}, {}", round + 1, variant.name);
+        match run(variant) {
+            Ok(sample) => take(report, row, variant.name, sample),
+            Err(error) => report.fail(row, variant.name, &error.to_string()),
+        }
     }
 }
