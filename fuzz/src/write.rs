@@ -6,8 +6,10 @@
 
 use std::sync::Arc;
 
+use stratablk::chain::resize::{Resize, grow, shrink};
 use stratablk::chain::{Chain, Span, View};
 use stratablk::format::Qcow2;
+use stratablk::format::qcow2::bitmaps::{InForce, check_resize};
 
 use super::image::{Files, How, WHOLE, reactor, read, write};
 use super::recipe::{self, Input};
@@ -61,6 +63,10 @@ enum Kind {
     Read,
     Copy,
     Reopen,
+    /// To the end of the range, or to four times that beyond the disk's end.
+    Resize {
+        grow: bool,
+    },
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -87,6 +93,9 @@ impl Operation {
                 0..=4 => Kind::Write,
                 5 | 6 => Kind::Zero,
                 7 | 8 => Kind::Unmap,
+                12 if kind & 0x60 == 0x60 => Kind::Resize {
+                    grow: kind & 0x10 != 0,
+                },
                 9 | 10 => Kind::Discard,
                 11 | 12 => Kind::Flush,
                 13 => Kind::Read,
@@ -152,6 +161,16 @@ impl Run<'_> {
                 drop(view);
                 return self.reopen().await;
             }
+            Kind::Resize { grow } => {
+                drop(view);
+                return self
+                    .resize(if grow {
+                        self.chain.size() + 4 * len
+                    } else {
+                        offset + len
+                    })
+                    .await;
+            }
         };
         self.judge(&what, result);
         if let Some(model) = &mut self.model {
@@ -171,6 +190,36 @@ impl Run<'_> {
         self.judge("close", closed)?;
         let opened = self.files.open(self.how).await;
         (self.image, self.chain) = self.judge("open again", opened)?;
+        Some(())
+    }
+
+    /// Gives the disk another size, if that is possible, and opens it again.
+    async fn resize(&mut self, size: u64) -> Option<()> {
+        let (header, old) = (self.image.header(), self.chain.size());
+        let storage = self.image.storage();
+        let tracked = check_resize(&**storage, &header, size).await;
+        if size > WHOLE || header.snapshots > 0 && header.version < 3 || tracked.is_err() {
+            return Some(());
+        }
+        // The bitmaps were marked when the image was opened: writes have been made since.
+        let in_force = InForce::new();
+        let result = if size >= old {
+            let wanted = Resize {
+                size,
+                ..Resize::default()
+            };
+            grow(&self.chain, wanted, &in_force).await
+        } else {
+            shrink(&self.chain, size, &in_force).await
+        };
+        self.judge("resize", result)?;
+        let opened = self.files.open(self.how).await;
+        (self.image, self.chain) = self.judge("open with another size", opened)?;
+        if let Some(model) = &mut self.model {
+            assert_eq!(self.chain.size(), size, "resized");
+            model.bytes.resize(size as usize, 0);
+            model.unknown.resize((size / SECTOR) as usize, false);
+        }
         Some(())
     }
 
@@ -214,6 +263,7 @@ async fn run(files: &Files, how: How, close: bool, mut input: Input<'_>) {
         model,
     };
     for value in 1..=OPERATIONS {
+        let size = run.chain.size();
         if input.is_empty() || size == 0 {
             break;
         }
