@@ -153,6 +153,8 @@ pub async fn grow(chain: &Chain, wanted: Resize, in_force: &InForce) -> Result<(
     let below = chain.layers().iter().skip(1).cloned();
     let layers: Vec<_> = std::iter::once(layer).chain(below).collect();
     let grown = async {
+        // Who set the size by hand may have left mappings there.
+        wide.unmap_above(old).await?;
         clear_new(Chain::new(layers)?, old).await?;
         wide.preallocate(old, size, wanted.preallocation).await?;
         wide.set_size(size, in_force).await

@@ -124,6 +124,21 @@ fn old_contents_of_the_last_cluster_stay_hidden() {
     }
 }
 
+/// An image whose size was changed by hand has mappings above its end.
+#[test]
+fn what_is_mapped_above_the_end_stays_hidden() {
+    for options in ["compat=1.1", "extended_l2=on", "cluster_size=512"] {
+        let dir = Dir::new();
+        dir.qemu(&["create", "-q", "-f", "qcow2", "-o", options, "image", "5M"]);
+        dir.io("qcow2", "image", &["write -q -P 7 0 5M".to_owned()]);
+        patch(&dir, "image", 24, &(MIB + 512).to_be_bytes());
+        dir.ctl(&["resize", "image", "4M"]);
+        let mut bytes = vec![7; MIB as usize + 512];
+        bytes.resize(4 * MIB as usize, 0);
+        reads(&dir, "image", &bytes);
+    }
+}
+
 #[test]
 fn space_is_allocated_ahead() {
     for (mode, present, blocks) in [
