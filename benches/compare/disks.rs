@@ -94,18 +94,17 @@ impl Disks {
         }
     }
 
-    /// The raw image.
-    pub fn raw(&self) -> Res<PathBuf> {
-        let path = self.file("disk.raw");
-        if !path.exists() {
-            blocks::write_image(&path, self.size)?;
-        }
-        Ok(path)
+    fn raw(&self) -> Res<PathBuf> {
+        self.written("disk.raw")
     }
 
     /// A file like the raw image, for programs that write anything to it.
     pub fn scratch(&self) -> Res<PathBuf> {
-        let path = self.file("scratch.raw");
+        self.written("scratch.raw")
+    }
+
+    fn written(&self, name: &str) -> Res<PathBuf> {
+        let path = self.file(name);
         if !path.exists() {
             blocks::write_image(&path, self.size)?;
         }

@@ -53,6 +53,8 @@ pub fn measure(options: &Options, row: &Row, disks: &Disks, place: &str) -> Res<
         return fio.run(&whole, name, shape.len, shape.depth, None);
     }
     let fresh = disks.dir().join("floor.raw");
+    // One that failed may have left it.
+    let _ = fs::remove_file(&fresh);
     let flush = shape.flush_every;
     let floor = if row.disk() == Disk::Overlay {
         let rest = 65536 - shape.len;

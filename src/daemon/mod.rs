@@ -13,6 +13,7 @@ mod stream;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -76,7 +77,7 @@ impl Exports {
         let exports = self.list.lock();
         let queues = exports.iter().flat_map(|(export, _)| export.stats());
         queues
-            .filter_map(|queue| process::waited(queue.thread.get()))
+            .filter_map(|queue| process::waited(queue.thread.load(Ordering::Relaxed)))
             .sum()
     }
 

@@ -1,6 +1,6 @@
 //! Counters of a queue: written by its worker alone, read by whoever asks.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 /// A counter with one writer.
 #[derive(Debug, Default)]
@@ -45,7 +45,7 @@ pub struct QueueStats {
     /// Times that the worker slept.
     pub sleeps: Counter,
     /// The worker's thread, as the kernel numbers it.
-    pub thread: Counter,
+    pub thread: AtomicI32,
     /// Times that the worker's ring entered the kernel, up to when it last slept.
     pub enters: Counter,
 }

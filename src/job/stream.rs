@@ -3,8 +3,8 @@
 //!
 //! The job walks through the device from its start. Ranges that need no copy are passed over at no
 //! cost; of the others several copies are in flight at once, in pieces small enough for the speed
-//! limit to be kept smoothly. While a guest is active, there are fewer. Copies may land in any
-//! order; what clients see as `offset` is the mark below which all have landed.
+//! limit to be kept smoothly. While a guest is active, there is one at a time. Copies may land
+//! in any order; what clients see as `offset` is the mark below which all have landed.
 //!
 //! How ranges are looked up and copied, and what makes the result count, is the business of a
 //! [`StreamSource`].

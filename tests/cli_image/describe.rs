@@ -224,13 +224,20 @@ fn a_damaged_luks_header_is_an_error() {
         "create", "-q", "--object", secret, "-f", "qcow2", "-o", options, "image", "1M",
     ];
     dir.qemu(&args);
-    let mut image = std::fs::read(dir.path("image")).unwrap();
-    let magic = image.windows(6).position(|bytes| bytes == b"LUKS\xba\xbe");
-    image[magic.unwrap() + 1] = b'X';
-    std::fs::write(dir.path("image"), image).unwrap();
-    let output = dir.image(&["info", "image"]);
-    assert!(!output.status.success());
-    assert!(errors(&output).contains("LUKS"), "{}", errors(&output));
+    let whole = std::fs::read(dir.path("image")).unwrap();
+    let find = |what: &[u8]| whole.windows(what.len()).position(|bytes| bytes == what);
+    let (magic, pointer) = (find(b"LUKS\xba\xbe"), find(&0x0537_be77_u32.to_be_bytes()));
+    for (at, bytes) in [
+        (magic.unwrap() + 1, &b"X"[..]),
+        (pointer.unwrap() + 8, &[0xff; 8]),
+    ] {
+        let mut image = whole.clone();
+        image[at..at + bytes.len()].copy_from_slice(bytes);
+        std::fs::write(dir.path("image"), image).unwrap();
+        let output = dir.image(&["info", "image"]);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(errors(&output).contains("LUKS"), "{}", errors(&output));
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! sleeping.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
@@ -51,7 +52,8 @@ pub(super) fn run(
         }
     };
     // SAFETY: no memory is passed.
-    stats.thread.add(unsafe { libc::gettid() } as u64);
+    let thread = unsafe { libc::gettid() };
+    stats.thread.store(thread, Ordering::Relaxed);
     let _ = ready.send(Ok(reactor.remote()));
     let poller = Poller::new(facts.poll_max_us);
     let mut worker = Worker {

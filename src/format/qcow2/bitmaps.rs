@@ -13,7 +13,7 @@ use super::numbers::{be, be32, be64};
 use crate::error::{Error, Result};
 use crate::storage::{self, Storage};
 
-pub use resize::{InForce, MAX_BYTES, check_resize};
+pub use resize::{InForce, check_resize};
 
 /// It was not saved, and may be out of date.
 pub const IN_USE: u32 = 1;
@@ -25,14 +25,16 @@ const EXTRA_DATA_COMPATIBLE: u32 = 1 << 2;
 /// QEMU's limits.
 const MAX_BITMAPS: u32 = 65535;
 const MAX_DIRECTORY: u64 = 64 << 20;
+/// On the bytes of a bitmap.
+const MAX_BYTES: u64 = 512 << 20;
 const FIXED: usize = 24;
 
 /// In an entry of a bitmap's table: where the bits are. 0: nowhere, and all are alike.
 pub const DATA_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// In an entry without data: all bits are set.
-pub const ONES: u64 = 1;
+const ONES: u64 = 1;
 /// In an entry: what must be 0.
-pub const RESERVED: u64 = 0xff00_0000_0000_01fe;
+const RESERVED: u64 = 0xff00_0000_0000_01fe;
 
 /// An entry of the directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,6 +53,25 @@ pub struct Bitmap {
     at: usize,
     /// It has extra data that must be understood.
     foreign: bool,
+}
+
+impl Bitmap {
+    /// Whether its table can be where the entry says, and within QEMU's limit.
+    #[must_use]
+    pub fn has_table(&self, cluster_bits: u32) -> bool {
+        self.table_offset.is_multiple_of(1 << cluster_bits)
+            && self.table_offset >> 56 == 0
+            && u64::from(self.table_entries) << cluster_bits <= MAX_BYTES
+    }
+}
+
+/// Whether an entry of a bitmap's table says something that it may.
+#[must_use]
+pub fn possible_entry(entry: u64, cluster_bits: u32) -> bool {
+    let data = entry & DATA_OFFSET;
+    entry & RESERVED == 0
+        && (data == 0 || entry & ONES == 0)
+        && data.is_multiple_of(1 << cluster_bits)
 }
 
 /// Takes the directory apart; `None`: it contradicts the specification.

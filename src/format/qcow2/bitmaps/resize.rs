@@ -12,18 +12,17 @@ use super::super::header::{BitmapDirectory, Header};
 use super::super::metadata::Kind;
 use super::super::numbers::{put, words};
 use super::super::{Freed, Qcow2};
-use super::{AUTO, Bitmap, DATA_OFFSET, IN_USE, ONES, RESERVED, list, parse, read_directory};
+use super::{
+    AUTO, Bitmap, DATA_OFFSET, IN_USE, MAX_BYTES, list, parse, possible_entry, read_directory,
+};
 use crate::error::{Error, Result};
 use crate::storage::{self, Storage};
 
-/// QEMU's limit on the bytes of a bitmap.
-pub const MAX_BYTES: u64 = 512 << 20;
-
-/// Names of bitmaps that track writes and have seen all of them.
+/// Which bitmaps track writes and have seen all of them: where their entries are in the directory.
 ///
 /// Opening an image for writing marks such bitmaps as out of date. Who then writes nothing that a
 /// guest would see may take that back.
-pub type InForce = BTreeSet<String>;
+pub type InForce = BTreeSet<usize>;
 
 /// What [`Qcow2::set_size`] puts into the header, and what it frees afterwards.
 #[derive(Debug, Default)]
@@ -66,8 +65,7 @@ pub async fn check_resize(storage: &dyn Storage, header: &Header, size: u64) -> 
         }
     }
     let in_force = |bitmap: &&Bitmap| bitmap.flags & (AUTO | IN_USE) == AUTO;
-    let names = bitmaps.iter().filter(in_force).map(|b| b.name.clone());
-    Ok(names.collect())
+    Ok(bitmaps.iter().filter(in_force).map(|b| b.at).collect())
 }
 
 impl Bitmap {
@@ -84,17 +82,15 @@ impl Bitmap {
     /// What is not looked at when an image is opened.
     fn check(&self, storage: &dyn Storage, header: &Header) -> Result<()> {
         let wanted = self.entries(header, header.size);
-        let aligned = self
-            .table_offset
-            .is_multiple_of(1u64 << header.cluster_bits);
-        if u64::from(self.table_entries) == wanted && aligned && self.table_offset >> 56 == 0 {
+        if u64::from(self.table_entries) == wanted && self.has_table(header.cluster_bits) {
             return Ok(());
         }
         Err(Error::corrupt(
             storage.name(),
             format!(
                 "bitmap '{}' has a table of {} entries at {:#x} (expected {wanted}, at a multiple \
-                 of the cluster size): look at it with 'stratactl image check'",
+                 of the cluster size, for at most {MAX_BYTES} bytes): look at it with 'stratactl \
+                 image check'",
                 self.name, self.table_entries, self.table_offset
             ),
         ))
@@ -128,7 +124,7 @@ impl Qcow2 {
         };
         let count = header.bitmaps.map_or(0, |directory| directory.count);
         for bitmap in parse(&bytes, count).unwrap_or_default() {
-            let restored = in_force.contains(&bitmap.name);
+            let restored = in_force.contains(&bitmap.at);
             if bitmap.flags & IN_USE != 0 && !restored {
                 // Nobody relies on it, whatever its length.
                 continue;
@@ -161,7 +157,10 @@ impl Qcow2 {
         let len = bitmap.table_entries as usize * 8;
         let bytes = storage::io::fetch(&*self.storage, bitmap.table_offset, len).await?;
         let mut table: Vec<u64> = words(&bytes).collect();
-        if let Some(entry) = table.iter().find(|entry| !self.is_bitmap_entry(**entry)) {
+        if let Some(entry) = table
+            .iter()
+            .find(|entry| !possible_entry(**entry, self.cluster_bits))
+        {
             return Err(Error::corrupt(
                 self.storage.name(),
                 format!("bitmap '{}': table entry {entry:#018x}", bitmap.name),
@@ -184,13 +183,6 @@ impl Qcow2 {
         let mut bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
         let offset = self.write_anew(&mut bytes, Kind::Bitmap, moved).await?;
         Ok((offset, entries))
-    }
-
-    fn is_bitmap_entry(&self, entry: u64) -> bool {
-        let data = entry & DATA_OFFSET;
-        entry & RESERVED == 0
-            && (data == 0 || entry & ONES == 0)
-            && data.is_multiple_of(self.cluster_size())
     }
 
     /// A table entry whose bits from `first` on are clear, and the others those of `entry`.

@@ -285,7 +285,7 @@ impl Walk<'_, '_, '_> {
     async fn bitmap(&mut self, bitmap: &bitmaps::Bitmap) -> Result<()> {
         let (image, cluster) = (self.image, self.image.cluster_size());
         let (offset, count) = (bitmap.table_offset, u64::from(bitmap.table_entries));
-        if !image.is_aligned(offset) || offset >> 56 != 0 || count * cluster > bitmaps::MAX_BYTES {
+        if !bitmap.has_table(image.header.cluster_bits) {
             self.scan.hidden = true;
             let what = format!("bitmap '{}': table of {count} at {offset:#x}", bitmap.name);
             self.damage(1, what);
@@ -295,8 +295,7 @@ impl Walk<'_, '_, '_> {
         self.count(offset, count * 8, 1, "bitmap table");
         for entry in image.table(offset, count).await? {
             let data = entry & bitmaps::DATA_OFFSET;
-            let wrong = entry & bitmaps::RESERVED != 0 || data != 0 && entry & bitmaps::ONES != 0;
-            if wrong || !image.is_aligned(data) {
+            if !bitmaps::possible_entry(entry, image.header.cluster_bits) {
                 let what = format!("bitmap '{}': table entry {entry:#018x}", bitmap.name);
                 self.damage(1, what);
             } else if data != 0 {
