@@ -4,6 +4,9 @@
 //! Source: QEMU's `docs/interop/qcow2`, sections "Header" and "Header extensions".
 
 mod edit;
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::indexing_slicing)]
+mod tests;
 
 use super::l2::Shape;
 use super::numbers::{be32, be64};
@@ -194,8 +197,29 @@ pub fn cluster_bits(bytes: &[u8], file: &str) -> Result<u32> {
     Ok(bits)
 }
 
+/// Whether all that a header says is within `bytes`, the start of its cluster: the fields, the
+/// extensions up to their end mark, and the backing file's name.
+#[must_use]
+pub fn is_whole(bytes: &[u8]) -> bool {
+    let name_at = be64(bytes, 8) as usize;
+    let name_end = name_at.saturating_add(be32(bytes, 16) as usize);
+    let limit = match name_at {
+        0 => bytes.len(),
+        _ => name_at,
+    };
+    let mut at = match be32(bytes, 4) {
+        2 => V2_LENGTH,
+        _ => be32(bytes, 100) as usize,
+    };
+    // An extension is read to its end, and one that leaves the header is an error to report.
+    while at.saturating_add(8) <= limit && be32(bytes, at) != EXT_END {
+        at = at.saturating_add(8 + (be32(bytes, at + 4) as usize).next_multiple_of(8));
+    }
+    name_end <= bytes.len() && at.saturating_add(8) <= bytes.len()
+}
+
 impl Header {
-    /// Parses the first cluster of an image.
+    /// Parses the first cluster of an image, or as much of it as [`is_whole`].
     ///
     /// # Errors
     /// When it contradicts the specification, or needs a feature that is not supported.

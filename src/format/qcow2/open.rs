@@ -146,11 +146,13 @@ pub async fn describe_header(storage: &dyn Storage) -> Result<Header> {
     Header::describe(read_first_cluster(storage).await?, storage.name())
 }
 
+/// What the header says is mostly in its first bytes; the whole cluster is read only where it is
+/// not, so that a chain of many layers opens with one short read for each.
 async fn read_first_cluster(storage: &dyn Storage) -> Result<Vec<u8>> {
     let start = storage::io::fetch(storage, 0, 4096).await?;
     let cluster = 1 << header::cluster_bits(&start, storage.name())?;
     let mut first = start.to_vec();
-    if cluster > first.len() {
+    if cluster > first.len() && !header::is_whole(&first) {
         let rest = storage::io::fetch(storage, first.len() as u64, cluster - first.len()).await?;
         first.extend_from_slice(&rest);
     }
