@@ -151,6 +151,12 @@ impl Graph {
         Ok(())
     }
 
+    /// Puts the nodes that have a place first, in its order.
+    pub(super) fn arrange(&self, place: impl Fn(&str) -> Option<usize>) {
+        let key = |node: &Node| place(&node.name).unwrap_or(usize::MAX);
+        self.state.lock().nodes.sort_by_key(key);
+    }
+
     /// A name for a node that was given none.
     #[must_use]
     pub fn make_name(&self) -> String {

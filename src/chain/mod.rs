@@ -15,6 +15,7 @@ mod open;
 mod read;
 pub mod resize;
 mod status;
+mod together;
 mod writable;
 mod write;
 

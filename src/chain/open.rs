@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 
 use super::Layer;
 use super::graph::{Graph, Node, filter_layer, resolve};
+use super::together::Place;
 use crate::config::{
     AutoOptions, BackingRef, BlockRef, BlockdevOptions, Dialect, Discard, Driver, FileOptions,
     Locking, Qcow2Options, QedOptions, RawOptions,
@@ -44,6 +45,7 @@ struct Descent {
     files: HashSet<(u64, u64)>,
     depth: usize,
     added: Vec<String>,
+    place: Place,
 }
 
 impl Graph {
@@ -52,7 +54,15 @@ impl Graph {
     /// # Errors
     /// When a file cannot be opened or is no image that can be served. No node is added then.
     pub async fn open(&self, options: &BlockdevOptions) -> Result<String> {
-        let mut descent = Descent::default();
+        self.open_in(options, Place::default()).await
+    }
+
+    /// As [`Graph::open`], of a node that may be one of several.
+    pub(super) async fn open_in(&self, options: &BlockdevOptions, place: Place) -> Result<String> {
+        let mut descent = Descent {
+            place,
+            ..Descent::default()
+        };
         let result = self.open_node(options, &mut descent, Origin::Named).await;
         if result.is_err() {
             for name in descent.added.iter().rev() {
@@ -69,10 +79,14 @@ impl Graph {
         origin: Origin,
     ) -> LocalBoxFuture<'a, Result<String>> {
         Box::pin(async move {
-            let name = options
-                .node_name
-                .clone()
-                .unwrap_or_else(|| self.make_name());
+            let name = match &options.node_name {
+                Some(name) => name.clone(),
+                None => {
+                    // So that the same configuration always gives the same names.
+                    descent.place.turn().await;
+                    self.make_name()
+                }
+            };
             let node = match &options.driver {
                 Driver::File(file) | Driver::HostDevice(file) => {
                     open_file(&name, options, file, descent)?
@@ -113,7 +127,10 @@ impl Graph {
 
     async fn open_ref(&self, node: &BlockRef, descent: &mut Descent) -> Result<String> {
         match node {
-            BlockRef::Name(name) => Ok(self.node(name)?.name),
+            BlockRef::Name(name) => {
+                descent.place.wait_for(name).await;
+                Ok(self.node(name)?.name)
+            }
             BlockRef::Inline(options) => self.open_node(options, descent, Origin::Nested).await,
         }
     }
@@ -168,12 +185,14 @@ impl Graph {
             Some(node) => Some(self.node(node)?.layer.storage.clone()),
             None => None,
         };
-        let image =
-            Qcow2::open_parsed(storage, data, header, image_options(options, false)).await?;
-        let named = image.backing();
-        let backing = self
-            .open_below(options, &file.filename, &qcow2.backing, named, descent)
-            .await?;
+        let named = header.backing.clone();
+        // Together, so that the tables of all layers are on their way at once: a long chain opens
+        // in the time of its headers.
+        let (image, backing) = futures_util::join!(
+            Qcow2::open_parsed(storage, data, header, image_options(options, false)),
+            self.open_below(options, &file.filename, &qcow2.backing, named, descent),
+        );
+        let (image, backing) = (image?, backing?);
         let storage = image.data_storage().clone();
         let format = Format::Qcow2(Arc::new(image));
         let node = make_node(name, "qcow2", options, format, &file, backing);

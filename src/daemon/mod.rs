@@ -155,9 +155,7 @@ fn set_up(
     exports: &Arc<Exports>,
     stop: &Sender<Stop>,
 ) -> Result<Running> {
-    for options in &config.blockdevs {
-        with_patience(|| reactor.block_on(graph.open(options)))?;
-    }
+    with_patience(|| reactor.block_on(graph.open_all(&config.blockdevs)))?;
     for options in &config.exports {
         let export = start_export(config, options, reactor, graph)?;
         exports.list.lock().push((export, options.clone()));
