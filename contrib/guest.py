@@ -235,7 +235,7 @@ def reconnect_option():
     return "reconnect-ms=500" if newer else "reconnect=1"
 
 
-def qemu_command(disks, initramfs, queues=1, memory="512M"):
+def qemu_command(disks, initramfs, queues=1, memory="512M", append=""):
     """QEMU's command line for a guest with these vhost-user-blk sockets as disks."""
     # Without KVM: stock kernels do not boot under it everywhere. With plain
     # `-smp 1` such a guest loses interrupts under load; maxcpus=2 mends that.
@@ -245,7 +245,7 @@ def qemu_command(disks, initramfs, queues=1, memory="512M"):
     command += ["-smp", f"{queues},maxcpus={max(2, queues)}"]
     command += ["-nodefaults", "-nographic", "-no-reboot", "-serial", "stdio"]
     command += ["-kernel", str(kernel_image()), "-initrd", str(initramfs)]
-    command += ["-append", "console=ttyS0 quiet panic=-1 mitigations=off"]
+    command += ["-append", f"console=ttyS0 quiet panic=-1 mitigations=off {append}".rstrip()]
     for index, disk in enumerate(disks):
         command += ["-chardev", f"socket,id=c{index},path={disk},{reconnect_option()}"]
         command += ["-device", f"vhost-user-blk-pci,chardev=c{index},num-queues={queues}"]
@@ -259,7 +259,7 @@ class GuestError(Exception):
 class Guest:
     """A running guest. Use it in a `with`, so that no QEMU stays behind."""
 
-    def __init__(self, disks, job, folder, queues=1, on_line=None):
+    def __init__(self, disks, job, folder, queues=1, on_line=None, append=""):
         initramfs = initramfs_with_job(job, folder)
         self.lines = []
         self.reports = []
@@ -267,7 +267,7 @@ class Guest:
         self._changed = threading.Condition()
         self._closed = False
         self.process = subprocess.Popen(
-            qemu_command(disks, initramfs, queues),
+            qemu_command(disks, initramfs, queues, append=append),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -385,19 +385,23 @@ def run(arguments):
     import tempfile
 
     def show(line):
-        if arguments.all:
+        if arguments.all or arguments.driven:
             print(line, flush=True)
         elif "@@ " in line:
             print(line[line.find("@@ ") + 3 :], flush=True)
 
     with tempfile.TemporaryDirectory(prefix="stratablk-guest-") as folder:
         job = pathlib.Path(arguments.job).read_text()
-        with Guest(arguments.disk, job, folder, arguments.queues, show) as guest:
+        guest = Guest(arguments.disk, job, folder, arguments.queues, show, arguments.append)
+        with guest:
             if arguments.release:
                 # The script that started us ends a hold by making this file.
                 threading.Thread(
                     target=release_when_made, args=(guest, arguments.release), daemon=True
                 ).start()
+            if arguments.driven:
+                print("@@ qemu", guest.process.pid, flush=True)
+                threading.Thread(target=follow, args=(guest,), daemon=True).start()
             try:
                 return guest.wait_done(arguments.timeout)
             except GuestError as error:
@@ -413,6 +417,17 @@ def release_when_made(guest, path):
         time.sleep(0.1)
 
 
+def follow(guest):
+    """Do what the program that started us says: a line ends a hold, its end ends the guest.
+
+    It writes a line only after a hold. Not through sys.stdin, whose lock would
+    trouble Python's exit while this thread waits for more.
+    """
+    while os.read(0, 4096):
+        guest.go()
+    guest.process.kill()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -421,8 +436,14 @@ def main():
     running.add_argument("--disk", action="append", default=[], metavar="SOCKET")
     running.add_argument("--job", required=True, metavar="SCRIPT")
     running.add_argument("--queues", type=int, default=1)
+    running.add_argument("--append", default="", metavar="WORDS", help="for the guest's kernel")
     running.add_argument("--timeout", type=float, default=170)
     running.add_argument("--release", metavar="FILE", help="end a hold when this file appears")
+    running.add_argument(
+        "--driven",
+        action="store_true",
+        help="show all and QEMU's process id; a line of input ends a hold, end of input the guest",
+    )
     running.add_argument("--all", action="store_true", help="show the whole console")
     tree = commands.add_parser("tree", help="fill a folder with files and their checksums")
     tree.add_argument("folder")

@@ -155,11 +155,11 @@ fn run(
     if row.shape.order != Order::EachClusterOnce {
         load.run_for(options.warm_up())?;
     }
-    let other = OtherLoad::start(&daemon)?;
+    let other = OtherLoad::start(&[daemon.pid()])?;
     let (before, written) = (daemon.cpu_time()?, daemon.bytes_written()?);
     let measured = load.run_for(options.measured())?;
     let cpu = daemon.cpu_time()?.saturating_sub(before);
-    let other = other.end(&daemon)?;
+    let other = other.end()?;
     let mut written_each = f64::NAN;
     if row.shape.write {
         load.flush()?;

@@ -1,7 +1,7 @@
 //! What the numbers were taken on.
 
 use crate::common::Res;
-use crate::common::daemon::{self, Daemon};
+use crate::common::daemon;
 use crate::variants::Variant;
 use std::fs;
 use std::process::Command;
@@ -78,34 +78,37 @@ fn version(variant: &Variant) -> String {
         .to_owned()
 }
 
-/// Measures what programs other than the bench and the back-end did in the meantime: with more
-/// than a few per cent of a CPU, the figures are not to be trusted.
+/// Measures what programs other than the bench and those it has started did in the meantime: with
+/// more than a few per cent of a CPU, the figures are not to be trusted.
 pub struct OtherLoad {
     begin: Instant,
     busy: Duration,
     own: Duration,
+    programs: Vec<u32>,
 }
 
 impl OtherLoad {
-    /// Begins.
-    pub fn start(daemon: &Daemon) -> Res<Self> {
+    /// Begins. `programs` are the process ids of what the bench has started.
+    pub fn start(programs: &[u32]) -> Res<Self> {
+        let programs = [programs, &[std::process::id()]].concat();
         Ok(OtherLoad {
             begin: Instant::now(),
             busy: busy()?,
-            own: own(daemon)?,
+            own: own(&programs)?,
+            programs,
         })
     }
 
     /// How many CPUs others kept busy since the start.
-    pub fn end(&self, daemon: &Daemon) -> Res<f64> {
-        let own = own(daemon)?.saturating_sub(self.own);
+    pub fn end(&self) -> Res<f64> {
+        let own = own(&self.programs)?.saturating_sub(self.own);
         let other = busy()?.saturating_sub(self.busy).saturating_sub(own);
         Ok(other.as_secs_f64() / self.begin.elapsed().as_secs_f64().max(0.001))
     }
 }
 
-fn own(daemon: &Daemon) -> Res<Duration> {
-    Ok(daemon.cpu_time()? + daemon::cpu_time_of(std::process::id())?)
+fn own(programs: &[u32]) -> Res<Duration> {
+    programs.iter().map(|&pid| daemon::cpu_time_of(pid)).sum()
 }
 
 /// The time that all CPUs were not idle, or taken away by the hypervisor.

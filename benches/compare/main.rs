@@ -11,6 +11,8 @@ mod blocks;
 mod copy;
 mod disks;
 mod floor;
+mod guest;
+mod guest_rows;
 mod io_rows;
 mod load;
 mod machine;
@@ -119,6 +121,9 @@ fn run(options: &Options) -> Res<()> {
             start_rows::rows()
                 .iter()
                 .for_each(|row| println!("{}", row.name(place)));
+            guest_rows::rows(place)
+                .iter()
+                .for_each(|row| println!("{}", row.name(place)));
         }
         return Ok(());
     }
@@ -130,6 +135,7 @@ fn run(options: &Options) -> Res<()> {
         stream_rows::measure(options, place, &dir, &variants, &mut report)?;
         start_rows::measure(options, place, &dir, &variants, &mut report)?;
     }
+    guest_rows::measure(options, &variants, &mut report)?;
     let text = report.markdown(&variants);
     println!("{text}");
     if let Some(path) = &options.output {

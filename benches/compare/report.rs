@@ -95,6 +95,12 @@ impl Report {
         }
     }
 
+    /// Takes a line that says what was measured on.
+    pub fn note(&mut self, line: String) {
+        eprintln!("{line}");
+        self.machine.push(line);
+    }
+
     /// Takes a run of an I/O row.
     pub fn add_io(&mut self, row: &str, variant: &'static str, sample: IoSample) {
         eprintln!("    {sample:.1?}");

@@ -110,7 +110,7 @@ fn run(
         sample.iops_before = idle.iops();
         sample.p99_before = idle.latencies.percentile(0.99);
     }
-    let other = OtherLoad::start(&daemon)?;
+    let other = OtherLoad::start(&[daemon.pid()])?;
     let cpu = daemon.cpu_time()?;
     let begin = Instant::now();
     let arguments = json!({"device": Setup::node(0), "job-id": "stream"});
@@ -126,7 +126,7 @@ fn run(
         sample.seconds = begin.elapsed().as_secs_f64();
         sample.cpu = daemon.cpu_time()?.saturating_sub(cpu).as_secs_f64();
     }
-    sample.other = other.end(&daemon)?;
+    sample.other = other.end()?;
     load.verify_samples()?;
     drop(load);
     daemon.stop()?;

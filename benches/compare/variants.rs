@@ -77,7 +77,7 @@ pub fn in_turn<'a, S>(
     (row, round): (&str, usize),
     variants: impl Iterator<Item = &'a Variant>,
     report: &mut Report,
-    take: fn(&mut Report, &str, &'static str, S),
+    take: impl Fn(&mut Report, &str, &'static str, S),
     mut run: impl FnMut(&Variant) -> Res<S>,
 ) {
     for variant in variants {
