@@ -282,21 +282,26 @@ class Guest:
         self.kill()
 
     def _read(self):
-        for raw in self.process.stdout:
-            line = raw.decode(errors="replace").rstrip("\r\n")
+        try:
+            for raw in self.process.stdout:
+                self._take(raw.decode(errors="replace").rstrip("\r\n"))
+        finally:
+            # Also when there is nobody left to show a line to: who waits must not go on.
             with self._changed:
-                self.lines.append(line)
-                # A kernel message may stand before the mark in the same line.
-                at = line.find("@@ ")
-                if at >= 0:
-                    name, _, value = line[at + 3 :].partition(" ")
-                    self.reports.append((name, value))
+                self._closed = True
                 self._changed.notify_all()
-            if self._on_line:
-                self._on_line(line)
+
+    def _take(self, line):
         with self._changed:
-            self._closed = True
+            self.lines.append(line)
+            # A kernel message may stand before the mark in the same line.
+            at = line.find("@@ ")
+            if at >= 0:
+                name, _, value = line[at + 3 :].partition(" ")
+                self.reports.append((name, value))
             self._changed.notify_all()
+        if self._on_line:
+            self._on_line(line)
 
     def console(self, last=60):
         return "\n".join(self.lines[-last:])

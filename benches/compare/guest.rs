@@ -179,7 +179,7 @@ impl Guest {
             let (found, value) = report.split_once(' ').unwrap_or((report, ""));
             match found {
                 _ if found == name => return Ok(value.to_owned()),
-                "failed" => return Err(self.error(value)),
+                "failed" => return Err(value.into()),
                 "done" => return Err(self.error("its job ended")),
                 _ => {}
             }

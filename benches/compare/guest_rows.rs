@@ -127,7 +127,7 @@ fn script(rows: &[Row], time: Duration) -> String {
 job() {{
     fio --name=guest --filename=/dev/vda --direct=1 --ioengine=libaio --output-format=json \
         --output=/tmp/out "$@" 2>/tmp/err && return
-    report failed "fio $*: $(tr '\n' ' ' </tmp/err | tail -c 300)"
+    report failed "fio $*: $(head -n 2 /tmp/err | tr '\n' ' ')"
     return 1
 }}
 measure() {{
