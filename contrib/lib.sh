@@ -154,9 +154,17 @@ ensure_guest() {
     python3 "$ROOT/contrib/guest.py" build >/dev/null
 }
 
+# What counts instructions, in tests only.
+ensure_valgrind() {
+    have valgrind && return 0
+    say "Installing valgrind"
+    apt_install valgrind || die "valgrind could not be installed"
+}
+
 # All that the tests need.
 ensure_all() {
     ensure_guest
+    ensure_valgrind
     ensure_venv
 }
 
