@@ -26,5 +26,6 @@ pub mod format;
 pub mod grace;
 pub mod job;
 pub mod reactor;
+pub mod sched;
 pub mod storage;
 pub mod sync;

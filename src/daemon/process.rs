@@ -5,6 +5,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::sched;
+
 /// What the process in the background reports to the one in the foreground.
 #[derive(Debug)]
 pub struct Foreground {
@@ -74,25 +76,14 @@ fn redirect_standard_streams() {
 /// both want the same processor.
 const JOB_NICE: i32 = 1;
 
-/// How long they want to run at a time, in nanoseconds: the least there is. The scheduler (of Linux
-/// 6.12 and later) prefers who wants little when it wakes up, as a job does after each piece.
-const JOB_SLICE: u64 = 100_000;
+/// How long they want to run at a time: the least there is, since a job sleeps after each piece and
+/// is preferred when it wakes up.
+const JOB_SLICE: Duration = Duration::from_micros(100);
 
 /// Lets the threads that serve guests have more where there is one processor for both.
 pub fn step_back() {
-    let attributes = libc::sched_attr {
-        size: size_of::<libc::sched_attr>() as u32,
-        sched_policy: libc::SCHED_OTHER as u32,
-        sched_flags: 0,
-        sched_nice: JOB_NICE,
-        sched_priority: 0,
-        sched_runtime: JOB_SLICE,
-        sched_deadline: 0,
-        sched_period: 0,
-    };
-    // SAFETY: the kernel reads the attributes, whose size is in them; 0 is the calling thread.
-    if unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) } < 0 {
-        log::debug!("priority of a job: {}", io::Error::last_os_error());
+    if let Err(error) = sched::set(sched::nice() + JOB_NICE, JOB_SLICE) {
+        log::debug!("priority of a job: {error}");
     }
     // SAFETY: no memory is passed. It sleeps for less than the usual slack of 50 µs.
     if unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1) } < 0 {

@@ -12,11 +12,19 @@ use super::{DeviceFacts, Kick, Mailbox, Order, QueueSetup};
 use crate::chain::{Root, ViewCache};
 use crate::export::stats::QueueStats;
 use crate::reactor::{Reactor, Remote};
+use crate::sched;
 
 /// Marks the completions of kick descriptors; heads of chains are below it.
 const KICK: u64 = 1 << 32;
 /// How often a ring without a kick descriptor is looked at.
 const POLL_INTERVAL: Duration = Duration::from_micros(50);
+
+/// How long a thread wants to run at a time.
+const SLICE: Duration = Duration::from_micros(115);
+/// After that time without a sleep others get their turn: a busy queue would otherwise have the
+/// processor until the scheduler's next tick, some milliseconds, and another queue on it would
+/// wait that long for each of its turns. Before the slice ends, or the one after it would be lost.
+const BUSY: Duration = Duration::from_micros(100);
 
 struct Worker<'a> {
     mailbox: &'a Mailbox,
@@ -34,6 +42,44 @@ struct Worker<'a> {
     exit: bool,
     /// What was queued in the turn before has not been submitted.
     held_back: bool,
+    fairness: Fairness,
+}
+
+/// When a thread that does not sleep lets others run.
+struct Fairness {
+    on: bool,
+    since: Option<Instant>,
+}
+
+impl Fairness {
+    /// For the calling thread. Off where slices cannot be set: who yields then may lose much.
+    fn of_this_thread() -> Self {
+        let set = sched::set(sched::nice(), SLICE);
+        if let Err(error) = &set {
+            log::debug!("the slice of a queue's thread: {error}");
+        }
+        Self {
+            on: set.is_ok(),
+            since: None,
+        }
+    }
+
+    fn slept(&mut self) {
+        self.since = None;
+    }
+
+    /// One more turn has begun.
+    fn turn(&mut self) {
+        if !self.on {
+            return;
+        }
+        let now = Instant::now();
+        let since = *self.since.get_or_insert(now);
+        if now.duration_since(since) >= BUSY {
+            sched::give_turn();
+            self.since = None;
+        }
+    }
 }
 
 /// The thread's main function. `ready` hears whether it has what it needs.
@@ -67,6 +113,7 @@ pub(super) fn run(
         last_base: 0,
         exit: false,
         held_back: false,
+        fairness: Fairness::of_this_thread(),
     };
     while !worker.exit || worker.in_flight() {
         worker.turn();
@@ -77,6 +124,7 @@ pub(super) fn run(
 
 impl Worker<'_> {
     fn turn(&mut self) {
+        self.fairness.turn();
         self.take_orders();
         let mut taken = false;
         if let Some(queue) = &mut self.queue {
@@ -227,6 +275,7 @@ impl Worker<'_> {
         stats.enters.add(self.reactor.enters() - stats.enters.get());
         let start = (self.poller.is_on() && !in_flight).then(Instant::now);
         self.reactor.wait(timeout);
+        self.fairness.slept();
         if let Some(start) = start {
             self.poller.slept(start.elapsed());
         }
