@@ -13,6 +13,12 @@ pub const BLOCK: usize = 4096;
 /// The tag of what the images hold at first.
 pub const ORIGINAL: u64 = 0;
 
+/// The tag of what the images for compression hold.
+const COMPRESSIBLE: u64 = u64::MAX;
+
+/// Bytes that are random in a row, and then bytes of the pattern, in a compressible block.
+const RUN: usize = 64;
+
 /// Fills a block as it lies in the images at first: incompressible, each block different.
 pub fn fill_original(block: &mut [u8], offset: u64) {
     let mut state = mix(offset + 1);
@@ -22,16 +28,28 @@ pub fn fill_original(block: &mut [u8], offset: u64) {
             .wrapping_add(0x1405_7b7e_f767_814f);
         word.copy_from_slice(&state.to_le_bytes());
     }
-    block
-        .iter_mut()
-        .zip(header(offset, ORIGINAL))
-        .for_each(|(byte, h)| *byte = h);
+    stamp(block, offset, ORIGINAL);
+}
+
+/// Fills a block as it lies in the images for compression: half of it as above, in short runs, half
+/// the same pattern over and over, so that it compresses to about half.
+pub fn fill_compressible(block: &mut [u8], offset: u64) {
+    fill_original(block, offset);
+    let pattern: [u8; RUN] = std::array::from_fn(|i| i as u8);
+    for run in block.chunks_exact_mut(RUN).skip(1).step_by(2) {
+        run.copy_from_slice(&pattern);
+    }
+    stamp(block, offset, COMPRESSIBLE);
 }
 
 /// Fills a block as a load with `tag` writes it. All but the header is the same for every offset,
 /// so that the load has next to nothing to do for each write.
 pub fn fill_written(block: &mut [u8], offset: u64, tag: u64) {
     fill_original(block, u64::MAX - tag - 1);
+    stamp(block, offset, tag);
+}
+
+fn stamp(block: &mut [u8], offset: u64, tag: u64) {
     block
         .iter_mut()
         .zip(header(offset, tag))
@@ -62,6 +80,7 @@ pub fn verify(data: &[u8], offset: u64, tag: Option<u64>) -> Res<()> {
         let mut expected = [0; BLOCK];
         match found {
             ORIGINAL => fill_original(&mut expected, at),
+            COMPRESSIBLE => fill_compressible(&mut expected, at),
             tag => fill_written(&mut expected, at, tag),
         }
         if block != expected || tag.is_some_and(|tag| tag != found) {
@@ -71,14 +90,14 @@ pub fn verify(data: &[u8], offset: u64, tag: Option<u64>) -> Res<()> {
     Ok(())
 }
 
-/// Writes a raw image of `len` bytes, whole, and makes it stable, so that no write-back of it
-/// lands in a measurement.
-pub fn write_image(path: &Path, len: u64) -> Res<()> {
+/// Writes a raw image of `len` bytes, whole, with blocks from `fill`, and makes it stable, so that no
+/// write-back of it lands in a measurement.
+pub fn write_image(path: &Path, len: u64, fill: fn(&mut [u8], u64)) -> Res<()> {
     let mut file = File::create(path)?;
     let mut piece = vec![0; 1 << 20];
     for start in (0..len).step_by(piece.len()) {
         for (i, block) in piece.chunks_exact_mut(BLOCK).enumerate() {
-            fill_original(block, start + (i * BLOCK) as u64);
+            fill(block, start + (i * BLOCK) as u64);
         }
         file.write_all(&piece)?;
     }

@@ -18,6 +18,27 @@ pub enum Disk {
     Empty,
     /// Fifteen empty overlays, one over the other, over the image with all clusters.
     Chain,
+    /// A qcow2 image, all clusters compressed.
+    Compressed(Compression),
+}
+
+/// How the clusters of an image are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compression {
+    /// With zlib, the default.
+    Zlib,
+    /// With zstd.
+    Zstd,
+}
+
+impl Compression {
+    /// Its name for `compression_type=`.
+    fn name(self) -> &'static str {
+        match self {
+            Compression::Zlib => "zlib",
+            Compression::Zstd => "zstd",
+        }
+    }
 }
 
 impl Disk {
@@ -29,9 +50,14 @@ impl Disk {
             Disk::Overlay => "overlay",
             Disk::Empty => "empty overlay",
             Disk::Chain => "chain of 16",
+            Disk::Compressed(Compression::Zlib) => "qcow2 compressed",
+            Disk::Compressed(Compression::Zstd) => "qcow2 compressed zstd",
         }
     }
 }
+
+/// The size of a disk with compressed clusters, at most: it takes long to compress more.
+const COMPRESSED: u64 = 256 << 20;
 
 /// Layers of a chain.
 const CHAIN: usize = 16;
@@ -60,6 +86,14 @@ impl Disks {
     /// The size of the disks.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// The size of this one.
+    pub fn size_of(&self, disk: Disk) -> u64 {
+        match disk {
+            Disk::Compressed(_) => self.size.min(COMPRESSED),
+            _ => self.size,
+        }
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -91,6 +125,7 @@ impl Disks {
                 }
                 Ok(layers)
             }
+            Disk::Compressed(compression) => Ok(vec![(self.compressed(compression)?, "qcow2")]),
         }
     }
 
@@ -106,7 +141,7 @@ impl Disks {
     fn written(&self, name: &str) -> Res<PathBuf> {
         let path = self.file(name);
         if !path.exists() {
-            blocks::write_image(&path, self.size)?;
+            blocks::write_image(&path, self.size, blocks::fill_original)?;
         }
         Ok(path)
     }
@@ -115,15 +150,39 @@ impl Disks {
     pub fn qcow2(&self) -> Res<PathBuf> {
         let path = self.file("disk.qcow2");
         if !path.exists() {
-            // From the data and not from the raw image, which loads have written to by now.
-            let source = self.file("source.raw");
-            blocks::write_image(&source, self.size)?;
-            let names = (images::text(&source)?, images::text(&path)?);
-            images::qemu_img(&["convert", "-f", "raw", "-O", "qcow2", names.0, names.1])?;
-            fs::remove_file(source)?;
-            File::open(&path)?.sync_all()?;
+            self.convert(&path, self.size, blocks::fill_original, &[])?;
         }
         Ok(path)
+    }
+
+    /// The qcow2 image with all clusters compressed.
+    pub fn compressed(&self, compression: Compression) -> Res<PathBuf> {
+        let path = self.file(&format!("{}.qcow2", compression.name()));
+        if !path.exists() {
+            let size = self.size_of(Disk::Compressed(compression));
+            let kind = format!("compression_type={}", compression.name());
+            self.convert(&path, size, blocks::fill_compressible, &["-c", "-o", &kind])?;
+        }
+        Ok(path)
+    }
+
+    /// Makes a qcow2 image of blocks from `fill`, and not from the raw image, which loads have
+    /// written to by now.
+    fn convert(
+        &self,
+        path: &Path,
+        size: u64,
+        fill: fn(&mut [u8], u64),
+        options: &[&str],
+    ) -> Res<()> {
+        let source = self.file("source.raw");
+        blocks::write_image(&source, size, fill)?;
+        let names = [images::text(&source)?, images::text(path)?];
+        let usual = ["convert", "-f", "raw", "-O", "qcow2"];
+        images::qemu_img(&[&usual, options, &names].concat())?;
+        fs::remove_file(source)?;
+        File::open(path)?.sync_all()?;
+        Ok(())
     }
 
     fn overlay(&self, base: PathBuf) -> Res<Vec<(PathBuf, &'static str)>> {

@@ -1,9 +1,10 @@
 //! The floor: what the kernel alone takes for the least I/O that a row needs, by `fio` on files in
 //! the same folder. Calls in line (psync) on tmpfs, where the data is in memory, and io_uring past
-//! the page cache on a disk.
+//! the page cache on a disk. Where clusters are compressed, it is what their decompressor takes.
 
 use crate::Options;
 use crate::common::{Res, images};
+use crate::decompress;
 use crate::disks::{Disk, Disks};
 use crate::io_rows::Row;
 use crate::load::Order;
@@ -12,7 +13,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-/// What `fio` needed.
+/// What was needed.
 #[derive(Clone, Copy, Debug)]
 pub struct Floor {
     /// Requests per second.
@@ -36,6 +37,10 @@ impl Floor {
 /// A write that allocates is one to a fresh file; where it copies the rest of a cluster, it is a
 /// read of that rest and a write of the cluster.
 pub fn measure(options: &Options, row: &Row, disks: &Disks, place: &str) -> Res<Floor> {
+    if let Disk::Compressed(compression) = row.disk() {
+        let image = disks.compressed(compression)?;
+        return decompress::measure(options, &image, compression, row.shape());
+    }
     let fio = Fio {
         options,
         disks,

@@ -2,7 +2,7 @@
 
 use crate::Options;
 use crate::common::Res;
-use crate::disks::{Disk, Disks};
+use crate::disks::{Compression, Disk, Disks};
 use crate::floor;
 use crate::load::{self, Load, Order, Shape};
 use crate::machine::OtherLoad;
@@ -76,6 +76,11 @@ pub fn rows(place: &str) -> Vec<Row> {
         }));
     }
     rows.push(row(Disk::Chain, "4k randread QD32", read));
+    let [_, (random, _), _, (sequential, forward)] = usual;
+    let zlib = Disk::Compressed(Compression::Zlib);
+    rows.push(row(zlib, random, read));
+    rows.push(row(zlib, sequential, forward));
+    rows.push(row(Disk::Compressed(Compression::Zstd), random, read));
     for (queues, load) in [
         (2, "4k randread QD32, 2 queues"),
         (4, "4k randread QD32, 4 queues"),
@@ -151,7 +156,8 @@ fn run(
     // The same places for every back-end of a round.
     let seed = 1 + round as u64;
     let poll = row.poll || options.poll;
-    let mut load = Load::new(frontend, row.shape, disks.size(), poll, seed)?;
+    let size = disks.size_of(row.disk);
+    let mut load = Load::new(frontend, row.shape, size, poll, seed)?;
     if row.shape.order != Order::EachClusterOnce {
         load.run_for(options.warm_up())?;
     }

@@ -9,6 +9,7 @@ mod common;
 
 mod blocks;
 mod copy;
+mod decompress;
 mod disks;
 mod floor;
 mod guest;
