@@ -484,6 +484,16 @@ fn overview() {
     );
 }
 
+/// Would catch a command that only our own daemon has, or that fails on one that counts nothing.
+#[test]
+fn statistics() {
+    let Some(daemon) = Daemon::start() else {
+        return;
+    };
+    assert_eq!(daemon.ok(&["stats"]), "No queues\n");
+    assert_eq!(daemon.json(&["stats"]), json!([]));
+}
+
 /// Would catch raw commands that lose their arguments or result.
 #[test]
 fn raw_commands() {

@@ -657,6 +657,51 @@ fn four_queues_run_on_one_image() -> Res<()> {
     Ok(())
 }
 
+/// Would catch counters of another queue, or of none, in what the control socket tells, and polling
+/// although it is switched off.
+#[test]
+fn the_control_socket_tells_what_each_queue_has_done() -> Res<()> {
+    let mut bed = Bed::new()?;
+    if bed.program.is_reference() {
+        eprintln!("skipped: the reference counts nothing for its exports");
+        return Ok(());
+    }
+    let socket = bed.dir.path().join("qmp.sock");
+    bed.setup.qmp = Some(socket.clone());
+    bed.setup.queues = 2;
+    bed.setup.iothread = true;
+    bed.setup.poll_max_ns = Some(0);
+    let (mut daemon, mut frontend) = bed.both()?;
+    for _ in 0..5 {
+        assert_eq!(write(&mut frontend, 8, 8, 1)?, OK, "a write");
+    }
+    owners(&mut frontend, 8, 16)?;
+    assert_eq!(frontend.queues[1].run(&Op::flush())?, OK, "a flush");
+    let mut qmp = daemon.qmp(&socket)?;
+    let exports = qmp.execute("query-blockstats", serde_json::json!({}))??;
+    let (export, queues) = (&exports[0], &exports[0]["queues"]);
+    assert_eq!(export["device"], "disk");
+    assert_eq!(export["stats"]["wr_bytes"], 5 * 8 * SECTOR);
+    assert_eq!(export["stats"]["flush_operations"], 1);
+    assert_eq!(export["poll-max-ns"], 0);
+    for (counter, expected) in [
+        ("writes", [5, 0]),
+        ("reads", [1, 0]),
+        ("read-bytes", [16 * SECTOR, 0]),
+        ("flushes", [0, 1]),
+        ("errors", [0, 0]),
+        ("polls-found", [0, 0]),
+        ("polls-missed", [0, 0]),
+        ("poll-ns", [0, 0]),
+    ] {
+        let found = [0, 1].map(|queue: usize| &queues[queue][counter]);
+        assert_eq!(found, expected.each_ref(), "{counter}");
+    }
+    assert_eq!(queues.as_array().map(Vec::len), Some(2));
+    drop(frontend);
+    daemon.stop()
+}
+
 /// Would catch a write that completes while its data or mapping is only in the daemon's memory,
 /// though the guest cannot ask for more.
 #[test]

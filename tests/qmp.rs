@@ -627,6 +627,49 @@ fn queries_about_nodes() {
     assert_eq!(devices[0]["inserted"]["node-name"], "top");
 }
 
+/// Would catch queues that are left out of the sum, an answer that typed clients of QEMU refuse,
+/// and polling that does not show.
+#[test]
+fn statistics() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    let exports = client.get("query-blockstats", json!({}));
+    let export = &exports[0];
+    assert_eq!(exports.as_array().unwrap().len(), 1);
+    assert_eq!(
+        (&export["device"], &export["node-name"]),
+        (&json!("e0"), &json!("top"))
+    );
+    let stats = &export["stats"];
+    assert_eq!(
+        (&stats["rd_operations"], &stats["rd_bytes"]),
+        (&json!(4), &json!(16384))
+    );
+    assert_eq!(
+        (&stats["wr_operations"], &stats["wr_bytes"]),
+        (&json!(1), &json!(512))
+    );
+    assert_eq!(stats["flush_operations"], 2);
+    // QEMU's schema names so many that may not be left out.
+    assert_eq!(stats.as_object().unwrap().len(), 32);
+    assert_eq!(export["poll-max-ns"], 64_000);
+    let [busy, other] = export["queues"].as_array().unwrap().as_slice() else {
+        panic!("two queues");
+    };
+    assert_eq!(
+        (&busy["polls-found"], &busy["polls-missed"]),
+        (&json!(5), &json!(1))
+    );
+    assert_eq!(
+        (&busy["poll-ns"], &busy["poll-share"]),
+        (&json!(250_000), &json!(0.25))
+    );
+    assert_eq!(
+        (&other["poll-ns"], &other["poll-share"]),
+        (&json!(0), &json!(0.0))
+    );
+}
+
 /// Would catch a socket file that stays, a stale one in the way, and a live one that is stolen.
 #[test]
 fn socket_files() {

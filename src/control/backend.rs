@@ -5,6 +5,8 @@ use serde_json::{Value, json};
 use crate::job::stream::StreamSource;
 use crate::job::{JobError, Refused};
 
+pub use super::stats::{ExportStats, QueueStats};
+
 /// Makes the source of a stream job, on the job's thread.
 pub type SourceFactory = Box<
     dyn FnOnce() -> futures_util::future::LocalBoxFuture<
@@ -20,6 +22,9 @@ pub trait Backend: Send + Sync {
 
     /// All exports, for `query-block-exports` and `query-block`.
     fn exports(&self) -> Vec<Export>;
+
+    /// The counters of all exports, for `query-blockstats`.
+    fn export_stats(&self) -> Vec<ExportStats>;
 
     /// The chain that `device` names: the id of an export, the name of a node, or of a drive.
     fn chain(&self, device: &str) -> Option<ChainView>;

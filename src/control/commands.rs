@@ -115,6 +115,7 @@ pub(super) static COMMANDS: &[Command] = &[
         Returns::List, query_named_block_nodes),
     command("query-block-exports", NO_ARGS, Returns::List, query_block_exports),
     command("query-block", NO_ARGS, Returns::List, query_block),
+    command("query-blockstats", NO_ARGS, Returns::List, query_blockstats),
     command("query-block-jobs", NO_ARGS, Returns::List, query_block_jobs),
     command("query-jobs", NO_ARGS, Returns::List, query_jobs),
     command("block-stream", STREAM, Returns::Nothing, stream::block_stream),
@@ -204,6 +205,15 @@ fn query_block(control: &Control, _: &Args) -> Done {
         device
     });
     Ok(devices.collect::<Value>().into())
+}
+
+fn query_blockstats(control: &Control, _: &Args) -> Done {
+    let exports = control.backend.export_stats();
+    Ok(exports
+        .iter()
+        .map(|export| export.to_value())
+        .collect::<Value>()
+        .into())
 }
 
 fn query_block_jobs(control: &Control, _: &Args) -> Done {

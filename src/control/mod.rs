@@ -16,6 +16,7 @@ mod hmp;
 mod schema;
 pub mod server;
 pub mod session;
+mod stats;
 mod stream;
 pub mod wire;
 

@@ -117,6 +117,8 @@ pub enum Command {
     },
     /// Show the version, the exports with their layers, and the jobs
     Info,
+    /// Show what guests have read and written, and how their queues waited for it
+    Stats,
     /// Send any QMP command and print what it returns
     Qmp {
         /// The command's name

@@ -4,7 +4,7 @@ use super::args::{Cli, Command, SOCKET_VARIABLE, StreamArgs};
 use super::client::Client;
 use super::tracker::{Tracker, merge};
 use super::watch::watch;
-use super::{Failure, image, info, units};
+use super::{Failure, image, info, stats, units};
 use serde_json::{Map, Value, json};
 use std::io::Write;
 use std::path::PathBuf;
@@ -42,6 +42,7 @@ pub fn execute(cli: Cli, out: &mut dyn Write) -> Result<(), Failure> {
         Command::Finalize { job } => send(client, "job-finalize", json!({"id": job}), json, out),
         Command::Dismiss { job } => send(client, "job-dismiss", json!({"id": job}), json, out),
         Command::Info => info::show(client, json, out),
+        Command::Stats => stats::show(client, json, out),
         Command::Qmp { command, arguments } => {
             let result = client.execute(&command, arguments.unwrap_or(Value::Null))?;
             if json {
@@ -200,7 +201,11 @@ pub fn write_jobs(jobs: &Value, block_jobs: &Value, out: &mut dyn Write) -> Resu
     write_table(&rows, out)
 }
 
-fn write_table<const N: usize>(rows: &[[String; N]], out: &mut dyn Write) -> Result<(), Failure> {
+/// Columns as wide as their widest cell; the first row is their heads.
+pub fn write_table<const N: usize>(
+    rows: &[[String; N]],
+    out: &mut dyn Write,
+) -> Result<(), Failure> {
     let mut widths = [0; N];
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {

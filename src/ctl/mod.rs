@@ -18,6 +18,7 @@ pub mod client;
 mod commands;
 mod image;
 mod info;
+mod stats;
 mod tracker;
 mod units;
 mod watch;

@@ -13,7 +13,8 @@ use crate::chain::Graph;
 use crate::chain::graph::{Node, resolve};
 use crate::config::{DetectZeroes, Driver};
 use crate::control::backend::{
-    Backend, Backing, BlockNode, ChainView, Export, LayerView, SourceFactory, StreamSpec,
+    Backend, Backing, BlockNode, ChainView, Export, ExportStats, LayerView, SourceFactory,
+    StreamSpec,
 };
 use crate::format::Format;
 use crate::format::qcow2;
@@ -58,6 +59,10 @@ impl Backend for DaemonBackend {
 
     fn exports(&self) -> Vec<Export> {
         self.exports.list()
+    }
+
+    fn export_stats(&self) -> Vec<ExportStats> {
+        self.exports.stats()
     }
 
     fn chain(&self, device: &str) -> Option<ChainView> {

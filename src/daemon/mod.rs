@@ -22,10 +22,10 @@ use parking_lot::Mutex;
 
 use crate::chain::Graph;
 use crate::config::{Config, DetectZeroes, ExportOptions, ObjectOptions, SocketAddress};
-use crate::control::backend::Export as ExportView;
+use crate::control::backend::{Export as ExportView, ExportStats, QueueStats as QueueView};
 use crate::control::{Control, EventHub};
 use crate::error::{Error, Result};
-use crate::export::{Export, ExportConfig, SocketSource};
+use crate::export::{Export, ExportConfig, QueueStats, SocketSource};
 use crate::job::{JobMain, JobRunner, Manager, SystemClock, Timer};
 use crate::reactor::Reactor;
 
@@ -64,6 +64,21 @@ impl Exports {
             .collect()
     }
 
+    /// The counters of all exports, for queries.
+    fn stats(&self) -> Vec<ExportStats> {
+        self.list
+            .lock()
+            .iter()
+            .map(|(export, options)| ExportStats {
+                id: options.id.clone(),
+                node_name: options.node_name.clone(),
+                elapsed_ns: nanoseconds(export.elapsed()),
+                poll_max_ns: nanoseconds(export.poll_max()),
+                queues: export.stats().iter().map(|queue| view(queue)).collect(),
+            })
+            .collect()
+    }
+
     /// The requests that guests have made so far.
     #[must_use]
     pub fn requests(&self) -> u64 {
@@ -85,6 +100,31 @@ impl Exports {
         for (export, _) in self.list.lock().drain(..) {
             export.shutdown();
         }
+    }
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// A queue's counters as they are now.
+fn view(queue: &QueueStats) -> QueueView {
+    QueueView {
+        thread_id: queue.thread.load(Ordering::Relaxed),
+        reads: queue.reads.get(),
+        read_bytes: queue.read_bytes.get(),
+        writes: queue.writes.get(),
+        write_bytes: queue.write_bytes.get(),
+        flushes: queue.flushes.get(),
+        discards: queue.discards.get(),
+        errors: queue.errors.get(),
+        slow: queue.slow.get(),
+        signals: queue.signals.get(),
+        sleeps: queue.sleeps.get(),
+        enters: queue.enters.get(),
+        polls_found: queue.polls_found.get(),
+        polls_missed: queue.polls_missed.get(),
+        poll_ns: queue.poll_ns.get(),
     }
 }
 

@@ -35,6 +35,7 @@ pub mod stats;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -84,6 +85,8 @@ pub struct Export {
     root: Arc<Root>,
     control: Arc<Control>,
     stats: Vec<Arc<QueueStats>>,
+    started: Instant,
+    poll_max: Duration,
     shutting_down: AtomicBool,
     session: Mutex<Option<JoinHandle<()>>>,
     ending: Arc<Mutex<Ending>>,
@@ -103,6 +106,7 @@ impl Export {
     /// cannot be made.
     pub fn start(config: ExportConfig, root: Arc<Root>) -> Result<Self> {
         config.check()?;
+        let started = Instant::now();
         let chain = root.chain();
         if config.writable && chain.top().read_only {
             return Err(Error::Invalid("Block node is read-only".into()));
@@ -150,6 +154,8 @@ impl Export {
             root,
             control,
             stats,
+            started,
+            poll_max: Duration::from_micros(config.poll_max_us.into()),
             shutting_down: AtomicBool::new(false),
             session: Mutex::new(Some(thread)),
             ending,
@@ -185,6 +191,18 @@ impl Export {
     #[must_use]
     pub fn stats(&self) -> &[Arc<QueueStats>] {
         &self.stats
+    }
+
+    /// How long the counters have been counting.
+    #[must_use]
+    pub fn elapsed(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// The longest time that a queue polls before it sleeps.
+    #[must_use]
+    pub fn poll_max(&self) -> Duration {
+        self.poll_max
     }
 
     /// Calls `callback` once there can be no more front-ends: when the one of a connected

@@ -48,6 +48,13 @@ pub struct QueueStats {
     pub thread: AtomicI32,
     /// Times that the worker's ring entered the kernel, up to when it last slept.
     pub enters: Counter,
+    /// Polls before a sleep that found work.
+    pub polls_found: Counter,
+    /// Polls before a sleep that found none.
+    pub polls_missed: Counter,
+    /// Nanoseconds that the polls took, as far as the clock was read: what found work within its
+    /// first looks counts as nothing.
+    pub poll_ns: Counter,
 }
 
 impl QueueStats {
@@ -58,5 +65,26 @@ impl QueueStats {
             .map(Counter::get)
             .into_iter()
             .sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! What would be caught: two workers that write to one cache line.
+
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[test]
+    fn no_two_queues_share_a_cache_line() {
+        // Processors fetch lines of 64 bytes in pairs.
+        const LINE: usize = 128;
+        assert_eq!(align_of::<QueueStats>(), LINE);
+        assert!(size_of::<QueueStats>().is_multiple_of(LINE));
+        let queues: Vec<_> = (0..4).map(|_| Arc::new(QueueStats::default())).collect();
+        for stats in &queues {
+            assert!(Arc::as_ptr(stats).addr().is_multiple_of(LINE));
+        }
     }
 }

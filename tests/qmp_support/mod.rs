@@ -13,7 +13,7 @@ use std::time::Duration;
 use event_listener::Event as Signal;
 use futures_util::future::LocalBoxFuture;
 use serde_json::{Value, json};
-use stratablk::control::backend::{Backing, SourceFactory};
+use stratablk::control::backend::{Backing, ExportStats, QueueStats, SourceFactory};
 use stratablk::control::{
     Backend, BlockNode, ChainView, Control, Endpoint, EventHub, Export, LayerView, Server,
     StreamSpec,
@@ -115,6 +115,32 @@ impl Backend for Shared {
             kind: "vhost-user-blk".to_owned(),
             node_name: "top".to_owned(),
             shutting_down: false,
+        }]
+    }
+
+    fn export_stats(&self) -> Vec<ExportStats> {
+        let busy = QueueStats {
+            reads: 3,
+            read_bytes: 12288,
+            writes: 1,
+            write_bytes: 512,
+            flushes: 2,
+            polls_found: 5,
+            polls_missed: 1,
+            poll_ns: 250_000,
+            ..QueueStats::default()
+        };
+        let other = QueueStats {
+            reads: 1,
+            read_bytes: 4096,
+            ..QueueStats::default()
+        };
+        vec![ExportStats {
+            id: "e0".to_owned(),
+            node_name: "top".to_owned(),
+            elapsed_ns: 1_000_000,
+            poll_max_ns: 64_000,
+            queues: vec![busy, other],
         }]
     }
 

@@ -9,6 +9,16 @@ use std::time::{Duration, Instant};
 /// The first window.
 const FIRST: Duration = Duration::from_micros(4);
 
+/// What a poll came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Polled {
+    /// There was work.
+    pub(super) found: bool,
+    /// How long it took, up to the last time that the clock was read: nothing for one that found
+    /// work at once. Another reading only to count would cost as much as the looks it counts.
+    pub(super) time: Duration,
+}
+
 #[derive(Debug)]
 pub(super) struct Poller {
     max: Duration,
@@ -23,22 +33,25 @@ impl Poller {
         }
     }
 
-    /// Looks for work, until `found` says there is some or the window is over. True: found.
-    pub(super) fn poll(&self, mut found: impl FnMut() -> bool) -> bool {
+    /// Looks for work, until `found` says there is some or the window is over. `None`: the window
+    /// is closed, and there was no look.
+    pub(super) fn poll(&self, mut found: impl FnMut() -> bool) -> Option<Polled> {
         if self.window.is_zero() {
-            return false;
+            return None;
         }
         let start = Instant::now();
+        let mut time = Duration::ZERO;
         loop {
             // Reading the clock costs as much as a few looks.
             for _ in 0..16 {
                 if found() {
-                    return true;
+                    return Some(Polled { found: true, time });
                 }
                 std::hint::spin_loop();
             }
-            if start.elapsed() >= self.window {
-                return false;
+            time = start.elapsed();
+            if time >= self.window {
+                return Some(Polled { found: false, time });
             }
         }
     }
@@ -61,21 +74,30 @@ impl Poller {
 #[cfg(test)]
 mod tests {
     //! What would be caught: an idle queue that keeps polling, a window past its bound, polling
-    //! although it is switched off.
+    //! although it is switched off, a poll that is counted wrongly.
 
     use super::*;
+
+    fn open(max_us: u32) -> Poller {
+        let mut poller = Poller::new(max_us);
+        for _ in 0..64 {
+            poller.slept(poller.max);
+        }
+        assert!(poller.window == poller.max);
+        poller
+    }
 
     #[test]
     fn the_window_grows_to_its_bound_and_closes() {
         let mut poller = Poller::new(32);
-        assert!(!poller.poll(|| true), "closed at first");
+        assert_eq!(poller.poll(|| true), None, "closed at first");
         for _ in 0..10 {
             poller.slept(Duration::from_micros(31));
         }
         assert!(poller.window <= poller.max && !poller.window.is_zero());
-        assert!(poller.poll(|| true));
+        assert!(poller.poll(|| true).is_some_and(|polled| polled.found));
         poller.slept(Duration::from_millis(1));
-        assert!(!poller.poll(|| true), "closed by a long sleep");
+        assert_eq!(poller.poll(|| true), None, "closed by a long sleep");
     }
 
     #[test]
@@ -83,6 +105,32 @@ mod tests {
         let mut poller = Poller::new(0);
         poller.slept(Duration::ZERO);
         poller.slept(Duration::from_nanos(1));
-        assert!(!poller.is_on() && !poller.poll(|| true));
+        assert!(!poller.is_on());
+        assert_eq!(poller.poll(|| true), None);
+    }
+
+    #[test]
+    fn a_poll_tells_how_long_it_took_as_far_as_the_clock_was_read() {
+        let poller = open(32);
+        let missed = poller.poll(|| false).unwrap();
+        assert!(!missed.found && missed.time >= poller.window);
+        let mut looks = 0;
+        let mut after = |count| {
+            looks = 0;
+            // No window is over before the looks are.
+            let poller = open(u32::MAX);
+            poller.poll(|| {
+                looks += 1;
+                looks > count
+            })
+        };
+        let at_once = Polled {
+            found: true,
+            time: Duration::ZERO,
+        };
+        assert_eq!(after(0), Some(at_once));
+        assert_eq!(after(15), Some(at_once), "before the clock was read again");
+        let later = after(1000).unwrap();
+        assert!(later.found && !later.time.is_zero());
     }
 }

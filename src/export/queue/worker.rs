@@ -257,8 +257,15 @@ impl Worker<'_> {
         let in_flight = self.in_flight();
         if let Some(queue) = self.queue.as_mut().filter(|queue| queue.is_open()) {
             let look = || queue.ring.has_available() || self.reactor.has_completions();
-            if !in_flight && self.poller.poll(look) {
-                return;
+            if !in_flight && let Some(polled) = self.poller.poll(look) {
+                let stats = &self.context.stats;
+                // A poll is shorter than the centuries that the number holds.
+                stats.poll_ns.add(polled.time.as_nanos() as u64);
+                if polled.found {
+                    stats.polls_found.add(1);
+                    return;
+                }
+                stats.polls_missed.add(1);
             }
             if matches!(queue.kick, Kick::Polling) {
                 timeout = Some(POLL_INTERVAL);
