@@ -48,7 +48,7 @@ pub(super) enum Done {
 
 /// What all queues that a worker has in the course of time share.
 pub(super) struct Context {
-    pub(super) facts: Arc<DeviceFacts>,
+    pub(super) facts: Rc<DeviceFacts>,
     pub(super) reactor: Reactor,
     pub(super) views: ViewCache,
     pub(super) stats: Arc<QueueStats>,
@@ -61,7 +61,7 @@ pub(super) struct Context {
 
 impl Context {
     pub(super) fn new(
-        facts: Arc<DeviceFacts>,
+        facts: Rc<DeviceFacts>,
         reactor: Reactor,
         views: ViewCache,
         stats: Arc<QueueStats>,

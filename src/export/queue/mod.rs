@@ -105,7 +105,7 @@ impl Worker {
             let (facts, root) = (facts.clone(), root.clone());
             std::thread::Builder::new()
                 .name(thread_name(&facts.id, &format!("q{index}")))
-                .spawn(move || worker::run(facts, root, &mailbox, stats, &ready))
+                .spawn(move || worker::run(&facts, root, &mailbox, stats, &ready))
         };
         let explain = |error: std::io::Error| {
             Error::Invalid(format!(

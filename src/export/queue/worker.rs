@@ -1,6 +1,7 @@
 //! A queue's thread: one loop of taking, completing, showing and, when there is nothing to do,
 //! sleeping.
 
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
@@ -84,7 +85,7 @@ impl Fairness {
 
 /// The thread's main function. `ready` hears whether it has what it needs.
 pub(super) fn run(
-    facts: Arc<DeviceFacts>,
+    facts: &DeviceFacts,
     root: Arc<Root>,
     mailbox: &Mailbox,
     stats: Arc<QueueStats>,
@@ -102,6 +103,9 @@ pub(super) fn run(
     stats.thread.store(thread, Ordering::Relaxed);
     let _ = ready.send(Ok(reactor.remote()));
     let poller = Poller::new(facts.poll_max_us);
+    // A copy of its own: every request looks at the facts and every task holds them, so that a
+    // count that all workers shared would take the line away from the others.
+    let facts = Rc::new(facts.clone());
     let mut worker = Worker {
         mailbox,
         context: Context::new(facts, reactor.clone(), ViewCache::new(root), stats),
