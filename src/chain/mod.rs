@@ -79,7 +79,11 @@ impl Layer {
 }
 
 /// The layers of a disk, top first.
+///
+/// Apart from the count of those who share it: every request looks at the layers, and each thread
+/// that goes to sleep changes the count.
 #[derive(Debug)]
+#[repr(align(128))]
 pub struct Chain {
     layers: Vec<Arc<Layer>>,
 }
