@@ -10,8 +10,9 @@ use std::sync::Arc;
 
 use crate::sync::{Event, EventListener, Mutex};
 
-/// All claims of an image (or of its L1 table).
+/// All claims of an image (or of its L1 table). On cache lines of their own.
 #[derive(Debug, Default)]
+#[repr(align(128))]
 pub struct Claims {
     /// Start → end of the claimed range, and who waits for it.
     ranges: Mutex<BTreeMap<u64, (u64, Arc<Event>)>>,

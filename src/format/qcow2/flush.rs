@@ -43,8 +43,9 @@ const MERGE: usize = 1 << 20;
 const GRACE_LOOKS: u32 = 500;
 const GRACE_LOOK: Duration = Duration::from_millis(2);
 
-/// Who flushes, and who waits for it.
+/// Who flushes, and who waits for it. On cache lines of its own.
 #[derive(Debug, Default)]
+#[repr(align(128))]
 pub struct Flushing {
     lock: AsyncMutex<()>,
     /// Flushes that have begun.

@@ -101,7 +101,11 @@ impl Default for Options {
 type Freed = Vec<(u64, u64)>;
 
 /// Everything that changes, but for the entries themselves.
+///
+/// On cache lines of its own, as all of an image that allocations and flushes write: requests for
+/// mapped clusters look at what lies beside it.
 #[derive(Debug)]
+#[repr(align(128))]
 struct Meta {
     allocator: Allocator,
     dirty_l1: BTreeSet<usize>,
@@ -224,4 +228,49 @@ impl Qcow2 {
 
 fn slice_entries(shape: Shape) -> u64 {
     SLICE_BYTES.min(1 << shape.cluster_bits) / shape.entry_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    //! What would be caught: allocations that take the cache line of what every request reads.
+
+    use std::mem::offset_of;
+
+    use super::*;
+
+    #[test]
+    fn what_changes_lies_apart_from_what_requests_read() {
+        // Processors fetch lines of 64 bytes in pairs.
+        const LINE: usize = 128;
+        macro_rules! lines {
+            ($($field:ident: $kind:ty),+ $(,)?) => {
+                [$({
+                    let start = offset_of!(Qcow2, $field);
+                    start / LINE..(start + size_of::<$kind>()).div_ceil(LINE)
+                }),+]
+            };
+        }
+        let changed = lines!(
+            meta: Mutex<Meta>,
+            claims: Claims,
+            l1_claims: Claims,
+            flushing: flush::Flushing,
+            reservation: reserve::Reservation,
+        );
+        let read = lines!(
+            options: Options,
+            shape: Shape,
+            cluster_bits: u32,
+            size: u64,
+            l1: Box<[AtomicU64]>,
+            directory: Directory<Slice>,
+        );
+        for changed in &changed {
+            for read in &read {
+                assert!(changed.end <= read.start || read.end <= changed.start);
+            }
+        }
+        // The count of an image's users lies before it.
+        assert_eq!(align_of::<Qcow2>() % LINE, 0);
+    }
 }

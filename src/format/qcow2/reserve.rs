@@ -18,8 +18,9 @@ const MOST: u64 = 64 << 20;
 /// The largest step in clusters: so many refcounts are looked at to find the end again.
 const MOST_CLUSTERS: u64 = 4096;
 
-/// How far the file reaches.
+/// How far the file reaches. On cache lines of its own.
 #[derive(Debug)]
+#[repr(align(128))]
 pub struct Reservation {
     end: AtomicU64,
     busy: AtomicBool,
