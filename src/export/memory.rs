@@ -47,6 +47,9 @@ struct Mapping {
     _map: MmapRegion<DirtyLog>,
 }
 
+/// Up to so many regions are looked through one after the other.
+const FEW: usize = 8;
+
 /// A table of mapped regions, sorted by guest address and free of overlaps.
 #[derive(Clone, Debug, Default)]
 pub struct GuestMemory {
@@ -139,7 +142,22 @@ impl GuestMemory {
     /// Calls `push` with the host ranges of `[guest, guest + len)`, in order. False: some of it
     /// is not memory; what was pushed must then not be used.
     #[must_use]
+    #[inline]
     pub fn translate(&self, guest: u64, len: u32, mut push: impl FnMut(libc::iovec)) -> bool {
+        // Nearly always.
+        if len > 0
+            && let Some(host) = self.guest_to_host(guest, u64::from(len))
+        {
+            push(libc::iovec {
+                iov_base: std::ptr::with_exposed_provenance_mut(host),
+                iov_len: len as usize,
+            });
+            return true;
+        }
+        self.translate_pieces(guest, len, &mut push)
+    }
+
+    fn translate_pieces(&self, guest: u64, len: u32, push: &mut dyn FnMut(libc::iovec)) -> bool {
         let mut guest = guest;
         let mut left = u64::from(len);
         while left > 0 {
@@ -160,7 +178,13 @@ impl GuestMemory {
     }
 
     /// The region that holds the byte at `guest`.
+    #[inline]
     fn find(&self, guest: u64) -> Option<&Region> {
+        if self.regions.len() <= FEW {
+            // The largest is mostly the last.
+            let holds = |region: &&Region| guest.wrapping_sub(region.info.guest) < region.info.len;
+            return self.regions.iter().rev().find(holds);
+        }
         let after = self
             .regions
             .partition_point(|region| region.info.guest <= guest);

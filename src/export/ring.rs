@@ -109,38 +109,29 @@ impl<'a> Table<'a> {
         if u32::from(index) >= self.len {
             return None;
         }
-        let at: *const [u8; DESC_SIZE as usize] = std::ptr::with_exposed_provenance(
-            self.start + usize::from(index) * size_of::<Descriptor>(),
+        let at: *const RawDescriptor = std::ptr::with_exposed_provenance(
+            self.start + usize::from(index) * size_of::<RawDescriptor>(),
         );
-        // SAFETY: within the table, which was checked to be mapped; bytes need no alignment
-        // (indirect tables may be anywhere).
-        let bytes = unsafe { at.read_volatile() };
-        let [
-            a0,
-            a1,
-            a2,
-            a3,
-            a4,
-            a5,
-            a6,
-            a7,
-            l0,
-            l1,
-            l2,
-            l3,
-            f0,
-            f1,
-            n0,
-            n1,
-        ] = bytes;
+        // SAFETY: within the table, which was checked to be mapped; the type is packed, so that it
+        // needs no alignment (indirect tables may be anywhere).
+        let RawDescriptor(addr, rest) = unsafe { at.read_volatile() };
+        let rest = u64::from_le(rest);
         Some(Descriptor {
-            addr: u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
-            len: u32::from_le_bytes([l0, l1, l2, l3]),
-            flags: u16::from_le_bytes([f0, f1]),
-            next: u16::from_le_bytes([n0, n1]),
+            addr: u64::from_le(addr),
+            len: rest as u32,
+            flags: (rest >> 32) as u16,
+            next: (rest >> 48) as u16,
         })
     }
 }
+
+/// A descriptor as it lies in memory: the address, and all else in one word, which is read faster
+/// than field by field.
+#[repr(C, packed)]
+#[derive(Clone, Copy)]
+struct RawDescriptor(u64, u64);
+
+const _: () = assert!(size_of::<RawDescriptor>() == DESC_SIZE as usize);
 
 /// A split virtqueue in use.
 #[derive(Debug)]

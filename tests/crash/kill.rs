@@ -414,7 +414,7 @@ fn at_every_system_call() {
     let step = step(8);
     let mut call = 1;
     let wrapper = |call: usize| -> Vec<String> {
-        let calls = "io_uring_enter,fdatasync,fallocate,ftruncate,pwritev2,fstat,statx";
+        let calls = "io_uring_enter,fdatasync,fallocate,ftruncate,pwrite64,pwritev,fstat,statx";
         let inject = format!("inject={calls}:signal=KILL:when={call}");
         let words = ["strace", "-f", "-qq", "-o", "/dev/null", "-e"];
         let words = words.into_iter().map(str::to_owned);
