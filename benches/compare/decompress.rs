@@ -8,6 +8,7 @@ use crate::common::{Res, daemon};
 use crate::disks::Compression;
 use crate::floor::Floor;
 use crate::load::{Order, Shape};
+use std::cell::RefCell;
 use std::fs;
 use std::hint::black_box;
 use std::path::Path;
@@ -27,7 +28,7 @@ pub fn measure(
 ) -> Res<Floor> {
     let image = fs::read(path)?;
     let clusters = clusters(&image).ok_or("not all clusters of the image are compressed")?;
-    let mut cluster = vec![0; CLUSTER];
+    let mut cluster = Vec::with_capacity(CLUSTER);
     for (i, bytes) in clusters.iter().enumerate().take(256) {
         inflate(compression, bytes, &mut cluster)?;
         blocks::verify(&cluster, (i * CLUSTER) as u64, None)?;
@@ -51,7 +52,7 @@ fn run(
     shape: Shape,
 ) -> Res<Floor> {
     let mut rng = Rng::new(1);
-    let mut cluster = vec![0; CLUSTER];
+    let mut cluster = Vec::with_capacity(CLUSTER);
     let (mut requests, mut next) = (0u64, 0);
     // The other threads of the bench wait meanwhile.
     let pid = std::process::id();
@@ -78,26 +79,33 @@ fn run(
     })
 }
 
-/// Decompresses one whole cluster, by the calls that the daemon makes: with a new state for each.
-fn inflate(compression: Compression, bytes: &[u8], cluster: &mut [u8]) -> Res<()> {
-    let len = cluster.len();
-    let produced = match compression {
+/// Decompresses one whole cluster, by the calls that the daemon makes.
+fn inflate(compression: Compression, bytes: &[u8], cluster: &mut Vec<u8>) -> Res<()> {
+    thread_local! {
+        static ZSTD: RefCell<Option<zstd::bulk::Decompressor<'static>>> =
+            const { RefCell::new(None) };
+    }
+    cluster.clear();
+    cluster.reserve_exact(CLUSTER);
+    match compression {
         Compression::Zlib => {
             let mut state = flate2::Decompress::new(false);
-            state.decompress(bytes, cluster, flate2::FlushDecompress::Finish)?;
-            state.total_out() as usize
+            state.decompress_vec(bytes, cluster, flate2::FlushDecompress::Finish)?;
         }
         Compression::Zstd => {
-            use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
-
-            let mut input = InBuffer::around(bytes);
-            let mut output = OutBuffer::around(cluster);
-            Decoder::new()?.run(&mut input, &mut output)?;
-            output.pos()
+            let len = zstd::zstd_safe::find_frame_compressed_size(bytes)
+                .map_err(zstd::zstd_safe::get_error_name)?;
+            ZSTD.with_borrow_mut(|state| {
+                let state = match state {
+                    Some(state) => state,
+                    None => state.insert(zstd::bulk::Decompressor::new()?),
+                };
+                state.decompress_to_buffer(&bytes[..len], cluster)
+            })?;
         }
-    };
-    if produced != len {
-        return Err(format!("a cluster of {produced} bytes").into());
+    }
+    if cluster.len() != CLUSTER {
+        return Err(format!("a cluster of {} bytes", cluster.len()).into());
     }
     Ok(())
 }

@@ -8,7 +8,9 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::Qcow2;
+use super::claims::Claims;
 use super::header::{Compression, SECTOR};
+use super::inflate::inflate;
 use super::l2::Words;
 use crate::error::{Action, Error, Result};
 use crate::format::Compressed;
@@ -18,21 +20,27 @@ use crate::sync::Mutex;
 /// Clusters kept after decompression: guests read a cluster in several requests.
 const KEPT: usize = 16;
 
-/// A small cache of decompressed clusters, the latest last.
+/// A small cache of decompressed clusters. On cache lines of its own.
 #[derive(Debug, Default)]
-pub struct Cache(Mutex<VecDeque<(u64, Arc<[u8]>)>>);
+#[repr(align(128))]
+pub struct Cache {
+    /// By place in the file, the latest last.
+    clusters: Mutex<VecDeque<(u64, Arc<Vec<u8>>)>>,
+    /// Which are being decompressed.
+    in_work: Claims,
+}
 
 impl Cache {
-    fn get(&self, offset: u64) -> Option<Arc<[u8]>> {
-        let cache = self.0.lock();
+    fn get(&self, offset: u64) -> Option<Arc<Vec<u8>>> {
+        let cache = self.clusters.lock();
         cache
             .iter()
             .find(|(at, _)| *at == offset)
             .map(|(_, cluster)| cluster.clone())
     }
 
-    fn insert(&self, offset: u64, cluster: &Arc<[u8]>) {
-        let mut cache = self.0.lock();
+    fn insert(&self, offset: u64, cluster: &Arc<Vec<u8>>) {
+        let mut cache = self.clusters.lock();
         if cache.len() >= KEPT {
             cache.pop_front();
         }
@@ -41,12 +49,12 @@ impl Cache {
 
     /// Forgets what was at `offset`: something else will be.
     fn forget(&self, offset: u64) {
-        self.0.lock().retain(|(at, _)| *at != offset);
+        self.clusters.lock().retain(|(at, _)| *at != offset);
     }
 
     /// Forgets everything: compressed clusters have been freed.
     pub(super) fn clear(&self) {
-        self.0.lock().clear();
+        self.clusters.lock().clear();
     }
 }
 
@@ -55,22 +63,27 @@ impl Qcow2 {
     ///
     /// # Errors
     /// When it cannot be read, or is damaged.
-    pub async fn decompress(&self, compressed: Compressed) -> Result<Arc<[u8]>> {
-        if let Some(cluster) = self.decompressed.get(compressed.offset) {
+    pub async fn decompress(&self, compressed: Compressed) -> Result<Arc<Vec<u8>>> {
+        let (offset, len) = (compressed.offset, compressed.len as usize);
+        if let Some(cluster) = self.decompressed.get(offset) {
             return Ok(cluster);
         }
-        let len = compressed.len as usize;
-        let bytes = storage::io::fetch(&*self.storage, compressed.offset, len).await?;
+        // One does it for all who want it: guests read a cluster in several requests at once.
+        let _claim = self.decompressed.in_work.claim(offset..offset + 1).await;
+        if let Some(cluster) = self.decompressed.get(offset) {
+            return Ok(cluster);
+        }
+        let bytes = storage::io::fetch(&*self.storage, offset, len).await?;
         let compression = self.header.lock().compression;
-        let mut cluster = vec![0; self.cluster_size() as usize];
-        inflate(compression, &bytes, &mut cluster).map_err(|what| {
+        let cluster = self.cluster_size() as usize;
+        let cluster = inflate(compression, &bytes, cluster).map_err(|what| {
             Error::corrupt(
                 self.storage.name(),
-                format!("compressed cluster at {:#x}: {what}", compressed.offset),
+                format!("compressed cluster at {offset:#x}: {what}"),
             )
         })?;
-        let cluster: Arc<[u8]> = cluster.into();
-        self.decompressed.insert(compressed.offset, &cluster);
+        let cluster = Arc::new(cluster);
+        self.decompressed.insert(offset, &cluster);
         Ok(cluster)
     }
 }
@@ -144,48 +157,4 @@ fn deflate(compression: Compression, cluster: &[u8]) -> Option<Vec<u8>> {
     };
     packed.truncate(len);
     Some(packed)
-}
-
-/// Decompresses one whole cluster; what follows it in `bytes` is somebody else's.
-fn inflate(
-    compression: Compression,
-    bytes: &[u8],
-    cluster: &mut [u8],
-) -> std::result::Result<(), String> {
-    let produced = match compression {
-        Compression::Zlib => {
-            let mut state = flate2::Decompress::new(false);
-            state
-                .decompress(bytes, cluster, flate2::FlushDecompress::Finish)
-                .map_err(|error| error.to_string())?;
-            state.total_out()
-        }
-        Compression::Zstd => inflate_zstd(bytes, cluster)?,
-    };
-    if produced == cluster.len() as u64 {
-        return Ok(());
-    }
-    Err(format!(
-        "{produced} bytes after decompression (expected {})",
-        cluster.len()
-    ))
-}
-
-fn inflate_zstd(bytes: &[u8], cluster: &mut [u8]) -> std::result::Result<u64, String> {
-    use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
-
-    let mut decoder = Decoder::new().map_err(|error| error.to_string())?;
-    let mut input = InBuffer::around(bytes);
-    let len = cluster.len();
-    let mut output = OutBuffer::around(cluster);
-    while output.pos() < len {
-        let before = (input.pos(), output.pos());
-        decoder
-            .run(&mut input, &mut output)
-            .map_err(|error| error.to_string())?;
-        if (input.pos(), output.pos()) == before {
-            break;
-        }
-    }
-    Ok(output.pos() as u64)
 }

@@ -31,6 +31,7 @@ mod compress;
 pub mod create;
 mod flush;
 pub mod header;
+mod inflate;
 mod inspect;
 pub mod l2;
 mod loading;
