@@ -178,9 +178,12 @@ mod tests {
     fn the_first_error_of_the_list_is_told() {
         let dir = tempfile::tempdir().unwrap();
         let mut list = list(dir.path());
-        let missing = |name: &str| json!({"driver": "file", "node-name": name[1..].replace("/", "-"), "filename": name});
-        list.insert(3, missing("/missing/first"));
-        list.push(missing("/missing/second"));
+        let missing = |name: &str| {
+            let path = format!("/missing/{name}");
+            json!({"driver": "file", "node-name": name, "filename": path})
+        };
+        list.insert(3, missing("first"));
+        list.push(missing("second"));
         let (result, names) = open(&list);
         let text = result.unwrap_err().to_string();
         assert!(text.contains("/missing/first"), "{text}");

@@ -60,7 +60,7 @@ impl Fairness {
             log::debug!("the slice of a queue's thread: {error}");
         }
         Self {
-            on: set.is_ok(),
+            on: matches!(set, Ok(true)),
             since: None,
         }
     }
