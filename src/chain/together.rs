@@ -19,7 +19,6 @@ use crate::config::BlockdevOptions;
 use crate::error::Result;
 
 /// Nodes that are being opened together, known by their places in the list.
-#[derive(Default)]
 struct Together {
     /// The first place of each name.
     places: HashMap<String, usize>,

@@ -5,6 +5,7 @@
 #[path = "../common/bitmaps.rs"]
 mod bitmaps;
 mod check;
+mod compressed;
 mod damage;
 mod damaged;
 mod differential;

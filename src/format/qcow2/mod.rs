@@ -257,6 +257,7 @@ mod tests {
             l1_claims: Claims,
             flushing: flush::Flushing,
             reservation: reserve::Reservation,
+            decompressed: compress::Cache,
         );
         let read = lines!(
             options: Options,
