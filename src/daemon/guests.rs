@@ -26,10 +26,8 @@ pub struct Guests {
     requests: Cell<u64>,
     /// When a look last found new ones.
     active: Cell<Option<Instant>>,
-    /// When it was last looked how long their threads had waited, and what was found.
-    looked: Cell<(Instant, Duration)>,
-    /// They waited.
-    waiting: Cell<bool>,
+    /// How long their threads had waited at the last look.
+    looked: Cell<Look>,
     /// CPU time of the job's thread when it last gave way.
     used: Cell<Duration>,
 }
@@ -40,8 +38,7 @@ impl Guests {
         Self {
             requests: Cell::new(exports.requests()),
             active: Cell::new(None),
-            looked: Cell::new((Instant::now(), exports.waited())),
-            waiting: Cell::new(false),
+            looked: Cell::new(Look::new(Instant::now(), exports.waited())),
             used: Cell::new(Duration::ZERO),
             exports,
         }
@@ -66,19 +63,101 @@ impl Guests {
         let now = process::thread_time();
         let worked = now.saturating_sub(self.used.replace(now));
         if self.are_active() && self.wait() {
-            std::thread::sleep(worked.min(LONGEST));
+            std::thread::sleep(rest_after(worked));
         }
     }
 
     fn wait(&self) -> bool {
-        let (at, before) = self.looked.get();
-        let elapsed = at.elapsed();
-        if elapsed >= LOOK {
-            let waited = self.exports.waited();
-            self.looked.set((Instant::now(), waited));
-            let waiting = waited.saturating_sub(before) > elapsed / WAITING;
-            self.waiting.set(waiting);
+        let now = Instant::now();
+        let mut look = self.looked.get();
+        if look.is_old(now) {
+            look = look.next(now, self.exports.waited());
+            self.looked.set(look);
         }
-        self.waiting.get()
+        look.waiting
+    }
+}
+
+/// How long a job sleeps after it has worked for some time.
+fn rest_after(worked: Duration) -> Duration {
+    worked.min(LONGEST)
+}
+
+/// What a look at the threads of guests found.
+#[derive(Clone, Copy, Debug)]
+struct Look {
+    at: Instant,
+    /// How long they had waited by then, since they began.
+    waited: Duration,
+    /// They waited much between the look before and this one.
+    waiting: bool,
+}
+
+impl Look {
+    /// The first: nothing is known of the time before.
+    fn new(at: Instant, waited: Duration) -> Self {
+        Self {
+            at,
+            waited,
+            waiting: false,
+        }
+    }
+
+    fn is_old(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.at) >= LOOK
+    }
+
+    /// The next one, which found that they have `waited` so long by now. That may be less than
+    /// before, when an export has gone.
+    fn next(&self, now: Instant, waited: Duration) -> Self {
+        let elapsed = now.saturating_duration_since(self.at);
+        Self {
+            at: now,
+            waited,
+            waiting: waited.saturating_sub(self.waited) > elapsed / WAITING,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! What would be caught: a job that never gives way, or always, or sleeps for longer than its
+    //! pieces take.
+
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn a_job_gives_way_only_while_threads_of_guests_wait() {
+        let start = Instant::now();
+        let first = Look::new(start, 70 * MS);
+        assert!(
+            !first.waiting,
+            "what they waited before is none of its doing"
+        );
+        assert!(!first.is_old(start + 4 * MS) && first.is_old(start + 5 * MS));
+
+        let busy = first.next(start + 8 * MS, 71 * MS);
+        assert!(busy.waiting, "an eighth of the time");
+        assert!(!busy.is_old(start + 12 * MS));
+        let quiet = busy.next(start + 72 * MS, 72 * MS);
+        assert!(!quiet.waiting, "a sixty-fourth of it");
+        assert!(quiet.next(start + 80 * MS, 75 * MS).waiting);
+    }
+
+    #[test]
+    fn an_export_that_goes_takes_its_waiting_with_it() {
+        let start = Instant::now();
+        let before = Look::new(start, 1000 * MS);
+        let after = before.next(start + 8 * MS, 10 * MS);
+        assert!(!after.waiting);
+        assert!(after.next(start + 16 * MS, 14 * MS).waiting);
+    }
+
+    #[test]
+    fn it_rests_for_as_long_as_it_worked() {
+        assert_eq!(rest_after(MS / 3), MS / 3);
+        assert_eq!(rest_after(50 * MS), LONGEST);
     }
 }

@@ -71,15 +71,19 @@ impl Fairness {
 
     /// One more turn has begun.
     fn turn(&mut self) {
-        if !self.on {
-            return;
-        }
-        let now = Instant::now();
-        let since = *self.since.get_or_insert(now);
-        if now.duration_since(since) >= BUSY {
+        if self.on && self.is_due(Instant::now()) {
             sched::give_turn();
+        }
+    }
+
+    /// Whether others are to run at a turn that begins `now`. Then the time counts anew.
+    fn is_due(&mut self, now: Instant) -> bool {
+        let since = *self.since.get_or_insert(now);
+        let due = now.saturating_duration_since(since) >= BUSY;
+        if due {
             self.since = None;
         }
+        due
     }
 }
 
@@ -293,5 +297,43 @@ impl Worker<'_> {
         if let Some(queue) = &mut self.queue {
             queue.ring.disable_kicks();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! What would be caught: a busy thread that never yields, one that yields at every turn, and one
+    //! that counts the time it slept.
+
+    use super::*;
+
+    fn fairness() -> Fairness {
+        Fairness {
+            on: true,
+            since: None,
+        }
+    }
+
+    #[test]
+    fn a_busy_thread_yields_once_in_each_stretch() {
+        let (mut fairness, start) = (fairness(), Instant::now());
+        let turn = Duration::from_micros(10);
+        let yielded: Vec<u32> = (0..32)
+            .filter(|n| fairness.is_due(start + turn * *n))
+            .collect();
+        // The turn after a yield begins a stretch of its own.
+        assert_eq!(yielded, [10, 21]);
+        assert!(BUSY < SLICE, "or the next slice would be lost with it");
+    }
+
+    #[test]
+    fn a_sleep_begins_a_new_stretch() {
+        let (mut fairness, start) = (fairness(), Instant::now());
+        assert!(!fairness.is_due(start));
+        assert!(!fairness.is_due(start + BUSY / 2));
+        fairness.slept();
+        assert!(!fairness.is_due(start + BUSY * 50));
+        assert!(!fairness.is_due(start + BUSY * 50 + BUSY / 2));
+        assert!(fairness.is_due(start + BUSY * 51));
     }
 }
