@@ -60,10 +60,20 @@ impl Guests {
     /// The scheduler would share the processor evenly as well, but in portions of some
     /// milliseconds, and a guest that asks in the wrong one waits for all of it.
     pub fn give_way(&self) {
+        let rest = self.rest();
+        if !rest.is_zero() {
+            std::thread::sleep(rest);
+        }
+    }
+
+    /// How long the job's thread is to sleep after what it has worked since this was last asked.
+    fn rest(&self) -> Duration {
         let now = process::thread_time();
         let worked = now.saturating_sub(self.used.replace(now));
         if self.are_active() && self.wait() {
-            std::thread::sleep(rest_after(worked));
+            worked.min(LONGEST)
+        } else {
+            Duration::ZERO
         }
     }
 
@@ -76,11 +86,6 @@ impl Guests {
         }
         look.waiting
     }
-}
-
-/// How long a job sleeps after it has worked for some time.
-fn rest_after(worked: Duration) -> Duration {
-    worked.min(LONGEST)
 }
 
 /// What a look at the threads of guests found.
@@ -155,9 +160,53 @@ mod tests {
         assert!(after.next(start + 16 * MS, 14 * MS).waiting);
     }
 
+    /// The guests of no export, active and waiting as told: that holds, since it was found out
+    /// later than any test asks.
+    fn guests(active: bool, waiting: bool) -> Guests {
+        let later = Instant::now() + 1000 * LOOK;
+        let guests = Guests::new(Arc::default());
+        guests.active.set(active.then_some(later));
+        let look = Look::new(later, Duration::ZERO);
+        guests.looked.set(Look { waiting, ..look });
+        guests
+    }
+
+    /// Works for `time` of the thread's own.
+    fn work(time: Duration) {
+        let end = process::thread_time() + time;
+        while process::thread_time() < end {}
+    }
+
     #[test]
     fn it_rests_for_as_long_as_it_worked() {
-        assert_eq!(rest_after(MS / 3), MS / 3);
-        assert_eq!(rest_after(50 * MS), LONGEST);
+        for (active, waiting) in [(false, false), (false, true), (true, false)] {
+            let guests = guests(active, waiting);
+            work(MS);
+            assert!(guests.rest().is_zero(), "{active} {waiting}");
+        }
+        let guests = guests(true, true);
+        work(MS / 2);
+        guests.rest();
+        let before = guests.used.get();
+        work(MS / 2);
+        let rest = guests.rest();
+        assert_eq!(rest, (guests.used.get() - before).min(LONGEST));
+        assert!(rest >= MS / 2);
+        work(2 * LONGEST);
+        assert_eq!(guests.rest(), LONGEST);
+    }
+
+    #[test]
+    fn giving_way_puts_the_thread_to_sleep() {
+        let guests = guests(true, true);
+        work(MS);
+        let before = Instant::now();
+        let worked = process::thread_time();
+        guests.give_way();
+        assert!(before.elapsed() >= MS, "it went on at once");
+        assert!(
+            guests.used.get() >= worked,
+            "the next rest counts from here"
+        );
     }
 }
