@@ -1,7 +1,9 @@
 //! The images that the rows run on.
 
+use crate::Options;
 use crate::blocks;
 use crate::common::{Res, images};
+use crate::warm::Memory;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
@@ -94,6 +96,14 @@ impl Disks {
             Disk::Compressed(_) => self.size.min(COMPRESSED),
             _ => self.size,
         }
+    }
+
+    /// Memory for one more disk, where files are made of it.
+    pub fn memory(&self, options: &Options, place: &str) -> Res<Option<Memory>> {
+        if place != "tmpfs" {
+            return Ok(None);
+        }
+        Memory::take(options, self.dir(), self.size * 2).map(Some)
     }
 
     fn file(&self, name: &str) -> PathBuf {

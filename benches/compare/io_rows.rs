@@ -36,6 +36,11 @@ impl Row {
     pub fn shape(&self) -> Shape {
         self.shape
     }
+
+    /// Whether files grow by it.
+    fn allocates(&self) -> bool {
+        self.shape.write && matches!(self.disk, Disk::Overlay | Disk::Empty)
+    }
 }
 
 /// All rows of a place.
@@ -123,6 +128,13 @@ pub fn measure(
     let disks = Disks::new(dir, if options.quick { 256 << 20 } else { 1 << 30 })?;
     for row in rows {
         let name = row.name(place);
+        // What lasts is made first, of other memory.
+        disks.scratch()?;
+        disks.layers(row.disk)?;
+        let _memory = match row.allocates() {
+            true => disks.memory(options, place)?,
+            false => None,
+        };
         for round in 0..options.rounds() {
             match floor::measure(options, &row, &disks, place) {
                 Ok(floor) => report.add_floor(&name, floor),

@@ -21,6 +21,7 @@ mod report;
 mod start_rows;
 mod stream_rows;
 mod variants;
+mod warm;
 
 use clap::Parser;
 use common::Res;

@@ -72,6 +72,8 @@ pub fn measure(
     for row in rows {
         let disks = Disks::new(dir, row.size(options.quick))?;
         let name = row.name(place);
+        disks.qcow2()?;
+        let _memory = disks.memory(options, place)?;
         for round in 0..options.rounds() {
             if !row.loaded {
                 match copy::fastest(options, &disks, place) {
