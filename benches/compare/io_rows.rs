@@ -9,6 +9,7 @@ use crate::machine::OtherLoad;
 use crate::report::{IoSample, Report};
 use crate::variants::{Variant, in_turn};
 use std::path::Path;
+use std::time::Duration;
 
 /// One row: a load on an image.
 #[derive(Clone, Copy, Debug)]
@@ -21,6 +22,16 @@ pub struct Row {
 }
 
 impl Row {
+    /// One whose front-end waits for its eventfd.
+    pub fn new(disk: Disk, load: &'static str, shape: Shape) -> Self {
+        Row {
+            disk,
+            load,
+            shape,
+            poll: false,
+        }
+    }
+
     /// Its name in the report.
     pub fn name(&self, place: &str) -> String {
         let poll = if self.poll { ", polling" } else { "" };
@@ -53,12 +64,7 @@ pub fn rows(place: &str) -> Vec<Row> {
         order,
         flush_every: None,
     };
-    let row = |disk, load, shape| Row {
-        disk,
-        load,
-        shape,
-        poll: false,
-    };
+    let row = Row::new;
     let read = shape(false, 4096, 32, Order::Random);
     let usual = [
         ("4k randread QD1", shape(false, 4096, 1, Order::Random)),
@@ -146,15 +152,17 @@ pub fn measure(
                 variants.iter().filter(fit),
                 report,
                 Report::add_io,
-                |variant| run(options, &row, variant, &disks, round),
+                |variant| run(options, options.measured(), &row, variant, &disks, round),
             );
         }
     }
     Ok(())
 }
 
-fn run(
+/// One run of a back-end, measured for `time`.
+pub fn run(
     options: &Options,
+    time: Duration,
     row: &Row,
     variant: &Variant,
     disks: &Disks,
@@ -175,7 +183,7 @@ fn run(
     }
     let other = OtherLoad::start(&[daemon.pid()])?;
     let (before, written) = (daemon.cpu_time()?, daemon.bytes_written()?);
-    let measured = load.run_for(options.measured())?;
+    let measured = load.run_for(time)?;
     let cpu = daemon.cpu_time()?.saturating_sub(before);
     let other = other.end()?;
     let mut written_each = f64::NAN;

@@ -20,6 +20,7 @@ mod machine;
 mod report;
 mod start_rows;
 mod stream_rows;
+mod turn_rows;
 mod variants;
 mod warm;
 
@@ -117,6 +118,9 @@ fn run(options: &Options) -> Res<()> {
             io_rows::rows(place)
                 .iter()
                 .for_each(|row| println!("{}", row.name(place)));
+            turn_rows::turns()
+                .iter()
+                .for_each(|row| println!("{}", row.name(place)));
             stream_rows::rows()
                 .iter()
                 .for_each(|row| println!("{}", row.name(place)));
@@ -134,6 +138,7 @@ fn run(options: &Options) -> Res<()> {
     common::daemon::pin_this_thread(options.cpu_frontend)?;
     for (place, dir) in options.places() {
         io_rows::measure(options, place, &dir, &variants, &mut report)?;
+        turn_rows::measure(options, place, &dir, &variants, &mut report)?;
         stream_rows::measure(options, place, &dir, &variants, &mut report)?;
         start_rows::measure(options, place, &dir, &variants, &mut report)?;
     }

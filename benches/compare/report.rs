@@ -21,6 +21,17 @@ pub struct IoSample {
     pub other: f64,
 }
 
+/// What a turn of the daemon against itself gave.
+#[derive(Clone, Copy, Debug)]
+pub struct TurnSample {
+    /// The run.
+    pub io: IoSample,
+    /// Its requests per second, to those of the round's first.
+    pub iops_to_first: f64,
+    /// Its CPU time per request, to that of the round's first.
+    pub cpu_to_first: f64,
+}
+
 /// What one run of a stream row gave.
 /// NaN stands for a figure that the row does not have.
 #[derive(Clone, Copy, Debug)]
@@ -75,6 +86,7 @@ pub struct Report {
     machine: Vec<String>,
     io: Vec<(String, &'static str, IoSample)>,
     floors: Vec<(String, &'static str, Floor)>,
+    turns: Vec<(String, &'static str, TurnSample)>,
     stream: Vec<(String, &'static str, StreamSample)>,
     start: Vec<(String, &'static str, StartSample)>,
     copies: Vec<(String, &'static str, f64)>,
@@ -88,6 +100,7 @@ impl Report {
             machine,
             io: Vec::new(),
             floors: Vec::new(),
+            turns: Vec::new(),
             stream: Vec::new(),
             start: Vec::new(),
             copies: Vec::new(),
@@ -105,6 +118,15 @@ impl Report {
     pub fn add_io(&mut self, row: &str, variant: &'static str, sample: IoSample) {
         eprintln!("    {sample:.1?}");
         self.io.push((row.to_owned(), variant, sample));
+    }
+
+    /// Takes a turn of the daemon, and what it was on.
+    pub fn add_turn(&mut self, row: &str, what: &'static str, sample: TurnSample) {
+        eprintln!(
+            "    {what}: {:.2} {:.2}",
+            sample.iops_to_first, sample.cpu_to_first
+        );
+        self.turns.push((row.to_owned(), what, sample));
     }
 
     /// Takes the floor of an I/O row.
@@ -149,6 +171,7 @@ impl Report {
             let _ = writeln!(text, "- {line}");
         }
         let mut other: Vec<f64> = self.io.iter().map(|s| s.2.other).collect();
+        other.extend(self.turns.iter().map(|s| s.2.io.other));
         other.extend(self.stream.iter().map(|s| s.2.other));
         let mean = other.iter().sum::<f64>() / other.len().max(1) as f64;
         let most = other.iter().copied().fold(0.0, f64::max);
@@ -164,6 +187,9 @@ impl Report {
         );
         if !self.io.is_empty() {
             self.io_table(&mut text, &names);
+        }
+        if !self.turns.is_empty() {
+            self.turn_table(&mut text);
         }
         if !self.stream.is_empty() {
             self.stream_table(&mut text, &names);
@@ -212,6 +238,34 @@ impl Report {
                 cells(&[floor_cpu], 2),
                 to(&cpu, floor_cpu),
             );
+        }
+        text.push('\n');
+    }
+
+    fn turn_table(&self, text: &mut String) {
+        let _ = writeln!(
+            text,
+            "| row | stratablk on | 1000 IOPS | to raw | CPU s per million | to raw |\n\
+             | --- | --- | --- | --- | --- | --- |"
+        );
+        for row in rows(&self.turns) {
+            let mut names: Vec<&'static str> = Vec::new();
+            for (_, name, _) in self.turns.iter().filter(|turn| turn.0 == row) {
+                if !names.contains(name) {
+                    names.push(name);
+                }
+            }
+            for name in names {
+                let of = |get: fn(&TurnSample) -> f64| medians(&self.turns, row, &[name], get);
+                let _ = writeln!(
+                    text,
+                    "| {row} | {name} | {} | {} | {} | {} |",
+                    cells(&of(|s| s.io.iops / 1000.0), 1),
+                    cells(&of(|s| s.iops_to_first), 2),
+                    cells(&of(|s| s.io.cpu), 2),
+                    cells(&of(|s| s.cpu_to_first), 2),
+                );
+            }
         }
         text.push('\n');
     }

@@ -22,6 +22,9 @@ pub struct Variant {
     pub raw_only: bool,
 }
 
+/// The name of the daemon that is to be measured.
+pub const UNDER_TEST: &str = "stratablk";
+
 /// All of them, or those whose name contains one of `words`. The first is the one under test.
 pub fn wanted(words: &[String]) -> Vec<Variant> {
     let reference = |name, aio| Variant {
@@ -39,7 +42,7 @@ pub fn wanted(words: &[String]) -> Vec<Variant> {
     };
     let all = [
         Variant {
-            name: "stratablk",
+            name: UNDER_TEST,
             program: Program::under_test(),
             aio: "io_uring",
             iothread: false,
