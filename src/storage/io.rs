@@ -2,8 +2,9 @@
 //! and whatever alignment the storage asks for.
 
 use std::io;
+use std::ops::Deref;
 
-use super::{AlignedBuf, IoBufs, Op, Storage, Submission};
+use super::{AlignedBuf, IoBufs, Op, ScratchBuf, Storage, Submission};
 use crate::error::{Action, Error};
 use crate::reactor::Reactor;
 
@@ -228,6 +229,47 @@ pub async fn fetch(
         .map_err(|error| Error::io(Action::Read, storage.name(), offset, &error))
 }
 
+/// Bytes of a storage, in a buffer on loan from the thread.
+#[derive(Debug)]
+pub struct Borrowed {
+    buffer: ScratchBuf,
+    skip: usize,
+    len: usize,
+}
+
+impl Deref for Borrowed {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        let rest = self.buffer.get(self.skip..).unwrap_or(&[]);
+        rest.get(..self.len).unwrap_or(rest)
+    }
+}
+
+/// Reads `len` bytes at `offset`, wherever they begin and end, for a moment: with the blocks that
+/// they are in, into memory that is neither new nor cleared, and not copied from there.
+///
+/// # Errors
+/// What the storage reports, with the file and the place.
+pub async fn borrow(
+    storage: &dyn Storage,
+    offset: u64,
+    len: usize,
+) -> crate::error::Result<Borrowed> {
+    let align = storage.limits().offset_align.max(1);
+    let start = offset / align * align;
+    let skip = (offset - start) as usize;
+    let whole = (skip + len).next_multiple_of(align as usize);
+    // Few sizes: buffers are kept by theirs.
+    let buffer = ScratchBuf::new(whole.next_power_of_two());
+    // SAFETY: `buffer` outlives the operation.
+    let bufs = unsafe { IoBufs::of(&buffer, 0, whole) };
+    read(storage, &bufs, start)
+        .await
+        .map_err(|error| Error::io(Action::Read, storage.name(), offset, &error))?;
+    Ok(Borrowed { buffer, skip, len })
+}
+
 /// Writes `bytes` at `offset`.
 ///
 /// # Errors
@@ -236,4 +278,82 @@ pub async fn write_buf(storage: &dyn Storage, offset: u64, bytes: &AlignedBuf) -
     // SAFETY: `bytes` is borrowed for the whole operation.
     let bufs = unsafe { IoBufs::of(bytes, 0, bytes.len()) };
     write(storage, &bufs, offset).await
+}
+
+#[cfg(test)]
+mod tests {
+    //! What would be caught: borrowed bytes from the wrong place of their blocks, more or fewer than
+    //! were asked for, those of an earlier use past the storage's end, and memory that is new for
+    //! each use.
+
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::reactor::Token;
+    use crate::storage::Limits;
+    use crate::storage::memory::MemoryStorage;
+
+    /// Storage that is read by whole blocks only.
+    #[derive(Debug)]
+    struct Blocks(MemoryStorage);
+
+    impl Storage for Blocks {
+        unsafe fn submit(&self, reactor: &Reactor, op: Op<'_>, token: Token) -> Submission {
+            if let Op::Read { iovecs, offset } = &op {
+                let len: usize = iovecs.iter().map(|iovec| iovec.iov_len).sum();
+                assert!(offset.is_multiple_of(4096) && len.is_multiple_of(4096));
+            }
+            // SAFETY: passed on to the caller.
+            unsafe { self.0.submit(reactor, op, token) }
+        }
+
+        fn len(&self) -> io::Result<u64> {
+            self.0.len()
+        }
+
+        fn set_len(&self, len: u64) -> io::Result<()> {
+            self.0.set_len(len)
+        }
+
+        fn limits(&self) -> Limits {
+            Limits {
+                memory_align: 4096,
+                offset_align: 4096,
+                zero_past_end: true,
+            }
+        }
+
+        fn name(&self) -> &str {
+            self.0.name()
+        }
+
+        fn writable(&self) -> bool {
+            self.0.writable()
+        }
+    }
+
+    #[test]
+    fn borrowed_bytes_are_those_asked_for_in_memory_used_before() {
+        let bytes: Vec<u8> = (0..70_000u32).map(|n| (n / 7) as u8).collect();
+        let storage = Blocks(MemoryStorage::new(bytes.clone()));
+        let reactor = Reactor::for_this_thread().unwrap();
+        let mut places = Vec::new();
+        for (offset, len) in [
+            (512, 33_000),
+            (20_480, 36_864),
+            (4095, 40_001),
+            (40_000, 30_500),
+        ] {
+            let borrowed = reactor
+                .block_on(borrow(&storage, offset as u64, len))
+                .unwrap();
+            let mut wanted = bytes.get(offset..).unwrap().to_vec();
+            wanted.resize(len, 0);
+            assert!(*borrowed == *wanted, "{len} bytes at {offset}");
+            places.push(borrowed.buffer.as_ptr());
+        }
+        places.dedup();
+        assert_eq!(places.len(), 1, "new memory for each");
+        Reactor::leave_thread();
+    }
 }

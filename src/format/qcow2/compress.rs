@@ -73,7 +73,7 @@ impl Qcow2 {
         if let Some(cluster) = self.decompressed.get(offset) {
             return Ok(cluster);
         }
-        let bytes = storage::io::fetch(&*self.storage, offset, len).await?;
+        let bytes = storage::io::borrow(&*self.storage, offset, len).await?;
         let compression = self.header.lock().compression;
         let cluster = self.cluster_size() as usize;
         let cluster = inflate(compression, &bytes, cluster).map_err(|what| {
