@@ -98,7 +98,8 @@ impl Disks {
         }
     }
 
-    /// Memory for one more disk, where files are made of it.
+    /// Memory for one more disk, where files are made of it: twice its size. With an eighth more than
+    /// its size some runs still had to wait for the host.
     pub fn memory(&self, options: &Options, place: &str) -> Res<Option<Memory>> {
         if place != "tmpfs" {
             return Ok(None);

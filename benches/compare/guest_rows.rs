@@ -56,10 +56,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub fn measure(options: &Options, variants: &[Variant], report: &mut Report) -> Res<()> {
     let mut testbed = None;
     for (place, dir) in options.places() {
-        let rows: Vec<Row> = rows(place)
-            .into_iter()
-            .filter(|row| options.wants_row(&row.name(place)))
-            .collect();
+        let rows = options.wanted(rows(place), |row| row.name(place));
         let Some(disk) = rows.first().map(|row| row.disk) else {
             continue;
         };
@@ -73,7 +70,7 @@ pub fn measure(options: &Options, variants: &[Variant], report: &mut Report) -> 
             }
         }
         let Some(testbed) = &testbed else { continue };
-        let disks = Disks::new(&dir, if options.quick { 256 << 20 } else { 1 << 30 })?;
+        let disks = Disks::new(&dir, options.disk_size())?;
         for round in 0..options.rounds() {
             in_turn(
                 (&format!("{place} guest {}", disk.name()), round),

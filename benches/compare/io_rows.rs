@@ -8,6 +8,7 @@ use crate::load::{self, Load, Order, Shape};
 use crate::machine::OtherLoad;
 use crate::report::{IoSample, Report};
 use crate::variants::{Variant, in_turn};
+use crate::warm::Memory;
 use std::path::Path;
 use std::time::Duration;
 
@@ -124,22 +125,19 @@ pub fn measure(
     variants: &[Variant],
     report: &mut Report,
 ) -> Res<()> {
-    let rows: Vec<Row> = rows(place)
-        .into_iter()
-        .filter(|row| options.wants_row(&row.name(place)))
-        .collect();
+    let rows = options.wanted(rows(place), |row| row.name(place));
     if rows.is_empty() {
         return Ok(());
     }
-    let disks = Disks::new(dir, if options.quick { 256 << 20 } else { 1 << 30 })?;
+    let disks = Disks::new(dir, options.disk_size())?;
     for row in rows {
         let name = row.name(place);
-        // What lasts is made first, of other memory.
-        disks.scratch()?;
-        disks.layers(row.disk)?;
-        let _memory = match row.allocates() {
-            true => disks.memory(options, place)?,
-            false => None,
+        let _memory = match memory(options, &row, &disks, place) {
+            Ok(memory) => memory,
+            Err(error) => {
+                report.fail(&name, "memory", &error.to_string());
+                continue;
+            }
         };
         for round in 0..options.rounds() {
             match floor::measure(options, &row, &disks, place) {
@@ -157,6 +155,16 @@ pub fn measure(
         }
     }
     Ok(())
+}
+
+/// Memory for the files that grow by a row. What lasts is made first, of other memory.
+fn memory(options: &Options, row: &Row, disks: &Disks, place: &str) -> Res<Option<Memory>> {
+    if !row.allocates() {
+        return Ok(None);
+    }
+    disks.scratch()?;
+    disks.layers(row.disk)?;
+    disks.memory(options, place)
 }
 
 /// One run of a back-end, measured for `time`.

@@ -91,6 +91,17 @@ impl Options {
         self.rows.is_empty() || self.rows.iter().any(|word| name.contains(word.as_str()))
     }
 
+    /// Those of `rows` that are wanted, by their names.
+    fn wanted<R>(&self, rows: impl IntoIterator<Item = R>, name: impl Fn(&R) -> String) -> Vec<R> {
+        let rows = rows.into_iter();
+        rows.filter(|row| self.wants_row(&name(row))).collect()
+    }
+
+    /// The size of the disks that requests go to.
+    fn disk_size(&self) -> u64 {
+        if self.quick { 256 << 20 } else { 1 << 30 }
+    }
+
     /// The folders to measure in, with the name that their rows carry.
     fn places(&self) -> Vec<(&'static str, PathBuf)> {
         [("tmpfs", &self.dir_tmpfs), ("disk", &self.dir_disk)]

@@ -249,13 +249,8 @@ impl Report {
              | --- | --- | --- | --- | --- | --- |"
         );
         for row in rows(&self.turns) {
-            let mut names: Vec<&'static str> = Vec::new();
-            for (_, name, _) in self.turns.iter().filter(|turn| turn.0 == row) {
-                if !names.contains(name) {
-                    names.push(name);
-                }
-            }
-            for name in names {
+            let turns = self.turns.iter().filter(|turn| turn.0 == row);
+            for name in distinct(turns.map(|turn| turn.1)) {
                 let of = |get: fn(&TurnSample) -> f64| medians(&self.turns, row, &[name], get);
                 let _ = writeln!(
                     text,
@@ -332,23 +327,28 @@ const FLOOR: &str = "floor";
 
 /// The names of the rows, in the order in which they were measured.
 fn rows<'a, S>(samples: &'a [(String, &'static str, S)]) -> Vec<&'a str> {
-    let mut rows: Vec<&str> = Vec::new();
-    for (row, _, _) in samples {
-        if !rows.contains(&row.as_str()) {
-            rows.push(row);
+    distinct(samples.iter().map(|(row, _, _)| row.as_str()))
+}
+
+/// Each of `names` once, in the order in which they come first.
+fn distinct<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+    let mut known = Vec::new();
+    for name in names {
+        if !known.contains(&name) {
+            known.push(name);
         }
     }
-    rows
+    known
 }
 
 /// The median over the rounds of one figure, for each back-end.
 fn medians<S>(
     samples: &[(String, &'static str, S)],
     row: &str,
-    names: &[&'static str],
+    names: &[&str],
     get: fn(&S) -> f64,
 ) -> Vec<Option<f64>> {
-    let of = |name: &&'static str| {
+    let of = |name: &&str| {
         let mut values: Vec<f64> = samples
             .iter()
             .filter(|(r, v, _)| r == row && v == name)

@@ -44,11 +44,8 @@ pub fn measure(
     variants: &[Variant],
     report: &mut Report,
 ) -> Res<()> {
-    for row in rows() {
+    for row in options.wanted(rows(), |row| row.name(place)) {
         let name = row.name(place);
-        if !options.wants_row(&name) {
-            continue;
-        }
         let disks = Disks::new(dir, SIZE)?;
         let layers = create(&disks, row.layers)?;
         for round in 0..options.rounds() {

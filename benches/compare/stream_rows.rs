@@ -65,13 +65,10 @@ pub fn measure(
     variants: &[Variant],
     report: &mut Report,
 ) -> Res<()> {
-    let rows: Vec<Row> = rows()
-        .into_iter()
-        .filter(|row| options.wants_row(&row.name(place)))
-        .collect();
-    for row in rows {
+    for row in options.wanted(rows(), |row| row.name(place)) {
         let disks = Disks::new(dir, row.size(options.quick))?;
         let name = row.name(place);
+        // The base is made first, of other memory.
         disks.qcow2()?;
         let _memory = disks.memory(options, place)?;
         for round in 0..options.rounds() {

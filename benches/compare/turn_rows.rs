@@ -74,14 +74,11 @@ pub fn measure(
     let Some(daemon) = variants.iter().find(|v| v.name == variants::UNDER_TEST) else {
         return Ok(());
     };
-    let turns = turns().into_iter();
-    let turns: Vec<Turn> = turns
-        .filter(|turn| options.wants_row(&turn.name(place)))
-        .collect();
+    let turns = options.wanted(turns(), |turn| turn.name(place));
     if turns.is_empty() {
         return Ok(());
     }
-    let disks = Disks::new(dir, if options.quick { 256 << 20 } else { 1 << 30 })?;
+    let disks = Disks::new(dir, options.disk_size())?;
     for turn in turns {
         let name = turn.name(place);
         for round in 0..options.rounds() * ROUNDS {

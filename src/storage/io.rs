@@ -2,7 +2,7 @@
 //! and whatever alignment the storage asks for.
 
 use std::io;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 
 use super::{AlignedBuf, IoBufs, Op, ScratchBuf, Storage, Submission};
 use crate::error::{Action, Error};
@@ -66,16 +66,42 @@ pub async fn read(storage: &dyn Storage, bufs: &IoBufs, offset: u64) -> io::Resu
 }
 
 async fn read_unaligned(storage: &dyn Storage, bufs: &IoBufs, offset: u64) -> io::Result<()> {
+    let bytes = Box::pin(read_blocks(storage, offset, bufs.len())).await?;
+    bufs.copy_from(&bytes);
+    Ok(())
+}
+
+/// Bytes of a storage, in a buffer on loan from the thread.
+#[derive(Debug)]
+pub struct Borrowed {
+    buffer: ScratchBuf,
+    range: Range<usize>,
+}
+
+impl Deref for Borrowed {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.buffer.get(self.range.clone()).unwrap_or(&[])
+    }
+}
+
+/// Reads the blocks that `len` bytes at `offset` lie in.
+async fn read_blocks(storage: &dyn Storage, offset: u64, len: usize) -> io::Result<Borrowed> {
     let align = storage.limits().offset_align.max(1);
     let start = offset / align * align;
-    let end = (offset + bufs.len() as u64).div_ceil(align) * align;
-    let bounce = AlignedBuf::zeroed((end - start) as usize);
-    // SAFETY: `bounce` outlives the operation below.
-    let whole = unsafe { IoBufs::of(&bounce, 0, bounce.len()) };
-    Box::pin(read(storage, &whole, start)).await?;
+    let end = (offset + len as u64).div_ceil(align) * align;
+    let whole = (end - start) as usize;
+    // Few sizes: buffers are kept by theirs.
+    let buffer = ScratchBuf::new(whole.next_power_of_two());
+    // SAFETY: `buffer` outlives the operation below.
+    let bufs = unsafe { IoBufs::of(&buffer, 0, whole) };
+    read(storage, &bufs, start).await?;
     let skip = (offset - start) as usize;
-    bufs.copy_from(bounce.get(skip..).unwrap_or(&[]));
-    Ok(())
+    Ok(Borrowed {
+        buffer,
+        range: skip..skip + len,
+    })
 }
 
 /// Writes all of `bufs` at `offset`.
@@ -229,25 +255,8 @@ pub async fn fetch(
         .map_err(|error| Error::io(Action::Read, storage.name(), offset, &error))
 }
 
-/// Bytes of a storage, in a buffer on loan from the thread.
-#[derive(Debug)]
-pub struct Borrowed {
-    buffer: ScratchBuf,
-    skip: usize,
-    len: usize,
-}
-
-impl Deref for Borrowed {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        let rest = self.buffer.get(self.skip..).unwrap_or(&[]);
-        rest.get(..self.len).unwrap_or(rest)
-    }
-}
-
-/// Reads `len` bytes at `offset`, wherever they begin and end, for a moment: with the blocks that
-/// they are in, into memory that is neither new nor cleared, and not copied from there.
+/// As [`fetch`], but for a moment, and wherever the bytes begin and end: into memory that is neither
+/// new nor cleared, and not copied from there.
 ///
 /// # Errors
 /// What the storage reports, with the file and the place.
@@ -256,18 +265,9 @@ pub async fn borrow(
     offset: u64,
     len: usize,
 ) -> crate::error::Result<Borrowed> {
-    let align = storage.limits().offset_align.max(1);
-    let start = offset / align * align;
-    let skip = (offset - start) as usize;
-    let whole = (skip + len).next_multiple_of(align as usize);
-    // Few sizes: buffers are kept by theirs.
-    let buffer = ScratchBuf::new(whole.next_power_of_two());
-    // SAFETY: `buffer` outlives the operation.
-    let bufs = unsafe { IoBufs::of(&buffer, 0, whole) };
-    read(storage, &bufs, start)
+    read_blocks(storage, offset, len)
         .await
-        .map_err(|error| Error::io(Action::Read, storage.name(), offset, &error))?;
-    Ok(Borrowed { buffer, skip, len })
+        .map_err(|error| Error::io(Action::Read, storage.name(), offset, &error))
 }
 
 /// Writes `bytes` at `offset`.
@@ -282,9 +282,9 @@ pub async fn write_buf(storage: &dyn Storage, offset: u64, bytes: &AlignedBuf) -
 
 #[cfg(test)]
 mod tests {
-    //! What would be caught: borrowed bytes from the wrong place of their blocks, more or fewer than
-    //! were asked for, those of an earlier use past the storage's end, and memory that is new for
-    //! each use.
+    //! What would be caught: bytes from the wrong place of their blocks, more or fewer than were
+    //! asked for, those of an earlier use past the storage's end, and memory that is new for each
+    //! use.
 
     #![allow(clippy::unwrap_used)]
 
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn borrowed_bytes_are_those_asked_for_in_memory_used_before() {
+    fn bytes_off_the_blocks_are_those_asked_for_in_memory_used_before() {
         let bytes: Vec<u8> = (0..70_000u32).map(|n| (n / 7) as u8).collect();
         let storage = Blocks(MemoryStorage::new(bytes.clone()));
         let reactor = Reactor::for_this_thread().unwrap();
@@ -351,6 +351,12 @@ mod tests {
             wanted.resize(len, 0);
             assert!(*borrowed == *wanted, "{len} bytes at {offset}");
             places.push(borrowed.buffer.as_ptr());
+            drop(borrowed);
+            let read = reactor.block_on(read_buf(&storage, offset as u64, len));
+            assert!(
+                **read.as_ref().unwrap() == *wanted,
+                "{len} at {offset}, by `read`"
+            );
         }
         places.dedup();
         assert_eq!(places.len(), 1, "new memory for each");
