@@ -128,3 +128,17 @@ fn busy() -> Res<Duration> {
         .sum();
     Ok(daemon::ticks(ticks))
 }
+
+/// Makes sure that `programs` can be run: without one of them a run would end, most of an hour
+/// later, with a report full of holes.
+pub fn require(programs: &[&str]) -> Res<()> {
+    for program in programs {
+        Command::new(program)
+            .arg("--version")
+            .output()
+            .map_err(|error| {
+                format!("{program}, which the rows need: {error}; run contrib/setup")
+            })?;
+    }
+    Ok(())
+}

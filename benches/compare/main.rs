@@ -144,6 +144,7 @@ fn run(options: &Options) -> Res<()> {
         }
         return Ok(());
     }
+    machine::require(&["fio", "qemu-img", "qemu-storage-daemon"])?;
     let variants = variants::wanted(&options.only);
     let mut report = report::Report::new(machine::describe(&variants)?);
     common::daemon::pin_this_thread(options.cpu_frontend)?;
