@@ -3,12 +3,13 @@
 
 use crate::Options;
 use crate::common::{Res, images};
+use crate::machine::succeed;
 use std::collections::VecDeque;
 use std::fs;
 use std::io::{BufRead, BufReader, PipeReader, Write};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, ChildStdin, Command, Output, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -115,20 +116,6 @@ impl Testbed {
         guest.qemu = guest.wait_for("qemu", BOOT)?.parse()?;
         Ok(guest)
     }
-}
-
-fn succeed(command: &mut Command) -> Res<String> {
-    let name = command.get_program().to_string_lossy().into_owned();
-    let output = command.output();
-    let Output {
-        status,
-        stdout,
-        stderr,
-    } = output.map_err(|error| format!("{name}: {error}"))?;
-    if !status.success() {
-        return Err(String::from_utf8_lossy(&stderr).trim().into());
-    }
-    Ok(String::from_utf8_lossy(&stdout).into_owned())
 }
 
 /// Lines as they come, so that they can be waited for with a deadline.

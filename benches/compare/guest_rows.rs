@@ -52,24 +52,41 @@ pub fn rows(place: &str) -> Vec<Row> {
 /// How long a job may take beyond the time that it measures.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// What boots the guests, if any row wants one. Before all other rows are measured: whoever has no
+/// guest hears so at once.
+pub fn prepare(options: &Options, report: &mut Report) -> Option<Testbed> {
+    let mut places = options.places().into_iter();
+    if !places.any(|(place, _)| !wanted(options, place).is_empty()) {
+        return None;
+    }
+    match Testbed::prepare(options) {
+        Ok(testbed) => {
+            report.note(testbed.describe());
+            Some(testbed)
+        }
+        Err(error) => {
+            report.fail("all guest rows", "no guest", &error.to_string());
+            None
+        }
+    }
+}
+
+fn wanted(options: &Options, place: &str) -> Vec<Row> {
+    options.wanted(rows(place), |row| row.name(place))
+}
+
 /// Measures the wanted rows of all places: in each round every back-end in turn, with one boot.
-pub fn measure(options: &Options, variants: &[Variant], report: &mut Report) -> Res<()> {
-    let mut testbed = None;
+pub fn measure(
+    options: &Options,
+    variants: &[Variant],
+    testbed: &Testbed,
+    report: &mut Report,
+) -> Res<()> {
     for (place, dir) in options.places() {
-        let rows = options.wanted(rows(place), |row| row.name(place));
+        let rows = wanted(options, place);
         let Some(disk) = rows.first().map(|row| row.disk) else {
             continue;
         };
-        if testbed.is_none() {
-            match Testbed::prepare(options) {
-                Ok(prepared) => report.note(testbed.insert(prepared).describe()),
-                Err(error) => {
-                    report.fail("all guest rows", "no guest", &error.to_string());
-                    return Ok(());
-                }
-            }
-        }
-        let Some(testbed) = &testbed else { continue };
         let disks = Disks::new(&dir, options.disk_size())?;
         for round in 0..options.rounds() {
             in_turn(

@@ -4,7 +4,7 @@ use crate::common::Res;
 use crate::common::daemon;
 use crate::variants::Variant;
 use std::fs;
-use std::process::Command;
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 /// Lines that describe the machine, the programs and the command.
@@ -133,12 +133,24 @@ fn busy() -> Res<Duration> {
 /// later, with a report full of holes.
 pub fn require(programs: &[&str]) -> Res<()> {
     for program in programs {
-        Command::new(program)
-            .arg("--version")
-            .output()
-            .map_err(|error| {
-                format!("{program}, which the rows need: {error}; run contrib/setup")
-            })?;
+        succeed(Command::new(program).arg("--version"))
+            .map_err(|error| format!("{error}; run contrib/setup"))?;
     }
     Ok(())
+}
+
+/// Runs a command to its end, and returns what it prints.
+pub fn succeed(command: &mut Command) -> Res<String> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let output = command.output();
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = output.map_err(|error| format!("{name}: {error}"))?;
+    if !status.success() {
+        let said = String::from_utf8_lossy(&stderr);
+        return Err(format!("{name} ended with {status}: {}", said.trim()).into());
+    }
+    Ok(String::from_utf8_lossy(&stdout).into_owned())
 }

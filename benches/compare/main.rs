@@ -148,13 +148,16 @@ fn run(options: &Options) -> Res<()> {
     let variants = variants::wanted(&options.only);
     let mut report = report::Report::new(machine::describe(&variants)?);
     common::daemon::pin_this_thread(options.cpu_frontend)?;
+    let testbed = guest_rows::prepare(options, &mut report);
     for (place, dir) in options.places() {
         io_rows::measure(options, place, &dir, &variants, &mut report)?;
         turn_rows::measure(options, place, &dir, &variants, &mut report)?;
         stream_rows::measure(options, place, &dir, &variants, &mut report)?;
         start_rows::measure(options, place, &dir, &variants, &mut report)?;
     }
-    guest_rows::measure(options, &variants, &mut report)?;
+    if let Some(testbed) = &testbed {
+        guest_rows::measure(options, &variants, testbed, &mut report)?;
+    }
     let text = report.markdown(&variants);
     println!("{text}");
     if let Some(path) = &options.output {
