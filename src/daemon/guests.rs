@@ -5,7 +5,9 @@ use std::cell::Cell;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Exports, process};
+use super::Exports;
+use crate::job::stream::GuestLoad;
+use crate::sched;
 
 /// A guest without a request for so long is idle.
 const QUIET: Duration = Duration::from_millis(20);
@@ -16,9 +18,6 @@ const LOOK: Duration = Duration::from_millis(5);
 /// A part of the time that these threads may wait, in all, without the job's giving way.
 const WAITING: u32 = 32;
 
-/// The most that a job sleeps at a time: it takes no longer for a piece of its work.
-const LONGEST: Duration = Duration::from_millis(2);
-
 /// The guests, as a job's thread sees them.
 pub struct Guests {
     exports: Arc<Exports>,
@@ -28,8 +27,6 @@ pub struct Guests {
     active: Cell<Option<Instant>>,
     /// How long their threads had waited at the last look.
     looked: Cell<Look>,
-    /// CPU time of the job's thread when it last gave way.
-    used: Cell<Duration>,
 }
 
 impl Guests {
@@ -39,13 +36,12 @@ impl Guests {
             requests: Cell::new(exports.requests()),
             active: Cell::new(None),
             looked: Cell::new(Look::new(Instant::now(), exports.waited())),
-            used: Cell::new(Duration::ZERO),
             exports,
         }
     }
 
     /// Whether there were requests of late.
-    pub fn are_active(&self) -> bool {
+    fn are_active(&self) -> bool {
         let requests = self.exports.requests();
         if self.requests.replace(requests) != requests {
             self.active.set(Some(Instant::now()));
@@ -54,26 +50,25 @@ impl Guests {
         self.active.get().is_some_and(|at| at.elapsed() < QUIET)
     }
 
-    /// Lets the threads of guests run, where they wait for a processor: the job's thread sleeps
-    /// for as long as it has worked since the last time.
-    ///
-    /// The scheduler would share the processor evenly as well, but in portions of some
-    /// milliseconds, and a guest that asks in the wrong one waits for all of it.
-    pub fn give_way(&self) {
-        let rest = self.rest();
-        if !rest.is_zero() {
-            std::thread::sleep(rest);
+    /// What they want at present.
+    pub fn load(&self) -> GuestLoad {
+        if !self.are_active() {
+            GuestLoad::Idle
+        } else if self.wait() {
+            GuestLoad::Crowded
+        } else {
+            GuestLoad::Active
         }
     }
 
-    /// How long the job's thread is to sleep after what it has worked since this was last asked.
-    fn rest(&self) -> Duration {
-        let now = process::thread_time();
-        let worked = now.saturating_sub(self.used.replace(now));
-        if self.are_active() && self.wait() {
-            worked.min(LONGEST)
-        } else {
-            Duration::ZERO
+    /// Lets the threads of guests run, where they wait for a processor.
+    ///
+    /// The scheduler would share the processor evenly as well, but in portions of some
+    /// milliseconds, and a guest that asks in the wrong one waits for all of it. Whoever yields
+    /// has its turn again when the others' slices are over, which are short.
+    pub fn give_way(&self) {
+        if self.load() == GuestLoad::Crowded {
+            sched::give_turn();
         }
     }
 
@@ -126,8 +121,7 @@ impl Look {
 
 #[cfg(test)]
 mod tests {
-    //! What would be caught: a job that never gives way, or always, or sleeps for longer than its
-    //! pieces take.
+    //! What would be caught: a job that never gives way, or always.
 
     use super::*;
 
@@ -171,42 +165,15 @@ mod tests {
         guests
     }
 
-    /// Works for `time` of the thread's own.
-    fn work(time: Duration) {
-        let end = process::thread_time() + time;
-        while process::thread_time() < end {}
-    }
-
     #[test]
-    fn it_rests_for_as_long_as_it_worked() {
-        for (active, waiting) in [(false, false), (false, true), (true, false)] {
-            let guests = guests(active, waiting);
-            work(MS);
-            assert!(guests.rest().is_zero(), "{active} {waiting}");
+    fn threads_that_wait_count_while_guests_ask_for_something() {
+        for (active, waiting, load) in [
+            (false, false, GuestLoad::Idle),
+            (false, true, GuestLoad::Idle),
+            (true, false, GuestLoad::Active),
+            (true, true, GuestLoad::Crowded),
+        ] {
+            assert_eq!(guests(active, waiting).load(), load);
         }
-        let guests = guests(true, true);
-        work(MS / 2);
-        guests.rest();
-        let before = guests.used.get();
-        work(MS / 2);
-        let rest = guests.rest();
-        assert_eq!(rest, (guests.used.get() - before).min(LONGEST));
-        assert!(rest >= MS / 2);
-        work(2 * LONGEST);
-        assert_eq!(guests.rest(), LONGEST);
-    }
-
-    #[test]
-    fn giving_way_puts_the_thread_to_sleep() {
-        let guests = guests(true, true);
-        work(MS);
-        let before = Instant::now();
-        let worked = process::thread_time();
-        guests.give_way();
-        assert!(before.elapsed() >= MS, "it went on at once");
-        assert!(
-            guests.used.get() >= worked,
-            "the next rest counts from here"
-        );
     }
 }

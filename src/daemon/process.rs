@@ -76,8 +76,8 @@ fn redirect_standard_streams() {
 /// both want the same processor.
 const JOB_NICE: i32 = 1;
 
-/// How long they want to run at a time: the least there is, since a job sleeps after each piece and
-/// is preferred when it wakes up.
+/// How long they want to run at a time: the least there is, since a job that yields after a piece
+/// loses the rest of it.
 const JOB_SLICE: Duration = Duration::from_micros(100);
 
 /// Lets the threads that serve guests have more where there is one processor for both.
@@ -85,21 +85,6 @@ pub fn step_back() {
     if let Err(error) = sched::set(sched::nice() + JOB_NICE, JOB_SLICE) {
         log::debug!("priority of a job: {error}");
     }
-    // SAFETY: no memory is passed. It sleeps for less than the usual slack of 50 µs.
-    if unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1) } < 0 {
-        log::debug!("timers of a job: {}", io::Error::last_os_error());
-    }
-}
-
-/// CPU time of the calling thread.
-pub fn thread_time() -> Duration {
-    let mut time = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    // SAFETY: the kernel writes to `time`.
-    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
-    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 /// How long a thread of this process was ready to run and had no processor; `None` where the
@@ -164,17 +149,5 @@ mod tests {
         assert!(waited(this) >= Some(Duration::from_nanos(before)));
         assert!(waited(this) < Some(Duration::from_secs(3600)));
         assert_eq!(waited(libc::pid_t::MAX), None);
-    }
-
-    /// Would catch a clock that goes on while the thread sleeps, or stands still while it works.
-    #[test]
-    fn the_time_that_a_thread_worked() {
-        let before = thread_time();
-        while thread_time() == before {
-            std::hint::spin_loop();
-        }
-        let (before, asleep) = (thread_time(), Duration::from_millis(30));
-        std::thread::sleep(asleep);
-        assert!(thread_time() - before < asleep);
     }
 }

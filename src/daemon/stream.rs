@@ -14,7 +14,7 @@ use crate::control::backend::StreamSpec;
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::Backing;
-use crate::job::stream::{ChunkStatus, JobIoError, StreamSource};
+use crate::job::stream::{ChunkStatus, GuestLoad, JobIoError, StreamSource};
 
 /// A stream into one layer of a chain, down to a base.
 ///
@@ -164,8 +164,8 @@ impl StreamSource for GraphSource {
         self.root.chain().cluster_size()
     }
 
-    fn guest_is_active(&self) -> bool {
-        self.guests.are_active()
+    fn guest_load(&self) -> GuestLoad {
+        self.guests.load()
     }
 
     fn chunk_status(

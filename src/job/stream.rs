@@ -3,8 +3,9 @@
 //!
 //! The job walks through the device from its start. Ranges that need no copy are passed over at no
 //! cost; of the others several copies are in flight at once, in pieces small enough for the speed
-//! limit to be kept smoothly. While a guest is active, there is one at a time. Copies may land
-//! in any order; what clients see as `offset` is the mark below which all have landed.
+//! limit to be kept smoothly. While a guest is active, there is one at a time, and a smaller one
+//! where it would wait for the processor meanwhile. Copies may land in any order; what clients see
+//! as `offset` is the mark below which all have landed.
 //!
 //! How ranges are looked up and copied, and what makes the result count, is the business of a
 //! [`StreamSource`].
@@ -32,6 +33,10 @@ pub const MAX_IN_FLIGHT: usize = 4;
 /// behind them at the disk.
 pub const POLITE_IN_FLIGHT: usize = 1;
 
+/// The most that is copied by one request while a guest's threads wait for a processor, which the
+/// job may hold: they wait until it is done. Less costs the stream more than it brings them.
+pub const CROWDED_COPY: u64 = 128 << 10;
+
 /// How far ahead ranges are looked up at once.
 const LOOK_AHEAD: u64 = 64 << 20;
 
@@ -44,6 +49,18 @@ pub enum ChunkStatus {
     NotNeeded,
     /// A layer between has data there: it has to be copied.
     NeedsCopy,
+}
+
+/// How much the guests want of what a job uses as well.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GuestLoad {
+    /// They have asked for nothing in the last few milliseconds.
+    #[default]
+    Idle,
+    /// They have.
+    Active,
+    /// They have, and the threads that serve them wait for a processor.
+    Crowded,
 }
 
 /// An I/O error, as a job needs to know it.
@@ -74,9 +91,9 @@ pub trait StreamSource {
     /// The cluster size of the layer streamed into.
     fn cluster_size(&self) -> u64;
 
-    /// Whether a guest has asked for something in the last few milliseconds.
-    fn guest_is_active(&self) -> bool {
-        false
+    /// What the guests want at present.
+    fn guest_load(&self) -> GuestLoad {
+        GuestLoad::Idle
     }
 
     /// What the range at `offset` needs, and how far that holds: at least one byte, at most
@@ -250,10 +267,18 @@ impl<'a> Copier<'a> {
     }
 
     fn max_in_flight(&self) -> usize {
-        if self.source.guest_is_active() {
-            POLITE_IN_FLIGHT
-        } else {
-            MAX_IN_FLIGHT
+        match self.source.guest_load() {
+            GuestLoad::Idle => MAX_IN_FLIGHT,
+            GuestLoad::Active | GuestLoad::Crowded => POLITE_IN_FLIGHT,
+        }
+    }
+
+    /// The most to copy at once, where clusters have `cluster` bytes.
+    fn max_copy(&self, cluster: u64) -> u64 {
+        match self.source.guest_load() {
+            GuestLoad::Idle | GuestLoad::Active => MAX_COPY,
+            // A cluster is copied whole in any case.
+            GuestLoad::Crowded => CROWDED_COPY.max(cluster),
         }
     }
 
@@ -302,7 +327,7 @@ impl<'a> Copier<'a> {
     /// The next piece to copy, where all up to `end` needs it. Pieces end where clusters do.
     fn piece_of(&self, end: u64) -> Range {
         let cluster = self.source.cluster_size().clamp(1, MAX_COPY);
-        let size = self.context.smooth_request(cluster, MAX_COPY);
+        let size = self.context.smooth_request(cluster, self.max_copy(cluster));
         let wanted = self.next.saturating_add(size);
         let aligned = wanted - wanted % cluster;
         let piece_end = if aligned > self.next { aligned } else { wanted };

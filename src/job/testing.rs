@@ -13,7 +13,7 @@ use event_listener::Event as Signal;
 use futures_util::future::LocalBoxFuture;
 use parking_lot::Mutex;
 
-use super::stream::{ChunkStatus, JobIoError, Stream, StreamSource, yield_now};
+use super::stream::{ChunkStatus, GuestLoad, JobIoError, Stream, StreamSource, yield_now};
 use super::*;
 
 pub const KIB: u64 = 1 << 10;
@@ -130,12 +130,19 @@ pub struct Disk {
     pub gate_moved: Signal,
     /// How many copies were in flight at once at most, and are now.
     pub most_in_flight: Mutex<(usize, usize)>,
-    pub guest_is_active: Mutex<bool>,
+    pub guest_load: Mutex<GuestLoad>,
 }
 
 impl Disk {
     pub fn new(clusters: u64, needed: impl IntoIterator<Item = u64>) -> Arc<Self> {
-        let cluster = 64 * KIB;
+        Self::with_clusters(64 * KIB, clusters, needed)
+    }
+
+    pub fn with_clusters(
+        cluster: u64,
+        clusters: u64,
+        needed: impl IntoIterator<Item = u64>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             len: clusters * cluster,
             cluster,
@@ -148,7 +155,7 @@ impl Disk {
             gate: Mutex::new(false),
             gate_moved: Signal::new(),
             most_in_flight: Mutex::default(),
-            guest_is_active: Mutex::default(),
+            guest_load: Mutex::default(),
         })
     }
 
@@ -169,8 +176,8 @@ impl StreamSource for FakeSource {
         self.0.cluster
     }
 
-    fn guest_is_active(&self) -> bool {
-        *self.0.guest_is_active.lock()
+    fn guest_load(&self) -> GuestLoad {
+        *self.0.guest_load.lock()
     }
 
     fn chunk_status(

@@ -1,5 +1,6 @@
 //! Jobs from their making to their end: states, events, verbs, errors, speed.
 
+use super::stream::GuestLoad;
 use super::testing::*;
 use super::*;
 
@@ -56,15 +57,36 @@ fn several_copies_are_in_flight() {
     assert_eq!(disk.most_in_flight.lock().0, stream::MAX_IN_FLIGHT);
 }
 
-/// Would catch a stream that crowds out an active guest.
+/// Would catch a stream that crowds out an active guest, and one that copies in small pieces where
+/// nobody gains by it.
 #[test]
-fn fewer_copies_are_in_flight_while_a_guest_is_active() {
+fn a_stream_takes_less_at_once_while_a_guest_is_active() {
+    for (load, piece) in [
+        (GuestLoad::Active, stream::MAX_COPY),
+        (GuestLoad::Crowded, stream::CROWDED_COPY),
+    ] {
+        let bench = Bench::new();
+        let disk = Disk::new(800, 0..800);
+        *disk.guest_load.lock() = load;
+        bench.start(spec(), &disk);
+        bench.until("null");
+        assert_eq!(disk.most_in_flight.lock().0, stream::POLITE_IN_FLIGHT);
+        let copied = disk.copied.lock();
+        assert!(copied.iter().all(|&(_, len)| len == piece), "{load:?}");
+        assert_eq!(copied.len() as u64, disk.len / piece, "{load:?}");
+    }
+}
+
+/// Would catch pieces of a cluster, which would each be copied as the whole of it.
+#[test]
+fn clusters_stay_whole_while_threads_of_guests_wait() {
     let bench = Bench::new();
-    let disk = Disk::new(800, 0..800);
-    *disk.guest_is_active.lock() = true;
+    let disk = Disk::with_clusters(256 * KIB, 16, 0..16);
+    *disk.guest_load.lock() = GuestLoad::Crowded;
     bench.start(spec(), &disk);
     bench.until("null");
-    assert_eq!(disk.most_in_flight.lock().0, stream::POLITE_IN_FLIGHT);
+    let wanted: Vec<_> = (0..16).map(|i| (i * 256 * KIB, 256 * KIB)).collect();
+    assert_eq!(*disk.copied.lock(), wanted);
 }
 
 /// Would catch a result that is put in force without being asked for, and a job that vanishes
