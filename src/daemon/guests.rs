@@ -65,7 +65,8 @@ impl Guests {
     ///
     /// The scheduler would share the processor evenly as well, but in portions of some
     /// milliseconds, and a guest that asks in the wrong one waits for all of it. Whoever yields
-    /// has its turn again when the others' slices are over, which are short.
+    /// has its turn again when the others' slices are over, which are short. Unlike a guest's thread,
+    /// the job yields where slices cannot be set as well: it is the job that is late then.
     pub fn give_way(&self) {
         if self.load() == GuestLoad::Crowded {
             sched::give_turn();
