@@ -102,17 +102,26 @@ fn one(
     round: usize,
 ) -> Res<Vec<(&'static str, TurnSample)>> {
     let time = options.measured().min(TIME);
-    let mut first: Option<IoSample> = None;
+    let mut rows: Vec<_> = turn.rows().into_iter().enumerate().collect();
+    // No place in the round is always the same one's: what comes before may change the disk.
+    let begin = round % rows.len();
+    rows.rotate_left(begin);
     let mut samples = Vec::new();
-    for (what, row) in turn.rows() {
+    for (place, (what, row)) in rows {
         let io = io_rows::run(options, time, &row, daemon, disks, round)?;
-        let first = first.get_or_insert(io);
+        samples.push((place, what, io));
+    }
+    samples.sort_by_key(|(place, ..)| *place);
+    let Some((iops, cpu)) = samples.first().map(|(.., io)| (io.iops, io.cpu)) else {
+        return Ok(Vec::new());
+    };
+    let to_first = |(_, what, io): (usize, _, IoSample)| {
         let sample = TurnSample {
-            iops_to_first: io.iops / first.iops,
-            cpu_to_first: io.cpu / first.cpu,
+            iops_to_first: io.iops / iops,
+            cpu_to_first: io.cpu / cpu,
             io,
         };
-        samples.push((what, sample));
-    }
-    Ok(samples)
+        (what, sample)
+    };
+    Ok(samples.into_iter().map(to_first).collect())
 }
