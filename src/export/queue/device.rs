@@ -31,9 +31,11 @@ use crate::storage::{IoBufs, Limits, Op, Submission};
 const BATCH: u16 = 64;
 /// Requests that are done before the driver is shown them, within a batch.
 const PUBLISH_BATCH: u16 = 2;
-/// Operations that are submitted together: the disk begins with the first while the others are
-/// still being prepared. With all at once disk, back-end and driver would take turns.
-const SUBMIT_BATCH: u32 = 2;
+/// Operations that are submitted together, at least: the kernel gathers three and more, and tells
+/// a disk of all of them at once, which for a virtual one is the dearest part of a request.
+const SUBMIT_LEAST: u32 = 4;
+/// And at most.
+const SUBMIT_MOST: u32 = 16;
 /// Bytes of requests that are done before the driver is shown them: it works on large ones
 /// while the next are carried out.
 const PUBLISH_BYTES: u64 = 64 << 10;
@@ -188,7 +190,9 @@ impl Queue {
                 break;
             }
             self.show_some(context);
-            if context.reactor.queued() >= SUBMIT_BATCH {
+            let queued = context.reactor.queued();
+            let under_way = context.reactor.in_flight().saturating_sub(queued);
+            if queued >= submit_together(under_way) {
                 context.reactor.submit();
             }
         }
@@ -590,4 +594,25 @@ fn chunks(len: u64) -> impl Iterator<Item = (u64, u64)> {
         let start = index * TASK_CHUNK;
         (start, TASK_CHUNK.min(len - start))
     })
+}
+
+/// How many operations to gather while so many are under way. A disk that has little to do begins
+/// with the first ones while the others are still being prepared: with all at once disk, back-end
+/// and driver would take turns. One that has much to do does not miss a few more.
+fn submit_together(under_way: u32) -> u32 {
+    (under_way / 4).clamp(SUBMIT_LEAST, SUBMIT_MOST)
+}
+
+#[cfg(test)]
+mod tests {
+    //! What would be caught: a disk without work that waits for a long batch, and batches so short
+    //! that the kernel does not gather them.
+
+    use super::*;
+
+    #[test]
+    fn the_more_is_under_way_the_more_is_submitted_together() {
+        let together: Vec<u32> = [0, 1, 16, 24, 31, 64, 255].map(submit_together).into();
+        assert_eq!(together, [4, 4, 4, 6, 7, 16, 16]);
+    }
 }
