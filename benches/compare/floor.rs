@@ -8,10 +8,12 @@ use crate::decompress;
 use crate::disks::{Disk, Disks};
 use crate::io_rows::Row;
 use crate::load::Order;
+use crate::workers::Workers;
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 /// What was needed.
 #[derive(Clone, Copy, Debug)]
@@ -109,11 +111,14 @@ impl Fio<'_> {
             let seconds = self.options.measured().as_secs_f64();
             fio.args(["--time_based", &format!("--runtime={seconds:.0}")]);
         }
+        let workers = Workers::start()?;
         let output = fio.output().map_err(|error| format!("fio: {error}"))?;
         if !output.status.success() {
             return Err(format!("fio: {}", String::from_utf8_lossy(&output.stderr)).into());
         }
-        parse(&serde_json::from_slice(&output.stdout)?).ok_or_else(|| "fio: no figures".into())
+        let workers = workers.end()?;
+        parse(&serde_json::from_slice(&output.stdout)?, workers)
+            .ok_or_else(|| "fio: no figures".into())
     }
 
     /// A fresh file takes one request for each cluster, as the rows do.
@@ -125,12 +130,13 @@ impl Fio<'_> {
     }
 }
 
-fn parse(report: &Value) -> Option<Floor> {
+/// Of what `fio` says, and the time of the kernel's workers meanwhile.
+fn parse(report: &Value, workers: Duration) -> Option<Floor> {
     let job = report["jobs"].get(0)?;
     let sum = |field: &str| Some(job["read"][field].as_f64()? + job["write"][field].as_f64()?);
     let requests = sum("total_ios")?;
     let share = (job["usr_cpu"].as_f64()? + job["sys_cpu"].as_f64()?) / 100.0;
-    let seconds = share * job["job_runtime"].as_f64()? / 1000.0;
+    let seconds = share * job["job_runtime"].as_f64()? / 1000.0 + workers.as_secs_f64();
     (requests > 0.0).then_some(Floor {
         iops: sum("iops")?,
         cpu: seconds * 1e6 / requests,

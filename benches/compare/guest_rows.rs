@@ -8,6 +8,7 @@ use crate::guest::{self, Guest, Testbed};
 use crate::machine::OtherLoad;
 use crate::report::{IoSample, Report};
 use crate::variants::{Variant, in_turn};
+use crate::workers::BackendCpu;
 use serde_json::Value;
 use std::fs;
 use std::time::Duration;
@@ -167,13 +168,11 @@ job --rw=randwrite --bs=4k-64k --size=16M --iodepth=16 --verify=crc32c --verify_
 /// One run of `fio`. The back-end's time is taken over all of it, and so are its requests.
 fn one(row: &Row, time: Duration, daemon: &Daemon, guest: &mut Guest) -> Res<IoSample> {
     guest.wait_for("holding", guest::BOOT)?;
-    let (other, before) = (
-        OtherLoad::start(&[daemon.pid(), guest.qemu()])?,
-        daemon.cpu_time()?,
-    );
+    let other = OtherLoad::start(&[daemon.pid(), guest.qemu()])?;
+    let cpu = BackendCpu::start(daemon)?;
     guest.go()?;
     let result = guest.wait_for("fio", time + PATIENCE)?;
-    let cpu = daemon.cpu_time()?.saturating_sub(before);
+    let cpu = cpu.end(daemon)?;
     let other = other.end()?;
     let report: Value = serde_json::from_str(&result).map_err(|error| format!("fio: {error}"))?;
     sample(row, &report, cpu, other).ok_or_else(|| "fio: no figures".into())

@@ -9,6 +9,7 @@ use crate::machine::OtherLoad;
 use crate::report::{IoSample, Report};
 use crate::variants::{Variant, in_turn};
 use crate::warm::Memory;
+use crate::workers::BackendCpu;
 use std::path::Path;
 use std::time::Duration;
 
@@ -190,9 +191,9 @@ pub fn run(
         load.run_for(options.warm_up())?;
     }
     let other = OtherLoad::start(&[daemon.pid()])?;
-    let (before, written) = (daemon.cpu_time()?, daemon.bytes_written()?);
+    let (cpu, written) = (BackendCpu::start(&daemon)?, daemon.bytes_written()?);
     let measured = load.run_for(time)?;
-    let cpu = daemon.cpu_time()?.saturating_sub(before);
+    let cpu = cpu.end(&daemon)?;
     let other = other.end()?;
     let mut written_each = f64::NAN;
     if row.shape.write {

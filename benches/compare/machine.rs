@@ -3,6 +3,7 @@
 use crate::common::Res;
 use crate::common::daemon;
 use crate::variants::Variant;
+use crate::workers::Workers;
 use std::fs;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
@@ -79,11 +80,13 @@ fn version(variant: &Variant) -> String {
 }
 
 /// Measures what programs other than the bench and those it has started did in the meantime: with
-/// more than a few per cent of a CPU, the figures are not to be trusted.
+/// more than a few per cent of a CPU, the figures are not to be trusted. The kernel's workers are
+/// not among the others: what they do is counted as the back-end's.
 pub struct OtherLoad {
     begin: Instant,
     busy: Duration,
     own: Duration,
+    workers: Workers,
     programs: Vec<u32>,
 }
 
@@ -95,13 +98,14 @@ impl OtherLoad {
             begin: Instant::now(),
             busy: busy()?,
             own: own(&programs)?,
+            workers: Workers::start()?,
             programs,
         })
     }
 
     /// How many CPUs others kept busy since the start.
     pub fn end(&self) -> Res<f64> {
-        let own = own(&self.programs)?.saturating_sub(self.own);
+        let own = own(&self.programs)?.saturating_sub(self.own) + self.workers.end()?;
         let other = busy()?.saturating_sub(self.busy).saturating_sub(own);
         Ok(other.as_secs_f64() / self.begin.elapsed().as_secs_f64().max(0.001))
     }

@@ -23,6 +23,7 @@ mod stream_rows;
 mod turn_rows;
 mod variants;
 mod warm;
+mod workers;
 
 use clap::Parser;
 use common::Res;

@@ -11,6 +11,7 @@ use crate::load::{self, Load, Order, Shape};
 use crate::machine::OtherLoad;
 use crate::report::{Report, StreamSample};
 use crate::variants::{Variant, in_turn};
+use crate::workers::BackendCpu;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -117,7 +118,7 @@ fn run(
         sample.p99_before = idle.latencies.percentile(0.99);
     }
     let other = OtherLoad::start(&[daemon.pid()])?;
-    let cpu = daemon.cpu_time()?;
+    let cpu = BackendCpu::start(&daemon)?;
     let begin = Instant::now();
     let arguments = json!({"device": Setup::node(0), "job-id": "stream"});
     qmp.execute("block-stream", arguments)??;
@@ -130,7 +131,7 @@ fn run(
         qmp.set_patience(Duration::from_secs(300))?;
         succeeded(&qmp.job_end("stream")?)?;
         sample.seconds = begin.elapsed().as_secs_f64();
-        sample.cpu = daemon.cpu_time()?.saturating_sub(cpu).as_secs_f64();
+        sample.cpu = cpu.end(&daemon)?.as_secs_f64();
     }
     sample.other = other.end()?;
     load.verify_samples()?;
