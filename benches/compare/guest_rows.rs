@@ -130,7 +130,7 @@ fn run(
     }
     drop(guest);
     // One that has ended before its time fails here, and says why.
-    daemon.stop()?;
+    variant.end(daemon)?;
     Ok(samples)
 }
 

@@ -205,7 +205,7 @@ pub fn run(
     }
     load.verify_samples()?;
     drop(load);
-    daemon.stop()?;
+    variant.end(daemon)?;
     Ok(IoSample {
         iops: measured.iops(),
         p50: measured.latencies.percentile(0.50),

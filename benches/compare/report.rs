@@ -197,6 +197,15 @@ impl Report {
         if !self.start.is_empty() {
             self.start_table(&mut text, &names);
         }
+        for variant in variants.iter().filter(|variant| variant.died.get() > 0) {
+            let _ = writeln!(
+                text,
+                "{}: {} of its processes died of a signal when asked to end, after they had been \
+                 measured.\n",
+                variant.name,
+                variant.died.get()
+            );
+        }
         if self.failed() {
             let _ = writeln!(text, "Failed runs:\n");
             for failure in &self.failures {

@@ -107,7 +107,7 @@ fn run(
     }
     let cpu = daemon.cpu_time()?.saturating_sub(cpu);
     drop(queues);
-    daemon.stop()?;
+    variant.end(daemon)?;
     Ok(StartSample {
         ready: ready.as_secs_f64() * 1e3,
         resident,

@@ -136,7 +136,7 @@ fn run(
     sample.other = other.end()?;
     load.verify_samples()?;
     drop(load);
-    daemon.stop()?;
+    variant.end(daemon)?;
     Ok(sample)
 }
 

@@ -1,9 +1,12 @@
 //! The back-ends that are compared.
 
 use crate::common::Res;
-use crate::common::daemon::{Program, Setup};
+use crate::common::daemon::{Daemon, Program, Setup};
 use crate::report::Report;
+use std::cell::Cell;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 /// A back-end with its options.
 #[derive(Clone, Debug)]
@@ -20,6 +23,8 @@ pub struct Variant {
     pub poll_max_ns: Option<u32>,
     /// It is measured in the rows about raw images only.
     pub raw_only: bool,
+    /// How many of its processes died of a signal when they were asked to end.
+    pub died: Rc<Cell<usize>>,
 }
 
 /// The name of the daemon that is to be measured.
@@ -34,6 +39,7 @@ pub fn wanted(words: &[String]) -> Vec<Variant> {
         iothread: true,
         poll_max_ns: None,
         raw_only: false,
+        died: Rc::default(),
     };
     let polling = |name, poll_max_ns| Variant {
         poll_max_ns: Some(poll_max_ns),
@@ -48,6 +54,7 @@ pub fn wanted(words: &[String]) -> Vec<Variant> {
             iothread: false,
             poll_max_ns: None,
             raw_only: false,
+            died: Rc::default(),
         },
         reference("qsd-uring", "io_uring"),
         reference("qsd-native", "native"),
@@ -72,6 +79,25 @@ impl Variant {
             setup.qmp = None;
         }
         setup
+    }
+
+    /// Ends `daemon` after it was measured.
+    ///
+    /// A reference that dies of a signal then has been measured all the same, and what it wrote has
+    /// been read back: its figures stand, and the report says how often that was. The daemon under
+    /// test fails the row.
+    pub fn end(&self, mut daemon: Daemon) -> Res<()> {
+        if self.name == UNDER_TEST {
+            return daemon.stop();
+        }
+        let status = daemon.terminate()?;
+        if let Some(signal) = status.signal() {
+            eprintln!("    died of signal {signal} when asked to end");
+            self.died.set(self.died.get() + 1);
+        } else if !status.success() {
+            return Err(format!("ended with {status}: {}", daemon.log()).into());
+        }
+        Ok(())
     }
 }
 

@@ -147,16 +147,21 @@ impl Daemon {
 
     /// Asks it to end with SIGTERM and waits; anything but exit code 0 is an error.
     pub fn stop(mut self) -> Res<()> {
-        if let Some(status) = self.child.try_wait()? {
-            return Err(format!("had ended before, with {status}: {}", self.log()).into());
-        }
-        self.signal(libc::SIGTERM)?;
-        let status = self.wait_for_end()?;
+        let status = self.terminate()?;
         if status.code() != Some(0) {
             let signal = status.signal();
             return Err(format!("ended with {status} ({signal:?}): {}", self.log()).into());
         }
         Ok(())
+    }
+
+    /// Asks it to end with SIGTERM and waits, however it ends. An error if it was gone before.
+    pub fn terminate(&mut self) -> Res<ExitStatus> {
+        if let Some(status) = self.child.try_wait()? {
+            return Err(format!("had ended before, with {status}: {}", self.log()).into());
+        }
+        self.signal(libc::SIGTERM)?;
+        self.wait_for_end()
     }
 
     fn wait_for_end(&mut self) -> Res<ExitStatus> {
