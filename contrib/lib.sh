@@ -11,6 +11,11 @@ CACHE=${STRATABLK_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/stratablk}
 VENV=$CACHE/venv
 export STRATABLK_CACHE=$CACHE
 
+# Cargo builds where the scripts and tests look for the programs, whatever its configuration says.
+# A relative folder is one of the repository, where the scripts call cargo.
+CARGO_TARGET_DIR=$(cd "$ROOT" && realpath -m "${CARGO_TARGET_DIR:-target}")
+export CARGO_TARGET_DIR
+
 # Some tools (mke2fs, debugfs) live where an ordinary user's PATH does not look.
 export PATH=$PATH:/usr/sbin:/sbin
 

@@ -105,9 +105,15 @@ class Daemon:
         self._close_clients()
 
 
+def built(name):
+    """The release build of a program, where cargo puts it."""
+    target = os.environ.get("CARGO_TARGET_DIR") or "target"
+    return str(ROOT / target / "release" / name)
+
+
 def default_daemon():
-    return os.environ.get("STRATABLK_DAEMON") or str(ROOT / "target/release/stratablk")
+    return os.environ.get("STRATABLK_DAEMON") or built("stratablk")
 
 
 def default_control():
-    return os.environ.get("STRATABLK_CONTROL") or str(ROOT / "target/release/stratactl")
+    return os.environ.get("STRATABLK_CONTROL") or built("stratactl")
