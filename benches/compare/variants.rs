@@ -101,7 +101,9 @@ impl Variant {
     }
 }
 
-/// One round of a row: every back-end of `variants` in turn. What a run gave goes to `take`.
+/// One round of a row: every back-end of `variants` in turn, with another of them first than in the
+/// round before, since what comes first may find another disk than what comes last. What a run gave
+/// goes to `take`.
 pub fn in_turn<'a, S>(
     (row, round): (&str, usize),
     variants: impl Iterator<Item = &'a Variant>,
@@ -109,6 +111,9 @@ pub fn in_turn<'a, S>(
     take: impl Fn(&mut Report, &str, &'static str, S),
     mut run: impl FnMut(&Variant) -> Res<S>,
 ) {
+    let mut variants: Vec<_> = variants.collect();
+    let first = round % variants.len().max(1);
+    variants.rotate_left(first);
     for variant in variants {
         eprintln!("{row}: round {}, {}", round + 1, variant.name);
         match run(variant) {
