@@ -17,6 +17,7 @@ mod guest_rows;
 mod io_rows;
 mod load;
 mod machine;
+mod pairs;
 mod report;
 mod start_rows;
 mod stream_rows;
@@ -49,6 +50,9 @@ struct Options {
     /// Only back-ends whose name contains one of these words
     #[arg(long)]
     only: Vec<String>,
+    /// Another binary of stratablk, an older one for example: measured beside this one as "before"
+    #[arg(long)]
+    before: Option<PathBuf>,
     /// Folder for the images of the tmpfs rows ("none" leaves them out)
     #[arg(long, default_value = "/dev/shm")]
     dir_tmpfs: PathBuf,
@@ -146,7 +150,7 @@ fn run(options: &Options) -> Res<()> {
         return Ok(());
     }
     machine::require(&["fio", "qemu-img", "qemu-storage-daemon"])?;
-    let variants = variants::wanted(&options.only);
+    let variants = variants::wanted(&options.only, options.before.as_deref());
     let mut report = report::Report::new(machine::describe(&variants)?);
     common::daemon::pin_this_thread(options.cpu_frontend)?;
     let testbed = guest_rows::prepare(options, &mut report);

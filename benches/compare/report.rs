@@ -1,6 +1,7 @@
 //! The table: medians over the rounds, and ratios of them.
 
 use crate::floor::Floor;
+use crate::pairs::Ratio;
 use crate::variants::Variant;
 use std::fmt::Write;
 
@@ -187,6 +188,7 @@ impl Report {
         );
         if !self.io.is_empty() {
             self.io_table(&mut text, &names);
+            self.pair_table(&mut text, &names);
         }
         if !self.turns.is_empty() {
             self.turn_table(&mut text);
@@ -249,6 +251,32 @@ impl Report {
             );
         }
         text.push('\n');
+    }
+
+    /// The first back-end beside each of the others, where there are rounds enough.
+    fn pair_table(&self, text: &mut String, names: &[&'static str]) {
+        let Some((first, others)) = names.split_first() else {
+            return;
+        };
+        let mut lines = String::new();
+        for row in rows(&self.io) {
+            let of = |name: &str, get: fn(&IoSample) -> f64| values(&self.io, row, name, get);
+            for other in others {
+                let ratio = |get| Ratio::new(&of(first, get), &of(other, get));
+                let (Some(iops), Some(cpu)) = (ratio(|s| s.iops), ratio(|s| s.cpu)) else {
+                    continue;
+                };
+                let _ = writeln!(lines, "| {row} | {other} | {iops} | {cpu} |");
+            }
+        }
+        if !lines.is_empty() {
+            let _ = writeln!(
+                text,
+                "Round by round, {first} to another: the geometric mean of the ratios, and its \
+                 standard error.\n\n| row | to | IOPS | CPU per request |\n\
+                 | --- | --- | --- | --- |\n{lines}"
+            );
+        }
     }
 
     fn turn_table(&self, text: &mut String) {
@@ -350,6 +378,17 @@ fn distinct<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     known
 }
 
+/// One figure of a back-end, of each round.
+fn values<S>(
+    samples: &[(String, &'static str, S)],
+    row: &str,
+    name: &str,
+    get: fn(&S) -> f64,
+) -> Vec<f64> {
+    let of_row = samples.iter().filter(|(r, v, _)| r == row && *v == name);
+    of_row.map(|s| get(&s.2)).collect()
+}
+
 /// The median over the rounds of one figure, for each back-end.
 fn medians<S>(
     samples: &[(String, &'static str, S)],
@@ -358,11 +397,7 @@ fn medians<S>(
     get: fn(&S) -> f64,
 ) -> Vec<Option<f64>> {
     let of = |name: &&str| {
-        let mut values: Vec<f64> = samples
-            .iter()
-            .filter(|(r, v, _)| r == row && v == name)
-            .map(|s| get(&s.2))
-            .collect();
+        let mut values = values(samples, row, name, get);
         values.sort_by(f64::total_cmp);
         match (values.len() % 2, values.len() / 2) {
             (_, 0) => values.first().copied(),

@@ -30,8 +30,18 @@ pub struct Variant {
 /// The name of the daemon that is to be measured.
 pub const UNDER_TEST: &str = "stratablk";
 
-/// All of them, or those whose name contains one of `words`. The first is the one under test.
-pub fn wanted(words: &[String]) -> Vec<Variant> {
+/// All of them, or those whose name contains one of `words`. The first is the one under test; the
+/// last, if given, is another binary of it.
+pub fn wanted(words: &[String], before: Option<&Path>) -> Vec<Variant> {
+    let stratablk = |name, program| Variant {
+        name,
+        program,
+        aio: "io_uring",
+        iothread: false,
+        poll_max_ns: None,
+        raw_only: false,
+        died: Rc::default(),
+    };
     let reference = |name, aio| Variant {
         name,
         program: Program::reference(),
@@ -47,21 +57,15 @@ pub fn wanted(words: &[String]) -> Vec<Variant> {
         ..reference(name, "native")
     };
     let all = [
-        Variant {
-            name: UNDER_TEST,
-            program: Program::under_test(),
-            aio: "io_uring",
-            iothread: false,
-            poll_max_ns: None,
-            raw_only: false,
-            died: Rc::default(),
-        },
+        stratablk(UNDER_TEST, Program::under_test()),
         reference("qsd-uring", "io_uring"),
         reference("qsd-native", "native"),
         polling("qsd-native, poll 0", 0),
         polling("qsd-native, poll 1 ms", 1_000_000),
     ];
+    let before = before.map(|path| stratablk("before", Program { path: path.into() }));
     all.into_iter()
+        .chain(before)
         .filter(|v| words.is_empty() || words.iter().any(|word| v.name.contains(word.as_str())))
         .collect()
 }
