@@ -6,7 +6,7 @@
 use std::fmt;
 
 /// With fewer rounds their spread says nothing.
-pub const LEAST: usize = 6;
+const LEAST: usize = 6;
 
 /// The ratio of one back-end's figure to another's, over the rounds.
 #[derive(Clone, Copy, Debug)]
