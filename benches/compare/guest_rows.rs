@@ -5,7 +5,7 @@ use crate::common::Res;
 use crate::common::daemon::Daemon;
 use crate::disks::{Disk, Disks};
 use crate::guest::{self, Guest, Testbed};
-use crate::machine::OtherLoad;
+use crate::machine::{Disturbance, OtherLoad};
 use crate::report::{IoSample, Report};
 use crate::variants::{Variant, in_turn};
 use crate::workers::BackendCpu;
@@ -178,7 +178,7 @@ fn one(row: &Row, time: Duration, daemon: &Daemon, guest: &mut Guest) -> Res<IoS
     sample(row, &report, cpu, other).ok_or_else(|| "fio: no figures".into())
 }
 
-fn sample(row: &Row, report: &Value, cpu: Duration, other: f64) -> Option<IoSample> {
+fn sample(row: &Row, report: &Value, cpu: Duration, other: Disturbance) -> Option<IoSample> {
     let way = if row.options.contains("write") {
         "write"
     } else {

@@ -79,12 +79,21 @@ fn version(variant: &Variant) -> String {
         .to_owned()
 }
 
-/// Measures what programs other than the bench and those it has started did in the meantime: with
-/// more than a few per cent of a CPU, the figures are not to be trusted. The kernel's workers are
-/// not among the others: what they do is counted as the back-end's.
+/// What disturbed a run, in CPUs: with more than a few per cent of one, its figures are not to be
+/// trusted.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Disturbance {
+    /// Kept busy by other programs.
+    pub programs: f64,
+    /// Taken away by the host of this virtual machine, as far as it says so.
+    pub host: f64,
+}
+
+/// Measures what others than the bench and the programs it has started do in the meantime. The
+/// kernel's workers are not among them: what they do is counted as the back-end's.
 pub struct OtherLoad {
     begin: Instant,
-    busy: Duration,
+    time: CpuTime,
     own: Duration,
     workers: Workers,
     programs: Vec<u32>,
@@ -96,18 +105,24 @@ impl OtherLoad {
         let programs = [programs, &[std::process::id()]].concat();
         Ok(OtherLoad {
             begin: Instant::now(),
-            busy: busy()?,
+            time: CpuTime::now()?,
             own: own(&programs)?,
             workers: Workers::start()?,
             programs,
         })
     }
 
-    /// How many CPUs others kept busy since the start.
-    pub fn end(&self) -> Res<f64> {
+    /// What there was since the start.
+    pub fn end(&self) -> Res<Disturbance> {
         let own = own(&self.programs)?.saturating_sub(self.own) + self.workers.end()?;
-        let other = busy()?.saturating_sub(self.busy).saturating_sub(own);
-        Ok(other.as_secs_f64() / self.begin.elapsed().as_secs_f64().max(0.001))
+        let now = CpuTime::now()?;
+        let wall = self.begin.elapsed().as_secs_f64().max(0.001);
+        let cpus = |time: Duration| time.as_secs_f64() / wall;
+        let busy = now.busy.saturating_sub(self.time.busy);
+        Ok(Disturbance {
+            programs: cpus(busy.saturating_sub(own)),
+            host: cpus(now.stolen.saturating_sub(self.time.stolen)),
+        })
     }
 }
 
@@ -115,22 +130,33 @@ fn own(programs: &[u32]) -> Res<Duration> {
     programs.iter().map(|&pid| daemon::cpu_time_of(pid)).sum()
 }
 
-/// The time that all CPUs were not idle, or taken away by the hypervisor.
-fn busy() -> Res<Duration> {
-    let stat = fs::read_to_string("/proc/stat")?;
-    let line = stat.lines().next().unwrap_or_default();
-    // user, nice, system, idle, iowait, irq, softirq, steal
-    let fields = line
-        .split_whitespace()
-        .skip(1)
-        .take(8)
-        .map(|f| f.parse::<u64>().unwrap_or(0));
-    let ticks: u64 = fields
-        .enumerate()
-        .filter(|(i, _)| !matches!(i, 3 | 4))
-        .map(|(_, v)| v)
-        .sum();
-    Ok(daemon::ticks(ticks))
+/// What all CPUs did since the system started.
+struct CpuTime {
+    /// Neither idle nor taken away.
+    busy: Duration,
+    /// Taken away by the host.
+    stolen: Duration,
+}
+
+impl CpuTime {
+    fn now() -> Res<Self> {
+        let stat = fs::read_to_string("/proc/stat")?;
+        let line = stat.lines().next().unwrap_or_default();
+        let mut time = (0, 0);
+        // user, nice, system, idle, iowait, irq, softirq, steal
+        for (i, field) in line.split_whitespace().skip(1).take(8).enumerate() {
+            let ticks = field.parse::<u64>().unwrap_or(0);
+            match i {
+                3 | 4 => {}
+                7 => time.1 += ticks,
+                _ => time.0 += ticks,
+            }
+        }
+        Ok(CpuTime {
+            busy: daemon::ticks(time.0),
+            stolen: daemon::ticks(time.1),
+        })
+    }
 }
 
 /// Makes sure that `programs` can be run: without one of them a run would end, most of an hour

@@ -43,6 +43,6 @@ impl Ratio {
 
 impl fmt::Display for Ratio {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:.3} ± {:.3}", self.mean, self.error)
+        write!(f, "{:.2} ± {:.2}", self.mean, self.error)
     }
 }

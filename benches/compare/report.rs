@@ -1,6 +1,7 @@
 //! The table: medians over the rounds, and ratios of them.
 
 use crate::floor::Floor;
+use crate::machine::Disturbance;
 use crate::pairs::Ratio;
 use crate::variants::Variant;
 use std::fmt::Write;
@@ -18,8 +19,8 @@ pub struct IoSample {
     pub cpu: f64,
     /// KiB written to the disk for each request, flushed; NaN where that is not counted.
     pub written: f64,
-    /// CPUs kept busy by others meanwhile.
-    pub other: f64,
+    /// What disturbed it.
+    pub other: Disturbance,
 }
 
 /// What a turn of the daemon against itself gave.
@@ -49,8 +50,8 @@ pub struct StreamSample {
     pub iops: f64,
     /// The guest's p99 in microseconds while it ran.
     pub p99: f64,
-    /// CPUs kept busy by others meanwhile.
-    pub other: f64,
+    /// What disturbed it.
+    pub other: Disturbance,
 }
 
 impl StreamSample {
@@ -64,7 +65,7 @@ impl StreamSample {
             p99_before: none,
             iops: none,
             p99: none,
-            other: 0.0,
+            other: Disturbance::default(),
         }
     }
 }
@@ -164,6 +165,23 @@ impl Report {
         !self.failures.is_empty()
     }
 
+    /// What disturbed the runs.
+    fn disturbances(&self, text: &mut String) {
+        let mut other: Vec<Disturbance> = self.io.iter().map(|s| s.2.other).collect();
+        other.extend(self.turns.iter().map(|s| s.2.io.other));
+        other.extend(self.stream.iter().map(|s| s.2.other));
+        let mut line = |what: &str, get: fn(&Disturbance) -> f64| {
+            let mean = other.iter().map(get).sum::<f64>() / other.len().max(1) as f64;
+            let most = other.iter().map(get).fold(0.0, f64::max);
+            let _ = writeln!(
+                text,
+                "- CPUs {what} during the runs: {mean:.2} on average, {most:.2} at most"
+            );
+        };
+        line("kept busy by other programs", |o| o.programs);
+        line("taken away by the host", |o| o.host);
+    }
+
     /// The whole report.
     pub fn markdown(&self, variants: &[Variant]) -> String {
         let names: Vec<&'static str> = variants.iter().map(|v| v.name).collect();
@@ -171,16 +189,7 @@ impl Report {
         for line in &self.machine {
             let _ = writeln!(text, "- {line}");
         }
-        let mut other: Vec<f64> = self.io.iter().map(|s| s.2.other).collect();
-        other.extend(self.turns.iter().map(|s| s.2.io.other));
-        other.extend(self.stream.iter().map(|s| s.2.other));
-        let mean = other.iter().sum::<f64>() / other.len().max(1) as f64;
-        let most = other.iter().copied().fold(0.0, f64::max);
-        let _ = writeln!(
-            text,
-            "- CPUs kept busy by other programs during the runs: {mean:.2} on average, \
-             {most:.2} at most"
-        );
+        self.disturbances(&mut text);
         let _ = writeln!(
             text,
             "\nEach cell: {}. Ratios: {RATIO}.\n",
@@ -260,23 +269,44 @@ impl Report {
         };
         let mut lines = String::new();
         for row in rows(&self.io) {
-            let of = |name: &str, get: fn(&IoSample) -> f64| values(&self.io, row, name, get);
-            for other in others {
-                let ratio = |get| Ratio::new(&of(first, get), &of(other, get));
-                let (Some(iops), Some(cpu)) = (ratio(|s| s.iops), ratio(|s| s.cpu)) else {
-                    continue;
-                };
-                let _ = writeln!(lines, "| {row} | {other} | {iops} | {cpu} |");
+            let cells: Vec<Option<String>> = others
+                .iter()
+                .map(|other| self.pair(row, first, other))
+                .collect();
+            if cells.iter().all(Option::is_none) {
+                continue;
             }
+            let cells = cells
+                .into_iter()
+                .map(|cell| cell.unwrap_or_else(|| "–".into()));
+            let _ = writeln!(
+                lines,
+                "| {row} | {} |",
+                cells.collect::<Vec<_>>().join(" | ")
+            );
         }
         if !lines.is_empty() {
             let _ = writeln!(
                 text,
-                "Round by round, {first} to another: the geometric mean of the ratios, and its \
-                 standard error.\n\n| row | to | IOPS | CPU per request |\n\
-                 | --- | --- | --- | --- |\n{lines}"
+                "Round by round, {first} to each of the others: the geometric means of the ratios, \
+                 and their standard errors, of IOPS / CPU per request / p99.\n\n\
+                 | row | {} |\n|{}\n{lines}",
+                others.join(" | "),
+                " --- |".repeat(1 + others.len())
             );
         }
+    }
+
+    /// What is said of one row and two back-ends, round by round.
+    fn pair(&self, row: &str, first: &str, other: &str) -> Option<String> {
+        let ratio = |get: fn(&IoSample) -> f64| {
+            let of = |name| values(&self.io, row, name, get);
+            Ratio::new(&of(first), &of(other))
+        };
+        let (iops, cpu) = (ratio(|s| s.iops)?, ratio(|s| s.cpu)?);
+        // Rows with few requests have no p99.
+        let p99 = ratio(|s| s.p99).map_or_else(|| "–".into(), |ratio| ratio.to_string());
+        Some(format!("{iops} / {cpu} / {p99}"))
     }
 
     fn turn_table(&self, text: &mut String) {
