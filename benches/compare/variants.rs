@@ -105,9 +105,9 @@ impl Variant {
     }
 }
 
-/// One round of a row: every back-end of `variants` in turn, with another of them first than in the
-/// round before, since what comes first may find another disk than what comes last. What a run gave
-/// goes to `take`.
+/// One round of a row: every back-end of `variants` in turn. From round to round both what comes
+/// first and what comes after what change, in six rounds of three in every way: a run may leave
+/// the disk, or its host, in a state that the next one finds. What a run gave goes to `take`.
 pub fn in_turn<'a, S>(
     (row, round): (&str, usize),
     variants: impl Iterator<Item = &'a Variant>,
@@ -116,7 +116,10 @@ pub fn in_turn<'a, S>(
     mut run: impl FnMut(&Variant) -> Res<S>,
 ) {
     let mut variants: Vec<_> = variants.collect();
-    let first = round % variants.len().max(1);
+    if round % 2 == 1 {
+        variants.reverse();
+    }
+    let first = round / 2 % variants.len().max(1);
     variants.rotate_left(first);
     for variant in variants {
         eprintln!("{row}: round {}, {}", round + 1, variant.name);
