@@ -142,19 +142,19 @@ impl CpuTime {
     fn now() -> Res<Self> {
         let stat = fs::read_to_string("/proc/stat")?;
         let line = stat.lines().next().unwrap_or_default();
-        let mut time = (0, 0);
+        let (mut busy, mut stolen) = (0, 0);
         // user, nice, system, idle, iowait, irq, softirq, steal
         for (i, field) in line.split_whitespace().skip(1).take(8).enumerate() {
             let ticks = field.parse::<u64>().unwrap_or(0);
             match i {
                 3 | 4 => {}
-                7 => time.1 += ticks,
-                _ => time.0 += ticks,
+                7 => stolen += ticks,
+                _ => busy += ticks,
             }
         }
         Ok(CpuTime {
-            busy: daemon::ticks(time.0),
-            stolen: daemon::ticks(time.1),
+            busy: daemon::ticks(busy),
+            stolen: daemon::ticks(stolen),
         })
     }
 }

@@ -303,9 +303,7 @@ impl Report {
             let of = |name| values(&self.io, row, name, get);
             Ratio::new(&of(first), &of(other))
         };
-        let (iops, cpu) = (ratio(|s| s.iops)?, ratio(|s| s.cpu)?);
-        // Rows with few requests have no p99.
-        let p99 = ratio(|s| s.p99).map_or_else(|| "–".into(), |ratio| ratio.to_string());
+        let (iops, cpu, p99) = (ratio(|s| s.iops)?, ratio(|s| s.cpu)?, ratio(|s| s.p99)?);
         Some(format!("{iops} / {cpu} / {p99}"))
     }
 
