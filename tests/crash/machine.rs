@@ -213,6 +213,25 @@ impl Machine {
         any
     }
 
+    /// How many of the pending operations are such.
+    pub fn pending(&self, such: impl Fn(&Effect) -> bool) -> usize {
+        let state = self.0.lock();
+        state.pending.iter().filter(|one| such(&one.effect)).count()
+    }
+
+    /// Lets the oldest pending operation finish that is not `kept`. False: there is none.
+    pub fn finish_others(&self, reactor: &Reactor, kept: impl Fn(&Effect) -> bool) -> bool {
+        let (token, result) = {
+            let mut state = self.0.lock();
+            let other = state.pending.iter().position(|one| !kept(&one.effect));
+            let Some(index) = other else { return false };
+            let pending = state.pending.remove(index);
+            (pending.token, state.perform(pending))
+        };
+        reactor.complete(token, result);
+        true
+    }
+
     /// Runs all tasks of `reactor` to their end. Operations pile up: one is let go when no task
     /// can go on, and now and then before.
     pub fn run(&self, reactor: &Reactor, rng: &mut StdRng) {

@@ -12,6 +12,7 @@ mod history;
 mod judge;
 mod kill;
 mod machine;
+mod punch;
 mod qcow2;
 mod resize;
 mod short;

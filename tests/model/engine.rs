@@ -4,9 +4,9 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use stratablk_model::chain::{Chain, Layer, View};
+use stratablk_model::chain::{Chain, Layer, Span, View};
 use stratablk_model::disk::Disk;
-use stratablk_model::format::{Format, Qcow2, qcow2};
+use stratablk_model::format::{Format, Qcow2, Raw, qcow2};
 use stratablk_model::reactor::Reactor;
 use stratablk_model::shuttle::future::block_on;
 use stratablk_model::shuttle::thread;
@@ -30,14 +30,20 @@ enum Step {
     Read(u64, u64, u8),
     /// Offset, length: reads as zeros from then on.
     Zero(u64, u64),
+    /// Offset, length: a job's copy from below, compressed.
+    Pack(u64, u64),
     Flush,
 }
-use Step::{Flush, Read, Write, Zero};
+use Step::{Flush, Pack, Read, Write, Zero};
 
 /// An image, and what a guest reads from it.
 struct Start {
     image: Vec<u8>,
     disk: Vec<u8>,
+    /// A raw file lies below the image: what the guest reads at first.
+    base: bool,
+    /// What is done before the threads begin.
+    first: &'static [Step],
 }
 
 /// An image with one cluster of value 1 in each slice, and what `more` commands of `qemu-io` make
@@ -59,10 +65,23 @@ fn image(options: &str, more: &[String]) -> Start {
     Start {
         image: std::fs::read(&path).unwrap(),
         disk: std::fs::read(&raw).unwrap(),
+        base: false,
+        first: &[],
     }
 }
 
-async fn open(disk: &Arc<Disk>, writable: bool) -> (Arc<Qcow2>, Arc<Chain>) {
+fn layer(format: Format, disk: &Arc<Disk>, writable: bool) -> Arc<Layer> {
+    Arc::new(Layer {
+        name: "layer".into(),
+        format,
+        storage: disk.clone(),
+        read_only: !writable,
+        discard: true,
+        copy_on_read: false,
+    })
+}
+
+async fn open(start: &Start, disk: &Arc<Disk>, writable: bool) -> (Arc<Qcow2>, Arc<Chain>) {
     let options = qcow2::Options {
         writable,
         discard: true,
@@ -70,15 +89,12 @@ async fn open(disk: &Arc<Disk>, writable: bool) -> (Arc<Qcow2>, Arc<Chain>) {
         ..Default::default()
     };
     let image = Arc::new(Qcow2::open(disk.clone(), options).await.unwrap());
-    let layer = Layer {
-        name: "top".into(),
-        format: Format::Qcow2(image.clone()),
-        storage: disk.clone(),
-        read_only: !writable,
-        discard: true,
-        copy_on_read: false,
-    };
-    (image, Arc::new(Chain::new(vec![Arc::new(layer)]).unwrap()))
+    let mut layers = vec![layer(Format::Qcow2(image.clone()), disk, writable)];
+    if start.base {
+        let raw = Format::Raw(Raw::new(0, SIZE as u64));
+        layers.push(layer(raw, &Disk::new(start.disk.clone()), false));
+    }
+    (image, Arc::new(Chain::new(layers).unwrap()))
 }
 
 async fn perform(chain: &Arc<Chain>, step: Step) {
@@ -99,6 +115,10 @@ async fn perform(chain: &Arc<Chain>, step: Step) {
             assert!(buffer.iter().all(|byte| *byte == value), "{step:?}");
         }
         Zero(offset, len) => view.write_zeroes(offset, len, true).await.unwrap(),
+        Pack(offset, len) => {
+            let span = Span::new(0, chain.layers().len()).compressed(true);
+            view.copy(span, offset, len).await.unwrap();
+        }
         Flush => chain.flush().await.unwrap(),
     }
 }
@@ -107,7 +127,10 @@ async fn perform(chain: &Arc<Chain>, step: Step) {
 fn work(start: &Start, threads: &'static [&'static [Step]]) {
     let _reactor = Reactor::for_this_thread().unwrap();
     let disk = Disk::new(start.image.clone());
-    let (image, chain) = block_on(open(&disk, true));
+    let (image, chain) = block_on(open(start, &disk, true));
+    for step in start.first {
+        block_on(perform(&chain, *step));
+    }
     let running: Vec<_> = threads
         .iter()
         .map(|steps| {
@@ -122,7 +145,7 @@ fn work(start: &Start, threads: &'static [&'static [Step]]) {
     running.into_iter().for_each(|t| t.join().unwrap());
     block_on(image.close()).unwrap();
     let mut expected = start.disk.clone();
-    for step in threads.iter().copied().flatten() {
+    for step in start.first.iter().chain(threads.iter().copied().flatten()) {
         let (offset, len, value) = match *step {
             Write(offset, len, value) => (offset, len, value),
             Zero(offset, len) => (offset, len, 0),
@@ -133,7 +156,7 @@ fn work(start: &Start, threads: &'static [&'static [Step]]) {
     let bytes = disk.snapshot();
     let found = Image::new(&bytes).and_then(|image| image.check());
     assert_eq!(found, Ok(0), "clusters leaked, or what is wrong");
-    let (_image, chain) = block_on(open(&Disk::new(bytes), false));
+    let (_image, chain) = block_on(open(start, &Disk::new(bytes), false));
     let buffer = AlignedBuf::zeroed(SIZE);
     // SAFETY: `buffer` outlives the operation.
     let bufs = unsafe { IoBufs::of(&buffer, 0, SIZE) };
@@ -240,6 +263,28 @@ fn clusters_that_are_freed_and_used_again() {
         &[Flush, Write(3 * SLICE + 512, 1024, 4), Flush],
     ];
     orders("cluster_size=512", 500, THREADS);
+}
+
+/// What would be caught: a compressed cluster that goes to a host cluster whose old contents are
+/// being given back to the file system.
+#[test]
+fn compressed_clusters_that_are_freed_and_shared() {
+    const FIRST: &[Step] = &[Pack(0, 4096), Zero(0, 4096), Flush];
+    const THREADS: &[&[Step]] = &[
+        &[Flush],
+        &[Pack(4096, 4096)],
+        &[Zero(8192, 4096), Pack(12288, 4096)],
+    ];
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image.qcow2");
+    create(&path, "cluster_size=4k", SIZE as u64);
+    let start = Start {
+        image: std::fs::read(&path).unwrap(),
+        disk: (0..SIZE).map(|at| (at / 512) as u8 | 1).collect(),
+        base: true,
+        first: FIRST,
+    };
+    orders_of(start, 600, THREADS);
 }
 
 #[test]

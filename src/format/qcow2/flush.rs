@@ -160,9 +160,10 @@ impl Qcow2 {
 
     /// Gives the space of a host cluster back to the file system, if the reference that is about
     /// to be taken off is its last: compressed clusters share theirs. It is done before, since
-    /// afterwards the cluster may be somebody's.
+    /// afterwards the cluster may be somebody's; and nobody may come to share it meanwhile.
     async fn discard_last(&self, cluster: u64) {
-        if self.refcount(cluster).await != Some(1) {
+        let withdrawn = self.with_refcounts(|allocator| allocator.withdraw(cluster));
+        if !matches!(withdrawn.await, Ok(Ok(true))) {
             return;
         }
         let offset = cluster << self.cluster_bits;

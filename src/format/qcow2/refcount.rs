@@ -6,6 +6,8 @@
 //! Invariants:
 //! * a cluster is handed out only when its refcount is 0, and has refcount 1 from then on;
 //! * what is in `free` has refcount 0, and no request and no stable mapping refers to it;
+//! * while a freed cluster is punched it has its last reference and is not in `free`, and no part
+//!   of it is handed out;
 //! * from `virgin_from` on nothing has ever been written: those clusters read as zeros.
 
 mod exact;
@@ -395,6 +397,27 @@ impl Allocator {
         }
     }
 
+    /// Whether `cluster` has one reference left, which is about to be taken off. From then on
+    /// nobody gets a part of the cluster either: it is out of reach until [`Self::release`].
+    ///
+    /// # Errors
+    /// [`Need::Slice`].
+    pub fn withdraw(&mut self, cluster: u64) -> Result<bool, Need> {
+        let last = self.refcount(cluster)? == Some(1);
+        if last {
+            self.close_part(cluster);
+        }
+        Ok(last)
+    }
+
+    /// No more compressed clusters go to `cluster`.
+    fn close_part(&mut self, cluster: u64) {
+        let at = self.part.as_ref().map(|part| part.start);
+        if at.is_some_and(|at| at >> self.geometry.cluster_bits == cluster) {
+            self.part = None;
+        }
+    }
+
     /// Takes one reference off `cluster`; at 0 it may be used again.
     ///
     /// # Errors
@@ -407,10 +430,7 @@ impl Allocator {
             Some(count) => {
                 self.set(cluster, count - 1)?;
                 if count == 1 {
-                    let part = self.part.as_ref().map(|part| part.start);
-                    if part.is_some_and(|at| at >> self.geometry.cluster_bits == cluster) {
-                        self.part = None;
-                    }
+                    self.close_part(cluster);
                     self.metadata.remove(cluster);
                     self.add_free(cluster, 1);
                 }

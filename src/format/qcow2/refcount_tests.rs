@@ -1,6 +1,6 @@
 //! What would be caught: slices that drive one another out of memory for ever, or stay in it for
 //! ever, a cluster handed out twice, refcounts written into a neighbour's bits,
-//! a table growth that does not cover itself.
+//! a table growth that does not cover itself, a cluster that is shared while it is freed.
 
 use proptest::prelude::*;
 
@@ -130,4 +130,25 @@ fn what_was_loaded_last_stays_and_the_rest_goes() {
     allocator.written(&BTreeSet::new(), true);
     allocator.trim(4);
     assert!(allocator.slices.len() <= KEPT_CLEAN);
+}
+
+#[test]
+fn a_cluster_that_is_about_to_be_freed_is_shared_no_more() {
+    let mut allocator = allocator(12, 4);
+    let first = allocator.allocate_part(512).unwrap();
+    assert_eq!(allocator.allocate_part(512), Ok(first + 512));
+    let cluster = first >> 12;
+    assert_eq!(allocator.withdraw(cluster), Ok(false), "two refer to it");
+    assert_eq!(allocator.allocate_part(512), Ok(first + 1024));
+    for _ in 0..2 {
+        allocator.release(cluster).unwrap();
+    }
+    assert_eq!(allocator.withdraw(cluster), Ok(true));
+    let other = allocator.allocate_part(512).unwrap();
+    assert_ne!(other >> 12, cluster);
+    assert_ne!(allocator.allocate(1).unwrap().offset >> 12, cluster);
+    // Withdrawing it does not close the cluster that the others go to now.
+    allocator.release(cluster).unwrap();
+    assert_eq!(allocator.allocate_part(512), Ok(other + 512));
+    assert_eq!(allocator.allocate(1).unwrap().offset >> 12, cluster);
 }

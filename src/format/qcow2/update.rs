@@ -184,7 +184,7 @@ impl Qcow2 {
     }
 
     /// Takes a step of the allocator, loading the refcounts that it needs; says what else it lacks.
-    async fn with_refcounts<T>(
+    pub(super) async fn with_refcounts<T>(
         &self,
         mut step: impl FnMut(&mut Allocator) -> std::result::Result<T, Need>,
     ) -> Result<std::result::Result<T, Need>> {
