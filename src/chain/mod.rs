@@ -4,6 +4,14 @@
 //! its end; whoever changes the layers (a job that ends, say) publishes a new chain in the
 //! [`Root`] and the old one goes with its last request. Guest I/O is never drained for that.
 //!
+//! Invariant: chains of one disk that live at the same time read the same bytes. The end of a
+//! stream takes away layers that supply nothing any more; afterwards a cluster must not become
+//! unallocated while some chain still has those layers under the image, since a request of that
+//! chain would read through to them, or copy them up. Each chain therefore counts, as long as it
+//! lives, in every image that has something below it ([`Qcow2::is_overlay`]), and only an image
+//! that is an overlay nowhere unmaps clusters. It does not matter how a chain came to be
+//! published, how many times, or in how many disks the image is.
+//!
 //! The data path asks [`Chain::plan_read`] and [`Chain::plan_write`] first: with the metadata in
 //! memory they answer at once with pieces that go straight to the ring. Everything else
 //! (metadata to load, clusters to allocate, copy or decompress) takes the `async` functions of
@@ -25,7 +33,7 @@ use std::sync::Arc;
 use arrayvec::ArrayVec;
 
 use crate::error::{Action, Error, Result};
-use crate::format::{Format, Place};
+use crate::format::{Format, Place, Qcow2};
 use crate::grace::{EraCache, Grace, LocalEra};
 use crate::storage::{self, Limits, Storage};
 use crate::sync::{self, ArcSwap};
@@ -125,7 +133,18 @@ impl Chain {
         if layers.is_empty() {
             return Err(Error::Invalid("a chain needs at least one layer".into()));
         }
-        Ok(Self { layers })
+        let chain = Self { layers };
+        chain.overlays().for_each(Qcow2::begin_overlay);
+        Ok(chain)
+    }
+
+    /// The images that have something below them here.
+    fn overlays(&self) -> impl Iterator<Item = &Qcow2> {
+        let above = self.layers.split_last().map_or(&[][..], |(_, above)| above);
+        above.iter().filter_map(|layer| match &layer.format {
+            Format::Qcow2(image) => Some(&**image),
+            Format::Raw(_) | Format::Qed(_) => None,
+        })
     }
 
     /// The layers, top first. Never empty.
@@ -264,6 +283,12 @@ impl Chain {
     /// What the storage reports.
     pub async fn flush(&self) -> Result<()> {
         self.top().flush().await
+    }
+}
+
+impl Drop for Chain {
+    fn drop(&mut self) {
+        self.overlays().for_each(Qcow2::end_overlay);
     }
 }
 

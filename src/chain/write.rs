@@ -225,12 +225,13 @@ impl View {
             .await?;
         let how = match (
             qcow2.has_zero_clusters(),
-            self.has_below(),
+            qcow2.is_overlay(),
             unmap && top.discard,
         ) {
             (true, _, true) => Clear::Zero,
             (true, _, false) => Clear::ZeroKeep,
-            // Without the zero flag an unallocated cluster is zero if nothing lies below.
+            // Without the zero flag an unallocated cluster is zero if nothing lies below, for any
+            // request: those of older chains, too.
             (false, false, _) => Clear::Unmap,
             (false, true, _) => return self.write_zero_bytes(top, qcow2, start, end - start).await,
         };
@@ -242,7 +243,7 @@ impl View {
         if start >= end {
             return Ok(());
         }
-        let how = match (qcow2.has_zero_clusters(), self.has_below()) {
+        let how = match (qcow2.has_zero_clusters(), qcow2.is_overlay()) {
             (_, false) => Clear::Unmap,
             (true, true) => Clear::Zero,
             // What lies below would come to light.
@@ -268,7 +269,7 @@ impl View {
             let extent = top.map_loaded(at, end - at).await?;
             let len = extent.len.min(CLEAR_AT_ONCE);
             let needless = match extent.place {
-                Place::Below => !self.has_below(),
+                Place::Below => !qcow2.is_overlay(),
                 Place::Zero => how != Clear::Unmap && how != Clear::Zero,
                 _ => false,
             };
@@ -308,10 +309,6 @@ impl View {
             done += now;
         }
         Ok(())
-    }
-
-    fn has_below(&self) -> bool {
-        self.chain.layers().len() > 1
     }
 }
 

@@ -8,6 +8,7 @@ mod bitmaps;
 mod cuts;
 mod disk;
 mod faults;
+mod held;
 mod history;
 mod judge;
 mod kill;

@@ -63,6 +63,10 @@ pub struct Work {
     pub compress: Cell<bool>,
     /// The first sector that guests touch.
     pub from: Cell<usize>,
+    /// Some requests that begin after a stream's end have the chain of before it.
+    pub keep_views: Cell<bool>,
+    kept: RefCell<Option<Rc<View>>>,
+    kept_views: Cell<usize>,
     /// Who keeps the history as well.
     pub observer: RefCell<Option<Observer>>,
     clock: Clock,
@@ -82,6 +86,9 @@ impl Work {
             strict: Cell::new(true),
             compress: Cell::new(false),
             from: Cell::new(0),
+            keep_views: Cell::new(false),
+            kept: RefCell::default(),
+            kept_views: Cell::new(0),
             observer: RefCell::default(),
             clock,
             rng: RefCell::new(StdRng::seed_from_u64(seed)),
@@ -90,7 +97,19 @@ impl Work {
     }
 
     fn view(&self) -> Rc<View> {
+        if let Some(kept) = &*self.kept.borrow()
+            && self.rng.borrow_mut().random_bool(0.4)
+        {
+            self.kept_views.set(self.kept_views.get() + 1);
+            return kept.clone();
+        }
         View::of(self.chain.borrow().clone())
+    }
+
+    /// Lets go of the views that were kept; returns how many requests have used them.
+    pub fn end_kept_views(&self) -> usize {
+        self.kept.take();
+        self.kept_views.get()
     }
 
     /// A guest's task: `count` operations of random kinds, one after another.
@@ -157,6 +176,9 @@ impl Work {
             self.note(Report::Flushed(began));
             self.note(Report::Alone);
             let top = chain.top().clone();
+            if self.keep_views.get() {
+                *self.kept.borrow_mut() = Some(View::of(chain));
+            }
             *self.chain.borrow_mut() = Arc::new(Chain::new(vec![top]).unwrap());
         }
     }

@@ -147,6 +147,8 @@ pub struct Qcow2 {
     retiring: Arc<AtomicUsize>,
     decompressed: compress::Cache,
     reservation: reserve::Reservation,
+    /// Chains that live in which layers lie below this image.
+    overlays: AtomicUsize,
 }
 
 /// A file of its own for guest data: each cluster lies at its guest offset.
@@ -187,6 +189,23 @@ impl Qcow2 {
     #[must_use]
     pub fn has_zero_clusters(&self) -> bool {
         self.shape.version >= 3
+    }
+
+    /// Notes a chain in which layers lie below this image.
+    pub(crate) fn begin_overlay(&self) {
+        self.overlays.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// A chain that [`Qcow2::begin_overlay`] noted is gone, and so are its requests.
+    pub(crate) fn end_overlay(&self) {
+        self.overlays.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Whether some request may read through this image: what it lacks comes from layers below,
+    /// if only for a request that began before they were taken away.
+    #[must_use]
+    pub fn is_overlay(&self) -> bool {
+        self.overlays.load(Ordering::SeqCst) > 0
     }
 
     /// Where the image's metadata is, and its guest data unless it has a data file.

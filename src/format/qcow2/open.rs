@@ -12,7 +12,10 @@ use super::{DataFile, Meta, Options, Qcow2, check, compress, flush, metadata, re
 use crate::error::{Action, Error, Result};
 use crate::format::directory::Directory;
 use crate::storage::{self, Storage};
-use crate::sync::{Mutex, atomic::AtomicU64};
+use crate::sync::{
+    Mutex,
+    atomic::{AtomicU64, AtomicUsize},
+};
 
 impl Qcow2 {
     /// Opens the image in `storage`, which holds its guest data as well.
@@ -119,6 +122,7 @@ impl Qcow2 {
             retiring: Arc::default(),
             decompressed: compress::Cache::default(),
             reservation: reserve::Reservation::new(len),
+            overlays: AtomicUsize::new(0),
             header: Mutex::new(header),
             storage,
         };
