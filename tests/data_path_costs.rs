@@ -105,7 +105,7 @@ fn disk(dir: &Path, qcow2: bool) -> Arc<Root> {
             .unwrap();
         Format::Qcow2(Arc::new(image))
     } else {
-        Format::Raw(Raw::new(0, SIZE))
+        Format::Raw(Raw::new(SIZE))
     };
     let layer = Layer {
         name: "disk".into(),

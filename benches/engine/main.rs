@@ -123,7 +123,7 @@ fn layer(path: &Path, options: &Options, writable: bool, cache_bytes: u64) -> Re
         let image = reactor.block_on(Qcow2::open(storage.clone(), options))?;
         Format::Qcow2(Arc::new(image))
     } else {
-        Format::Raw(Raw::new(0, storage.len()?))
+        Format::Raw(Raw::new(storage.len()?))
     };
     Ok(Arc::new(Layer {
         name: text(path)?.into(),

@@ -54,7 +54,7 @@ impl Files {
         let size = seeds::below().len() as u64;
         Arc::new(Layer {
             name: "below".into(),
-            format: Format::Raw(Raw::new(0, size)),
+            format: Format::Raw(Raw::new(size)),
             storage: self.below.clone(),
             read_only: true,
             discard: false,

@@ -61,13 +61,22 @@ impl State {
             .ok_or_else(|| Error::Invalid(format!("Cannot find node '{name}'")))
     }
 
-    /// The names of the filters on a node.
+    /// The names of the filters on a node, and of those on them.
     fn filters_of(&self, name: &str) -> Vec<String> {
-        self.nodes
-            .iter()
-            .filter(|node| node.driver == "copy-on-read" && node.file.as_deref() == Some(name))
-            .map(|node| node.name.clone())
-            .collect()
+        let mut names = vec![name.to_owned()];
+        // A node refers to those before it alone, but the list can be in any order.
+        let mut at = 0;
+        while let Some(below) = names.get(at) {
+            let filters = self
+                .nodes
+                .iter()
+                .filter(|node| node.driver == "copy-on-read" && node.file.as_ref() == Some(below))
+                .map(|node| node.name.clone());
+            let filters: Vec<_> = filters.collect();
+            names.extend(filters);
+            at += 1;
+        }
+        names.split_off(1)
     }
 
     fn node_mut(&mut self, name: &str) -> Result<&mut Node> {

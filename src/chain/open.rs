@@ -23,7 +23,7 @@ use crate::error::{Action, Error, Result};
 use crate::format::qcow2::{self, Backing};
 use crate::format::{Format, Qcow2, Qed, Raw, probe};
 use crate::storage::file::OpenFlags;
-use crate::storage::{self, FileStorage, Storage};
+use crate::storage::{self, FileStorage, Storage, Window};
 
 /// Layers that a chain may have.
 const MAX_DEPTH: usize = 200;
@@ -143,21 +143,18 @@ impl Graph {
         descent: &mut Descent,
     ) -> Result<Node> {
         let file = self.node(&self.open_ref(&raw.file, descent).await?)?;
-        let storage = file.layer.storage.clone();
-        let len = storage_len(&*storage)?;
-        let size = match raw.size {
-            Some(size) if raw.offset.checked_add(size).is_none_or(|end| end > len) => {
-                return Err(Error::Invalid(format!(
-                    "The sum of offset ({}) and size ({size}) has to be smaller or equal to the \
-                     actual size of the containing file ({len})",
-                    raw.offset
-                )));
-            }
-            Some(size) => size,
-            None => len.saturating_sub(raw.offset),
-        };
-        let format = Format::Raw(Raw::new(raw.offset, size.next_multiple_of(512)));
-        Ok(make_node(name, "raw", options, format, &file, None))
+        let storage = Window::of(bytes(name, "raw", &file)?, raw.offset, raw.size)?;
+        // What a file's last sector lacks reads as zeros; a window has whole sectors.
+        let size = storage_len(&*storage)?.next_multiple_of(512);
+        let format = Format::Raw(Raw::new(size));
+        Ok(make_node(
+            name,
+            "raw",
+            options,
+            (format, storage),
+            &file,
+            None,
+        ))
     }
 
     async fn open_qcow2(
@@ -168,7 +165,7 @@ impl Graph {
         descent: &mut Descent,
     ) -> Result<Node> {
         let file = self.node(&self.open_ref(&qcow2.file, descent).await?)?;
-        let storage = file.layer.storage.clone();
+        let storage = bytes(name, "qcow2", &file)?;
         let header = qcow2::read_header(&*storage).await?;
         let data_file = match (&qcow2.data_file, &header.data_file) {
             (Some(node), _) => Some(self.open_ref(node, descent).await?),
@@ -182,7 +179,7 @@ impl Graph {
             (None, None) => None,
         };
         let data = match &data_file {
-            Some(node) => Some(self.node(node)?.layer.storage.clone()),
+            Some(node) => Some(bytes(name, "qcow2", &self.node(node)?)?),
             None => None,
         };
         let named = header.backing.clone();
@@ -195,11 +192,10 @@ impl Graph {
         let (image, backing) = (image?, backing?);
         let storage = image.data_storage().clone();
         let format = Format::Qcow2(Arc::new(image));
-        let node = make_node(name, "qcow2", options, format, &file, backing);
+        let node = make_node(name, "qcow2", options, (format, storage), &file, backing);
         Ok(Node {
             layer: Arc::new(Layer {
                 copy_on_read: qcow2.copy_on_read,
-                storage,
                 ..(*node.layer).clone()
             }),
             data_file,
@@ -215,13 +211,15 @@ impl Graph {
         descent: &mut Descent,
     ) -> Result<Node> {
         let file = self.node(&self.open_ref(&qed.file, descent).await?)?;
-        let image = Qed::open(file.layer.storage.clone()).await?;
+        let storage = bytes(name, "qed", &file)?;
+        let image = Qed::open(storage.clone()).await?;
         let named = image.backing().cloned();
         let backing = self
             .open_below(options, &file.filename, &qed.backing, named, descent)
             .await?;
         let format = Format::Qed(Arc::new(image));
-        Ok(make_node(name, "qed", options, format, &file, backing))
+        let laid_out = (format, storage);
+        Ok(make_node(name, "qed", options, laid_out, &file, backing))
     }
 
     /// Opens what lies under an image: what the options say, or what its header names.
@@ -298,7 +296,7 @@ impl Graph {
         origin: Origin,
     ) -> Result<String> {
         let file = self.open_ref(&auto.file, descent).await?;
-        let storage = self.node(&file)?.layer.storage.clone();
+        let storage = bytes(name, "a format to be found out", &self.node(&file)?)?;
         let start = storage::io::fetch(&*storage, 0, 512).await?;
         let file = BlockRef::Name(file);
         let driver = match probe(&start) {
@@ -330,14 +328,6 @@ impl Graph {
             ..options.clone()
         };
         self.open_node(&options, descent, origin).await
-    }
-
-    /// The options of the file node under `node`.
-    pub(super) fn file_options(&self, node: &Node) -> Result<BlockdevOptions> {
-        match &node.file {
-            Some(file) => Ok(self.node(file)?.options),
-            None => Ok(node.options.clone()),
-        }
     }
 }
 
@@ -425,7 +415,7 @@ fn open_file(
         },
         layer: Arc::new(Layer {
             name: name.to_owned(),
-            format: Format::Raw(Raw::new(0, size)),
+            format: Format::Raw(Raw::new(size)),
             storage,
             read_only: true,
             discard: options.discard == Discard::Unmap,
@@ -441,6 +431,25 @@ fn open_file(
     })
 }
 
+/// The bytes of node `file`, in which the image of node `above` is laid out.
+///
+/// # Errors
+/// The node's bytes are those of a disk that a format keeps: there is no storage that has them.
+fn bytes(above: &str, driver: &str, file: &Node) -> Result<Arc<dyn Storage>> {
+    match &file.layer.format {
+        Format::Raw(_) => Ok(file.layer.storage.clone()),
+        format => Err(Error::Invalid(format!(
+            "node '{above}' ({driver}) over node '{}' ({}): the disk inside a {} image cannot be \
+             the file of another node (expected a file, host_device or raw node; to serve the \
+             disk itself export '{}')",
+            file.name,
+            file.driver,
+            format.name(),
+            file.name
+        ))),
+    }
+}
+
 fn is_denied(error: &std::io::Error) -> bool {
     matches!(
         error.kind(),
@@ -452,7 +461,7 @@ fn make_node(
     name: &str,
     driver: &'static str,
     options: &BlockdevOptions,
-    format: Format,
+    (format, storage): (Format, Arc<dyn Storage>),
     file: &Node,
     backing: Option<String>,
 ) -> Node {
@@ -462,7 +471,7 @@ fn make_node(
         layer: Arc::new(Layer {
             name: name.to_owned(),
             format,
-            storage: file.layer.storage.clone(),
+            storage,
             read_only: true,
             discard: options.discard == Discard::Unmap,
             copy_on_read: false,

@@ -62,10 +62,7 @@ impl Graph {
         self.make_writable(name).await?;
         let chain = self.root(name)?.chain();
         match &chain.top().format {
-            Format::Raw(raw) if raw.start() == 0 => resize_raw(chain.top(), wanted).await,
-            Format::Raw(_) => Err(Error::Invalid(format!(
-                "{file}: a part of a file cannot be resized"
-            ))),
+            Format::Raw(_) => resize_raw(chain.top(), wanted).await,
             Format::Qcow2(_) if wanted.size >= old => grow(&chain, wanted, &in_force).await,
             Format::Qcow2(_) => shrink(&chain, wanted.size, &in_force).await,
             Format::Qed(_) => Err(Error::unsupported(file, "QED images are only read")),

@@ -8,10 +8,11 @@ use std::sync::Arc;
 use super::Layer;
 use super::graph::{Graph, Node};
 use super::open::{file_flags, image_options, text};
+use crate::config::Driver;
 use crate::error::{Error, Result};
 use crate::format::{Format, Qcow2};
 use crate::storage::file::OpenFlags;
-use crate::storage::{Access, FileStorage, Storage};
+use crate::storage::{Access, FileStorage, Storage, Window};
 
 impl Graph {
     /// Makes a node's image ready to be written: takes the writer's locks and opens it anew.
@@ -20,15 +21,16 @@ impl Graph {
     /// When the node is read-only, somebody else uses the image, or its state forbids it.
     pub async fn make_writable(&self, name: &str) -> Result<()> {
         let node = self.image_node(name)?;
+        // A filter may be read-only too.
+        if node.fixed_read_only || self.node(name)?.fixed_read_only {
+            return Err(Error::Invalid("Block node is read-only".into()));
+        }
         if !node.layer.read_only {
             return Ok(());
         }
-        if node.fixed_read_only {
-            return Err(Error::Invalid("Block node is read-only".into()));
-        }
         let (format, storage) = match &node.layer.format {
             Format::Raw(raw) => {
-                let storage = self.writable_storage(&node, &node.layer.storage)?;
+                let storage = self.writable_bytes(&node.name)?;
                 storage.set_access(Access::Write).map_err(text)?;
                 (Format::Raw(*raw), storage)
             }
@@ -55,9 +57,13 @@ impl Graph {
 
     /// Opens an image anew, to write it. When that fails, others may go on reading it.
     async fn reopen_qcow2(&self, node: &Node, image: &Qcow2) -> Result<Qcow2> {
-        let storage = self.writable_storage(node, image.storage())?;
+        let writable = |storage: &Arc<dyn Storage>, below: &Option<String>| match below {
+            Some(below) if !storage.writable() => self.writable_bytes(below),
+            _ => Ok(storage.clone()),
+        };
+        let storage = writable(image.storage(), &node.file)?;
         let data = match &node.data_file {
-            Some(data) => Some(self.writable_storage(&self.node(data)?, image.data_storage())?),
+            Some(_) => Some(writable(image.data_storage(), &node.data_file)?),
             None => None,
         };
         let files: Vec<_> = [&storage].into_iter().chain(&data).cloned().collect();
@@ -76,21 +82,30 @@ impl Graph {
         opened
     }
 
-    /// The file that a node is in, open for writing.
-    fn writable_storage(
-        &self,
-        node: &Node,
-        storage: &Arc<dyn Storage>,
-    ) -> Result<Arc<dyn Storage>> {
-        if storage.writable() {
-            return Ok(storage.clone());
+    /// The bytes of a node without a format of its own, open for writing: those of the file at the
+    /// bottom, through the same windows.
+    fn writable_bytes(&self, name: &str) -> Result<Arc<dyn Storage>> {
+        let node = self.node(name)?;
+        if node.fixed_read_only {
+            return Err(Error::Invalid(format!("Block node '{name}' is read-only")));
         }
-        let flags = OpenFlags {
-            writable: true,
-            ..file_flags(&self.file_options(node)?)
-        };
-        let storage = FileStorage::open(&node.filename, flags).map_err(text)?;
-        Ok(Arc::new(storage))
+        if node.layer.storage.writable() {
+            return Ok(node.layer.storage.clone());
+        }
+        match (&node.options.driver, &node.file) {
+            (Driver::Raw(raw), Some(file)) => {
+                Window::of(self.writable_bytes(file)?, raw.offset, raw.size)
+            }
+            (_, Some(file)) => self.writable_bytes(file),
+            (_, None) => {
+                let flags = OpenFlags {
+                    writable: true,
+                    ..file_flags(&node.options)
+                };
+                let storage = FileStorage::open(&node.filename, flags).map_err(text)?;
+                Ok(Arc::new(storage))
+            }
+        }
     }
 
     /// Gives a node's image back to its readers, since nobody writes it any longer.

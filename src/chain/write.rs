@@ -33,7 +33,7 @@ impl View {
     pub async fn write(self: Rc<Self>, offset: u64, bufs: IoBufs) -> Result<()> {
         let top = self.writable_top()?;
         match &top.format {
-            Format::Raw(raw) => top.store(raw.start() + offset, &bufs).await,
+            Format::Raw(_) => top.store(offset, &bufs).await,
             Format::Qcow2(qcow2) => self.write_qcow2(top, qcow2, offset, &bufs).await,
             Format::Qed(_) => Err(top.not_writable()),
         }
@@ -46,11 +46,11 @@ impl View {
     pub async fn write_zeroes(self: Rc<Self>, offset: u64, len: u64, unmap: bool) -> Result<()> {
         let top = self.writable_top()?;
         match &top.format {
-            Format::Raw(raw) => {
-                let at = raw.start() + offset;
-                storage::io::zero(&*top.storage, at, len, unmap && top.discard)
+            Format::Raw(_) => {
+                top.whole_blocks(offset, len)?;
+                storage::io::zero(&*top.storage, offset, len, unmap && top.discard)
                     .await
-                    .map_err(|error| top.io_error(Action::Write, at, &error))
+                    .map_err(|error| top.io_error(Action::Write, offset, &error))
             }
             Format::Qcow2(qcow2) => self.zero_qcow2(top, qcow2, offset, len, unmap).await,
             Format::Qed(_) => Err(top.not_writable()),
@@ -67,12 +67,9 @@ impl View {
             return Ok(());
         }
         match &top.format {
-            Format::Raw(raw) => {
-                let at = raw.start() + offset;
-                storage::io::discard(&*top.storage, at, len)
-                    .await
-                    .map_err(|error| top.io_error(Action::Write, at, &error))
-            }
+            Format::Raw(_) => storage::io::discard(&*top.storage, offset, len)
+                .await
+                .map_err(|error| top.io_error(Action::Write, offset, &error)),
             Format::Qcow2(qcow2) => self.discard_qcow2(top, qcow2, offset, len).await,
             Format::Qed(_) => Err(top.not_writable()),
         }
@@ -186,10 +183,13 @@ impl View {
     /// What of a part around new data must be copied: all of it, or nothing (an empty range at its
     /// end) where its new place reads as zeros and so did it.
     async fn to_copy(&self, layer: usize, fresh: bool, part: Range<u64>) -> Result<Range<u64>> {
-        let size = self.chain.layer(layer)?.format.size();
-        let within = part.end.min(size).saturating_sub(part.start);
-        let nothing =
-            part.is_empty() || (fresh && self.chain.is_zero(layer, part.start, within).await?);
+        let to = self.chain.layer(layer)?;
+        let within = part.end.min(to.format.size()).saturating_sub(part.start);
+        // Whole blocks are written: where the disk ends within one, the rest goes with it.
+        let block = to.storage.limits().offset_align.max(1);
+        let apart = part.start.is_multiple_of(block) && part.end.is_multiple_of(block);
+        let nothing = part.is_empty()
+            || (fresh && apart && self.chain.is_zero(layer, part.start, within).await?);
         Ok(if nothing { part.end..part.end } else { part })
     }
 
@@ -317,8 +317,24 @@ impl Layer {
         Error::Invalid(format!("node '{}' is read-only", self.name))
     }
 
+    /// Refuses a range of the storage that is not whole blocks: the rest of its blocks would have
+    /// to be read and written back, over what others write there meanwhile. Guests are told the
+    /// size of the blocks, and keep to it.
+    fn whole_blocks(&self, at: u64, len: u64) -> Result<()> {
+        let block = self.storage.limits().offset_align.max(1);
+        if at.is_multiple_of(block) && len.is_multiple_of(block) {
+            return Ok(());
+        }
+        Err(Error::Invalid(format!(
+            "{}: write of {len} bytes at offset {at}: not whole blocks (expected multiples of \
+             {block}, or cache.direct=off)",
+            self.storage.name()
+        )))
+    }
+
     /// Writes at an offset of the storage.
     pub(super) async fn store(&self, at: u64, bufs: &IoBufs) -> Result<()> {
+        self.whole_blocks(at, bufs.len() as u64)?;
         storage::io::write(&*self.storage, bufs, at)
             .await
             .map_err(|error| self.io_error(Action::Write, at, &error))

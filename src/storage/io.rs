@@ -31,6 +31,14 @@ async fn run(storage: &dyn Storage, op: Op<'_>) -> io::Result<u32> {
 /// # Errors
 /// What the storage reports.
 pub async fn read(storage: &dyn Storage, bufs: &IoBufs, offset: u64) -> io::Result<()> {
+    if let Some(end) = storage.capacity()?
+        && offset.saturating_add(bufs.len() as u64) > end
+    {
+        let within = end.saturating_sub(offset).min(bufs.len() as u64) as usize;
+        bufs.slice(within, bufs.len() - within).zero();
+        let within = bufs.slice(0, within);
+        return Box::pin(read(storage, &within, offset)).await;
+    }
     let limits = storage.limits();
     if !bufs.is_aligned(limits.memory_align)
         || !offset.is_multiple_of(limits.offset_align)

@@ -10,12 +10,14 @@ pub mod file;
 pub mod io;
 pub mod locking;
 pub mod memory;
+pub mod window;
 
 use crate::reactor::{Reactor, Token};
 
 pub use buffer::{AlignedBuf, IoBufs, ScratchBuf};
 pub use file::FileStorage;
 pub use locking::Access;
+pub use window::Window;
 
 /// An operation on storage.
 #[derive(Clone, Copy, Debug)]
@@ -92,6 +94,16 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// What the system reports.
     fn len(&self) -> std::io::Result<u64>;
+
+    /// The length that it has for good, as a block device does: nothing can be written behind it.
+    /// `None`: writes make it longer. Asked anew where space runs out, since an administrator may
+    /// have made the device larger.
+    ///
+    /// # Errors
+    /// What the system reports.
+    fn capacity(&self) -> std::io::Result<Option<u64>> {
+        Ok(None)
+    }
 
     /// Sets the length; new bytes read as zeros.
     ///

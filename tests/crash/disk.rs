@@ -251,7 +251,7 @@ impl Disk {
                 at += 1;
             }
             let size = (self.recipe.sectors * SECTOR) as u64;
-            layers.push(layer(Format::Raw(Raw::new(0, size)), file(at), true));
+            layers.push(layer(Format::Raw(Raw::new(size)), file(at), true));
         }
         let chain = Arc::new(Chain::new(layers)?);
         Ok(Opened { image, chain })

@@ -5,6 +5,7 @@
 
 #[path = "../common/bitmaps.rs"]
 mod bitmaps;
+mod blocks;
 mod cuts;
 mod disk;
 mod faults;

@@ -13,6 +13,7 @@ mod faults;
 mod features;
 mod matrix;
 mod model;
+mod pairs;
 mod powercut;
 mod random;
 mod refusals;

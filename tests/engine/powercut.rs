@@ -84,7 +84,7 @@ fn open(reactor: &Reactor, top: Arc<MemoryStorage>, base: &[u8], writable: bool)
         let storage = Arc::new(MemoryStorage::new(base.to_vec()));
         layers.push(layer(
             "base",
-            Format::Raw(Raw::new(0, SIZE as u64)),
+            Format::Raw(Raw::new(SIZE as u64)),
             storage,
             true,
         ));

@@ -122,7 +122,7 @@ fn open(
     let image = Arc::new(reactor.block_on(image).unwrap());
     let mut layers = vec![layer("top", Format::Qcow2(image), storage.clone())];
     if let Some(base) = base {
-        let raw = Format::Raw(Raw::new(0, base.len() as u64));
+        let raw = Format::Raw(Raw::new(base.len() as u64));
         let storage = Arc::new(MemoryStorage::new(base.to_vec()));
         layers.push(layer("base", raw, storage));
     }

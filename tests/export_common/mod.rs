@@ -51,7 +51,7 @@ impl Place {
 pub fn raw_root(storage: Arc<dyn Storage>, size: u64, read_only: bool) -> Arc<Root> {
     let layer = Layer {
         name: "node0".into(),
-        format: Format::Raw(Raw::new(0, size)),
+        format: Format::Raw(Raw::new(size)),
         storage,
         read_only,
         discard: true,

@@ -167,7 +167,7 @@ fn words_of_an_entry_change_together() {
 fn chain(number: usize) -> Arc<Chain> {
     let layer = Layer {
         name: number.to_string(),
-        format: Format::Raw(Raw::new(0, 512)),
+        format: Format::Raw(Raw::new(512)),
         storage: Disk::new(vec![0; 512]),
         read_only: false,
         discard: false,
