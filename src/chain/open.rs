@@ -23,7 +23,7 @@ use crate::error::{Action, Error, Result};
 use crate::format::qcow2::{self, Backing};
 use crate::format::{Format, Qcow2, Qed, Raw, probe};
 use crate::storage::file::OpenFlags;
-use crate::storage::{self, FileStorage, Storage, Window};
+use crate::storage::{FileStorage, Storage, Window};
 
 /// Layers that a chain may have.
 const MAX_DEPTH: usize = 200;
@@ -297,9 +297,9 @@ impl Graph {
     ) -> Result<String> {
         let file = self.open_ref(&auto.file, descent).await?;
         let storage = bytes(name, "a format to be found out", &self.node(&file)?)?;
-        let start = storage::io::fetch(&*storage, 0, 512).await?;
+        let detected = probe::detect_in(&*storage).await?;
         let file = BlockRef::Name(file);
-        let driver = match probe(&start) {
+        let driver = match detected.supported(storage.name())? {
             "qcow2" => {
                 let mut qcow2 = Qcow2Options::new(file);
                 qcow2.copy_on_read = auto.copy_on_read;

@@ -4,6 +4,7 @@
 //! metadata must be loaded first ([`Format::load`]), and never waits.
 
 pub mod directory;
+pub mod probe;
 pub mod qcow2;
 pub mod qed;
 pub mod raw;
@@ -15,18 +16,6 @@ use crate::error::Result;
 pub use qcow2::Qcow2;
 pub use qed::Qed;
 pub use raw::Raw;
-
-/// The format of an image by its first sector: `raw` is what looks like no other.
-#[must_use]
-pub fn probe(start: &[u8]) -> &'static str {
-    if qcow2::header::probe(start) {
-        "qcow2"
-    } else if qed::probe(start) {
-        "qed"
-    } else {
-        "raw"
-    }
-}
 
 /// Where the bytes of an extent are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

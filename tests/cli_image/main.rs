@@ -8,6 +8,7 @@ mod bitmaps;
 mod compare;
 mod create;
 mod describe;
+mod foreign;
 mod rebase;
 mod resize;
 mod tools;

@@ -11,6 +11,7 @@ mod damaged;
 mod differential;
 mod faults;
 mod features;
+mod foreign;
 mod matrix;
 mod model;
 mod pairs;

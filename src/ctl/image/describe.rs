@@ -1,11 +1,12 @@
 //! What an image's header says, in the form of `qemu-img info --output=json`.
 
-use super::open::{Purpose, common as common_options, probe};
+use super::open::{Purpose, common as common_options, detect};
 use super::snapshot;
 use crate::chain::backing_options;
 use crate::chain::graph::resolve;
 use crate::config::{BlockRef, BlockdevOptions, Driver};
 use crate::error::{Action, Error, Result};
+use crate::format::probe::Detected;
 use crate::format::qcow2::header::{Backing, Encryption, INCOMPATIBLE_DIRTY};
 use crate::format::qcow2::{bitmaps, describe_header, format_specific, luks};
 use crate::format::{Format, Qed};
@@ -26,10 +27,11 @@ pub struct Described {
 
 /// Describes the image in `path`; nothing under it is opened, and it may be in use.
 pub async fn describe(path: &Path, format: Option<&str>) -> Result<Described> {
-    let format = match format {
-        Some(format) => format,
-        None => probe(path)?,
+    let detected = match format {
+        Some(_) => Detected::Raw,
+        None => detect(path)?,
     };
+    let format = format.unwrap_or_else(|| detected.driver());
     let flags = OpenFlags {
         force_share: true,
         ..OpenFlags::default()
@@ -58,6 +60,11 @@ pub async fn describe(path: &Path, format: Option<&str>) -> Result<Described> {
             common(&mut value, &file, "qed", image.size(), cluster);
             value.insert("dirty-flag".to_owned(), json!(false));
             backing
+        }
+        other if matches!(detected, Detected::Foreign(_)) => {
+            // Its size is inside, in a form that is not known here.
+            foreign(&mut value, &file, other);
+            None
         }
         other => {
             return Err(Error::Invalid(format!(
@@ -124,6 +131,13 @@ fn common(
     if let Some(cluster) = cluster {
         value.insert("cluster-size".to_owned(), json!(cluster));
     }
+    value.insert("format".to_owned(), json!(format));
+    value.insert("actual-size".to_owned(), json!(file.allocated));
+}
+
+/// An image of a format that is not supported: its file is all there is to say of it.
+fn foreign(value: &mut Map<String, Value>, file: &FileInfo, format: &str) {
+    value.insert("filename".to_owned(), json!(file.name));
     value.insert("format".to_owned(), json!(format));
     value.insert("actual-size".to_owned(), json!(file.allocated));
 }

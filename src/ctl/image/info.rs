@@ -79,10 +79,12 @@ fn flag(value: &Value, key: &str) -> bool {
 
 /// As `qemu-img info` has it.
 fn write_image(value: &Value, out: &mut dyn Write) -> io::Result<()> {
-    let size = number(value, "virtual-size");
     writeln!(out, "image: {}", text(value, "filename").unwrap_or("?"))?;
     writeln!(out, "file format: {}", text(value, "format").unwrap_or("?"))?;
-    writeln!(out, "virtual size: {} ({size} bytes)", units::bytes(size))?;
+    match value.get("virtual-size").and_then(Value::as_u64) {
+        Some(size) => writeln!(out, "virtual size: {} ({size} bytes)", units::bytes(size))?,
+        None => writeln!(out, "virtual size: unknown (the format is not supported)")?,
+    }
     let used = units::bytes(number(value, "actual-size"));
     writeln!(out, "disk size: {used}")?;
     if flag(value, "encrypted") {

@@ -4,10 +4,11 @@ use crate::chain::{Chain, Graph, layer_options};
 use crate::config::{AutoOptions, BackingRef, BlockRef, BlockdevOptions, Discard, Driver};
 use crate::error::{Error, Result, errno_text};
 use crate::format;
+use crate::format::probe::{Detected, END, START};
 use crate::reactor::Reactor;
 use std::fs::File;
 use std::future::Future;
-use std::io::Read;
+use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -108,14 +109,32 @@ pub fn common(purpose: Purpose) -> BlockdevOptions {
     }
 }
 
-/// The format of the image in `path`, by its first bytes.
+/// The format of the image in `path`, by looking at it.
+///
+/// # Errors
+/// When it cannot be read, or is of a format that is not supported.
 pub fn probe(path: &Path) -> Result<&'static str> {
+    detect(path)?.supported(&path.display().to_string())
+}
+
+/// The format of the image in `path`, whether or not it is supported.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn detect(path: &Path) -> Result<Detected> {
     let failed = |error: std::io::Error| {
         let text = errno_text(error.raw_os_error().unwrap_or(libc::EIO));
         Error::Invalid(format!("Could not open '{}': {text}", path.display()))
     };
-    let mut start = Vec::new();
-    let file = File::open(path).map_err(failed)?;
-    file.take(512).read_to_end(&mut start).map_err(failed)?;
-    Ok(format::probe(&start))
+    let mut file = File::open(path).map_err(failed)?;
+    let len = file.seek(SeekFrom::End(0)).map_err(failed)?;
+    let mut part = |offset, len: usize| {
+        let mut bytes = Vec::new();
+        file.seek(SeekFrom::Start(offset))?;
+        (&mut file).take(len as u64).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    let start = part(0, START).map_err(failed)?;
+    let end = part(len.saturating_sub(END as u64), END).map_err(failed)?;
+    Ok(format::probe::detect(&start, &end, len))
 }
