@@ -17,6 +17,7 @@
 //! (metadata to load, clusters to allocate, copy or decompress) takes the `async` functions of
 //! [`View`], as a task on the same thread.
 
+mod below;
 mod copy;
 pub mod graph;
 mod open;
@@ -38,9 +39,9 @@ use crate::grace::{EraCache, Grace, LocalEra};
 use crate::storage::{self, Limits, Storage};
 use crate::sync::{self, ArcSwap};
 
+pub use below::{backing_options, layer_options};
 pub use copy::{Copied, Span};
 pub use graph::Graph;
-pub use open::{backing_options, layer_options};
 pub use status::Status;
 
 /// How many pieces a request is cut into before it takes the slow path.

@@ -6,24 +6,23 @@
 
 use std::collections::HashSet;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
-use futures_util::future::LocalBoxFuture;
-use serde_json::{Map, Value, json};
-
 use super::Layer;
-use super::graph::{Graph, Node, filter_layer, resolve};
+use super::below::{backing_options, file_named};
+use super::graph::{Graph, Node, filter_layer};
 use super::together::Place;
 use crate::config::{
-    AutoOptions, BackingRef, BlockRef, BlockdevOptions, Dialect, Discard, Driver, FileOptions,
-    Locking, Qcow2Options, QedOptions, RawOptions,
+    AutoOptions, BackingRef, BlockRef, BlockdevOptions, Discard, Driver, FileOptions, Locking,
+    Qcow2Options, QedOptions, RawOptions,
 };
 use crate::error::{Action, Error, Result};
 use crate::format::qcow2::{self, Backing};
 use crate::format::{Format, Qcow2, Qed, Raw, probe};
 use crate::storage::file::OpenFlags;
 use crate::storage::{FileStorage, Storage, Window};
+use futures_util::future::LocalBoxFuture;
 
 /// Layers that a chain may have.
 const MAX_DEPTH: usize = 200;
@@ -170,7 +169,7 @@ impl Graph {
         let data_file = match (&qcow2.data_file, &header.data_file) {
             (Some(node), _) => Some(self.open_ref(node, descent).await?),
             (None, Some(name)) => {
-                let path = backing_path(&file.filename, name)?;
+                let path = file_named(&file.filename, name, "data file")?;
                 let node = BlockRef::Inline(Box::new(options.child_file(&path)));
                 Some(self.open_ref(&node, descent).await.map_err(|error| {
                     Error::Invalid(format!("Could not open data file: {error}"))
@@ -484,116 +483,4 @@ fn make_node(
         implicit: false,
         fixed_read_only: false,
     }
-}
-
-/// The options of the node for a backing file that the header of the file `image` names; `above`
-/// are those of its own node.
-///
-/// # Errors
-/// When the name or the format makes no sense.
-pub fn backing_options(
-    above: &BlockdevOptions,
-    image: &Path,
-    backing: &Backing,
-) -> Result<BlockdevOptions> {
-    if let Some(json) = backing.name.strip_prefix("json:") {
-        let value = serde_json::from_str(json)
-            .map_err(|error| Error::Invalid(format!("backing file name '{json}': {error}")))?;
-        let mut value = nested(value);
-        if let Value::Object(map) = &mut value
-            && let Some(format) = &backing.format
-        {
-            map.entry("driver").or_insert_with(|| json!(format));
-        }
-        let mut options = BlockdevOptions::from_nested(&value, above, Dialect::Json)
-            .map_err(|error| Error::Invalid(error.to_string()))?;
-        options.read_only = true;
-        return Ok(options);
-    }
-    let path = backing_path(image, &backing.name)?;
-    let placeholder = above.backing_node(Driver::Auto(AutoOptions {
-        file: BlockRef::Name(String::new()),
-        copy_on_read: false,
-    }));
-    layer_options(placeholder, &path, backing.format.as_deref())
-}
-
-/// An object whose keys may be paths (`file.filename`), as QEMU has them in `json:` names, with
-/// objects in their place.
-fn nested(value: Value) -> Value {
-    let Value::Object(flat) = value else {
-        return value;
-    };
-    let mut map = Map::new();
-    for (path, value) in flat {
-        let mut place = &mut map;
-        let mut keys = path.split('.').peekable();
-        while let Some(key) = keys.next() {
-            if keys.peek().is_none() {
-                place.insert(key.to_owned(), nested(value));
-                break;
-            }
-            let inner = place
-                .entry(key)
-                .or_insert_with(|| Value::Object(Map::new()));
-            if !inner.is_object() {
-                *inner = Value::Object(Map::new());
-            }
-            let Value::Object(inner) = inner else { break };
-            place = inner;
-        }
-    }
-    Value::Object(map)
-}
-
-/// The options of a node for the image in the file `path`: a node of `format` (probed if there is
-/// none) over a file node. For all else both follow `common`, whose driver does not count.
-///
-/// # Errors
-/// A format that is not known.
-pub fn layer_options(
-    common: BlockdevOptions,
-    path: &Path,
-    format: Option<&str>,
-) -> Result<BlockdevOptions> {
-    let file = BlockRef::Inline(Box::new(common.child_file(path)));
-    let driver = match format {
-        Some("raw" | "file" | "host_device") => Driver::Raw(RawOptions {
-            file,
-            offset: 0,
-            size: None,
-        }),
-        Some("qcow2") => Driver::Qcow2(Box::new(Qcow2Options::new(file))),
-        Some("qed") => Driver::Qed(QedOptions {
-            file,
-            backing: BackingRef::Default,
-        }),
-        None => Driver::Auto(AutoOptions {
-            file,
-            copy_on_read: false,
-        }),
-        Some(other) => {
-            return Err(Error::Invalid(format!(
-                "{}: Unknown driver '{other}' (expected raw, qcow2 or qed)",
-                path.display()
-            )));
-        }
-    };
-    Ok(BlockdevOptions { driver, ..common })
-}
-
-/// The path that a backing file's name stands for.
-fn backing_path(image: &Path, name: &str) -> Result<PathBuf> {
-    let plain = name.strip_prefix("file:").unwrap_or(name);
-    let protocol = name.split_once(':').map(|(protocol, _)| protocol);
-    if let Some(protocol) = protocol
-        && plain == name
-        && !protocol.is_empty()
-        && !protocol.contains('/')
-    {
-        return Err(Error::Invalid(format!(
-            "'{name}': Unknown protocol '{protocol}' (expected a file)"
-        )));
-    }
-    Ok(resolve(image, plain))
 }

@@ -1,6 +1,5 @@
 //! The stream job's source on real chains.
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use futures_util::future::LocalBoxFuture;
@@ -8,7 +7,7 @@ use futures_util::future::LocalBoxFuture;
 use super::Exports;
 use super::guests::Guests;
 
-use crate::chain::graph::Node;
+use crate::chain::graph::{Node, resolve};
 use crate::chain::{Chain, Graph, Root, Span, Status, View};
 use crate::control::backend::StreamSpec;
 use crate::error::{Error, Result};
@@ -115,10 +114,38 @@ impl GraphSource {
             return Err(Error::Invalid(format!("base '{base}' has left the chain")));
         };
         let above = at.checked_sub(1).and_then(|index| nodes.get(index));
+        let name = match name.or(self.named_above(target, node, above)?) {
+            Some(name) => name,
+            None => self.graph.header_name(base)?,
+        };
         Ok(Backing {
-            name: name.unwrap_or_else(|| backing_name(target, node, above)),
+            name,
             format: Some(format_name(node).to_owned()),
         })
+    }
+
+    /// The name of `base` in the header of the image above it, if it means that node, and the same
+    /// from the folder of `target`.
+    fn named_above(
+        &self,
+        target: &Node,
+        base: &Node,
+        above: Option<&Node>,
+    ) -> Result<Option<String>> {
+        let Some(above) = above.filter(|above| above.filename.parent() == target.filename.parent())
+        else {
+            return Ok(None);
+        };
+        let Format::Qcow2(image) = &above.layer.format else {
+            return Ok(None);
+        };
+        let Some(backing) = image.backing() else {
+            return Ok(None);
+        };
+        // The options may have put another node there than the header names.
+        let means_it = resolve(&above.filename, &backing.name) == base.filename
+            && self.graph.is_whole_file(base)?;
+        Ok(means_it.then_some(backing.name))
     }
 }
 
@@ -129,22 +156,6 @@ fn format_name(node: &Node) -> &'static str {
         "qed" => "qed",
         _ => "raw",
     }
-}
-
-/// How the header of `target` is to name `base`: as the image above it did, if the name means
-/// the same from here, otherwise by an absolute path.
-fn backing_name(target: &Node, base: &Node, above: Option<&Node>) -> String {
-    let folder = |node: &Node| node.filename.parent().map(Path::to_owned);
-    if let Some(above) = above
-        && folder(above) == folder(target)
-        && let Format::Qcow2(image) = &above.layer.format
-        && let Some(backing) = image.backing()
-    {
-        return backing.name;
-    }
-    let path: PathBuf =
-        std::path::absolute(&base.filename).unwrap_or_else(|_| base.filename.clone());
-    path.display().to_string()
 }
 
 fn job_error(error: &Error) -> JobIoError {

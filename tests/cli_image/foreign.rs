@@ -103,3 +103,36 @@ fn tools_refuse_what_they_do_not_understand() {
         );
     }
 }
+
+/// A header that leads elsewhere.
+#[test]
+fn tools_follow_no_header_to_another_host() {
+    let dir = Dir::new();
+    dir.qemu(&["create", "-q", "-f", "raw", "disk", "4M"]);
+    let nbd = r#"json:{"driver":"raw","file":{"driver":"nbd","path":"/nothing"}}"#;
+    for name in ["nbd://localhost:1/x", "http://localhost:1/x", nbd] {
+        dir.qemu(&["create", "-q", "-f", "qcow2", "image", "4M"]);
+        dir.qemu(&[
+            "rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", name, "image",
+        ]);
+        let before = std::fs::read(dir.path("image")).unwrap();
+        for args in [
+            &["map", "image"][..],
+            &["compare", "image", "disk"],
+            &["resize", "image", "8M"],
+            &["rebase", "image"],
+            &["info", "--backing-chain", "image"],
+            &["create", "-f", "qcow2", "-b", name, "-F", "raw", "new"],
+        ] {
+            let output = dir.image(args);
+            let said = errors(&output);
+            assert!(!output.status.success(), "{args:?} succeeded");
+            assert!(said.contains("remote"), "{args:?}: {said}");
+            assert!(std::fs::read(dir.path("image")).unwrap() == before);
+        }
+        assert!(!dir.path("new").exists());
+        // What it names can be seen, and taken out.
+        assert_eq!(dir.ctl_json(&["info", "image"])["backing-filename"], name);
+        dir.ctl(&["set-backing", "image", ""]);
+    }
+}

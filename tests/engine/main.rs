@@ -12,6 +12,7 @@ mod differential;
 mod faults;
 mod features;
 mod foreign;
+mod headers;
 mod matrix;
 mod model;
 mod pairs;

@@ -89,7 +89,7 @@ fn chains_that_loop_or_lead_nowhere_are_refused() {
     rebase(&a, "qcow2", "b.qcow2");
     refused(&b, "loop");
     rebase(&a, "raw", "nbd://localhost/x");
-    refused(&a, "Unknown protocol 'nbd'");
+    refused(&a, "names a remote backing file");
     rebase(&a, "raw", "missing.raw");
     refused(&a, "No such file or directory");
 }

@@ -1,0 +1,263 @@
+//! What lies under an image according to its header, and how a header is to name a node.
+//!
+//! A header comes from whoever wrote the image, a guest perhaps. It names local image files, as
+//! QEMU's own images do, and nothing else: no other host, no program, no node of another disk, and
+//! no option that changes what is durable, or who may use the file.
+
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+
+use super::graph::{Graph, Node, resolve};
+use crate::config::{
+    AutoOptions, BackingRef, BlockRef, BlockdevOptions, Dialect, Driver, Qcow2Options, QedOptions,
+    RawOptions,
+};
+use crate::error::{Error, Result};
+use crate::format::qcow2::Backing;
+
+/// Drivers of nodes that lead out of this machine.
+const REMOTE: &[&str] = &[
+    "nbd", "http", "https", "ftp", "ftps", "rbd", "ssh", "iscsi", "iser", "gluster", "nfs",
+    "sheepdog", "tftp", "vxhs", "s3",
+];
+
+/// What a `json:` name may say: what QEMU writes into one, and so what makes the bytes.
+const DRIVERS: &[&str] = &["file", "host_device", "raw", "qcow2", "qed"];
+const CHILDREN: &[&str] = &["file", "backing", "data-file"];
+const KEYS: &[&str] = &["driver", "filename", "offset", "size"];
+/// Nodes inside nodes that a name may have.
+const MAX_NESTED: usize = 8;
+
+/// The options of the node for a backing file that the header of the file `image` names; `above`
+/// are those of its own node.
+///
+/// # Errors
+/// When the name or the format makes no sense, or the name leads elsewhere than to local files.
+pub fn backing_options(
+    above: &BlockdevOptions,
+    image: &Path,
+    backing: &Backing,
+) -> Result<BlockdevOptions> {
+    if let Some(json) = backing.name.strip_prefix("json:") {
+        let value = serde_json::from_str(json)
+            .map_err(|error| Error::Invalid(format!("backing file name '{json}': {error}")))?;
+        let mut value = nested(value);
+        if let Value::Object(map) = &mut value
+            && let Some(format) = &backing.format
+        {
+            map.entry("driver").or_insert_with(|| json!(format));
+        }
+        check_named(image, &value, MAX_NESTED)?;
+        let mut options = BlockdevOptions::from_nested(&value, above, Dialect::Json)
+            .map_err(|error| Error::Invalid(error.to_string()))?;
+        options.read_only = true;
+        return Ok(options);
+    }
+    let path = file_named(image, &backing.name, "backing file")?;
+    let placeholder = above.backing_node(Driver::Auto(AutoOptions {
+        file: BlockRef::Name(String::new()),
+        copy_on_read: false,
+    }));
+    layer_options(placeholder, &path, backing.format.as_deref())
+}
+
+/// Refuses what a `json:` name must not say.
+fn check_named(image: &Path, value: &Value, depth: usize) -> Result<()> {
+    let refused = |what: String| {
+        Err(Error::Invalid(format!(
+            "{}: the image's header names a backing file by 'json:', {what} (to use it all the \
+             same, name it in the image's 'backing' option)",
+            image.display()
+        )))
+    };
+    let Value::Object(map) = value else {
+        return refused("which holds no object".into());
+    };
+    if depth == 0 {
+        return refused(format!("with nodes nested more than {MAX_NESTED} deep"));
+    }
+    match map.get("driver") {
+        Some(Value::String(driver)) if REMOTE.contains(&driver.as_str()) => {
+            return refused(format!("a remote one, by driver '{driver}'"));
+        }
+        Some(Value::String(driver)) if !DRIVERS.contains(&driver.as_str()) => {
+            return refused(format!(
+                "with driver '{driver}' (expected one of: {})",
+                DRIVERS.join(", ")
+            ));
+        }
+        _ => {}
+    }
+    for (key, value) in map {
+        let child = CHILDREN.contains(&key.as_str());
+        match value {
+            Value::Object(_) if child => check_named(image, value, depth - 1)?,
+            Value::Null if key == "backing" => {}
+            Value::String(name) if child => {
+                return refused(format!(
+                    "with node '{name}' as its '{key}', which is another's"
+                ));
+            }
+            _ if child || !KEYS.contains(&key.as_str()) => {
+                return refused(format!("with '{key}', which is not for headers"));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// An object whose keys may be paths (`file.filename`), as QEMU has them in `json:` names, with
+/// objects in their place.
+fn nested(value: Value) -> Value {
+    let Value::Object(flat) = value else {
+        return value;
+    };
+    let mut map = Map::new();
+    for (path, value) in flat {
+        let mut place = &mut map;
+        let mut keys = path.split('.').peekable();
+        while let Some(key) = keys.next() {
+            if keys.peek().is_none() {
+                place.insert(key.to_owned(), nested(value));
+                break;
+            }
+            let inner = place
+                .entry(key)
+                .or_insert_with(|| Value::Object(Map::new()));
+            if !inner.is_object() {
+                *inner = Value::Object(Map::new());
+            }
+            let Value::Object(inner) = inner else { break };
+            place = inner;
+        }
+    }
+    Value::Object(map)
+}
+
+/// The options of a node for the image in the file `path`: a node of `format` (probed if there is
+/// none) over a file node. For all else both follow `common`, whose driver does not count.
+///
+/// # Errors
+/// A format that is not known.
+pub fn layer_options(
+    common: BlockdevOptions,
+    path: &Path,
+    format: Option<&str>,
+) -> Result<BlockdevOptions> {
+    let file = BlockRef::Inline(Box::new(common.child_file(path)));
+    let driver = match format {
+        Some("raw" | "file" | "host_device") => Driver::Raw(RawOptions {
+            file,
+            offset: 0,
+            size: None,
+        }),
+        Some("qcow2") => Driver::Qcow2(Box::new(Qcow2Options::new(file))),
+        Some("qed") => Driver::Qed(QedOptions {
+            file,
+            backing: BackingRef::Default,
+        }),
+        None => Driver::Auto(AutoOptions {
+            file,
+            copy_on_read: false,
+        }),
+        Some(other) => {
+            return Err(Error::Invalid(format!(
+                "{}: Unknown driver '{other}' (expected raw, qcow2 or qed)",
+                path.display()
+            )));
+        }
+    };
+    Ok(BlockdevOptions { driver, ..common })
+}
+
+/// The path of the file that the header of `image` names as its `what`.
+pub(super) fn file_named(image: &Path, name: &str, what: &str) -> Result<PathBuf> {
+    let plain = name.strip_prefix("file:").unwrap_or(name);
+    let protocol = name.split_once(':').map(|(protocol, _)| protocol);
+    if let Some(protocol) = protocol
+        && plain == name
+        && !protocol.is_empty()
+        && !protocol.contains('/')
+    {
+        let scheme = protocol.split('+').next().unwrap_or(protocol);
+        let kind = if REMOTE.contains(&scheme) {
+            format!("a remote {what}")
+        } else {
+            format!("a {what} with the protocol '{protocol}'")
+        };
+        return Err(Error::Invalid(format!(
+            "{}: the image's header names {kind}: '{name}' (expected a local file)",
+            image.display()
+        )));
+    }
+    let path = resolve(image, plain);
+    // To open other special files is to do something to them.
+    if let Ok(stat) = std::fs::metadata(&path)
+        && !stat.is_file()
+        && !stat.file_type().is_block_device()
+    {
+        return Err(Error::Invalid(format!(
+            "Could not open '{}': not a file or a block device",
+            path.display()
+        )));
+    }
+    Ok(path)
+}
+
+impl Graph {
+    /// How the header of an image in another folder is to name node `name`: by the path of its
+    /// file, if an image of the node's format in that file is all there is to it.
+    ///
+    /// # Errors
+    /// When a node does not exist.
+    pub fn header_name(&self, name: &str) -> Result<String> {
+        let node = self.image_node(name)?;
+        let path = std::path::absolute(&node.filename).unwrap_or_else(|_| node.filename.clone());
+        if self.is_whole_file(&node)? {
+            return Ok(path.display().to_string());
+        }
+        Ok(format!("json:{}", self.described(&node)?))
+    }
+
+    /// Whether a node's image takes up a file from its beginning to its end.
+    ///
+    /// # Errors
+    /// When a node does not exist.
+    pub fn is_whole_file(&self, node: &Node) -> Result<bool> {
+        let window = match &node.options.driver {
+            Driver::Raw(raw) => raw.offset != 0 || raw.size.is_some(),
+            _ => false,
+        };
+        match &node.file {
+            _ if window => Ok(false),
+            Some(file) => self.is_whole_file(&self.node(file)?),
+            None => Ok(true),
+        }
+    }
+
+    /// What makes the bytes of a node, in the form of its options.
+    fn described(&self, node: &Node) -> Result<Value> {
+        let mut value = json!({"driver": node.driver});
+        match (&node.options.driver, &node.file) {
+            (_, None) => {
+                let path = std::path::absolute(&node.filename);
+                let path = path.unwrap_or_else(|_| node.filename.clone());
+                value["filename"] = json!(path.display().to_string());
+            }
+            (Driver::CopyOnRead(_), Some(file)) => return self.described(&self.node(file)?),
+            (driver, Some(file)) => {
+                value["file"] = self.described(&self.node(file)?)?;
+                if let Driver::Raw(raw) = driver {
+                    value["offset"] = json!(raw.offset);
+                    if let Some(size) = raw.size {
+                        value["size"] = json!(size);
+                    }
+                }
+            }
+        }
+        Ok(value)
+    }
+}
