@@ -40,6 +40,19 @@ pub struct Node {
     pub fixed_read_only: bool,
 }
 
+impl Node {
+    /// The nodes under it, each with its role.
+    fn children(&self) -> impl Iterator<Item = (&str, &'static str)> {
+        // A filter has its child's chain, and one child.
+        let own = self.driver != "copy-on-read";
+        let of_its_own = [(&self.data_file, "data-file"), (&self.backing, "backing")];
+        let of_its_own = of_its_own.into_iter().filter(move |_| own);
+        std::iter::once((&self.file, "file"))
+            .chain(of_its_own)
+            .filter_map(|(below, role)| Some((below.as_deref()?, role)))
+    }
+}
+
 /// All nodes, and the disks that hang on them.
 #[derive(Debug, Default)]
 pub struct Graph {
@@ -84,6 +97,50 @@ impl State {
             .iter_mut()
             .find(|node| node.name == name)
             .ok_or_else(|| Error::Invalid(format!("Cannot find node '{name}'")))
+    }
+
+    /// The nodes that are over `name`, each with its child's role.
+    fn over<'a>(&'a self, name: &'a str) -> impl Iterator<Item = (&'a Node, &'static str)> {
+        self.nodes.iter().flat_map(move |node| {
+            let to_it = node.children().filter(move |(below, _)| *below == name);
+            to_it.map(move |(_, role)| (node, role))
+        })
+    }
+
+    /// Whether `node` lets others write what it has as `role`: an image does not let anybody change
+    /// the bytes that it is laid out in, nor does what passes them on to one.
+    fn shares_writes(&self, node: &Node, role: &str) -> bool {
+        let passes_on = role == "backing" || matches!(node.driver, "raw" | "copy-on-read");
+        passes_on
+            && self
+                .over(&node.name)
+                .all(|(above, role)| self.shares_writes(above, role))
+    }
+
+    /// Refuses that `name` is written, in QEMU's words, if another node relies on bytes that
+    /// change with it. `by` is the node whose write it is, `None` for one that is asked for.
+    fn check_write(&self, name: &str, by: Option<&Node>) -> Result<()> {
+        let rival = self.over(name).find(|(node, role)| {
+            by.is_none_or(|by| by.name != node.name) && !self.shares_writes(node, role)
+        });
+        if let Some((node, role)) = rival {
+            let child = by.and_then(|by| by.children().find(|(below, _)| *below == name));
+            let child = child.map_or("root", |(_, role)| role);
+            let who = match by {
+                Some(by) => format!("node '{}'", by.name),
+                None => "an unnamed block device".to_owned(),
+            };
+            return Err(Error::Invalid(format!(
+                "Permission conflict on node '{name}': permissions 'write' are both required by \
+                 {who} (uses node '{name}' as '{child}' child) and unshared by node '{}' (uses \
+                 node '{name}' as '{role}' child).",
+                node.name
+            )));
+        }
+        let node = self.node(name)?;
+        node.children()
+            .filter(|(_, role)| *role != "backing")
+            .try_for_each(|(below, _)| self.check_write(below, Some(node)))
     }
 
     /// The nodes that supply a disk's bytes, top first: filters stand for what they filter.
@@ -194,6 +251,15 @@ impl Graph {
             node = self.node(file)?;
         }
         Ok(node)
+    }
+
+    /// Refuses that node `name` is written, if another one relies on its bytes, or on those that
+    /// it is laid out in.
+    ///
+    /// # Errors
+    /// When that is so, naming the other one; or there is no such node.
+    pub(super) fn check_write(&self, name: &str) -> Result<()> {
+        self.state.lock().check_write(name, None)
     }
 
     /// All nodes as they are now.

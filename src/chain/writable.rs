@@ -20,6 +20,7 @@ impl Graph {
     /// # Errors
     /// When the node is read-only, somebody else uses the image, or its state forbids it.
     pub async fn make_writable(&self, name: &str) -> Result<()> {
+        self.check_write(name)?;
         let node = self.image_node(name)?;
         // A filter may be read-only too.
         if node.fixed_read_only || self.node(name)?.fixed_read_only {

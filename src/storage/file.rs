@@ -167,7 +167,7 @@ impl FileStorage {
 
 impl Drop for FileStorage {
     fn drop(&mut self) {
-        if !self.block_device && !self.flags.no_lock {
+        if !self.flags.no_lock {
             locking::unlock(&self.file);
         }
     }
@@ -265,7 +265,7 @@ impl Storage for FileStorage {
     }
 
     fn set_access(&self, access: Access) -> io::Result<()> {
-        if self.block_device || self.flags.no_lock {
+        if self.flags.no_lock {
             return Ok(());
         }
         locking::lock(&self.file, access, Path::new(&self.name))

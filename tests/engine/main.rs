@@ -24,3 +24,4 @@ mod reserve;
 mod sizes;
 mod snapshots;
 mod support;
+mod writers;
