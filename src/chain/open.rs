@@ -171,8 +171,10 @@ impl Graph {
             (None, Some(name)) => {
                 let path = file_named(&file.filename, name, "data file")?;
                 let node = BlockRef::Inline(Box::new(options.child_file(&path)));
-                Some(self.open_ref(&node, descent).await.map_err(|error| {
-                    Error::Invalid(format!("Could not open data file: {error}"))
+                let opened = self.open_ref(&node, descent).await;
+                Some(opened.map_err(|error| match error {
+                    Error::Busy(text) => Error::Busy(format!("Could not open data file: {text}")),
+                    other => Error::Invalid(format!("Could not open data file: {other}")),
                 })?)
             }
             (None, None) => None,

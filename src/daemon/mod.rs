@@ -15,7 +15,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::future::LocalBoxFuture;
 use parking_lot::Mutex;
@@ -32,11 +32,6 @@ use crate::reactor::Reactor;
 use backend::DaemonBackend;
 use monitors::Monitors;
 use process::{Foreground, PidFile};
-
-/// How long the start waits for an image that somebody else has locked.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
-/// How often it looks.
-const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 /// The order to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -195,7 +190,7 @@ fn set_up(
     exports: &Arc<Exports>,
     stop: &Sender<Stop>,
 ) -> Result<Running> {
-    with_patience(|| reactor.block_on(graph.open_all(&config.blockdevs)))?;
+    reactor.block_on(graph.open_all(&config.blockdevs))?;
     for options in &config.exports {
         let export = start_export(config, options, reactor, graph)?;
         exports.list.lock().push((export, options.clone()));
@@ -213,20 +208,6 @@ fn set_up(
     Ok(Running { manager, monitors })
 }
 
-/// Tries again for a while when an image is in use: the kernel takes a moment to release the
-/// locks of a daemon that was killed, and the one that takes its place must not fail for that.
-fn with_patience<T>(mut open: impl FnMut() -> Result<T>) -> Result<T> {
-    let deadline = Instant::now() + LOCK_PATIENCE;
-    loop {
-        match open() {
-            Err(Error::Busy(_)) if Instant::now() < deadline => {
-                std::thread::sleep(LOCK_RETRY);
-            }
-            result => return result,
-        }
-    }
-}
-
 fn start_export(
     config: &Config,
     options: &ExportOptions,
@@ -238,8 +219,8 @@ fn start_export(
         other => other,
     };
     if options.writable {
-        with_patience(|| reactor.block_on(graph.make_writable(&options.node_name)))
-            .map_err(context)?;
+        let writable = reactor.block_on(graph.make_writable(&options.node_name));
+        writable.map_err(context)?;
     }
     let root = graph.root(&options.node_name).map_err(context)?;
     // What the disk cannot write by itself the guest must not ask for.

@@ -7,6 +7,7 @@
 
 pub mod buffer;
 pub mod file;
+mod holder;
 pub mod io;
 pub mod locking;
 pub mod memory;

@@ -130,7 +130,6 @@ def test_a_killed_stream_is_taken_up(rounds, rng):
     wait_for(wire, "JOB_STATUS_CHANGE", status="running")
     time.sleep(rng.uniform(0, 0.5))
     rounds.daemon.kill()
-    images.let_go(rounds.scene.top)
     # Not from the beginning: with what the kill left behind.
     rounds.daemon.start(*rounds.scene.words)
     qmp = rounds.daemon.qmp()

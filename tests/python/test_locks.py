@@ -1,6 +1,8 @@
 """Image locks: two programs never write one image, whoever they are."""
 
+import pathlib
 import subprocess
+import time
 
 import pytest
 
@@ -116,3 +118,57 @@ def test_locks_end_with_the_process(daemon, scene):
     images.let_go(scene.top)
     images.qemu_io(scene.top, "write 0 512")
     images.check(scene.top, leaks=True)
+
+
+@pytest.mark.beyond_qsd("does not say who holds a lock, and fails after a kill")
+class TestWhoHoldsIt:
+    """A lock that cannot be had: a running holder is named, that of a dead one is waited for."""
+
+    def test_a_running_holder_is_named(self, request, tmp_path, scene, daemon):
+        """By a second daemon and by the tools, in what they say at once."""
+        holder = f"Process {daemon.process.pid} ({pathlib.Path(daemon.binary).name}) holds the lock"
+        (tmp_path / "second").mkdir()
+        second = Daemon(request.config.daemon_binary, tmp_path / "second")
+        for writable in True, False:
+            words = blockdev(scene.top, "n1")
+            words += export("n1", "e", tmp_path / "second" / "s", writable=writable)
+            assert holder in refused_start(second, words)
+        tool = request.config.getoption("--stratactl")
+        for command in (
+            ["check", "--repair", "all", scene.top],
+            ["resize", scene.top, "64M"],
+            ["rebase", "-u", "-b", "", scene.top],
+            ["compare", scene.top, scene.top],
+            ["create", "-f", "qcow2", scene.top, "1M"],
+        ):
+            done = subprocess.run([tool, "image", *command], capture_output=True, text=True)
+            assert done.returncode not in (0, 3) and holder in done.stderr, (command, done.stderr)
+
+    def test_a_start_right_after_a_kill(self, request, daemon, tmp_path, rng):
+        """The killed one had I/O in flight, whose end the kernel waits for with its locks.
+
+        The successor is a daemon or a tool, in turns. Each must get the image, whenever the
+        kernel lets go of it.
+        """
+        base = images.random_image(tmp_path / "base.qcow2", 32 * MIB, rng, holes=0)
+        top = tmp_path / "top.qcow2"
+        words = blockdev(top, "n1", **{"cache.direct": "on"})
+        words += export("n1", "e", tmp_path / "s")
+        tool = request.config.getoption("--stratactl")
+        for turn in range(20):
+            top.unlink(missing_ok=True)
+            images.create(top, backing=base.name)
+            daemon.start(*words)
+            wire = daemon.wire()
+            wire.negotiate()
+            wire.send('{"execute":"block-stream","arguments":{"device":"n1","job-id":"j"}}')
+            # The moment is random; what is asked holds at each.
+            time.sleep(rng.uniform(0, 0.15))
+            daemon.kill()
+            if turn % 2:
+                daemon.start(*words)
+                daemon.stop()
+            else:
+                images.run(tool, "image", "check", "--repair", "leaks", top)
+            images.let_go(top)
+            images.check(top, leaks=True)

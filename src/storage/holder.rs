@@ -1,0 +1,224 @@
+//! Who holds a lock on a file: what the kernel tells about the open files of processes
+//! (proc(5), `/proc/PID/fdinfo`).
+//!
+//! A lock of an open file belongs to no process by number, so this looks for a process that has
+//! the file open with that lock. It finds none for a process that was killed and whose last I/O
+//! in its io_uring has not ended: the file is closed only then, and its locks go with it.
+
+use std::fmt;
+use std::fs;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// Who holds a lock.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Holder {
+    /// This process, with another descriptor.
+    Own,
+    /// A process that runs.
+    Process {
+        /// Its number.
+        pid: u32,
+        /// The name of its program, as the kernel has it.
+        command: String,
+    },
+    /// None that could be found.
+    Unknown {
+        /// Whether every process could be looked at.
+        all_seen: bool,
+    },
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Own => f.write_str("This process uses it itself, in another node"),
+            Self::Process { pid, command } => write!(f, "Process {pid} ({command}) holds the lock"),
+            Self::Unknown { all_seen: true } => f.write_str(
+                "No process that runs here holds the lock: it is left over from one that was \
+                 killed and whose last I/O has not ended, or held on another host or in another \
+                 container",
+            ),
+            Self::Unknown { all_seen: false } => f.write_str(
+                "No process that this user may look at holds the lock: it is another user's, or \
+                 left over from one that was killed and whose last I/O has not ended, or held on \
+                 another host or in another container",
+            ),
+        }
+    }
+}
+
+/// Looks for the process that holds a lock on `byte` of the file that `file` has open, other
+/// than by `file` itself. It never waits for a file system.
+#[must_use]
+pub fn find(file: &File, byte: i64) -> Holder {
+    let Some(wanted) = name_of(file) else {
+        return Holder::Unknown { all_seen: false };
+    };
+    let own = std::process::id();
+    let mut all_seen = true;
+    let Ok(processes) = fs::read_dir("/proc") else {
+        return Holder::Unknown { all_seen: false };
+    };
+    for entry in processes.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
+            continue;
+        };
+        let skip = (pid == own).then(|| file.as_raw_fd());
+        match holds(&entry.path(), &wanted, byte, skip) {
+            Ok(true) if pid == own => return Holder::Own,
+            Ok(true) if ends(&entry.path()) => {}
+            Ok(true) => {
+                let command = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+                let command = command.trim_end().to_owned();
+                return Holder::Process { pid, command };
+            }
+            Ok(false) => {}
+            Err(error) => all_seen &= error.kind() != io::ErrorKind::PermissionDenied,
+        }
+    }
+    Holder::Unknown { all_seen }
+}
+
+/// The kernel's name of a file in its lists of locks, `major:minor:inode`: taken from such a list
+/// when we hold a lock on it, since file systems may show another device to stat(2).
+fn name_of(file: &File) -> Option<String> {
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).ok()?;
+    if let Some(lock) = info.lines().find_map(Lock::parse) {
+        return Some(lock.file.to_owned());
+    }
+    let stat = file.metadata().ok()?;
+    let (major, minor) = (libc::major(stat.dev()), libc::minor(stat.dev()));
+    Some(format!("{major:02x}:{minor:02x}:{}", stat.ino()))
+}
+
+/// Whether a process has such a lock; `skip` is a descriptor that is not meant.
+fn holds(process: &Path, wanted: &str, byte: i64, skip: Option<RawFd>) -> io::Result<bool> {
+    for entry in fs::read_dir(process.join("fd"))?.flatten() {
+        let fd = entry.file_name();
+        if skip.is_some_and(|skip| fd.to_str() == Some(&skip.to_string()))
+            || !is_file(&entry.path())
+        {
+            continue;
+        }
+        let info = fs::read_to_string(process.join("fdinfo").join(fd)).unwrap_or_default();
+        let mut locks = info.lines().filter_map(Lock::parse);
+        if locks.any(|lock| lock.file == wanted && lock.first <= byte && byte <= lock.last) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Whether a descriptor is of something with a name: pipes, sockets and the like have no locks.
+/// The link is read, and not followed: a file system that hangs would keep us.
+fn is_file(descriptor: &Path) -> bool {
+    fs::read_link(descriptor).is_ok_and(|target: PathBuf| target.is_absolute())
+}
+
+/// Whether a process has been killed, and does nothing more than end.
+fn ends(process: &Path) -> bool {
+    let status = fs::read_to_string(process.join("status")).unwrap_or_default();
+    is_ending(&status)
+}
+
+fn is_ending(status: &str) -> bool {
+    let killed = 1_u64 << (libc::SIGKILL - 1);
+    status.lines().any(|line| match line.split_once(':') {
+        Some(("State", state)) => state.trim_start().starts_with(['Z', 'X']),
+        Some(("SigPnd" | "ShdPnd", set)) => {
+            u64::from_str_radix(set.trim(), 16).is_ok_and(|set| set & killed != 0)
+        }
+        _ => false,
+    })
+}
+
+/// A line of `fdinfo` about a lock of byte ranges.
+#[derive(Debug, PartialEq, Eq)]
+struct Lock<'a> {
+    file: &'a str,
+    first: i64,
+    last: i64,
+}
+
+impl<'a> Lock<'a> {
+    /// `lock: 1: OFDLCK ADVISORY READ -1 fe:00:10018923 100 100`; a last byte of `EOF` is none.
+    fn parse(line: &'a str) -> Option<Self> {
+        let words = line.strip_prefix("lock:")?;
+        let words: Vec<_> = words.split_whitespace().collect();
+        let &[_, kind, _, _, _, file, first, last] = words.as_slice() else {
+            return None;
+        };
+        // Others (`FLOCK`, `LEASE`) do not meet ours.
+        matches!(kind, "OFDLCK" | "POSIX").then_some(())?;
+        let last = match last {
+            "EOF" => i64::MAX,
+            last => last.parse().ok()?,
+        };
+        Some(Self {
+            file,
+            first: first.parse().ok()?,
+            last,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! What would be caught: fields of the kernel's lines that are taken for others, a lock of
+    //! another kind or another byte that is blamed, our own descriptor that is taken for somebody
+    //! else's, a process that is gone but for its last signal and is taken for one that lives.
+
+    use super::*;
+
+    #[test]
+    fn lines_about_locks_are_understood() {
+        let lock = Lock::parse("lock:\t1: OFDLCK ADVISORY  READ -1 fe:00:10018923 100 103");
+        let (first, last) = (100, 103);
+        let file = "fe:00:10018923";
+        assert_eq!(lock, Some(Lock { file, first, last }));
+        let lock = Lock::parse("lock:\t2: POSIX  ADVISORY  WRITE 4711 00:2a:7 0 EOF");
+        let (file, first, last) = ("00:2a:7", 0, i64::MAX);
+        assert_eq!(lock, Some(Lock { file, first, last }));
+        for line in [
+            "lock:\t1: FLOCK  ADVISORY  WRITE 4711 00:2a:7 0 EOF",
+            "lock:\t1: OFDLCK ADVISORY  READ -1 00:2a:7 100",
+            "pos:\t0",
+            "",
+        ] {
+            assert_eq!(Lock::parse(line), None, "{line:?}");
+        }
+    }
+
+    #[test]
+    fn a_killed_process_is_ending() {
+        for (status, ending) in [
+            (
+                "Name:\tx\nState:\tS (sleeping)\nSigPnd:\t0000000000000000\n",
+                false,
+            ),
+            ("Name:\tx\nState:\tZ (zombie)\n", true),
+            ("State:\tD (disk sleep)\nShdPnd:\t0000000000000100\n", true),
+            ("State:\tR (running)\nSigPnd:\t0000000000000100\n", true),
+            // SIGTERM: it may take its time, and is not dead.
+            ("State:\tR (running)\nShdPnd:\t0000000000004000\n", false),
+            ("Name:\tState: Z\nState:\tR (running)\n", false),
+        ] {
+            assert_eq!(is_ending(status), ending, "{status:?}");
+        }
+    }
+
+    #[test]
+    fn our_own_other_descriptor_is_found_and_no_other_byte() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (first, second) = (file.reopen().unwrap(), file.reopen().unwrap());
+        let all_seen = matches!(find(&first, 100), Holder::Unknown { all_seen: true });
+        super::super::locking::lock(&second, super::super::Access::Read, file.path()).unwrap();
+        assert_eq!(find(&first, 100), Holder::Own);
+        assert_eq!(find(&first, 199), Holder::Unknown { all_seen });
+        assert_eq!(find(&second, 100), Holder::Unknown { all_seen });
+    }
+}
