@@ -55,6 +55,17 @@ apt_install() {
     apt_get install --no-install-recommends "$@"
 }
 
+# The mirror that apt's configuration names for bookworm, in either notation of its sources.
+configured_mirror() {
+    local found
+    found=$({
+        sed -n 's/^deb \(\[[^]]*\] \)\?\([^ ]*\) bookworm .*/\2/p' /etc/apt/sources.list /etc/apt/sources.list.d/*.list
+        awk '/^URIs:/ { uri = $2 } /^Suites:/ && / bookworm( |$)/ { print uri }' \
+            /etc/apt/sources.list.d/*.sources
+    } 2>/dev/null | sed 's,/*$,,' | head -n 1) || true
+    [ -n "$found" ] && printf '%s\n' "$found"
+}
+
 # Make bookworm-backports known to apt. Backports have a low priority: apt
 # takes nothing from there unless asked to by name.
 add_backports() {
@@ -66,9 +77,10 @@ add_backports() {
     local uri
     uri=$(apt-get indextargets --format '$(REPO_URI)' 'Codename: bookworm' 2>/dev/null |
         sed 's,/*$,,' | sort -u | head -n 1) || true
+    # Before the first update apt has fetched nothing that it could tell about.
+    [ -n "$uri" ] || uri=$(configured_mirror) || return 1
     printf 'Types: deb\nURIs: %s\nSuites: bookworm-backports\nComponents: main\nSigned-By: %s\n' \
-        "${uri:-http://deb.debian.org/debian}" \
-        /usr/share/keyrings/debian-archive-keyring.gpg >"$file"
+        "$uri" /usr/share/keyrings/debian-archive-keyring.gpg >"$file"
     APT_UPDATED=
 }
 
@@ -81,9 +93,8 @@ ensure_qemu() {
     [ ${#want[@]} -eq 0 ] && return 0
     say "Installing QEMU"
     if grep -qs bookworm /etc/os-release; then
-        add_backports
-        apt_update_once
-        apt_install "${want[@]/%//bookworm-backports}" && return 0
+        add_backports && apt_update_once &&
+            apt_install "${want[@]/%//bookworm-backports}" && return 0
         note "not to be had from backports; taking the release's own"
     fi
     apt_install "${want[@]}" || die "QEMU could not be installed"
@@ -174,7 +185,7 @@ ensure_all() {
 }
 
 ensure_cargo() {
-    have cargo || die "cargo is missing; see https://rustup.rs for a Rust toolchain"
+    have cargo || die "cargo is missing; install a Rust toolchain, with rustup for example"
     have cc || {
         say "Installing a C compiler"
         apt_install gcc libc6-dev || die "no C compiler could be installed"
