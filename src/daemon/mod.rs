@@ -127,6 +127,7 @@ fn view(queue: &QueueStats) -> QueueView {
 #[must_use]
 pub fn run(config: &Config) -> u8 {
     process::start_log(!config.trace.is_empty());
+    process::raise_descriptor_limit();
     match serve(config) {
         Ok(()) => 0,
         Err(error) => {

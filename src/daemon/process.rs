@@ -121,6 +121,26 @@ impl Drop for PidFile {
     }
 }
 
+/// Lets the process have as many descriptors as it may: each queue of each export has some, and a
+/// service manager's usual soft limit is there for programs that use select(2).
+pub fn raise_descriptor_limit() {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the call writes one rlimit.
+    let mut result = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
+    if result == 0 && limit.rlim_cur < limit.rlim_max {
+        limit.rlim_cur = limit.rlim_max;
+        // SAFETY: the call reads one rlimit.
+        result = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
+    }
+    if result < 0 {
+        let error = io::Error::last_os_error();
+        log::warn!("raising the limit of open files: {error}");
+    }
+}
+
 /// Starts the log: warnings to standard error, more with `STRATABLK_LOG` (`debug`, or
 /// `stratablk::export=debug,…`).
 pub fn start_log(verbose: bool) {

@@ -7,16 +7,13 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
-use vm_memory::{FileOffset, MmapRegion};
+use super::mapping::Mapping;
 
-use super::sigbus;
-
-/// What is to record the pages that we write, for live migration: empty until a front-end asks
-/// for a log.
-pub type DirtyLog = vhost_user_backend::bitmap::BitmapMmapRegion;
+/// Bytes that one front-end may share: several times what the largest guests have, and a part of
+/// the addresses that the process has for all.
+const MAX_BYTES: u64 = 16 << 40;
 
 /// Where a region of the table is, in the three address spaces that matter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,14 +34,7 @@ struct Region {
     /// Address in this process.
     host: usize,
     /// Keeps it mapped.
-    _mapping: Arc<Mapping>,
-}
-
-/// A mapping and what protects it. The protection ends first, since it is declared first.
-#[derive(Debug)]
-struct Mapping {
-    _guard: sigbus::Guard,
-    _map: MmapRegion<DirtyLog>,
+    mapping: Arc<Mapping>,
 }
 
 /// Up to so many regions are looked through one after the other.
@@ -69,14 +59,19 @@ impl GuestMemory {
         self.regions.is_empty()
     }
 
-    /// A table that has the region `info` of `file` too.
+    /// A table that has the region `info` of `file` too. The file is closed.
     ///
     /// # Errors
-    /// When it overlaps another region, is larger than its file (an access past the end would
-    /// kill the process with SIGBUS), is no memory file, or cannot be mapped.
+    /// When it overlaps another region, is larger than its file, is not in a file that can be
+    /// mapped safely, cannot be mapped, or is too much for one front-end.
     pub fn with(&self, info: RegionInfo, file: File) -> io::Result<Self> {
         check(&info)?;
-        check_file(&info, &file)?;
+        let shared = self.regions.iter().map(|region| region.info.len);
+        if shared.fold(info.len, u64::saturating_add) > MAX_BYTES {
+            return Err(invalid(&format!(
+                "the memory regions have more than {MAX_BYTES} bytes together"
+            )));
+        }
         // Ends do not wrap: each region was checked when it came. The same memory may well be in
         // two places of the guest's address space.
         let overlaps = self.regions.iter().any(|region| {
@@ -86,22 +81,21 @@ impl GuestMemory {
         if overlaps {
             return Err(invalid("the memory region overlaps another"));
         }
-        let len = usize::try_from(info.len).map_err(|_| invalid("the memory region is too big"))?;
-        let map = MmapRegion::from_file(FileOffset::new(file, info.file_offset), len)
-            .map_err(|error| invalid(&format!("mapping a memory region: {error}")))?;
-        let host = map.as_ptr().expose_provenance();
-        let mapping = Mapping {
-            _guard: sigbus::Guard::new(host, len),
-            _map: map,
-        };
+        let mapping = Mapping::new(&file, info.file_offset, info.len)?;
         let mut regions = self.regions.clone();
         regions.push(Region {
             info,
-            host,
-            _mapping: Arc::new(mapping),
+            host: mapping.start(),
+            mapping: Arc::new(mapping),
         });
         regions.sort_by_key(|region| region.info.guest);
         Ok(Self { regions })
+    }
+
+    /// Whether some of it was taken away by the front-end, so that zeros are in its place.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.regions.iter().any(|region| region.mapping.is_lost())
     }
 
     /// A table without the region that `info` names.
@@ -201,21 +195,6 @@ fn check(info: &RegionInfo) -> io::Result<()> {
     let ends = [info.guest, info.user, info.file_offset].map(|start| start.checked_add(info.len));
     if info.len == 0 || ends.contains(&None) {
         return Err(invalid("the memory region is empty or wraps around"));
-    }
-    Ok(())
-}
-
-fn check_file(info: &RegionInfo, file: &File) -> io::Result<()> {
-    let metadata = file.metadata()?;
-    if !metadata.is_file() {
-        return Err(invalid("the memory region's descriptor is not a file"));
-    }
-    if metadata.size() < info.file_offset + info.len {
-        return Err(invalid(&format!(
-            "the memory region ends at {:#x} of its file, which has {:#x} bytes",
-            info.file_offset + info.len,
-            metadata.size()
-        )));
     }
     Ok(())
 }

@@ -23,6 +23,7 @@ mod event;
 mod features;
 mod handler;
 mod limit;
+mod mapping;
 pub mod memory;
 mod queue;
 pub mod request;

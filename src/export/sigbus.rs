@@ -1,129 +1,218 @@
 //! Guest memory that is taken away.
 //!
-//! A front-end can shrink the file behind a region after it was mapped; the next access then
-//! raises SIGBUS, which would end the whole process with all its other exports. The handler here
-//! puts fresh zeros in the place of such a region instead: its guest has lost its memory, and
-//! nobody else anything. Faults anywhere else go to whoever handled them before.
+//! A front-end can shrink the file behind a region after it was mapped, or share huge pages of
+//! which none is free; an access then raises SIGBUS, which would end the whole process with all
+//! its other exports. The handler here puts fresh zeros in the place of such a region instead:
+//! its guest has lost its memory, and nobody else anything. Faults anywhere else go to whoever
+//! handled them before.
+//!
+//! The table of regions grows by chunks that are never given back, so that the handler can walk
+//! it without a lock, and a region is guarded or refused.
 
+use std::io;
 use std::ptr;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicUsize, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
 
 use parking_lot::Mutex;
 
-/// Regions of all exports that can be protected at a time.
-const SLOTS: usize = 2048;
+/// Regions by which the table grows.
+const CHUNK: usize = 512;
 
-/// A protected range. Written under [`CHANGES`], read by the signal handler without a lock:
-/// `version` is odd while the other two change.
+/// A protected range. Written by whoever holds [`FREE`]'s lock, read by the signal handler without
+/// one: `version` is odd while the numbers change.
+#[derive(Debug, Default)]
 struct Slot {
     version: AtomicUsize,
     start: AtomicUsize,
     len: AtomicUsize,
+    /// Size of the mapping's pages: the least that can be replaced.
+    page: AtomicUsize,
+    /// Zeros were put in its place.
+    lost: AtomicBool,
 }
 
-static REGIONS: [Slot; SLOTS] = [const {
-    Slot {
-        version: AtomicUsize::new(0),
-        start: AtomicUsize::new(0),
-        len: AtomicUsize::new(0),
-    }
-}; SLOTS];
-static CHANGES: Mutex<()> = Mutex::new(());
-static OLD_ACTION: OnceLock<libc::sigaction> = OnceLock::new();
-/// Regions that have been replaced.
+#[derive(Debug)]
+struct Chunk {
+    slots: [Slot; CHUNK],
+    next: OnceLock<&'static Chunk>,
+}
+
+#[derive(Debug)]
+struct Free {
+    slots: Vec<&'static Slot>,
+    last: Option<&'static Chunk>,
+}
+
+static FIRST: OnceLock<&'static Chunk> = OnceLock::new();
+static FREE: Mutex<Free> = Mutex::new(Free {
+    slots: Vec::new(),
+    last: None,
+});
+/// What was in force before; nothing if the handler could not be installed.
+static OLD_ACTION: OnceLock<Option<libc::sigaction>> = OnceLock::new();
+/// How often zeros were put in the place of memory.
 static LOST: AtomicUsize = AtomicUsize::new(0);
 
+/// What the handler knows of a region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Range {
+    start: usize,
+    len: usize,
+    page: usize,
+}
+
 impl Slot {
-    fn set(&self, start: usize, len: usize) {
+    fn set(&self, range: Range) {
         let version = self.version.load(Ordering::Relaxed);
         self.version
             .store(version.wrapping_add(1), Ordering::Relaxed);
         fence(Ordering::Release);
-        self.start.store(start, Ordering::Relaxed);
-        self.len.store(len, Ordering::Relaxed);
+        self.start.store(range.start, Ordering::Relaxed);
+        self.len.store(range.len, Ordering::Relaxed);
+        self.page.store(range.page, Ordering::Relaxed);
+        self.lost.store(false, Ordering::Relaxed);
         self.version
             .store(version.wrapping_add(2), Ordering::Release);
     }
 
-    fn get(&self) -> Option<(usize, usize)> {
+    fn get(&self) -> Option<Range> {
         let version = self.version.load(Ordering::Acquire);
-        let range = (
-            self.start.load(Ordering::Relaxed),
-            self.len.load(Ordering::Relaxed),
-        );
+        let range = Range {
+            start: self.start.load(Ordering::Relaxed),
+            len: self.len.load(Ordering::Relaxed),
+            page: self.page.load(Ordering::Relaxed),
+        };
         fence(Ordering::Acquire);
         let same = self.version.load(Ordering::Relaxed) == version;
-        (same && version.is_multiple_of(2) && range.1 > 0).then_some(range)
+        (same && version.is_multiple_of(2) && range.len > 0).then_some(range)
     }
+}
+
+impl Free {
+    /// A slot that nobody uses, of a new chunk if need be.
+    fn take(&mut self) -> Option<&'static Slot> {
+        if self.slots.is_empty() {
+            let chunk: &'static Chunk = Box::leak(Box::new(Chunk {
+                slots: std::array::from_fn(|_| Slot::default()),
+                next: OnceLock::new(),
+            }));
+            // The one place that sets them, under the lock.
+            let _ = self.last.map_or(&FIRST, |last| &last.next).set(chunk);
+            self.last = Some(chunk);
+            self.slots.extend(&chunk.slots);
+        }
+        self.slots.pop()
+    }
+}
+
+/// All slots that there are. Reads atomics alone.
+fn slots() -> impl Iterator<Item = &'static Slot> {
+    std::iter::successors(FIRST.get().copied(), |chunk| chunk.next.get().copied())
+        .flat_map(|chunk| &chunk.slots)
 }
 
 /// Protects a mapping until it is dropped, which must be before the mapping goes.
 #[derive(Debug)]
 pub(super) struct Guard {
-    slot: Option<usize>,
+    slot: &'static Slot,
 }
 
 impl Guard {
-    /// Protects `[start, start + len)`, which is a mapping of the caller's.
-    pub(super) fn new(start: usize, len: usize) -> Self {
-        install();
-        let _changes = CHANGES.lock();
-        let free = REGIONS.iter().position(|slot| slot.get().is_none());
-        if let Some(slot) = free.and_then(|index| REGIONS.get(index)) {
-            slot.set(start, len);
-        } else {
-            log::warn!(
-                "a memory region is not protected from being taken away: there are too many"
-            );
-        }
-        Self { slot: free }
+    /// Protects `[start, start + len)`, which is a mapping of the caller's, of whole pages of
+    /// `page` bytes.
+    ///
+    /// # Errors
+    /// When SIGBUS cannot be caught.
+    pub(super) fn new(start: usize, len: usize, page: usize) -> io::Result<Self> {
+        install()?;
+        let mut free = FREE.lock();
+        let slot = free
+            .take()
+            .ok_or_else(|| io::Error::other("no memory region can be guarded"))?;
+        slot.set(Range { start, len, page });
+        Ok(Self { slot })
+    }
+
+    /// Whether some of the memory was taken away.
+    pub(super) fn is_lost(&self) -> bool {
+        self.slot.lost.load(Ordering::Relaxed)
     }
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        let _changes = CHANGES.lock();
-        if let Some(slot) = self.slot.and_then(|index| REGIONS.get(index)) {
-            slot.set(0, 0);
-        }
+        let mut free = FREE.lock();
+        self.slot.set(Range {
+            start: 0,
+            len: 0,
+            page: 0,
+        });
+        free.slots.push(self.slot);
     }
 }
 
-/// How many regions have been taken away from this process.
+/// How often memory has been taken away from this process: a cheap look for whoever then asks its
+/// own guards.
 pub(super) fn lost() -> usize {
     LOST.load(Ordering::Relaxed)
 }
 
-fn install() {
-    OLD_ACTION.get_or_init(|| {
+fn install() -> io::Result<()> {
+    let old = OLD_ACTION.get_or_init(|| {
         // SAFETY: all-zero bytes are a valid sigaction.
         let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
         // SAFETY: as above.
         let mut old: libc::sigaction = unsafe { std::mem::zeroed() };
         action.sa_sigaction = handle as *const () as usize;
         action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
-        // SAFETY: the handler does only what a signal handler may: it reads atomics and makes
-        // system calls. Both structures are valid.
-        if unsafe { libc::sigaction(libc::SIGBUS, &raw const action, &raw mut old) } < 0 {
-            log::warn!("catching SIGBUS: {}", std::io::Error::last_os_error());
-        }
-        old
+        // SAFETY: the handler does only what a signal handler may: it reads and writes atomics and
+        // makes system calls. Both structures are valid.
+        let result = unsafe { libc::sigaction(libc::SIGBUS, &raw const action, &raw mut old) };
+        (result == 0).then_some(old)
     });
+    match old {
+        Some(_) => Ok(()),
+        None => Err(io::Error::other("SIGBUS cannot be caught")),
+    }
 }
 
 extern "C" fn handle(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // SAFETY: the kernel passes a valid structure, and SIGBUS has an address.
     let address = unsafe { (*info).si_addr() } as usize;
-    let region = REGIONS
-        .iter()
-        .filter_map(Slot::get)
-        .find(|&(start, len)| (start..start.saturating_add(len)).contains(&address));
-    if let Some((start, len)) = region {
-        // SAFETY: the location is this thread's errno.
-        let errno = unsafe { *libc::__errno_location() };
-        // SAFETY: the range is a mapping that its owner has registered and cannot unmap before
-        // it has taken it from the list; its contents are gone already.
+    let found = slots().find_map(|slot| {
+        let range = slot.get()?;
+        let inside = address.wrapping_sub(range.start) < range.len;
+        inside.then_some((slot, range))
+    });
+    if let Some((slot, range)) = found
+        && replace(range, address)
+    {
+        slot.lost.store(true, Ordering::Relaxed);
+        LOST.fetch_add(1, Ordering::Relaxed);
+        return;
+    }
+    // Not ours: the access is repeated on return, and the one before us sees it.
+    if let Some(Some(old)) = OLD_ACTION.get() {
+        // SAFETY: the structure is valid; it is what was in force before.
+        unsafe { libc::sigaction(libc::SIGBUS, old, ptr::null_mut()) };
+    } else {
+        // SAFETY: no memory is passed.
+        unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
+    }
+}
+
+/// Puts zeros in the place of a region; where the system does not promise that much memory
+/// (`vm.overcommit_memory` 2), in the place of the page of `address`.
+fn replace(range: Range, address: usize) -> bool {
+    let Range { start, len, page } = range;
+    let inside = address - start;
+    let one = (start + (inside - inside % page.max(1)), page);
+    // SAFETY: the location is this thread's errno.
+    let errno = unsafe { *libc::__errno_location() };
+    let replaced = [(start, len), one].into_iter().any(|(start, len)| {
+        // SAFETY: the range is within a mapping that its owner has registered, in whole pages, and
+        // cannot unmap before it has taken it from the list; its contents are gone already.
         let result = unsafe {
             libc::mmap(
                 ptr::with_exposed_provenance_mut(start),
@@ -134,19 +223,9 @@ extern "C" fn handle(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c
                 0,
             )
         };
-        // SAFETY: as above.
-        unsafe { *libc::__errno_location() = errno };
-        if result != libc::MAP_FAILED {
-            LOST.fetch_add(1, Ordering::Relaxed);
-            return;
-        }
-    }
-    // Not ours: the access is repeated on return, and the one before us sees it.
-    if let Some(old) = OLD_ACTION.get() {
-        // SAFETY: the structure is valid; it is what was in force before.
-        unsafe { libc::sigaction(libc::SIGBUS, old, ptr::null_mut()) };
-    } else {
-        // SAFETY: no memory is passed.
-        unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
-    }
+        result != libc::MAP_FAILED
+    });
+    // SAFETY: as above.
+    unsafe { *libc::__errno_location() = errno };
+    replaced
 }

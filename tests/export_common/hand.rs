@@ -207,6 +207,11 @@ impl Hand {
         self.index(USED, 2).load(Ordering::Acquire)
     }
 
+    /// Whether all that was made available has come back.
+    pub fn all_used(&self) -> bool {
+        self.used_index() == self.avail
+    }
+
     /// The index that the device wants a kick at (EVENT_IDX).
     pub fn avail_event(&self) -> u16 {
         let at = 4 + 8 * usize::from(self.size);
