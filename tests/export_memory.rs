@@ -23,8 +23,10 @@ use memmap2::MmapMut;
 use stratablk::export::Export;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
+use vmm_sys_util::eventfd::EventFd;
 
 const IN: u32 = 0;
+const OUT: u32 = 1;
 const OK: u8 = 0;
 const DISK: usize = 1 << 20;
 const PAGE: usize = 4096;
@@ -276,6 +278,36 @@ fn a_region_keeps_no_descriptor_and_leaves_no_mapping() {
         eventually("the session ends", || !export.info().connected);
         assert_eq!(mappings("one-by-one"), 0);
     }
+}
+
+/// Catches: what is written to a disk after its guest's memory has gone: zeros, which nobody
+/// meant.
+#[test]
+fn a_queue_whose_memory_was_taken_away_writes_nothing_more() {
+    let place = Place::new();
+    let (root, storage) = memory_root(vec![7; DISK]);
+    let _export = start(place.config(), root);
+    let mut hand = Hand::ready(&place.socket(), PLAIN);
+    let error = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    hand.front.get_vring_base(0).unwrap();
+    hand.front.set_vring_err(0, &error).unwrap();
+    hand.set_up();
+    let file = memfd(c"goes", 0, 2 * PAGE);
+    hand.front
+        .add_mem_region(&region(&file, EXTRA, 0, 2 * PAGE))
+        .unwrap();
+    File::from(file).set_len(0).unwrap();
+    hand.chain(0, IN, 0, &[(EXTRA, 512, true)]);
+    hand.push(0);
+    hand.kick();
+    assert!(wait_readable(error.as_raw_fd()), "its driver hears of it");
+    hand.chain(4, OUT, 0, &[(EXTRA, 512, false)]);
+    hand.push(4);
+    hand.kick();
+    hand.front.get_vring_base(0).unwrap();
+    assert_eq!(storage.snapshot(), [7; DISK]);
+    drop(hand);
+    serves(&place);
 }
 
 /// Catches: one front-end that maps so much that no address is left for the others.

@@ -6,6 +6,7 @@
 
 mod backend;
 mod guests;
+mod logging;
 mod monitors;
 mod process;
 mod stream;
@@ -126,7 +127,7 @@ fn view(queue: &QueueStats) -> QueueView {
 /// Runs the daemon until it is told to end. Returns the process's exit code.
 #[must_use]
 pub fn run(config: &Config) -> u8 {
-    process::start_log(!config.trace.is_empty());
+    logging::start(!config.trace.is_empty());
     process::raise_descriptor_limit();
     match serve(config) {
         Ok(()) => 0,

@@ -1,4 +1,4 @@
-//! The daemon as a process: the background, the pid file, the log.
+//! The daemon as a process: the background, the pid file, its limits.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -139,17 +139,6 @@ pub fn raise_descriptor_limit() {
         let error = io::Error::last_os_error();
         log::warn!("raising the limit of open files: {error}");
     }
-}
-
-/// Starts the log: warnings to standard error, more with `STRATABLK_LOG` (`debug`, or
-/// `stratablk::export=debug,…`).
-pub fn start_log(verbose: bool) {
-    let level = if verbose { "debug" } else { "warn" };
-    let environment = env_logger::Env::new().filter_or("STRATABLK_LOG", level);
-    // A second start (in tests) keeps the first.
-    let _ = env_logger::Builder::from_env(environment)
-        .format_target(false)
-        .try_init();
 }
 
 #[cfg(test)]

@@ -21,10 +21,10 @@ use vhost::vhost_user::{Error as VhostError, Result, VhostUserBackendReqHandlerM
 use super::config::{self, Geometry};
 use super::event;
 use super::features;
+use super::limit::{Log, Topic};
 use super::memory::{GuestMemory, RegionInfo};
 use super::queue::{Kick, QueueSetup, Worker};
 use super::ring::{RingAddresses, SplitRing};
-use super::sigbus;
 use crate::chain::Root;
 
 /// The base address of a mapped region, which only postcopy migration asks for.
@@ -49,7 +49,7 @@ struct Vring {
 
 /// The state of one front-end's session.
 pub(super) struct Handler {
-    id: String,
+    log: Arc<Log>,
     root: Arc<Root>,
     geometry: Geometry,
     workers: Arc<Vec<Worker>>,
@@ -60,20 +60,18 @@ pub(super) struct Handler {
     wce: bool,
     memory: Arc<GuestMemory>,
     vrings: Vec<Vring>,
-    /// Regions that had been taken away from any export when the session began.
-    lost_before: usize,
 }
 
 impl Handler {
     pub(super) fn new(
-        id: &str,
+        log: &Arc<Log>,
         root: &Arc<Root>,
         geometry: &Geometry,
         workers: &Arc<Vec<Worker>>,
         (writable, has_cache): (bool, bool),
     ) -> Self {
         Self {
-            id: id.to_owned(),
+            log: log.clone(),
             root: root.clone(),
             geometry: geometry.clone(),
             vrings: workers.iter().map(|_| Vring::default()).collect(),
@@ -83,23 +81,17 @@ impl Handler {
             has_cache,
             wce: has_cache,
             memory: Arc::default(),
-            lost_before: sigbus::lost(),
         }
     }
 
     /// Ends the session: all queues are drained and given back, all memory is unmapped.
     pub(super) fn disconnect(&mut self) {
         if let Err(error) = self.stop_all() {
-            log::error!("export '{}': ending a session: {error}", self.id);
+            self.log
+                .error(Topic::Session, format_args!("ending a session: {error}"));
         }
         self.vrings.iter_mut().for_each(|v| *v = Vring::default());
         self.memory = Arc::default();
-        if sigbus::lost() != self.lost_before {
-            log::warn!(
-                "export '{}': shared memory was taken away while in use",
-                self.id
-            );
-        }
     }
 
     fn write_through(&self) -> bool {
@@ -159,6 +151,11 @@ impl Handler {
         let (Some(at), Some(kick)) = (vring.at, vring.kick.clone()) else {
             return Ok(());
         };
+        if memory.is_lost() {
+            return Err(failed(io::Error::other(
+                "shared memory was taken away while in use",
+            )));
+        }
         let ring =
             SplitRing::new(memory, &at, vring.size, vring.base, event_idx).map_err(failed)?;
         let setup = QueueSetup {
@@ -181,12 +178,21 @@ impl Handler {
         Ok(())
     }
 
+    /// The answer to a region that is not mapped.
+    fn refused(&self, error: io::Error) -> VhostError {
+        self.log.warn(Topic::Session, format_args!("{error}"));
+        failed(error)
+    }
+
     /// Starts the queues that can, after memory has changed. Those whose rings are not in it
     /// wait for the next change.
     fn start_where_ready(&mut self) {
         for index in 0..self.vrings.len() as u32 {
             if let Err(error) = self.start_if_ready(index) {
-                log::warn!("export '{}': queue {index} stays stopped: {error}", self.id);
+                self.log.warn(
+                    Topic::Session,
+                    format_args!("queue {index} stays stopped: {error}"),
+                );
             }
         }
     }
@@ -242,10 +248,12 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     fn set_features(&mut self, features: u64) -> Result<()> {
         if features & !self.offered != 0 {
-            log::warn!(
-                "export '{}': the front-end wants features {:#x} that are not offered",
-                self.id,
-                features & !self.offered
+            self.log.warn(
+                Topic::Session,
+                format_args!(
+                    "the front-end wants features {:#x} that are not offered",
+                    features & !self.offered
+                ),
             );
             return Err(VhostError::InvalidParam);
         }
@@ -265,10 +273,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
     ) -> Result<Option<Vec<RegionBase>>> {
         let mut memory = GuestMemory::default();
         for (region, file) in regions.iter().zip(files) {
-            memory = memory.with(region_info(region), file).map_err(|error| {
-                log::warn!("export '{}': {error}", self.id);
-                failed(error)
-            })?;
+            memory = memory
+                .with(region_info(region), file)
+                .map_err(|error| self.refused(error))?;
         }
         self.replace_memory(memory)?;
         Ok(None)
@@ -342,15 +349,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
             .transpose()
             .map_err(failed)?
             .map(Arc::new);
-        let vring = self.vring(index)?;
-        vring.call.clone_from(&call);
-        if vring.running {
-            return self.worker(index)?.set_call(call).map_err(failed);
-        }
-        if let Some(call) = call {
-            event::signal(&call);
-        }
-        Ok(())
+        self.vring(index)?.call.clone_from(&call);
+        self.worker(index)?.set_call(call).map_err(failed)
     }
 
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
@@ -359,7 +359,12 @@ impl VhostUserBackendReqHandlerMut for Handler {
             .transpose()
             .map_err(failed)?
             .map(Arc::new);
-        self.vring(u32::from(index))?.error = error;
+        let index = u32::from(index);
+        let vring = self.vring(index)?;
+        vring.error.clone_from(&error);
+        if vring.running {
+            return self.worker(index)?.set_error(error).map_err(failed);
+        }
         Ok(())
     }
 
@@ -417,10 +422,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         let memory = self
             .memory
             .with(region_info(region), file)
-            .map_err(|error| {
-                log::warn!("export '{}': {error}", self.id);
-                failed(error)
-            })?;
+            .map_err(|error| self.refused(error))?;
         self.memory = Arc::new(memory);
         // Nothing goes away: queues need not stop.
         for (worker, _) in self

@@ -22,7 +22,7 @@ mod config;
 mod event;
 mod features;
 mod handler;
-mod limit;
+pub(crate) mod limit;
 mod mapping;
 pub mod memory;
 mod queue;
@@ -45,6 +45,7 @@ pub use stats::QueueStats;
 
 use config::Geometry;
 use handler::Handler;
+use limit::{Log, Topic};
 use queue::{DeviceFacts, Worker};
 use session::Control;
 use socket::Socket;
@@ -113,8 +114,10 @@ impl Export {
             return Err(Error::Invalid("Block node is read-only".into()));
         }
         let geometry = Geometry::new(&config, &chain);
+        let log = Arc::new(Log::new(&config.id));
         let facts = Arc::new(DeviceFacts {
             id: config.id.clone(),
+            log: log.clone(),
             serial: config.serial_bytes(),
             writable: config.writable,
             block_size: u64::from(geometry.block_size),
@@ -136,7 +139,7 @@ impl Export {
         let ending = Arc::new(Mutex::new(Ending::default()));
         let switches = (config.writable, config.write_cache);
         let session = Session {
-            id: config.id.clone(),
+            log,
             root: root.clone(),
             geometry,
             workers: Arc::new(workers),
@@ -241,7 +244,7 @@ impl Drop for Export {
 
 /// What the session thread owns.
 struct Session {
-    id: String,
+    log: Arc<Log>,
     root: Arc<Root>,
     geometry: Geometry,
     workers: Arc<Vec<Worker>>,
@@ -255,17 +258,17 @@ impl Session {
         let (source, guard) = socket.split();
         let new_handler = || {
             Handler::new(
-                &self.id,
+                &self.log,
                 &self.root,
                 &self.geometry,
                 &self.workers,
                 self.switches,
             )
         };
-        if let Err(error) = session::run(&self.id, source, &self.control, new_handler) {
-            log::error!(
-                "export '{}': no more front-ends are accepted: {error}",
-                self.id
+        if let Err(error) = session::run(&self.log, source, &self.control, new_handler) {
+            self.log.error(
+                Topic::Session,
+                format_args!("no more front-ends are accepted: {error}"),
             );
         }
         drop(guard);

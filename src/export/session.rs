@@ -15,6 +15,7 @@ use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::handler::Handler;
+use super::limit::{Log, Topic};
 
 /// What the session thread and the export's owner share.
 pub(super) struct Control {
@@ -60,23 +61,23 @@ pub(super) enum Source {
 /// The session thread's main function: ends when it is told to, or when there can be no more
 /// front-ends.
 pub(super) fn run(
-    id: &str,
+    log: &Log,
     source: Source,
     control: &Control,
     new_handler: impl Fn() -> Handler,
 ) -> io::Result<()> {
     match source {
-        Source::Connection(stream) => serve(id, stream, control, new_handler()),
+        Source::Connection(stream) => serve(log, stream, control, new_handler()),
         Source::Listener(listener) => {
             listener.set_nonblocking(true)?;
             let waiter = Waiter::new(&[control.event.as_raw_fd(), listener.as_raw_fd()])?;
             while !control.is_stopping() {
                 waiter.wait()?;
-                let Some(stream) = accept(id, &listener) else {
+                let Some(stream) = accept(log, &listener) else {
                     continue;
                 };
-                if let Err(error) = serve(id, stream, control, new_handler()) {
-                    log::warn!("export '{id}': a session ended: {error}");
+                if let Err(error) = serve(log, stream, control, new_handler()) {
+                    log.warn(Topic::Session, format_args!("a session ended: {error}"));
                 }
             }
             Ok(())
@@ -84,12 +85,15 @@ pub(super) fn run(
     }
 }
 
-fn accept(id: &str, listener: &UnixListener) -> Option<UnixStream> {
+fn accept(log: &Log, listener: &UnixListener) -> Option<UnixStream> {
     match listener.accept() {
         Ok((stream, _)) => Some(stream),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
         Err(error) => {
-            log::warn!("export '{id}': accepting a front-end: {error}");
+            log.warn(
+                Topic::Session,
+                format_args!("accepting a front-end: {error}"),
+            );
             // Out of descriptors, most likely: the listener stays readable, so do not spin.
             std::thread::sleep(std::time::Duration::from_millis(100));
             None
@@ -98,25 +102,25 @@ fn accept(id: &str, listener: &UnixListener) -> Option<UnixStream> {
 }
 
 /// Serves one front-end until it goes.
-fn serve(id: &str, stream: UnixStream, control: &Control, handler: Handler) -> io::Result<()> {
+fn serve(log: &Log, stream: UnixStream, control: &Control, handler: Handler) -> io::Result<()> {
     stream.set_nonblocking(false)?;
     *control.connection.lock() = Some(stream.try_clone()?);
     control.connected.store(true, Ordering::SeqCst);
-    log::info!("export '{id}': a front-end has connected");
+    log.info(Topic::Session, format_args!("a front-end has connected"));
     let handler = Arc::new(StdMutex::new(handler));
-    let result = messages(id, stream, control, &handler);
+    let result = messages(log, stream, control, &handler);
     *control.connection.lock() = None;
     handler
         .lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner)
         .disconnect();
     control.connected.store(false, Ordering::SeqCst);
-    log::info!("export '{id}': the front-end has gone");
+    log.info(Topic::Session, format_args!("the front-end has gone"));
     result
 }
 
 fn messages(
-    id: &str,
+    log: &Log,
     stream: UnixStream,
     control: &Control,
     handler: &Arc<StdMutex<Handler>>,
@@ -134,7 +138,10 @@ fn messages(
             // A front-end that dies is no news.
             Err(VhostError::SocketBroken(_) | VhostError::PartialMessage) => break,
             Err(error) => {
-                log::warn!("export '{id}': closing the connection: {error}");
+                log.warn(
+                    Topic::Session,
+                    format_args!("closing the connection: {error}"),
+                );
                 break;
             }
         }

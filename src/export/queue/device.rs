@@ -17,8 +17,8 @@ use super::{DeviceFacts, Kick, QueueSetup, Unmap};
 use crate::chain::{Pieces, Source, View, ViewCache};
 use crate::error::{Error, Result};
 use crate::export::config::{MAX_DISCARD, MAX_WRITE_ZEROES};
-use crate::export::event;
-use crate::export::limit::LogLimit;
+use crate::export::event::Bell;
+use crate::export::limit::Topic;
 use crate::export::memory::{self, GuestMemory};
 use crate::export::request::{self, Kind, MAX_RANGES, Parsed, Status};
 use crate::export::ring::SplitRing;
@@ -58,7 +58,8 @@ pub(super) struct Context {
     pub(super) stats: Arc<QueueStats>,
     /// Tasks leave their results here.
     pub(super) done: Rc<RefCell<Vec<Done>>>,
-    pub(super) log: LogLimit,
+    /// Signals the driver.
+    pub(super) bell: Bell,
     /// The limits of the chain that was looked at last.
     limits: Option<(Rc<View>, Limits)>,
 }
@@ -69,6 +70,7 @@ impl Context {
         reactor: Reactor,
         views: ViewCache,
         stats: Arc<QueueStats>,
+        bell: Bell,
     ) -> Self {
         Self {
             facts,
@@ -76,7 +78,7 @@ impl Context {
             views,
             stats,
             done: Rc::default(),
-            log: LogLimit::default(),
+            bell,
             limits: None,
         }
     }
@@ -98,9 +100,14 @@ impl Context {
         }
     }
 
-    fn warn(&mut self, what: std::fmt::Arguments<'_>) {
-        if self.log.allow() {
-            log::warn!("export '{}': {what}", self.facts.id);
+    fn warn(&self, what: std::fmt::Arguments<'_>) {
+        self.facts.log.warn(Topic::Ring, what);
+    }
+
+    /// A descriptor that cannot be signalled is its front-end's loss.
+    pub(super) fn check_signal(&self, result: std::io::Result<()>) {
+        if let Err(error) = result {
+            self.warn(format_args!("a signal to the driver: {error}"));
         }
     }
 }
@@ -118,8 +125,10 @@ pub(super) struct Queue {
     /// Bytes of the requests that are done and that the driver cannot see yet.
     unshown_bytes: u64,
     flushes: FlushGroup,
-    /// Nothing more is taken from the ring: it is being given back, or its driver broke it.
+    /// Nothing more is taken from the ring: it is being given back, or it is broken.
     closed: bool,
+    /// The ring cannot be believed any more, or its memory has gone.
+    broken: bool,
 }
 
 impl Queue {
@@ -139,6 +148,7 @@ impl Queue {
             unshown_bytes: 0,
             flushes: FlushGroup::default(),
             closed: false,
+            broken: false,
         }
     }
 
@@ -155,11 +165,36 @@ impl Queue {
         !self.closed
     }
 
-    pub(super) fn set_call(&mut self, call: Option<Arc<File>>) {
+    /// Makes the call descriptor of the setup the one that is signalled.
+    pub(super) fn attach_call(&self, context: &mut Context) {
+        let attached = context.bell.attach(self.call.as_deref());
+        context.check_signal(attached);
+    }
+
+    pub(super) fn set_call(&mut self, context: &mut Context, call: Option<Arc<File>>) {
         self.call = call;
+        self.attach_call(context);
         self.ring.force_signal();
         // The driver may have missed a signal that went to the old descriptor.
-        self.notify();
+        self.notify(context);
+    }
+
+    pub(super) fn set_error(&mut self, context: &mut Context, error: Option<Arc<File>>) {
+        self.error = error;
+        if self.broken {
+            self.signal_error(context);
+        }
+    }
+
+    /// Memory has been taken away from the process: gives the queue up if it is this one's. What
+    /// its guest means to write may be zeros by now.
+    pub(super) fn check_memory(&mut self, context: &mut Context) {
+        if !self.broken && self.memory.is_lost() {
+            self.give_up(
+                context,
+                format_args!("shared memory was taken away while in use"),
+            );
+        }
     }
 
     pub(super) fn set_memory(&mut self, memory: Arc<GuestMemory>) {
@@ -244,12 +279,12 @@ impl Queue {
             return;
         };
         let view = context.views.get();
-        let (done, id) = (context.done.clone(), context.facts.clone());
+        let (done, facts) = (context.done.clone(), context.facts.clone());
         context.reactor.spawn(async move {
             let status = match view.chain.flush().await {
                 Ok(()) => Status::Ok,
                 Err(error) => {
-                    log::error!("export '{}': {error}", id.id);
+                    facts.log.error(Topic::Disk, format_args!("{error}"));
                     Status::IoError
                 }
             };
@@ -258,35 +293,40 @@ impl Queue {
     }
 
     /// Shows the driver what is done if it is enough to begin with.
-    pub(super) fn show_some(&mut self, context: &Context) {
+    pub(super) fn show_some(&mut self, context: &mut Context) {
         if self.ring.unpublished() >= PUBLISH_BATCH || self.unshown_bytes >= PUBLISH_BYTES {
             self.show(context);
         }
     }
 
     /// Shows the driver what is done, and signals it if it wants that.
-    pub(super) fn show(&mut self, context: &Context) {
+    pub(super) fn show(&mut self, context: &mut Context) {
         self.ring.publish();
         self.unshown_bytes = 0;
         if self.call.is_some() && self.ring.needs_signal() {
-            self.notify();
+            self.notify(context);
             context.stats.signals.add(1);
         }
     }
 
-    fn notify(&self) {
-        if let Some(call) = &self.call {
-            event::signal(call);
+    fn notify(&self, context: &mut Context) {
+        let rung = context.bell.ring();
+        context.check_signal(rung);
+    }
+
+    fn signal_error(&self, context: &mut Context) {
+        if let Some(error) = &self.error {
+            let rung = context.bell.ring_other(error, self.call.as_deref());
+            context.check_signal(rung);
         }
     }
 
     /// The ring cannot be believed any more: nothing is taken from it until it is reset.
     fn give_up(&mut self, context: &mut Context, why: std::fmt::Arguments<'_>) {
         self.closed = true;
+        self.broken = true;
         context.warn(format_args!("a queue is broken and stops: {why}"));
-        if let Some(error) = &self.error {
-            event::signal(error);
-        }
+        self.signal_error(context);
     }
 
     fn begin(&mut self, context: &mut Context, head: u16, view: &Rc<View>, limits: &Limits) {
@@ -434,7 +474,7 @@ impl Queue {
             let status = match perform(view, kind, bufs, facts.detect_zeroes).await {
                 Ok(()) => Status::Ok,
                 Err(error) => {
-                    log::error!("export '{}': {error}", facts.id);
+                    facts.log.error(Topic::Disk, format_args!("{error}"));
                     Status::IoError
                 }
             };
@@ -607,8 +647,8 @@ fn submit_together(under_way: u32) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    //! What would be caught: a disk without work that waits for a long batch, and batches so short
-    //! that the kernel does not gather them.
+    //! What would be caught: a disk without work that waits for a long batch, batches so short that
+    //! the kernel does not gather them, and work that the bound of a queue does not count.
 
     use super::*;
 
@@ -616,5 +656,21 @@ mod tests {
     fn the_more_is_under_way_the_more_is_submitted_together() {
         let together: Vec<u32> = [0, 1, 16, 24, 31, 64, 255].map(submit_together).into();
         assert_eq!(together, [4, 4, 4, 6, 7, 16, 16]);
+    }
+
+    #[test]
+    fn a_request_weighs_what_it_may_have_to_move() {
+        let (offset, len) = (0, 1 << 30);
+        for (kind, weight) in [
+            (Kind::In { offset }, 16),
+            (Kind::Out { offset }, 16),
+            (Kind::Flush, 0),
+            (Kind::Discard { offset, len }, 32 << 20),
+        ] {
+            assert_eq!(weigh(kind, 16), weight, "{kind:?}");
+        }
+        for unmap in [true, false] {
+            assert_eq!(weigh(Kind::WriteZeroes { offset, len, unmap }, 16), len);
+        }
     }
 }

@@ -19,6 +19,7 @@ use std::thread::JoinHandle;
 
 use parking_lot::Mutex;
 
+use super::limit::Log;
 use super::memory::GuestMemory;
 use super::request::ID_LEN;
 use super::ring::SplitRing;
@@ -53,8 +54,10 @@ pub(super) type Unmap = bool;
 /// What is the same for all queues of an export.
 #[derive(Clone, Debug)]
 pub(super) struct DeviceFacts {
-    /// Names the device in messages.
+    /// Names the device's threads.
     pub(super) id: String,
+    /// Where its messages go.
+    pub(super) log: Arc<Log>,
     pub(super) serial: [u8; ID_LEN],
     pub(super) writable: bool,
     /// Requests keep to multiples of it.
@@ -70,6 +73,7 @@ enum Order {
     /// Answered with the next available index when nothing is in flight any more.
     Stop(SyncSender<u16>),
     SetCall(Option<Arc<File>>, SyncSender<()>),
+    SetError(Option<Arc<File>>, SyncSender<()>),
     SetMemory(Arc<GuestMemory>, SyncSender<()>),
     SetWriteThrough(bool, SyncSender<()>),
     Exit,
@@ -131,6 +135,7 @@ impl Worker {
     /// Gives the worker a queue.
     pub(super) fn start(&self, queue: QueueSetup) -> std::io::Result<()> {
         self.ask(|reply| Order::Start(Box::new(queue), reply))
+            .wait()
     }
 
     /// Takes the queue back once all its requests are done and visible in the used ring; the
@@ -139,9 +144,15 @@ impl Worker {
         self.ask(Order::Stop)
     }
 
-    /// Replaces the call descriptor, and signals the new one once.
+    /// Replaces the call descriptor, and signals the new one once: also where there is no queue
+    /// yet, since what an old one was told may have been lost.
     pub(super) fn set_call(&self, call: Option<Arc<File>>) -> std::io::Result<()> {
         self.ask(|reply| Order::SetCall(call, reply))
+    }
+
+    /// Replaces the error descriptor, and signals the new one if the queue is broken.
+    pub(super) fn set_error(&self, error: Option<Arc<File>>) -> std::io::Result<()> {
+        self.ask(|reply| Order::SetError(error, reply))
     }
 
     /// Lets the queue use a larger memory table. What it used before must be in it.

@@ -11,6 +11,9 @@ use super::device::{Context, Queue};
 use super::poller::Poller;
 use super::{DeviceFacts, Kick, Mailbox, Order, QueueSetup};
 use crate::chain::{Root, ViewCache};
+use crate::export::event::Bell;
+use crate::export::limit::Topic;
+use crate::export::sigbus;
 use crate::export::stats::QueueStats;
 use crate::reactor::{Reactor, Remote};
 use crate::sched;
@@ -43,6 +46,8 @@ struct Worker<'a> {
     exit: bool,
     /// What was queued in the turn before has not been submitted.
     held_back: bool,
+    /// How often memory had been taken away from the process at the last look.
+    lost: usize,
     fairness: Fairness,
 }
 
@@ -95,8 +100,9 @@ pub(super) fn run(
     stats: Arc<QueueStats>,
     ready: &SyncSender<std::io::Result<Arc<Remote>>>,
 ) {
-    let reactor = match Reactor::for_this_thread() {
-        Ok(reactor) => reactor,
+    let made = Reactor::for_this_thread().and_then(|reactor| Ok((reactor, Bell::new()?)));
+    let (reactor, bell) = match made {
+        Ok(made) => made,
         Err(error) => {
             let _ = ready.send(Err(error));
             return;
@@ -112,7 +118,7 @@ pub(super) fn run(
     let facts = Rc::new(facts.clone());
     let mut worker = Worker {
         mailbox,
-        context: Context::new(facts, reactor.clone(), ViewCache::new(root), stats),
+        context: Context::new(facts, reactor.clone(), ViewCache::new(root), stats, bell),
         reactor,
         poller,
         queue: None,
@@ -121,6 +127,7 @@ pub(super) fn run(
         last_base: 0,
         exit: false,
         held_back: false,
+        lost: sigbus::lost(),
         fairness: Fairness::of_this_thread(),
     };
     while !worker.exit || worker.in_flight() {
@@ -134,6 +141,12 @@ impl Worker<'_> {
     fn turn(&mut self) {
         self.fairness.turn();
         self.take_orders();
+        if sigbus::lost() != self.lost {
+            self.lost = sigbus::lost();
+            if let Some(queue) = &mut self.queue {
+                queue.check_memory(&mut self.context);
+            }
+        }
         let mut taken = false;
         if let Some(queue) = &mut self.queue {
             taken = queue.take_available(&mut self.context);
@@ -145,12 +158,12 @@ impl Worker<'_> {
                 busy = true;
                 if completion.value < KICK {
                     queue.completed(&mut self.context, completion);
-                    queue.show_some(&self.context);
+                    queue.show_some(&mut self.context);
                 }
             }
             busy |= queue.tasks_done(&mut self.context);
             queue.flush(&mut self.context);
-            queue.show(&self.context);
+            queue.show(&mut self.context);
         } else {
             // Late news of a descriptor that is watched no more.
             while self.reactor.next_completion().is_some() {}
@@ -191,7 +204,16 @@ impl Worker<'_> {
             }
             Order::SetCall(call, reply) => {
                 if let Some(queue) = &mut self.queue {
-                    queue.set_call(call);
+                    queue.set_call(&mut self.context, call);
+                } else if let Some(call) = call {
+                    let rung = self.context.bell.ring_other(&call, None);
+                    self.context.check_signal(rung);
+                }
+                let _ = reply.send(());
+            }
+            Order::SetError(error, reply) => {
+                if let Some(queue) = &mut self.queue {
+                    queue.set_error(&mut self.context, error);
                 }
                 let _ = reply.send(());
             }
@@ -226,13 +248,15 @@ impl Worker<'_> {
         if let Kick::Event(kick) = &setup.kick {
             let fd = std::os::fd::AsRawFd::as_raw_fd(&**kick);
             if let Err(error) = self.reactor.watch(fd, self.watch) {
-                log::error!(
-                    "export '{}': watching a kick: {error}",
-                    self.context.facts.id
-                );
+                self.context
+                    .facts
+                    .log
+                    .error(Topic::Session, format_args!("watching a kick: {error}"));
             }
         }
-        self.queue = Some(Queue::new(setup));
+        let queue = Queue::new(setup);
+        queue.attach_call(&mut self.context);
+        self.queue = Some(queue);
     }
 
     /// Gives the queue back when nothing of it is in flight any more.
@@ -247,8 +271,13 @@ impl Worker<'_> {
             if matches!(queue.kick, Kick::Event(_))
                 && let Err(error) = self.reactor.unwatch(self.watch)
             {
-                log::error!("export '{}': a kick: {error}", self.context.facts.id);
+                self.context
+                    .facts
+                    .log
+                    .error(Topic::Session, format_args!("a kick: {error}"));
             }
+            let detached = self.context.bell.attach(None);
+            self.context.check_signal(detached);
         }
         self.context.leave();
         for reply in self.stopping.drain(..) {
