@@ -1,7 +1,8 @@
 //! One front-end against the others of its process: descriptors that it shares and changes, a
 //! backlog without end, and messages without end.
 //!
-//! What would be caught: a thread that waits for a descriptor of a front-end, an error descriptor that is not told, and a log that a guest or
+//! What would be caught: a thread that waits for a descriptor of a front-end, a queue that has
+//! taken more than it can finish, an error descriptor that is not told, and a log that a guest or
 //! a front-end fills.
 
 #![allow(clippy::unwrap_used)]
@@ -9,20 +10,28 @@
 mod export_common;
 
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 
 use export_common::hand::*;
 use export_common::*;
+use io_uring::{opcode, types};
 use parking_lot::Mutex;
 use stratablk::export::{Export, ExportConfig, SocketSource};
+use stratablk::reactor::{Reactor, Token};
+use stratablk::storage::memory::MemoryStorage;
+use stratablk::storage::{Limits, Op, Storage, Submission};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vmm_sys_util::eventfd::EventFd;
 
 const IN: u32 = 0;
+const OUT: u32 = 1;
 const FLUSH: u32 = 4;
 const OK: u8 = 0;
 const IOERR: u8 = 1;
+const DISK: usize = 96 << 20;
 
 /// Runs `work`, which must end.
 fn in_time<T: Send>(what: &str, work: impl FnOnce() -> T + Send, rescue: impl FnOnce()) -> T {
@@ -176,6 +185,210 @@ fn an_error_descriptor_is_told_whenever_it_is_set() {
     assert!(first.read().is_err(), "it was replaced");
     hand.front.set_vring_err(0, &third).unwrap();
     assert!(third.read().is_ok(), "it is broken already");
+}
+
+/// Storage in memory whose operations wait until `release`, and that knows the largest.
+#[derive(Debug)]
+struct Held {
+    inner: MemoryStorage,
+    gate: EventFd,
+    open: AtomicBool,
+    waiting: AtomicUsize,
+    largest: AtomicUsize,
+}
+
+impl Held {
+    fn new(open: bool) -> Arc<Self> {
+        Arc::new(Self {
+            inner: MemoryStorage::new(vec![5; DISK]),
+            gate: EventFd::new(0).unwrap(),
+            open: AtomicBool::new(open),
+            waiting: AtomicUsize::new(0),
+            largest: AtomicUsize::new(0),
+        })
+    }
+
+    fn release(&self) {
+        self.open.store(true, Ordering::SeqCst);
+        self.gate.write(1).unwrap();
+    }
+}
+
+impl Storage for Held {
+    unsafe fn submit(&self, reactor: &Reactor, op: Op<'_>, token: Token) -> Submission {
+        if let Op::Read { iovecs, .. } | Op::Write { iovecs, .. } = op {
+            let len = iovecs.iter().map(|iovec| iovec.iov_len).sum();
+            self.largest.fetch_max(len, Ordering::SeqCst);
+        }
+        if self.open.load(Ordering::SeqCst) {
+            // SAFETY: passed on to the caller.
+            return unsafe { self.inner.submit(reactor, op, token) };
+        }
+        // The poll ends when the gate opens, as an operation that moved one byte: a short one,
+        // which is done once more in full.
+        let fd = types::Fd(self.gate.as_raw_fd());
+        let entry = opcode::PollAdd::new(fd, libc::POLLIN as u32).build();
+        // SAFETY: a poll names no memory.
+        unsafe { reactor.start(entry, token) }.unwrap();
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        Submission::Pending
+    }
+
+    fn len(&self) -> std::io::Result<u64> {
+        self.inner.len()
+    }
+
+    fn set_len(&self, len: u64) -> std::io::Result<()> {
+        self.inner.set_len(len)
+    }
+
+    fn limits(&self) -> Limits {
+        self.inner.limits()
+    }
+
+    fn name(&self) -> &str {
+        "held"
+    }
+
+    fn writable(&self) -> bool {
+        true
+    }
+}
+
+/// Where the tables of large requests are, in memory that the hand does not use.
+const TABLES: u64 = BASE + 0xa000;
+/// The data of large requests: the same bytes again and again.
+const PIECE: u32 = 960 << 10;
+
+/// Builds a request of `pieces` times the same data.
+fn large(hand: &mut Hand, head: u16, kind: u32, pieces: u16) {
+    let table = TABLES + 2048 * u64::from(head % 8);
+    let header = HEADER + 16 * u64::from(head);
+    let status = STATUS + u64::from(head);
+    hand.header(header, kind, 0);
+    hand.bytes(status, 1)[0] = 0xff;
+    hand.desc_at(table, header, 16, NEXT, 1);
+    let write = if kind == IN { WRITE } else { 0 };
+    for piece in 1..=pieces {
+        let at = table + 16 * u64::from(piece);
+        hand.desc_at(at, DATA, PIECE, NEXT | write, piece + 1);
+    }
+    hand.desc_at(table + 16 * u64::from(pieces + 1), status, 1, WRITE, 0);
+    let len = 16 * u32::from(pieces + 2);
+    hand.desc(head, table, len, INDIRECT, 0);
+}
+
+/// Catches: a queue that takes all that its guest asks for, so that whoever takes the queue back
+/// waits for all of it; one that begins what it had not taken when it was to stop; and one that
+/// does not go on when there is room again.
+#[test]
+fn what_is_under_way_is_bounded_and_the_rest_stays_in_the_ring() {
+    for kind in [IN, OUT] {
+        let place = Place::new();
+        let storage = Held::new(false);
+        let export = start(
+            place.config(),
+            raw_root(storage.clone(), DISK as u64, false),
+        );
+        let mut hand = Hand::ready(&place.socket(), PLAIN);
+        // Each of 15 MiB.
+        for head in 0..8 {
+            large(&mut hand, head, kind, 16);
+            hand.push(head);
+        }
+        hand.kick();
+        eventually("four are under way", || {
+            storage.waiting.load(Ordering::SeqCst) == 4
+        });
+        std::thread::scope(|scope| {
+            let asker = scope.spawn(|| hand.front.get_vring_base(0).unwrap());
+            eventually("the queue is to stop", || export.unfinished() == 4);
+            assert_eq!(storage.waiting.load(Ordering::SeqCst), 4);
+            storage.release();
+            assert_eq!(asker.join().unwrap(), 4, "what was taken, and nothing more");
+        });
+        assert_eq!(hand.used_index(), 4);
+        assert_eq!(export.unfinished(), 0);
+        hand.front.set_vring_kick(0, &hand.kick).unwrap();
+        hand.kick();
+        let mut used: Vec<u16> = (0..8).map(|_| hand.next_used().0).collect();
+        used.sort_unstable();
+        assert_eq!(used, [0, 1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(hand.bytes(STATUS, 8), [OK; 8]);
+    }
+}
+
+/// Catches: queues that are stopped one after the other, so that the last one goes on taking
+/// requests while the first is waited for.
+#[test]
+fn all_queues_of_a_front_end_stop_at_once() {
+    let place = Place::new();
+    let storage = Held::new(false);
+    let config = ExportConfig {
+        queues: 2,
+        ..place.config()
+    };
+    let export = start(config, raw_root(storage.clone(), DISK as u64, false));
+    let mut hand = Hand::ready(&place.socket(), PLAIN);
+    hand.chain(0, IN, 0, &[(DATA, 512, true)]);
+    hand.push(0);
+    hand.kick();
+    hand.rings = MOVED;
+    hand.begin_at(0);
+    let kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    hand.front.set_vring_num(1, hand.size).unwrap();
+    hand.front.set_vring_base(1, 0).unwrap();
+    hand.front.set_vring_addr(1, &hand.rings()).unwrap();
+    hand.front.set_vring_kick(1, &kick).unwrap();
+    hand.front.set_vring_enable(1, true).unwrap();
+    hand.chain(8, IN, 0, &[(DATA, 512, true)]);
+    hand.push(8);
+    kick.write(1).unwrap();
+    eventually("both requests hang", || {
+        storage.waiting.load(Ordering::SeqCst) == 2
+    });
+    hand.socket.shutdown(std::net::Shutdown::Both).unwrap();
+    let waits = |queue: usize| {
+        let stats = export.stats().get(queue).unwrap();
+        stats.unfinished.load(Ordering::SeqCst) == 1
+    };
+    eventually("both queues are to stop", || waits(0) && waits(1));
+    storage.release();
+    eventually("the session ends", || !export.info().connected);
+    serves(&place);
+}
+
+/// Catches: a request larger than the bound that is never taken, that is given to the storage in
+/// one piece, or beside which others are taken.
+#[test]
+fn a_request_above_the_bound_is_carried_out_alone_and_in_pieces() {
+    for kind in [IN, OUT] {
+        let place = Place::new();
+        let storage = Held::new(true);
+        let _export = start(
+            place.config(),
+            raw_root(storage.clone(), DISK as u64, false),
+        );
+        let mut hand = Hand::ready(&place.socket(), PLAIN);
+        hand.bytes(DATA, PIECE as usize).fill(9);
+        // Of 75 MiB, between two small ones.
+        hand.chain(1, IN, 0, &[(BASE + 0x6000, 512, true)]);
+        large(&mut hand, 8, kind, 80);
+        hand.chain(5, IN, 0, &[(BASE + 0x7000, 512, true)]);
+        for head in [1, 8, 5] {
+            hand.push(head);
+        }
+        hand.kick();
+        for head in [1, 8, 5] {
+            assert_eq!(hand.next_used().0, head);
+            assert_eq!(hand.bytes(STATUS + u64::from(head), 1), [OK]);
+        }
+        assert!(storage.largest.load(Ordering::SeqCst) <= 4 << 20);
+        let byte = if kind == IN { 5 } else { 9 };
+        assert_eq!(hand.bytes(DATA, 1), [byte]);
+        assert_eq!(hand.bytes(BASE + 0x6000, 512), [5; 512]);
+        assert_eq!(hand.bytes(BASE + 0x7000, 512), [byte; 512]);
+    }
 }
 
 /// Keeps the messages of this program.

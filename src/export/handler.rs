@@ -126,16 +126,27 @@ impl Handler {
         if !self.vring(index)?.running {
             return Ok(());
         }
-        let base = self.worker(index)?.stop().map_err(failed)?;
+        let base = self.worker(index)?.begin_stop().wait().map_err(failed)?;
         let vring = self.vring(index)?;
         vring.running = false;
         vring.base = base;
         Ok(())
     }
 
+    /// All at once: none takes more while another one is waited for.
     fn stop_all(&mut self) -> Result<()> {
-        let count = self.vrings.len() as u32;
-        (0..count).try_for_each(|index| self.stop(index))
+        let stopping: Vec<_> = self
+            .workers
+            .iter()
+            .zip(&mut self.vrings)
+            .filter(|(_, vring)| vring.running)
+            .map(|(worker, vring)| (worker.begin_stop(), vring))
+            .collect();
+        for (base, vring) in stopping {
+            vring.base = base.wait().map_err(failed)?;
+            vring.running = false;
+        }
+        Ok(())
     }
 
     fn start_if_ready(&mut self, index: u32) -> Result<()> {

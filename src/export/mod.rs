@@ -209,6 +209,15 @@ impl Export {
         self.poll_max
     }
 
+    /// How many requests an export that is ending still waits for.
+    #[must_use]
+    pub fn unfinished(&self) -> u64 {
+        let queues = self.stats.iter();
+        queues
+            .map(|queue| u64::from(queue.unfinished.load(Ordering::Relaxed)))
+            .sum()
+    }
+
     /// Calls `callback` once there can be no more front-ends: when the one of a connected
     /// socket has gone, or the export was shut down. At once if it is so already. The export's own
     /// thread calls it, which therefore cannot wait for the export's end.

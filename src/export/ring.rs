@@ -252,6 +252,11 @@ impl SplitRing {
         head
     }
 
+    /// Leaves the chain that was taken last where it was: it is the next one again.
+    pub fn put_back(&mut self) {
+        self.next_avail = self.next_avail.wrapping_sub(1);
+    }
+
     /// Puts a chain into the used ring; [`SplitRing::publish`] shows it to the driver.
     pub fn put_used(&mut self, head: u16, len: u32) {
         let slot = usize::from(self.next_used & (self.size - 1));

@@ -1,6 +1,6 @@
 //! Counters of a queue: written by its worker alone, read by whoever asks.
 
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
 
 /// A counter with one writer.
 #[derive(Debug, Default)]
@@ -44,6 +44,8 @@ pub struct QueueStats {
     pub signals: Counter,
     /// Times that the worker slept.
     pub sleeps: Counter,
+    /// Requests that a queue which is being given back still waits for.
+    pub unfinished: AtomicU32,
     /// The worker's thread, as the kernel numbers it.
     pub thread: AtomicI32,
     /// Times that the worker's ring entered the kernel, up to when it last slept.

@@ -43,6 +43,12 @@ const SUBMIT_MOST: u32 = 16;
 const PUBLISH_BYTES: u64 = 64 << 10;
 /// Bytes that a task moves at a time, which bounds the memory of its copies.
 const TASK_CHUNK: u64 = 4 << 20;
+/// Bytes of the requests that are under way. More are not taken from the ring until there are
+/// fewer, so that what a queue must finish before it is given back does not grow with what its
+/// guest asks for. A larger request is carried out alone, and by a task.
+const MOST_BYTES: u64 = 64 << 20;
+/// A discard counts for a part of its length: it changes mappings and moves no data.
+const DISCARD_WEIGHT: u64 = 32;
 
 /// What a task reports when it has ended.
 pub(super) enum Done {
@@ -122,6 +128,10 @@ pub(super) struct Queue {
     memory: Arc<GuestMemory>,
     slots: Vec<Slot>,
     in_flight: u32,
+    /// What the requests in flight weigh together.
+    weight: u64,
+    /// With no more than this in flight there is room for the next request.
+    room: u64,
     /// Bytes of the requests that are done and that the driver cannot see yet.
     unshown_bytes: u64,
     flushes: FlushGroup,
@@ -145,6 +155,8 @@ impl Queue {
             write_through: setup.write_through,
             slots,
             in_flight: 0,
+            weight: 0,
+            room: MOST_BYTES,
             unshown_bytes: 0,
             flushes: FlushGroup::default(),
             closed: false,
@@ -161,8 +173,9 @@ impl Queue {
         self.closed = true;
     }
 
-    pub(super) fn is_open(&self) -> bool {
-        !self.closed
+    /// Whether the next request that becomes available would be looked at.
+    pub(super) fn takes_more(&self) -> bool {
+        !self.closed && self.weight <= self.room
     }
 
     /// Makes the call descriptor of the setup the one that is signalled.
@@ -207,7 +220,7 @@ impl Queue {
 
     /// Takes what is available, up to a batch. True: there was something.
     pub(super) fn take_available(&mut self, context: &mut Context) -> bool {
-        if self.closed {
+        if !self.takes_more() {
             return false;
         }
         let count = match self.ring.available() {
@@ -223,7 +236,7 @@ impl Queue {
         for _ in 0..count {
             let head = self.ring.take();
             self.begin(context, head, &view, &limits);
-            if self.closed {
+            if self.closed || self.room < MOST_BYTES {
                 break;
             }
             self.show_some(context);
@@ -351,7 +364,16 @@ impl Queue {
                 return self.ring.put_used(head, 0);
             }
         };
-        slot.begin(kind, status);
+        let weight = weigh(kind, slot.ranges.data_len());
+        if self.weight > 0 && self.weight + weight > MOST_BYTES {
+            // It stays available. Whoever takes the queue over finds it there.
+            self.ring.put_back();
+            self.room = MOST_BYTES.saturating_sub(weight);
+            return;
+        }
+        self.room = MOST_BYTES;
+        self.weight += weight;
+        slot.begin(kind, status, weight);
         slot.busy = true;
         slot.view = Some(view.clone());
         self.in_flight += 1;
@@ -406,7 +428,8 @@ impl Queue {
         if write && context.facts.detect_zeroes.is_some() && zeros() {
             return self.spawn(context, head);
         }
-        let planned = iovecs_aligned(slot.ranges.data(), limits.memory_align)
+        let planned = len as u64 <= MOST_BYTES
+            && iovecs_aligned(slot.ranges.data(), limits.memory_align)
             && if write {
                 view.chain.plan_write(offset, len, &mut pieces)
             } else {
@@ -495,8 +518,20 @@ impl Queue {
         // regions it still has.
         unsafe { memory::store_byte(slot.status, status as u8) };
         self.in_flight -= 1;
+        self.weight -= slot.weight;
         self.unshown_bytes += slot.ranges.data_len();
         self.ring.put_used(head, len);
+    }
+}
+
+/// How much of what may be under way a request takes, in bytes: what it moves, or may have to.
+fn weigh(kind: Kind, data_len: u64) -> u64 {
+    match kind {
+        Kind::In { .. } | Kind::Out { .. } => data_len,
+        // The storage may know no shorter way than to write them.
+        Kind::WriteZeroes { len, .. } => len,
+        Kind::Discard { len, .. } => len / DISCARD_WEIGHT,
+        Kind::Flush | Kind::GetId => 0,
     }
 }
 

@@ -14,7 +14,7 @@ mod worker;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::sync::Arc;
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
 use parking_lot::Mutex;
@@ -92,6 +92,17 @@ pub(super) fn thread_name(id: &str, role: &str) -> String {
     format!("{id}-{role}")
 }
 
+/// What a worker says to an order, once it has carried it out.
+pub(super) struct Answer<T>(Receiver<T>);
+
+impl<T> Answer<T> {
+    pub(super) fn wait(self) -> std::io::Result<T> {
+        self.0
+            .recv()
+            .map_err(|_| std::io::Error::other("the queue's worker has ended"))
+    }
+}
+
 /// A queue's worker thread.
 pub(super) struct Worker {
     mailbox: Arc<Mailbox>,
@@ -138,31 +149,31 @@ impl Worker {
             .wait()
     }
 
-    /// Takes the queue back once all its requests are done and visible in the used ring; the
-    /// next available index.
-    pub(super) fn stop(&self) -> std::io::Result<u16> {
+    /// Takes the queue back. It takes no more requests; the answer comes once those it has taken
+    /// are done and visible in the used ring, and is the next available index.
+    pub(super) fn begin_stop(&self) -> Answer<u16> {
         self.ask(Order::Stop)
     }
 
     /// Replaces the call descriptor, and signals the new one once: also where there is no queue
     /// yet, since what an old one was told may have been lost.
     pub(super) fn set_call(&self, call: Option<Arc<File>>) -> std::io::Result<()> {
-        self.ask(|reply| Order::SetCall(call, reply))
+        self.ask(|reply| Order::SetCall(call, reply)).wait()
     }
 
     /// Replaces the error descriptor, and signals the new one if the queue is broken.
     pub(super) fn set_error(&self, error: Option<Arc<File>>) -> std::io::Result<()> {
-        self.ask(|reply| Order::SetError(error, reply))
+        self.ask(|reply| Order::SetError(error, reply)).wait()
     }
 
     /// Lets the queue use a larger memory table. What it used before must be in it.
     pub(super) fn set_memory(&self, memory: Arc<GuestMemory>) -> std::io::Result<()> {
-        self.ask(|reply| Order::SetMemory(memory, reply))
+        self.ask(|reply| Order::SetMemory(memory, reply)).wait()
     }
 
     /// Switches the write cache.
     pub(super) fn set_write_through(&self, on: bool) -> std::io::Result<()> {
-        self.ask(|reply| Order::SetWriteThrough(on, reply))
+        self.ask(|reply| Order::SetWriteThrough(on, reply)).wait()
     }
 
     /// The queue's counters.
@@ -170,12 +181,10 @@ impl Worker {
         &self.stats
     }
 
-    fn ask<T>(&self, order: impl FnOnce(SyncSender<T>) -> Order) -> std::io::Result<T> {
+    fn ask<T>(&self, order: impl FnOnce(SyncSender<T>) -> Order) -> Answer<T> {
         let (reply, answer) = sync_channel(1);
         self.send(order(reply));
-        answer
-            .recv()
-            .map_err(|_| std::io::Error::other("the queue's worker has ended"))
+        Answer(answer)
     }
 
     fn send(&self, order: Order) {

@@ -17,6 +17,8 @@ pub(super) struct Slot {
     pub(super) kind: Kind,
     /// Host address of the status byte.
     pub(super) status: usize,
+    /// How much of what may be under way it takes, in bytes.
+    pub(super) weight: u64,
     /// The chain of layers as the request sees it; present while it is on its way.
     pub(super) view: Option<Rc<View>>,
     /// Operations whose completion is awaited.
@@ -36,6 +38,7 @@ impl Slot {
             cuts: Vec::new(),
             kind: Kind::Flush,
             status: 0,
+            weight: 0,
             view: None,
             pending: 0,
             transferred: 0,
@@ -45,9 +48,10 @@ impl Slot {
     }
 
     /// Readies the slot for a new request.
-    pub(super) fn begin(&mut self, kind: Kind, status: usize) {
+    pub(super) fn begin(&mut self, kind: Kind, status: usize, weight: u64) {
         self.kind = kind;
         self.status = status;
+        self.weight = weight;
         self.pending = 0;
         self.transferred = 0;
         self.failed = false;

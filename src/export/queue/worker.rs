@@ -261,7 +261,13 @@ impl Worker<'_> {
 
     /// Gives the queue back when nothing of it is in flight any more.
     fn finish_stop(&mut self) {
-        if self.stopping.is_empty() || self.in_flight() {
+        if self.stopping.is_empty() {
+            return;
+        }
+        let unfinished = self.queue.as_ref().map_or(0, Queue::in_flight);
+        let stats = &self.context.stats;
+        stats.unfinished.store(unfinished, Ordering::Relaxed);
+        if unfinished > 0 {
             return;
         }
         if let Some(mut queue) = self.queue.take() {
@@ -292,7 +298,7 @@ impl Worker<'_> {
         // The driver is quick to send its next request. Storage takes its time, and one request
         // after the other would be waited for: there the looking costs more than it brings.
         let in_flight = self.in_flight();
-        if let Some(queue) = self.queue.as_mut().filter(|queue| queue.is_open()) {
+        if let Some(queue) = self.queue.as_mut().filter(|queue| queue.takes_more()) {
             let look = || queue.ring.has_available() || self.reactor.has_completions();
             if !in_flight && let Some(polled) = self.poller.poll(look) {
                 let stats = &self.context.stats;
