@@ -1,15 +1,22 @@
-//! How the daemon begins and ends as a process.
+//! How the daemon begins and ends as a process: what it may have, and who waits for whom.
 //!
-//! What would be caught: a daemon that keeps a service manager's soft limit of descriptors.
+//! What would be caught: a daemon that keeps a service manager's soft limit of descriptors; and an
+//! export that hangs and keeps the daemon from ending, until it is killed with the other guests'
+//! unflushed data.
 
 mod common;
 
 use common::Res;
-use common::daemon::{Program, Setup};
+use common::daemon::{Daemon, Program, Setup};
+use common::frontend::{OK, Op, PATIENCE};
 use common::images;
-use std::fs;
+use common::stamp::{self, SECTOR};
+use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 const DISK: u64 = 8 << 20;
 const MEMORY: usize = 1 << 20;
@@ -46,4 +53,129 @@ fn the_limit_of_descriptors_is_raised() -> Res<()> {
     let numbers: Vec<&str> = line.split_whitespace().skip(3).take(2).collect();
     assert_eq!(numbers.first(), numbers.get(1), "{line}");
     daemon.stop()
+}
+
+/// A file whose server can be stopped, so that all that is done with the file hangs.
+struct Slow {
+    server: Child,
+    file: PathBuf,
+}
+
+impl Slow {
+    /// `None`: the machine has no file systems in user space.
+    fn mount(dir: &Path) -> Res<Option<Self>> {
+        let (image, file) = (dir.join("image"), dir.join("slow"));
+        File::create(&image)?.set_len(DISK)?;
+        File::create(&file)?;
+        let mut command = Command::new("qemu-storage-daemon");
+        // SAFETY: between fork and exec one system call is made, which touches no memory. A test
+        // that is killed must not leave the server behind.
+        unsafe {
+            command.pre_exec(|| {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                Ok(())
+            });
+        }
+        let server = command
+            .arg("--blockdev")
+            .arg(format!(
+                "driver=file,node-name=f,filename={}",
+                image.display()
+            ))
+            .arg("--export")
+            .arg(format!(
+                "type=fuse,id=e,node-name=f,writable=on,mountpoint={}",
+                file.display()
+            ))
+            .stderr(Stdio::null())
+            .spawn()?;
+        let mut slow = Slow { server, file };
+        let deadline = Instant::now() + PATIENCE;
+        while fs::metadata(&slow.file)?.len() == 0 {
+            if slow.server.try_wait()?.is_some() {
+                return Ok(None);
+            }
+            assert!(Instant::now() < deadline, "it never mounts");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(Some(slow))
+    }
+
+    fn signal(&self, signal: i32) {
+        // SAFETY: the child has not been waited for, so that its id is its own.
+        unsafe { libc::kill(self.server.id() as i32, signal) };
+    }
+}
+
+impl Drop for Slow {
+    fn drop(&mut self) {
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+        // Nobody else unmounts what the server has left behind.
+        if let Ok(file) = std::ffi::CString::new(self.file.as_os_str().as_encoded_bytes()) {
+            // SAFETY: the path is a string.
+            unsafe { libc::umount2(file.as_ptr(), libc::MNT_DETACH) };
+        }
+    }
+}
+
+#[test]
+fn an_export_that_hangs_costs_the_others_nothing_at_the_end() -> Res<()> {
+    let dir = tempfile::tempdir()?;
+    let (image, mut setup) = bed(dir.path())?;
+    let Some(slow) = Slow::mount(dir.path())? else {
+        eprintln!("skipped: no file systems in user space here");
+        return Ok(());
+    };
+    let socket = dir.path().join("second.sock");
+    setup.extra = [
+        "--blockdev".to_owned(),
+        format!(
+            "driver=file,node-name=second,locking=off,filename={}",
+            slow.file.display()
+        ),
+        "--export".to_owned(),
+        format!(
+            "type=vhost-user-blk,id=two,node-name=second,writable=on,addr.type=unix,addr.path={}",
+            socket.display()
+        ),
+    ]
+    .to_vec();
+    let mut daemon: Daemon = setup.start(&Program::under_test(), dir.path(), None)?;
+    let mut first = daemon.connect(&setup.socket, 1, QUEUE, MEMORY)?;
+    let mut second = daemon.connect(&socket, 1, QUEUE, MEMORY)?;
+
+    let mut bytes = vec![0; 16 * SECTOR];
+    stamp::fill_all(&mut bytes, 7, 0);
+    first.memory.write(0, &bytes);
+    let data = [(0, bytes.len())];
+    let op = Op::write(0, &data);
+    assert_eq!(first.queues[0].run(&op)?, OK);
+    assert_eq!(second.queues[0].run(&op)?, OK);
+    slow.signal(libc::SIGSTOP);
+    second.queues[0].submit(&op, 1)?;
+    second.queues[0].kick()?;
+
+    daemon.signal(libc::SIGTERM)?;
+    let deadline = Instant::now() + PATIENCE;
+    while !daemon.log().contains("abandoned") {
+        assert!(
+            Instant::now() < deadline,
+            "it waits for what hangs: {}",
+            daemon.log()
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(daemon.log().contains("'second'"), "{}", daemon.log());
+    // From here on the daemon does nothing more; the kernel may let it end with its I/O alone.
+    slow.signal(libc::SIGCONT);
+    let status = daemon.wait_for_end()?;
+    assert_eq!(status.code(), Some(1), "{}", daemon.log());
+    images::wait_unlocked(&image)?;
+    assert!(!images::check(&image)?, "clusters are lost");
+    let found = images::read_owners(&image, "qcow2", &dir.path().join("scratch"))?;
+    for owner in found.iter().take(16) {
+        assert_eq!(*owner, Ok(7), "a write that had completed");
+    }
+    Ok(())
 }

@@ -331,17 +331,19 @@ impl Graph {
     /// Flushes and closes every image that was written.
     pub async fn close(&self) {
         for node in self.nodes() {
-            let Format::Qcow2(qcow2) = &node.layer.format else {
-                if !node.layer.read_only
-                    && let Err(error) = node.layer.flush().await
-                {
-                    log::error!("closing '{}': {error}", node.name);
-                }
-                continue;
-            };
-            if let Err(error) = qcow2.close().await {
-                log::error!("closing '{}': {error}", node.name);
-            }
+            Self::close_image(&node).await;
+        }
+    }
+
+    /// Flushes and closes the image of a node if it was written. Nobody writes it any more.
+    pub async fn close_image(node: &Node) {
+        let closed = match &node.layer.format {
+            Format::Qcow2(qcow2) => qcow2.close().await,
+            _ if node.layer.read_only => Ok(()),
+            _ => node.layer.flush().await,
+        };
+        if let Err(error) = closed {
+            log::error!("closing '{}': {error}", node.name);
         }
     }
 }

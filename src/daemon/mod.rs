@@ -1,16 +1,18 @@
 //! The daemon: puts the parts together as the configuration says, and takes them apart again.
 //!
-//! Set-up goes from the bottom to the top: nodes, exports, monitors. The end begins with the jobs,
-//! so that clients hear of it, then come monitors, exports with all their requests, and at last
-//! the images, which are closed clean.
+//! Set-up goes from the bottom to the top: nodes, exports, monitors. At the end jobs and monitors,
+//! so that clients hear of it, and exports with all their requests end side by side, and each image
+//! is closed clean when its users have ended (`ending`).
 
 mod backend;
+mod ending;
 mod guests;
 mod logging;
 mod monitors;
 mod process;
 mod stream;
 
+use std::collections::BTreeSet;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -22,6 +24,7 @@ use futures_util::future::LocalBoxFuture;
 use parking_lot::Mutex;
 
 use crate::chain::Graph;
+use crate::chain::graph::Node;
 use crate::config::{Config, DetectZeroes, ExportOptions, ObjectOptions, SocketAddress};
 use crate::control::backend::{Export as ExportView, ExportStats, QueueStats as QueueView};
 use crate::control::{Control, EventHub};
@@ -41,7 +44,7 @@ pub struct Stop;
 /// The exports of the daemon.
 #[derive(Debug, Default)]
 pub struct Exports {
-    list: Mutex<Vec<(Export, ExportOptions)>>,
+    list: Mutex<Vec<(Arc<Export>, ExportOptions)>>,
 }
 
 impl Exports {
@@ -90,12 +93,6 @@ impl Exports {
         queues
             .filter_map(|queue| process::waited(queue.thread.load(Ordering::Relaxed)))
             .sum()
-    }
-
-    fn shut_down(&self) {
-        for (export, _) in self.list.lock().drain(..) {
-            export.shutdown();
-        }
     }
 }
 
@@ -148,11 +145,100 @@ fn serve(config: &Config) -> Result<()> {
     let reactor = Reactor::for_this_thread().map_err(|e| during("starting", &e))?;
     let graph = Arc::new(Graph::default());
     let exports = Arc::new(Exports::default());
-    let result = set_up(config, &reactor, &graph, &exports, &stop)
-        .and_then(|running| wait(config, running, foreground, &stopped));
-    exports.shut_down();
-    reactor.block_on(graph.close());
-    result
+    let result = set_up(config, &reactor, &graph, &exports, &stop);
+    let (result, running) = match result {
+        Ok(running) => (wait(config, foreground, &stopped), Some(running)),
+        Err(error) => (Err(error), None),
+    };
+    let ended = ending::end(
+        parts(&graph, &exports, running),
+        ending::Patience::default(),
+    );
+    if ended.is_err() {
+        // Whatever would be dropped here would be waited for.
+        std::mem::forget((graph, exports));
+    }
+    result.and(ended)
+}
+
+/// What is to end, with whatever ends it.
+fn parts(graph: &Graph, exports: &Exports, running: Option<Running>) -> Vec<ending::Part> {
+    let nodes = graph.nodes();
+    let exports = exports.list.lock();
+    let jobs = "jobs and control sockets".to_owned();
+    let mut parts = vec![ending::Part {
+        name: jobs.clone(),
+        after: Vec::new(),
+        work: Box::new(|_| {
+            if let Some(running) = running {
+                // Clients still hear how their jobs ended; new ones are refused meanwhile.
+                running.manager.shut_down();
+                running.monitors.shut_down();
+            }
+        }),
+        lament: Box::new(|| "jobs or control sockets do not end".to_owned()),
+    }];
+    let mut users = vec![];
+    for (export, options) in exports.iter() {
+        let name = format!("export '{}'", options.id);
+        users.push((name.clone(), images_of(&nodes, &options.node_name)));
+        let (ending, stuck, what) = (export.clone(), export.clone(), name.clone());
+        parts.push(ending::Part {
+            name,
+            after: Vec::new(),
+            work: Box::new(move |_| ending.shutdown()),
+            lament: Box::new(move || {
+                let left = stuck.unfinished();
+                format!("{what}: {left} requests have not completed, its images are not closed")
+            }),
+        });
+    }
+    for node in nodes {
+        let name = format!("node '{}'", node.name);
+        let uses = users.iter().filter(|(_, nodes)| nodes.contains(&node.name));
+        let mut after: Vec<String> = uses.map(|(user, _)| user.clone()).collect();
+        after.push(jobs.clone());
+        let what = format!("{name}: what was written may not be stable");
+        parts.push(ending::Part {
+            name,
+            after,
+            work: Box::new(move |alone| close(&node, alone)),
+            lament: Box::new(move || what.clone()),
+        });
+    }
+    parts
+}
+
+/// The nodes that an export of `top` may use.
+fn images_of(nodes: &[Node], top: &str) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    let mut next = vec![top.to_owned()];
+    while let Some(name) = next.pop() {
+        if let Some(node) = nodes.iter().find(|node| node.name == name)
+            && found.insert(name)
+        {
+            let under = [&node.backing, &node.file, &node.data_file];
+            next.extend(under.into_iter().flatten().cloned());
+        }
+    }
+    found
+}
+
+/// Closes the image of a node, or flushes it if somebody may still use it.
+fn close(node: &Node, alone: bool) {
+    let done = on_this_thread(|reactor| {
+        reactor.block_on(async {
+            if alone {
+                Graph::close_image(node).await;
+                return Ok(());
+            }
+            log::error!("'{}' is flushed and not closed: it is in use", node.name);
+            node.layer.flush().await
+        })
+    });
+    if let Err(error) = done {
+        log::error!("closing '{}': {error}", node.name);
+    }
 }
 
 fn during(what: &str, error: &std::io::Error) -> Error {
@@ -195,7 +281,10 @@ fn set_up(
     reactor.block_on(graph.open_all(&config.blockdevs))?;
     for options in &config.exports {
         let export = start_export(config, options, reactor, graph)?;
-        exports.list.lock().push((export, options.clone()));
+        exports
+            .list
+            .lock()
+            .push((Arc::new(export), options.clone()));
     }
     end_with_last_front_end(config, exports, stop);
     let backend = DaemonBackend::new(graph.clone(), exports.clone(), stop.clone());
@@ -310,12 +399,8 @@ fn end_with_last_front_end(config: &Config, exports: &Exports, stop: &Sender<Sto
     }
 }
 
-fn wait(
-    config: &Config,
-    running: Running,
-    foreground: Option<Foreground>,
-    stopped: &Receiver<Stop>,
-) -> Result<()> {
+/// Waits for the order to end.
+fn wait(config: &Config, foreground: Option<Foreground>, stopped: &Receiver<Stop>) -> Result<()> {
     let pid_file = match &config.pidfile {
         Some(path) => Some(
             PidFile::write(path)
@@ -328,9 +413,6 @@ fn wait(
     }
     // The senders live as long as the signal thread: this ends with an order to stop.
     let _ = stopped.recv();
-    // Clients still hear how their jobs ended; new ones are refused meanwhile.
-    running.manager.shut_down();
-    running.monitors.shut_down();
     drop(pid_file);
     Ok(())
 }

@@ -164,7 +164,8 @@ impl Daemon {
         self.wait_for_end()
     }
 
-    fn wait_for_end(&mut self) -> Res<ExitStatus> {
+    /// Waits for its end, however it ends.
+    pub fn wait_for_end(&mut self) -> Res<ExitStatus> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait()? {
