@@ -7,6 +7,7 @@
 mod bitmaps;
 mod blocks;
 mod cuts;
+mod data_file;
 mod disk;
 mod faults;
 mod held;

@@ -258,6 +258,22 @@ impl Shape {
         }
     }
 
+    /// The entry of a cluster of which those of `units` that are not data read as zeros.
+    #[must_use]
+    pub fn zero_absent(self, units: std::ops::Range<u64>, old: Words) -> Words {
+        if !self.extended {
+            return match self.state(old, 0) {
+                State::Unallocated => self.zero(units, false, old),
+                _ => old,
+            };
+        }
+        let absent = unit_mask(units) & !(old.bitmap & ALL_DATA);
+        Words {
+            bitmap: old.bitmap | absent << SUBCLUSTERS,
+            ..old
+        }
+    }
+
     /// The entry of a cluster whose `units` are not in this layer.
     #[must_use]
     pub fn unallocated(self, units: std::ops::Range<u64>, old: Words) -> Words {

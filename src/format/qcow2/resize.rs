@@ -12,7 +12,6 @@ use super::header::{BitmapDirectory, MAX_L1_ENTRIES};
 use super::l2::{self, COPIED, Words};
 use super::metadata::Kind;
 use super::refcount::Allocation;
-use super::update::Clear;
 use super::{Qcow2, header};
 use crate::error::{Action, Error, Result};
 use crate::storage::{self, AlignedBuf};
@@ -134,7 +133,7 @@ impl Qcow2 {
             let to = end.min((index + 1) * coverage);
             if from < to && self.l1_entry(index) & l2::OFFSET != 0 {
                 let _claim = self.claim(from, to - from).await;
-                self.clear(from, to - from, Clear::Unmap).await?;
+                self.unmap_clusters(from, to - from).await?;
             }
         }
         // Stable together: where the L1 entry is gone, nobody looks at the table's entries.

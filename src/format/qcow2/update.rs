@@ -292,8 +292,11 @@ impl Qcow2 {
             (offset + len).next_multiple_of(self.cluster_size())
         };
         self.clear_data_file(offset, end, how).await?;
+        let raw = self.data.as_ref().is_some_and(|data| data.raw);
         let mut at = offset;
         self.modify(&mut at, end, |_, units, old| match how {
+            Clear::Unmap if raw => old,
+            Clear::Zero | Clear::ZeroKeep if raw => self.shape.zero_absent(units, old),
             Clear::Unmap => self.shape.unallocated(units, old),
             Clear::Zero => self.shape.zero(units, false, old),
             Clear::ZeroKeep => self.shape.zero(units, true, old),
@@ -301,9 +304,30 @@ impl Qcow2 {
         .await
     }
 
+    /// Takes whole clusters out of the mapping, also of an image with a raw data file: they are
+    /// above the end that the disk is to have, where no guest writes.
+    ///
+    /// # Errors
+    /// As for [`Qcow2::clear`].
+    pub(super) async fn unmap_clusters(&self, offset: u64, len: u64) -> Result<()> {
+        self.clear_data_file(offset, offset + len, Clear::Unmap)
+            .await?;
+        let mut at = offset;
+        self.modify(&mut at, offset + len, |_, units, old| {
+            self.shape.unallocated(units, old)
+        })
+        .await
+    }
+
     /// A data file keeps no more than the guest has: what is given back there cannot wait until
     /// the mapping is stable, since the next write goes to the same place. Whichever of the two
     /// is lost in a cut, the range reads as it was or as zeros.
+    ///
+    /// Writes in place hold no claim: one that found its cluster mapped may reach the data file
+    /// before this, or after it, or when the mapping has been changed. A raw data file must hold
+    /// what the image shows, in any of these orders. There the zeros are in the file and the
+    /// mapping goes on pointing at them. Units that have no data of their own have no writes in
+    /// place either. A data file that is not raw may keep what the mapping does not point at.
     async fn clear_data_file(&self, offset: u64, end: u64, how: Clear) -> Result<()> {
         let Some(data) = &self.data else {
             return Ok(());
