@@ -62,8 +62,8 @@ impl Access {
 struct Patience;
 
 impl Patience {
-    /// With a process that runs.
-    const RUNNING: Duration = Duration::from_millis(200);
+    /// With a process that runs: it may be a tool that only looks, or a daemon that closes its images.
+    const RUNNING: Duration = Duration::from_secs(1);
     /// With nobody who could be seen.
     const UNKNOWN: Duration = Duration::from_secs(3);
     /// The first pause; each is twice the one before.
