@@ -364,7 +364,7 @@ pub(super) fn image_options(options: &BlockdevOptions, writable: bool) -> qcow2:
     }
 }
 
-pub(super) fn file_flags(options: &BlockdevOptions) -> OpenFlags {
+fn file_flags(options: &BlockdevOptions) -> OpenFlags {
     let locking = match &options.driver {
         Driver::File(file) | Driver::HostDevice(file) => file.locking,
         _ => Locking::Auto,

@@ -1,18 +1,19 @@
 //! From reading to writing and back: what an export or a job that writes asks for.
 //!
 //! The writer's locks are taken first, then the image is opened anew, and only then is anything
-//! written to it.
+//! written to it. A file that was opened to be read gets a second descriptor for that, under the
+//! locks of the first.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use super::Layer;
 use super::graph::{Graph, Node};
-use super::open::{file_flags, image_options, text};
+use super::open::{image_options, text};
 use crate::config::Driver;
 use crate::error::{Error, Result};
 use crate::format::{Format, Qcow2};
-use crate::storage::file::OpenFlags;
-use crate::storage::{Access, FileStorage, Storage, Window};
+use crate::storage::{Access, Storage, Window};
 
 impl Graph {
     /// Makes a node's image ready to be written: takes the writer's locks and opens it anew.
@@ -32,11 +33,14 @@ impl Graph {
         let (format, storage) = match &node.layer.format {
             Format::Raw(raw) => {
                 let storage = self.writable_bytes(&node.name)?;
-                storage.set_access(Access::Write).map_err(text)?;
+                (storage.set_access(Access::Write).map_err(text))
+                    .map_err(|error| self.explain(error, &node))?;
                 (Format::Raw(*raw), storage)
             }
             Format::Qcow2(image) => {
-                let image = Arc::new(self.reopen_qcow2(&node, image).await?);
+                let image = (self.reopen_qcow2(&node, image).await)
+                    .map_err(|error| self.explain(error, &node))?;
+                let image = Arc::new(image);
                 let storage = image.data_storage().clone();
                 (Format::Qcow2(image), storage)
             }
@@ -77,7 +81,7 @@ impl Graph {
         .await;
         if opened.is_err() {
             for file in &files {
-                let _ = file.set_access(Access::Read);
+                let _ = file.set_access(reading(node));
             }
         }
         opened
@@ -98,14 +102,28 @@ impl Graph {
                 Window::of(self.writable_bytes(file)?, raw.offset, raw.size)
             }
             (_, Some(file)) => self.writable_bytes(file),
-            (_, None) => {
-                let flags = OpenFlags {
-                    writable: true,
-                    ..file_flags(&node.options)
-                };
-                let storage = FileStorage::open(&node.filename, flags).map_err(text)?;
-                Ok(Arc::new(storage))
-            }
+            (_, None) => node.layer.storage.open_writable().map_err(text),
+        }
+    }
+
+    /// Names the other node, where it is one of this process that stands in the way.
+    fn explain(&self, error: Error, node: &Node) -> Error {
+        let Error::Busy(text) = error else {
+            return error;
+        };
+        let is_other = |other: &Node| {
+            other.name != node.name
+                && other.file.is_some()
+                && other.file != node.file
+                && same_file(&other.filename, &node.filename)
+        };
+        match self.nodes().iter().find(|other| is_other(other)) {
+            Some(other) => Error::Busy(format!(
+                "Could not open '{}': Failed to get \"write\" lock: node '{}' reads it, too",
+                node.filename.display(),
+                other.name
+            )),
+            None => Error::Busy(text),
         }
     }
 
@@ -129,8 +147,26 @@ impl Graph {
         };
         self.replace_layer(&node.name, Arc::new(layer))?;
         if let Format::Qcow2(image) = &node.layer.format {
-            image.storage().set_access(Access::Read).map_err(text)?;
+            image.storage().set_access(reading(&node)).map_err(text)?;
         }
-        node.layer.storage.set_access(Access::Read).map_err(text)
+        node.layer.storage.set_access(reading(&node)).map_err(text)
     }
+}
+
+/// What a node asks of others while it is not written.
+fn reading(node: &Node) -> Access {
+    match node.options.force_share {
+        true => Access::ReadShared,
+        false => Access::Read,
+    }
+}
+
+fn same_file(one: &Path, other: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+
+    let id = |path: &Path| {
+        let found = std::fs::metadata(path).ok()?;
+        Some((found.dev(), found.ino()))
+    };
+    id(one).is_some() && id(one) == id(other)
 }

@@ -102,9 +102,12 @@ impl Backend for DaemonBackend {
             on_this_thread(|reactor| reactor.block_on(self.graph.make_writable(&spec.target)))
                 .map_err(refused)?;
         }
+        let unused = Unused(restore.then(|| (self.graph.clone(), spec.target.clone())));
         let (graph, exports) = (self.graph.clone(), self.exports.clone());
         let spec = spec.clone();
         Ok(Box::new(move || {
+            // From here on the source sees to it.
+            unused.forget();
             let source = GraphSource::new(graph, exports, &spec, restore)
                 .map(|source| Box::new(source) as Box<dyn StreamSource>)
                 .map_err(|error| JobError::new(error.to_string()));
@@ -115,6 +118,28 @@ impl Backend for DaemonBackend {
     fn quit(&self) {
         // When nobody listens any more, the daemon is ending already.
         let _ = self.quit.send(super::Stop);
+    }
+}
+
+/// A node that was made writable for a job that may not come to be. It is given back when this is
+/// dropped.
+struct Unused(Option<(Arc<Graph>, String)>);
+
+impl Unused {
+    fn forget(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Unused {
+    fn drop(&mut self) {
+        let Some((graph, node)) = self.0.take() else {
+            return;
+        };
+        if let Err(error) = on_this_thread(|reactor| reactor.block_on(graph.make_read_only(&node)))
+        {
+            log::error!("node '{node}': back to read-only: {error}");
+        }
     }
 }
 

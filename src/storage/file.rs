@@ -3,15 +3,16 @@
 //! Files on tmpfs are memory: there the call is made in line, since io_uring would hand it to a
 //! kernel worker thread (tmpfs has no non-blocking I/O), at twice the cost.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use io_uring::{opcode, types};
 
-use super::locking::{self, Access};
+use super::locking::{Access, ImageLock};
 use super::{Limits, Op, Storage, Submission};
 use crate::reactor::{Reactor, Token};
 
@@ -33,7 +34,11 @@ pub struct OpenFlags {
 /// An open image file.
 #[derive(Debug)]
 pub struct FileStorage {
-    file: File,
+    file: Arc<File>,
+    /// The descriptor of `file`, at hand.
+    fd: RawFd,
+    /// None where nothing is locked.
+    lock: Option<ImageLock>,
     name: String,
     flags: OpenFlags,
     limits: Limits,
@@ -51,52 +56,34 @@ impl FileStorage {
     /// When it cannot be opened, is in use, or is neither a file nor a block device; the text
     /// names the file.
     pub fn open(path: &Path, flags: OpenFlags) -> io::Result<Self> {
-        let explain = |error: io::Error| {
-            io::Error::new(
-                error.kind(),
-                format!("Could not open '{}': {error}", path.display()),
-            )
-        };
-        let file = OpenOptions::new()
-            .read(true)
-            .write(flags.writable)
-            .custom_flags(libc::O_CLOEXEC | if flags.direct { libc::O_DIRECT } else { 0 })
-            .open(path)
-            .map_err(|error| match error.raw_os_error() {
-                Some(code) => {
-                    let text = crate::error::errno_text(code);
-                    io::Error::new(
-                        error.kind(),
-                        format!("Could not open '{}': {text}", path.display()),
-                    )
-                }
-                None => explain(error),
-            })?;
-        let kind = file.metadata().map_err(explain)?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                format!(
-                    "Could not open '{}': not a file or a block device",
-                    path.display()
-                ),
-            ));
-        }
-        let block_device = kind.is_block_device();
-        let storage = Self {
-            limits: limits_of(&file, flags.direct, block_device),
-            in_line: is_memory(&file),
-            name: path.display().to_string(),
-            file,
-            flags,
-            block_device,
-        };
+        let (file, block_device) = open_image(path, flags)?;
+        let lock = (!flags.no_lock).then(|| ImageLock::new(file.clone(), path));
+        let storage = Self::new(file, path, flags, block_device, lock);
         storage.set_access(if flags.force_share {
             Access::ReadShared
         } else {
             Access::Read
         })?;
         Ok(storage)
+    }
+
+    fn new(
+        file: Arc<File>,
+        path: &Path,
+        flags: OpenFlags,
+        block_device: bool,
+        lock: Option<ImageLock>,
+    ) -> Self {
+        Self {
+            fd: file.as_raw_fd(),
+            limits: limits_of(&file, flags.direct, block_device),
+            in_line: is_memory(&file),
+            name: path.display().to_string(),
+            file,
+            lock,
+            flags,
+            block_device,
+        }
     }
 
     /// The path that the file was opened by.
@@ -112,7 +99,7 @@ impl FileStorage {
     }
 
     fn fd(&self) -> RawFd {
-        self.file.as_raw_fd()
+        self.fd
     }
 
     /// # Safety
@@ -165,12 +152,52 @@ impl FileStorage {
     }
 }
 
-impl Drop for FileStorage {
-    fn drop(&mut self) {
-        if !self.flags.no_lock {
-            locking::unlock(&self.file);
-        }
+/// Opens an image's file; says whether it is a block device.
+fn open_image(path: &Path, flags: OpenFlags) -> io::Result<(Arc<File>, bool)> {
+    let failed = |error: io::Error| {
+        let text = match error.raw_os_error() {
+            Some(code) => crate::error::errno_text(code),
+            None => error.to_string(),
+        };
+        io::Error::new(
+            error.kind(),
+            format!("Could not open '{}': {text}", path.display()),
+        )
+    };
+    // Before it is opened: a pipe would keep us until somebody writes to it.
+    let block_device =
+        is_block_device(&std::fs::metadata(path).map_err(failed)?).map_err(failed)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(flags.writable)
+        .custom_flags(libc::O_CLOEXEC | if flags.direct { libc::O_DIRECT } else { 0 })
+        .open(path)
+        .map_err(failed)?;
+    Ok((Arc::new(file), block_device))
+}
+
+/// Tells a block device from a file.
+///
+/// # Errors
+/// When it is neither.
+fn is_block_device(metadata: &Metadata) -> io::Result<bool> {
+    let kind = metadata.file_type();
+    if kind.is_file() || kind.is_block_device() {
+        return Ok(kind.is_block_device());
     }
+    Err(io::Error::new(
+        io::ErrorKind::InvalidInput,
+        "not a file or a block device",
+    ))
+}
+
+/// What makes a file or a device the same one, whatever its name.
+fn identity(file: &File) -> io::Result<(u64, u64)> {
+    let metadata = file.metadata()?;
+    Ok(match is_block_device(&metadata)? {
+        true => (0, metadata.rdev()),
+        false => (metadata.dev(), metadata.ino()),
+    })
 }
 
 fn zero_mode(unmap: bool) -> i32 {
@@ -265,10 +292,24 @@ impl Storage for FileStorage {
     }
 
     fn set_access(&self, access: Access) -> io::Result<()> {
-        if self.flags.no_lock {
-            return Ok(());
+        self.lock.as_ref().map_or(Ok(()), |lock| lock.set(access))
+    }
+
+    fn open_writable(&self) -> io::Result<Arc<dyn Storage>> {
+        let flags = OpenFlags {
+            writable: true,
+            ..self.flags
+        };
+        let path = self.path();
+        let (file, block_device) = open_image(&path, flags)?;
+        if identity(&file)? != identity(&self.file)? {
+            return Err(io::Error::other(format!(
+                "Could not open '{}': it is another file than the one that was opened for reading",
+                self.name
+            )));
         }
-        locking::lock(&self.file, access, Path::new(&self.name))
+        let lock = self.lock.as_ref().map(ImageLock::another);
+        Ok(Arc::new(Self::new(file, &path, flags, block_device, lock)))
     }
 
     fn next_data(&self, offset: u64) -> Option<(u64, u64)> {

@@ -172,6 +172,9 @@ mod tests {
     //! another kind or another byte that is blamed, our own descriptor that is taken for somebody
     //! else's, a process that is gone but for its last signal and is taken for one that lives.
 
+    use std::sync::Arc;
+
+    use super::super::locking::{Access, ImageLock};
     use super::*;
 
     #[test]
@@ -214,9 +217,10 @@ mod tests {
     #[test]
     fn our_own_other_descriptor_is_found_and_no_other_byte() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let (first, second) = (file.reopen().unwrap(), file.reopen().unwrap());
+        let (first, second) = (file.reopen().unwrap(), Arc::new(file.reopen().unwrap()));
         let all_seen = matches!(find(&first, 100), Holder::Unknown { all_seen: true });
-        super::super::locking::lock(&second, super::super::Access::Read, file.path()).unwrap();
+        let lock = ImageLock::new(second.clone(), file.path());
+        lock.set(Access::Read).unwrap();
         assert_eq!(find(&first, 100), Holder::Own);
         assert_eq!(find(&first, 199), Holder::Unknown { all_seen });
         assert_eq!(find(&second, 100), Holder::Unknown { all_seen });

@@ -14,8 +14,11 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use super::holder::{self, Holder};
 
@@ -108,49 +111,139 @@ impl World for System {
     }
 }
 
-/// Takes the locks for `access` and gives back those that it does not need; all go with the file.
-/// Waits a moment for those that somebody else holds: see the module's head.
+/// What one descriptor of an image may do, with the locks that stand for it.
 ///
-/// # Errors
-/// When somebody else's use of the image does not go with it. The text is QEMU's, and says who
-/// that is.
-pub fn lock(file: &File, access: Access, path: &Path) -> io::Result<()> {
-    let mut system = System {
-        since: Instant::now(),
-        next: Patience::FIRST_PAUSE,
-    };
-    lock_in(&mut system, file, access, path)
+/// The kernel gives locks to an open file description, and a second one of the same process is to
+/// it like another process. So one description, the first, holds the locks for all: they become
+/// more or less under it, and at no moment could somebody else get in between. What is locked is
+/// what the one that does most needs.
+#[derive(Debug)]
+pub struct ImageLock {
+    all: Arc<Locks>,
+    access: Mutex<Access>,
 }
 
-fn lock_in(world: &mut dyn World, file: &File, access: Access, path: &Path) -> io::Result<()> {
-    loop {
-        let refusal = match take(file, access) {
-            Ok(()) => return release_all_but(file, access),
-            Err(refusal) => refusal,
-        };
-        let holder = match &refusal {
-            Refusal::Held { byte, .. } => Some(world.holder(file, *byte)),
-            Refusal::System(_) => None,
-        };
-        // What was held before is not known here; a reader's locks harm nobody.
-        release_all_but(file, Access::Read)?;
-        match holder {
-            Some(holder) if world.waited() < Patience::with(&holder) => {
-                log::debug!("waiting for a lock on '{}': {holder}", path.display());
-                world.pause();
-            }
-            holder => return Err(refusal.explain(path, access, holder.as_ref())),
+/// The locks that this process holds on an image.
+#[derive(Debug)]
+struct Locks {
+    file: Arc<File>,
+    path: PathBuf,
+    users: Mutex<Users>,
+}
+
+/// How many descriptors are used for what; those that share all are not counted.
+#[derive(Clone, Copy, Debug, Default)]
+struct Users {
+    readers: usize,
+    writers: usize,
+}
+
+impl Users {
+    fn count(&mut self, access: Access) -> Option<&mut usize> {
+        match access {
+            Access::Read => Some(&mut self.readers),
+            Access::Write => Some(&mut self.writers),
+            Access::ReadShared => None,
+        }
+    }
+
+    fn with(mut self, old: Access, new: Access) -> Self {
+        if let Some(count) = self.count(old) {
+            *count = count.saturating_sub(1);
+        }
+        if let Some(count) = self.count(new) {
+            *count += 1;
+        }
+        self
+    }
+
+    /// What is to be locked for them.
+    fn access(self) -> Access {
+        match self {
+            Self { writers: 1.., .. } => Access::Write,
+            Self { readers: 1.., .. } => Access::Read,
+            _ => Access::ReadShared,
         }
     }
 }
 
-/// Gives all locks back. They would go with the file, but the kernel may hold on to that for a
-/// moment after the last operation on it.
-pub fn unlock(file: &File) {
-    for bit in [CONSISTENT_READ, WRITE, RESIZE] {
-        for byte in [USED + bit, UNSHARED + bit] {
-            if let Err(error) = set_lock(file, libc::F_UNLCK, byte) {
-                log::debug!("unlocking an image: {error}");
+impl ImageLock {
+    /// Locks nothing yet; the locks will be those of `file`, whose path is for messages.
+    pub fn new(file: Arc<File>, path: &Path) -> Self {
+        Self {
+            all: Arc::new(Locks {
+                file,
+                path: path.to_owned(),
+                users: Mutex::default(),
+            }),
+            access: Mutex::new(Access::ReadShared),
+        }
+    }
+
+    /// For another descriptor of the same image, which may do nothing yet.
+    pub fn another(&self) -> Self {
+        Self {
+            all: self.all.clone(),
+            access: Mutex::new(Access::ReadShared),
+        }
+    }
+
+    /// Takes the locks for `access` and gives back those that nobody needs any more; this one's go
+    /// when it is dropped. Waits a moment for those that somebody else holds: see the module's head.
+    ///
+    /// # Errors
+    /// When somebody else's use of the image does not go with it. All is as before then. The text
+    /// is QEMU's, and says who that is.
+    pub fn set(&self, access: Access) -> io::Result<()> {
+        let mut system = System {
+            since: Instant::now(),
+            next: Patience::FIRST_PAUSE,
+        };
+        self.set_in(&mut system, access)
+    }
+
+    fn set_in(&self, world: &mut dyn World, access: Access) -> io::Result<()> {
+        let mut own = self.access.lock();
+        self.all.change(world, *own, access)?;
+        *own = access;
+        Ok(())
+    }
+}
+
+impl Drop for ImageLock {
+    /// Gives its locks back. They would go with the file, but the kernel may hold on to that for
+    /// a moment after the last operation on it.
+    fn drop(&mut self) {
+        if let Err(error) = self.set(Access::ReadShared) {
+            log::debug!("unlocking an image: {error}");
+        }
+    }
+}
+
+impl Locks {
+    fn change(&self, world: &mut dyn World, old: Access, new: Access) -> io::Result<()> {
+        let mut users = self.users.lock();
+        let wanted = users.with(old, new);
+        let (held, access) = (users.access(), wanted.access());
+        loop {
+            let refusal = match take(&self.file, access) {
+                Ok(()) => {
+                    *users = wanted;
+                    return release_all_but(&self.file, access);
+                }
+                Err(refusal) => refusal,
+            };
+            let holder = match &refusal {
+                Refusal::Held { byte, .. } => Some(world.holder(&self.file, *byte)),
+                Refusal::System(_) => None,
+            };
+            release_all_but(&self.file, held)?;
+            match holder {
+                Some(holder) if world.waited() < Patience::with(&holder) => {
+                    log::debug!("waiting for a lock on '{}': {holder}", self.path.display());
+                    world.pause();
+                }
+                holder => return Err(refusal.explain(&self.path, access, holder.as_ref())),
             }
         }
     }
@@ -283,9 +376,18 @@ fn held_by_other(file: &File, byte: i64) -> io::Result<bool> {
 mod tests {
     //! What would be caught: a lock that is not waited for though nobody who runs holds it, a wait
     //! that is not ended by the lock's release or by the deadline, a command that waits long for a
-    //! program that goes on, a failure that does not say who holds the lock.
+    //! program that goes on, a failure that does not say who holds the lock; locks that are given
+    //! back before others are taken, so that another program gets in between, and an attempt that
+    //! failed and holds more or less than before.
+
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
     use super::*;
+
+    fn open(path: &Path) -> ImageLock {
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        ImageLock::new(Arc::new(file), path)
+    }
 
     /// A world whose time passes with each pause.
     struct Scripted<F> {
@@ -318,17 +420,17 @@ mod tests {
     }
 
     /// A file with somebody else's locks, and our own descriptor of it.
-    fn held(access: Access) -> (tempfile::NamedTempFile, File, File) {
+    fn held(access: Access) -> (tempfile::NamedTempFile, ImageLock, ImageLock) {
         let named = tempfile::NamedTempFile::new().unwrap();
-        let (other, own) = (named.reopen().unwrap(), named.reopen().unwrap());
-        lock(&other, access, named.path()).unwrap();
+        let (other, own) = (open(named.path()), open(named.path()));
+        other.set(access).unwrap();
         (named, other, own)
     }
 
     #[test]
     fn a_lock_that_nobody_is_seen_to_hold_is_waited_for() {
         for (theirs, ours) in ALL.iter().flat_map(|a| ALL.map(|b| (*a, b))) {
-            let (named, other, own) = held(theirs);
+            let (_named, other, own) = held(theirs);
             let mut other = Some(other);
             let mut pauses = 0;
             let mut world = Scripted {
@@ -341,7 +443,7 @@ mod tests {
                     }
                 },
             };
-            lock_in(&mut world, &own, ours, named.path()).unwrap();
+            own.set_in(&mut world, ours).unwrap();
             let expected = if conflict(theirs, ours) { 3 } else { 0 };
             assert_eq!(pauses, expected, "{theirs:?}, {ours:?}");
         }
@@ -378,7 +480,7 @@ mod tests {
                 waited: Duration::ZERO,
                 at_pause: |waited| last = waited,
             };
-            let error = lock_in(&mut world, &own, Access::Read, named.path()).unwrap_err();
+            let error = own.set_in(&mut world, Access::Read).unwrap_err();
             assert_eq!(last, longest, "{said}");
             assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
             let text = error.to_string();
@@ -394,7 +496,7 @@ mod tests {
 
     #[test]
     fn who_goes_on_in_the_place_of_a_dead_one_is_not_waited_for_long() {
-        let (named, _other, own) = held(Access::Write);
+        let (_named, _other, own) = held(Access::Write);
         let mut world = Scripted {
             holder: Holder::Process {
                 pid: 1,
@@ -403,22 +505,66 @@ mod tests {
             waited: Patience::RUNNING,
             at_pause: |_| panic!("waited"),
         };
-        lock_in(&mut world, &own, Access::Write, named.path()).unwrap_err();
+        own.set_in(&mut world, Access::Write).unwrap_err();
     }
 
     #[test]
-    fn what_was_read_is_still_held_after_a_refusal() {
-        let named = tempfile::NamedTempFile::new().unwrap();
-        let open = || named.reopen().unwrap();
-        let (reader, other, third) = (open(), open(), open());
-        lock(&other, Access::Read, named.path()).unwrap();
-        lock(&reader, Access::Read, named.path()).unwrap();
-        lock(&reader, Access::Write, named.path()).unwrap_err();
-        // Neither more nor less than a reader's locks.
-        drop(other);
-        lock(&third, Access::Read, named.path()).unwrap();
-        lock(&third, Access::Write, named.path()).unwrap_err();
-        drop(reader);
-        lock(&third, Access::Write, named.path()).unwrap();
+    fn nobody_gets_in_while_a_reader_becomes_a_writer_and_back() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let ours = open(file.path());
+        ours.set(Access::Read).unwrap();
+        let (over, tries) = (AtomicBool::new(false), AtomicU32::new(0));
+        std::thread::scope(|scope| {
+            let other = scope.spawn(|| {
+                let theirs = open(file.path());
+                while !over.load(Ordering::Relaxed) {
+                    assert!(theirs.set(Access::Write).is_err(), "two writers");
+                    tries.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+            while tries.load(Ordering::Relaxed) < 100 && !other.is_finished() {
+                // What they have taken for their attempt may be in our way, too.
+                let _ = ours.set(Access::Write);
+                let _ = ours.set(Access::Read);
+            }
+            over.store(true, Ordering::Relaxed);
+        });
+    }
+
+    #[test]
+    fn a_failure_leaves_all_as_it_was() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (ours, theirs, third) = (open(file.path()), open(file.path()), open(file.path()));
+        for before in [Access::Read, Access::ReadShared] {
+            ours.set(before).unwrap();
+            theirs.set(Access::Read).unwrap();
+            assert!(ours.set(Access::Write).is_err());
+            theirs.set(Access::ReadShared).unwrap();
+            // A reader keeps writers out, and one that shares does not.
+            assert_eq!(third.set(Access::Write).is_err(), before == Access::Read);
+            third.set(Access::ReadShared).unwrap();
+        }
+        ours.set(Access::Write).unwrap();
+        assert!(third.set(Access::Read).is_err());
+        drop(ours);
+        third.set(Access::Write).unwrap();
+    }
+
+    #[test]
+    fn one_writer_that_ends_takes_no_lock_from_another() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (first, theirs) = (open(file.path()), open(file.path()));
+        first.set(Access::Read).unwrap();
+        let (second, third) = (first.another(), first.another());
+        for writer in [&second, &third] {
+            writer.set(Access::Write).unwrap();
+        }
+        second.set(Access::Read).unwrap();
+        theirs.set(Access::Read).unwrap_err();
+        drop(third);
+        theirs.set(Access::Read).unwrap();
+        theirs.set(Access::Write).unwrap_err();
+        drop((first, second));
+        theirs.set(Access::Write).unwrap();
     }
 }

@@ -129,6 +129,19 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
         Ok(())
     }
 
+    /// The same file once more, open for writing, under the locks that this one holds: who wants
+    /// to write asks for more of them ([`set_access`](Self::set_access)), through either.
+    ///
+    /// # Errors
+    /// When it cannot be opened for writing, or its name stands for another file by now. Storage
+    /// that is no file of its own cannot do it.
+    fn open_writable(&self) -> std::io::Result<std::sync::Arc<dyn Storage>> {
+        Err(std::io::Error::new(
+            std::io::ErrorKind::Unsupported,
+            format!("{}: cannot be opened for writing", self.name()),
+        ))
+    }
+
     /// The first range of data at or after `offset` (`SEEK_DATA`, `SEEK_HOLE`), start and end.
     /// `None`: only zeros follow. Storage that cannot tell says everything is data.
     fn next_data(&self, offset: u64) -> Option<(u64, u64)> {

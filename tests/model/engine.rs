@@ -91,7 +91,7 @@ async fn open(start: &Start, disk: &Arc<Disk>, writable: bool) -> (Arc<Qcow2>, A
     let image = Arc::new(Qcow2::open(disk.clone(), options).await.unwrap());
     let mut layers = vec![layer(Format::Qcow2(image.clone()), disk, writable)];
     if start.base {
-        let raw = Format::Raw(Raw::new(0, SIZE as u64));
+        let raw = Format::Raw(Raw::new(SIZE as u64));
         layers.push(layer(raw, &Disk::new(start.disk.clone()), false));
     }
     (image, Arc::new(Chain::new(layers).unwrap()))

@@ -40,7 +40,7 @@ async fn streamed(image: Vec<u8>) -> Chain {
     let opened = Arc::new(Qcow2::open(top.clone(), options).await.unwrap());
     let chain = Chain::new(vec![
         layer(Format::Qcow2(opened), top, false),
-        layer(Format::Raw(Raw::new(0, SIZE as u64)), base, true),
+        layer(Format::Raw(Raw::new(SIZE as u64)), base, true),
     ]);
     let chain = Arc::new(chain.unwrap());
     let view = View::of(chain.clone());
