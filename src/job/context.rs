@@ -32,7 +32,7 @@ pub enum ErrorAction {
 pub enum Flow {
     /// Go on.
     Go,
-    /// The job is to pause or to end: see to that first.
+    /// The job is to pause or to end, or has a lower speed: see to that first.
     Interrupted,
 }
 
@@ -89,15 +89,21 @@ impl JobContext {
         self.job.listen()
     }
 
-    /// Waits until the speed limit lets `bytes` through.
+    /// Waits until the speed limit lets `bytes` through. A speed that is lower than the one at
+    /// which the wait began interrupts it: what suited that one would be a burst by now.
     pub async fn limit(&self, bytes: u64) -> Flow {
         let mut ticket = Ticket::default();
+        let mut begun = None;
         loop {
             let listener = self.job.listen();
             let wait = {
                 let mut state = self.job.lock();
                 state.idle = false;
                 if state.cancel || state.pause {
+                    return Flow::Interrupted;
+                }
+                let speed = state.bucket.speed();
+                if speed != 0 && speed < *begun.get_or_insert(speed) {
                     return Flow::Interrupted;
                 }
                 match self.job.take_quota(&mut state, bytes, &mut ticket) {

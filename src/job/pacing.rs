@@ -1,15 +1,19 @@
 //! The speed limit of a job.
 //!
 //! [`Bucket`] is the arithmetic, free of clocks and sleeping: it is asked with the time of day and
-//! answers how long to wait. A request is paid for before it is granted: the `n`th byte is let
-//! through no sooner than `n / speed` seconds after the start, so that the whole of a transfer takes
-//! the time it should. Time that a job could not use (a slow disk, a late wake-up) may be caught up
-//! with, but only 100 ms of it, or what a single request needs: that bounds the bursts.
+//! answers how long to wait. It counts in bytes: time brings some in at the present speed, a request
+//! is let through when there are enough for it. What has come in stays when the speed is changed,
+//! so that whoever waits has not waited in vain. Time that a job could not use (a slow disk, a
+//! pause) may be caught up with, but only 100 ms of it, or what a single request needs: that
+//! bounds the bursts.
 
 use std::time::Duration;
 
 /// How much unused time may be caught up with.
 const CATCH_UP: Duration = Duration::from_millis(100);
+
+/// Bytes are counted in units of so many parts: what a byte a second brings in a nanosecond.
+const PARTS: u64 = 1_000_000_000;
 
 /// What a request gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,16 +27,23 @@ pub enum Grant {
 /// One request, while it waits.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Ticket {
-    /// From when on the time counts for this request.
-    since: Option<Duration>,
+    /// It has asked before: the time since then was spent waiting.
+    waits: bool,
 }
 
 /// A limit on a rate, in bytes per second. Times are those of any steady clock.
 #[derive(Debug)]
 pub struct Bucket {
     speed: u64,
-    /// All that was granted so far is paid for by the time up to here.
-    paid_until: Duration,
+    /// What is in hand, in parts of a byte; below zero: more was moved than had come in.
+    balance: i128,
+    /// The time up to which it has come in.
+    counted: Duration,
+    /// The size of the last request that had to wait.
+    wanted: u64,
+    /// What was in hand when the speed was changed, as far as it still is: a lower speed does
+    /// not take away what was waited for at the higher one.
+    kept: i128,
 }
 
 impl Bucket {
@@ -40,7 +51,10 @@ impl Bucket {
     pub fn new(speed: u64, now: Duration) -> Self {
         Self {
             speed,
-            paid_until: now,
+            balance: 0,
+            counted: now,
+            wanted: 0,
+            kept: 0,
         }
     }
 
@@ -49,49 +63,66 @@ impl Bucket {
         self.speed
     }
 
-    /// The time `bytes` take at the present speed.
-    fn cost(&self, bytes: u64) -> Duration {
-        if self.speed == 0 {
-            return Duration::ZERO;
-        }
-        let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(self.speed);
-        Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
+    /// What comes in within `time`.
+    fn income(&self, time: Duration) -> i128 {
+        let nanos = i128::try_from(time.as_nanos()).unwrap_or(i128::MAX);
+        nanos.saturating_mul(i128::from(self.speed))
+    }
+
+    /// The most that may be in hand where nobody has waited for it.
+    fn room(&self, request: u64) -> i128 {
+        self.income(CATCH_UP).max(parts(request))
+    }
+
+    /// Takes in what has come since the last time.
+    fn count(&mut self, now: Duration) {
+        let time = now.saturating_sub(self.counted);
+        self.balance = self.balance.saturating_add(self.income(time));
+        self.counted = now.max(self.counted);
     }
 
     /// Asks for `bytes`. A request that has to wait asks again with the same `ticket`.
     pub fn take(&mut self, now: Duration, bytes: u64, ticket: &mut Ticket) -> Grant {
         if self.speed == 0 {
-            self.paid_until = now;
+            (self.balance, self.kept, self.counted) = (0, 0, now);
             return Grant::Now;
         }
+        self.count(now);
         // The time of waiting always counts, however late the waiter is woken; of the time before
         // it only as much as may be caught up with.
-        let since = *ticket.since.get_or_insert(now.saturating_sub(CATCH_UP));
-        let start = self.paid_until.max(since);
-        let due = start.saturating_add(self.cost(bytes));
-        if due > now {
-            return Grant::After(due - now);
+        if !std::mem::replace(&mut ticket.waits, true) {
+            self.balance = self.balance.min(self.room(bytes).max(self.kept));
         }
-        self.paid_until = due;
+        let missing = parts(bytes).saturating_sub(self.balance);
+        if missing > 0 {
+            self.wanted = bytes;
+            let nanos = (missing.unsigned_abs()).div_ceil(u128::from(self.speed));
+            return Grant::After(Duration::from_nanos(
+                u64::try_from(nanos).unwrap_or(u64::MAX),
+            ));
+        }
+        self.balance -= parts(bytes);
+        self.kept = self.kept.min(self.balance);
         Grant::Now
     }
 
     /// Corrects what was granted when more (`used > granted`) or less was moved in the end.
     pub fn settle(&mut self, granted: u64, used: u64) {
-        if used > granted {
-            self.paid_until = self.paid_until.saturating_add(self.cost(used - granted));
-        } else {
-            self.paid_until = self.paid_until.saturating_sub(self.cost(granted - used));
-        }
+        let correction = parts(granted).saturating_sub(parts(used));
+        self.balance = self.balance.saturating_add(correction);
     }
 
     /// Another speed from `now` on. Whoever waits must ask again.
     pub fn set_speed(&mut self, speed: u64, now: Duration) {
-        let debt = self.paid_until.saturating_sub(now);
-        let bytes = debt.as_nanos() * u128::from(self.speed) / 1_000_000_000;
-        let bytes = u64::try_from(bytes).unwrap_or(u64::MAX);
+        self.count(now);
+        // Nobody may be waiting for it: no more than could be caught up with.
+        let room = self.room(self.wanted).max(self.kept);
+        self.balance = match self.speed {
+            0 => 0,
+            _ => self.balance.min(room),
+        };
+        self.kept = self.balance;
         self.speed = speed;
-        self.paid_until = now.saturating_add(self.cost(bytes));
     }
 
     /// The largest request that keeps the rate smooth: 100 ms worth of bytes in units of `unit`,
@@ -104,6 +135,10 @@ impl Bucket {
         let quota = self.speed / 10;
         (quota.min(max) / unit * unit).max(unit)
     }
+}
+
+fn parts(bytes: u64) -> i128 {
+    i128::from(bytes).saturating_mul(i128::from(PARTS))
 }
 
 #[cfg(test)]
@@ -168,7 +203,8 @@ mod tests {
                 let mut copier = Copier::new(speed);
                 let request = copier.bucket.smooth_request(cluster, 512 * KIB);
                 // 16 requests are in flight at once at most, so a slow disk is no brake by itself.
-                let busy = Duration::from_micros(3000).min(copier.bucket.cost(request) / 2);
+                let cost = Duration::from_secs_f64(request as f64 / speed as f64);
+                let busy = Duration::from_micros(3000).min(cost / 2);
                 while copier.moved < 20 * speed {
                     copier.copy(request, late, busy);
                 }
@@ -216,6 +252,88 @@ mod tests {
         assert!(wait < Duration::from_millis(10), "{wait:?}");
         copier.bucket.set_speed(0, now);
         assert_eq!(copier.bucket.take(now, u64::MAX, &mut ticket), Grant::Now);
+    }
+
+    /// Would catch time that was waited and does not count because the speed was set meanwhile, be
+    /// it to what it was, and bytes that nobody had waited for: whatever is set whenever, what was
+    /// moved is the speed summed up over the time, less at most what is in hand.
+    #[test]
+    fn setting_the_speed_costs_no_time_and_brings_none() {
+        for seed in 0..300 {
+            let mut random = Random(seed);
+            let cluster = *random.one_of(&[512, 64 * KIB, 2 * MIB]);
+            let speeds = [64 * KIB, 100_000, 640 * KIB, 5 * MIB, 64 * MIB];
+            let (one, other) = (*random.one_of(&speeds), *random.one_of(&speeds));
+            let pause = Duration::from_millis(*random.one_of(&[1, 10, 70, 1000]));
+            let late = Duration::from_micros(*random.one_of(&[0, 50, 900]));
+            let start = Duration::from_secs(1000);
+            let mut bucket = Bucket::new(one, start);
+            let (mut now, mut moved, mut due) = (start, 0_u64, 0_u128);
+            let (mut change, mut next_change) = (start, start + pause);
+            let mut largest = 0;
+            // Long enough for many requests of the slower one.
+            let enough = 50 * u128::from(cluster.max(MIB)) * 1_000_000_000;
+            while due < enough {
+                let speed = bucket.speed();
+                let request = bucket.smooth_request(cluster, 512 * KIB);
+                let mut ticket = Ticket::default();
+                while bucket.speed() >= speed && due < enough {
+                    let Grant::After(wait) = bucket.take(now, request, &mut ticket) else {
+                        moved += request;
+                        largest = largest.max(request);
+                        break;
+                    };
+                    if now + wait + late < next_change {
+                        now += wait + late;
+                        continue;
+                    }
+                    now = next_change;
+                    due += (now - change).as_nanos() * u128::from(bucket.speed());
+                    bucket.set_speed(*random.one_of(&[one, other]), now);
+                    (change, next_change) = (now, now + pause);
+                }
+            }
+            let due = (due + (now - change).as_nanos() * u128::from(bucket.speed())) as f64 / 1e9;
+            let what =
+                format!("{one} and {other} B/s every {pause:?}, {late:?} late (seed {seed})");
+            assert!(moved as f64 <= due + 1.0, "{what}: {moved} of {due}");
+            let least = 0.98 * due - largest as f64;
+            assert!(moved as f64 >= least, "{what}: {moved} of {due}");
+        }
+    }
+
+    /// Would catch a waiter that is let through by time before it asked, when the speed is set
+    /// during its wait or before it: a pause would be made up for by a burst.
+    #[test]
+    fn setting_the_speed_makes_no_burst() {
+        for (before, after) in [(64 * MIB, 64 * KIB), (64 * KIB, 64 * MIB), (0, 64 * KIB)] {
+            let mut copier = Copier::new(before);
+            copier.now += Duration::from_secs(3600);
+            copier.bucket.set_speed(after, copier.now);
+            copier.now += Duration::from_secs(3600);
+            copier.bucket.set_speed(after, copier.now);
+            for _ in 0..400 {
+                let request = copier.bucket.smooth_request(64 * KIB, 512 * KIB);
+                copier.copy(request, Duration::ZERO, Duration::ZERO);
+            }
+            let allowed = (64 * KIB).max(before.max(after) / 10);
+            let burst = copier.largest_burst();
+            assert!(burst <= allowed, "{before}, then {after} B/s: {burst}");
+        }
+    }
+
+    /// A small source of choices that is the same every time.
+    struct Random(u64);
+
+    impl Random {
+        fn one_of<'a, T>(&mut self, choices: &'a [T]) -> &'a T {
+            // splitmix64
+            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut mixed = self.0;
+            mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            &choices[(mixed ^ (mixed >> 31)) as usize % choices.len()]
+        }
     }
 
     /// Would catch debts that are lost or kept when another amount was moved than was asked for.

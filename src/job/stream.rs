@@ -173,6 +173,8 @@ impl Range {
 /// A copy that came to its end.
 struct Landed {
     range: Range,
+    /// It was let through by a speed limit, which has to know what it moved.
+    limited: bool,
     result: Result<u64, JobIoError>,
 }
 
@@ -354,9 +356,14 @@ impl<'a> Copier<'a> {
 
     fn launch(&mut self, range: Range) {
         let source = self.source;
+        let limited = self.context.is_limited();
         self.in_flight.push(Box::pin(async move {
             let result = source.copy(range.start, range.len()).await;
-            Landed { range, result }
+            Landed {
+                range,
+                limited,
+                result,
+            }
         }));
     }
 
@@ -392,10 +399,16 @@ impl<'a> Copier<'a> {
     }
 
     fn land(&mut self, landed: Landed) {
-        let Landed { range, result } = landed;
+        let Landed {
+            range,
+            limited,
+            result,
+        } = landed;
         match result {
             Ok(moved) => {
-                self.context.settle(range.len(), moved);
+                if limited {
+                    self.context.settle(range.len(), moved);
+                }
                 self.mark_done(range);
             }
             Err(error) => match self.decide(&error) {

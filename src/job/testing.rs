@@ -24,16 +24,40 @@ pub const MIB: u64 = 1 << 20;
 pub struct VirtualTime {
     now: Mutex<Duration>,
     sleepers: Mutex<Vec<(Duration, Waker)>>,
+    ticks: Mutex<Option<Ticks>>,
     pub frozen: bool,
 }
 
+/// What is done at regular times.
+struct Ticks {
+    period: Duration,
+    next: Duration,
+    action: Box<dyn FnMut(Duration) + Send>,
+}
+
 impl VirtualTime {
+    /// From now on `action` is done whenever `period` has passed, and told the time.
+    pub fn every(&self, period: Duration, action: impl FnMut(Duration) + Send + 'static) {
+        *self.ticks.lock() = Some(Ticks {
+            period,
+            next: *self.now.lock() + period,
+            action: Box::new(action),
+        });
+    }
+
     /// Goes on to when the first sleeper wants to be woken, and wakes it.
     fn jump(&self) -> bool {
         let mut sleepers = self.sleepers.lock();
-        let Some(first) = sleepers.iter().map(|sleeper| sleeper.0).min() else {
+        let Some(mut first) = sleepers.iter().map(|sleeper| sleeper.0).min() else {
             return false;
         };
+        let mut ticks = self.ticks.lock();
+        if let Some(ticks) = ticks.as_mut().filter(|ticks| ticks.next <= first) {
+            first = ticks.next;
+            ticks.next += ticks.period;
+            *self.now.lock() = first;
+            (ticks.action)(first);
+        }
         let mut now = self.now.lock();
         *now = first.max(*now);
         let now = *now;

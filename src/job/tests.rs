@@ -1,5 +1,7 @@
 //! Jobs from their making to their end: states, events, verbs, errors, speed.
 
+use std::time::Duration;
+
 use super::stream::GuestLoad;
 use super::testing::*;
 use super::*;
@@ -429,6 +431,45 @@ fn progress_is_a_low_water_mark() {
         let info = job.info();
         assert!(info.offset >= last && info.offset <= info.len);
         last = info.offset;
+    }
+}
+
+/// Would catch a job that gets nowhere, or is slower, because its speed is set again and again; and
+/// one that keeps to a request which is a burst at the speed that it has by then.
+#[test]
+fn a_speed_that_is_set_all_the_time_is_the_speed() {
+    for speeds in [
+        [64 * KIB, 64 * KIB],
+        [64 * KIB, 640 * KIB],
+        [5 * MIB, 64 * KIB],
+    ] {
+        let bench = Bench::new();
+        let disk = Disk::new(200, 0..200);
+        let (manager, mut ticks) = (Arc::downgrade(&bench.manager), 0);
+        bench.time.every(Duration::from_millis(10), move |now| {
+            let job = manager.upgrade().and_then(|manager| manager.job("j"));
+            let Some(job) = job else { return };
+            ticks += 1;
+            let _ = job.set_speed(speeds[usize::from(ticks % 3 == 0)] as i64);
+            if now > Duration::from_secs(600) {
+                let _ = job.cancel();
+            }
+        });
+        let speed = speeds[0];
+        bench.start(JobSpec { speed, ..spec() }, &disk);
+        bench.until("null");
+        let mean = (2 * speeds[0] + speeds[1]) as f64 / 3.0;
+        let wanted = disk.len as f64 / mean;
+        let took = bench.time.now().as_secs_f64();
+        assert!(disk.needed.lock().is_empty(), "{speeds:?}: cancelled");
+        let off = took / wanted;
+        assert!(
+            (0.99..1.02).contains(&off),
+            "{speeds:?}: {took} s, not {wanted}"
+        );
+        let largest = disk.copied.lock().iter().map(|(_, len)| *len).max();
+        let allowed = (64 * KIB).max(speeds[0].max(speeds[1]) / 10);
+        assert!(largest <= Some(allowed), "{speeds:?}: {largest:?} at once");
     }
 }
 
