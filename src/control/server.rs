@@ -152,10 +152,21 @@ impl Server {
 
     /// Serves clients on one more socket.
     pub fn add(&mut self, endpoint: Endpoint) -> io::Result<()> {
+        self.add_awaited(endpoint, || {})
+    }
+
+    /// Serves clients on one more socket, and calls `arrived` when it has its first.
+    pub fn add_awaited(
+        &mut self,
+        endpoint: Endpoint,
+        arrived: impl FnOnce() + Send + 'static,
+    ) -> io::Result<()> {
         match endpoint {
             Endpoint::Connected(stream) => {
                 stream.set_nonblocking(false)?;
-                Shared::serve(&self.shared, stream)
+                Shared::serve(&self.shared, stream)?;
+                arrived();
+                Ok(())
             }
             Endpoint::Listening { listener, path } => {
                 listener.set_nonblocking(true)?;
@@ -168,33 +179,11 @@ impl Server {
                 let shared = self.shared.clone();
                 let thread = thread::Builder::new()
                     .name("qmp-accept".to_owned())
-                    .spawn(move || accept(&shared, &listener, &waiter))?;
+                    .spawn(move || accept(&shared, &listener, &waiter, arrived))?;
                 self.acceptors.push(Acceptor { thread, stop, file });
                 Ok(())
             }
         }
-    }
-
-    /// Waits until there is a client; at most for `patience`, if given. Says whether there is.
-    pub fn wait_for_client(&self, patience: Option<Duration>) -> bool {
-        let deadline = patience.map(|patience| Instant::now() + patience);
-        let mut clients = self.shared.clients.lock();
-        while clients.is_empty() && !self.shared.is_stopping() {
-            match deadline {
-                None => self.shared.clients_changed.wait(&mut clients),
-                Some(deadline) => {
-                    if self
-                        .shared
-                        .clients_changed
-                        .wait_until(&mut clients, deadline)
-                        .timed_out()
-                    {
-                        break;
-                    }
-                }
-            }
-        }
-        !clients.is_empty()
     }
 
     /// Accepts no more clients, gives those there are their last answers and events, hangs up, and
@@ -283,7 +272,8 @@ impl Waiter {
     }
 }
 
-fn accept(shared: &Arc<Shared>, listener: &UnixListener, waiter: &Waiter) {
+fn accept(shared: &Arc<Shared>, listener: &UnixListener, waiter: &Waiter, arrived: impl FnOnce()) {
+    let mut arrived = Some(arrived);
     while waiter.wait() {
         let result = match listener.accept() {
             Ok((stream, _)) => Shared::serve(shared, stream),
@@ -296,7 +286,11 @@ fn accept(shared: &Arc<Shared>, listener: &UnixListener, waiter: &Waiter) {
                 // Short of file descriptors or threads: do not ask again at full speed.
                 thread::sleep(Duration::from_millis(50));
             }
-            Ok(()) => {}
+            Ok(()) => {
+                if let Some(arrived) = arrived.take() {
+                    arrived();
+                }
+            }
         }
     }
 }

@@ -25,13 +25,13 @@ use crate::job::{JobError, Refused};
 pub struct DaemonBackend {
     graph: Arc<Graph>,
     exports: Arc<Exports>,
-    quit: Sender<super::Stop>,
+    quit: Sender<super::Call>,
 }
 
 impl DaemonBackend {
     /// The backend over what the daemon has.
     #[must_use]
-    pub fn new(graph: Arc<Graph>, exports: Arc<Exports>, quit: Sender<super::Stop>) -> Self {
+    pub fn new(graph: Arc<Graph>, exports: Arc<Exports>, quit: Sender<super::Call>) -> Self {
         Self {
             graph,
             exports,
@@ -117,7 +117,7 @@ impl Backend for DaemonBackend {
 
     fn quit(&self) {
         // When nobody listens any more, the daemon is ending already.
-        let _ = self.quit.send(super::Stop);
+        let _ = self.quit.send(super::Call::Stop);
     }
 }
 

@@ -37,9 +37,14 @@ use backend::DaemonBackend;
 use monitors::Monitors;
 use process::{Foreground, PidFile};
 
-/// The order to end.
+/// What the main thread waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stop;
+pub enum Call {
+    /// The order to end.
+    Stop,
+    /// A control socket that was waited for has its first client.
+    Client,
+}
 
 /// The exports of the daemon.
 #[derive(Debug, Default)]
@@ -147,7 +152,7 @@ fn serve(config: &Config) -> Result<()> {
     let exports = Arc::new(Exports::default());
     let result = set_up(config, &reactor, &graph, &exports, &stop);
     let (result, running) = match result {
-        Ok(running) => (wait(config, foreground, &stopped), Some(running)),
+        Ok(running) => (wait(config, &running, foreground, &stopped), Some(running)),
         Err(error) => (Err(error), None),
     };
     let ended = ending::end(
@@ -171,9 +176,7 @@ fn parts(graph: &Graph, exports: &Exports, running: Option<Running>) -> Vec<endi
         after: Vec::new(),
         work: Box::new(|_| {
             if let Some(running) = running {
-                // Clients still hear how their jobs ended; new ones are refused meanwhile.
-                running.manager.shut_down();
-                running.monitors.shut_down();
+                running.end();
             }
         }),
         lament: Box::new(|| "jobs or control sockets do not end".to_owned()),
@@ -246,7 +249,7 @@ fn during(what: &str, error: &std::io::Error) -> Error {
 }
 
 /// SIGTERM, SIGINT and SIGHUP end the daemon in good order.
-fn watch_signals(stop: &Sender<Stop>) -> Result<()> {
+fn watch_signals(stop: &Sender<Call>) -> Result<()> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
     let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGHUP])
@@ -256,7 +259,7 @@ fn watch_signals(stop: &Sender<Stop>) -> Result<()> {
         .name("signals".into())
         .spawn(move || {
             for _ in signals.forever() {
-                if stop.send(Stop).is_err() {
+                if stop.send(Call::Stop).is_err() {
                     return;
                 }
             }
@@ -271,12 +274,20 @@ struct Running {
     monitors: Monitors,
 }
 
+impl Running {
+    /// Clients still hear how their jobs ended; new ones are refused meanwhile.
+    fn end(&self) {
+        self.manager.shut_down();
+        self.monitors.shut_down();
+    }
+}
+
 fn set_up(
     config: &Config,
     reactor: &Reactor,
     graph: &Arc<Graph>,
     exports: &Arc<Exports>,
-    stop: &Sender<Stop>,
+    stop: &Sender<Call>,
 ) -> Result<Running> {
     reactor.block_on(graph.open_all(&config.blockdevs))?;
     for options in &config.exports {
@@ -295,7 +306,7 @@ fn set_up(
         hub.sink(),
     );
     let control = Control::new(Arc::new(backend), manager.clone());
-    let monitors = Monitors::start(config, control, hub)?;
+    let monitors = Monitors::start(config, control, hub, stop)?;
     Ok(Running { manager, monitors })
 }
 
@@ -387,20 +398,28 @@ fn is_listening(fd: &OwnedFd) -> bool {
 }
 
 /// A daemon whose only purpose was one connection ends with it.
-fn end_with_last_front_end(config: &Config, exports: &Exports, stop: &Sender<Stop>) {
+fn end_with_last_front_end(config: &Config, exports: &Exports, stop: &Sender<Call>) {
     if config.exports.len() != 1 || !config.monitors.is_empty() {
         return;
     }
     for (export, _) in exports.list.lock().iter() {
         let stop = stop.clone();
         export.on_end(move || {
-            let _ = stop.send(Stop);
+            let _ = stop.send(Call::Stop);
         });
     }
 }
 
 /// Waits for the order to end.
-fn wait(config: &Config, foreground: Option<Foreground>, stopped: &Receiver<Stop>) -> Result<()> {
+fn wait(
+    config: &Config,
+    running: &Running,
+    foreground: Option<Foreground>,
+    stopped: &Receiver<Call>,
+) -> Result<()> {
+    if !running.monitors.wait_for_clients(stopped) {
+        return Ok(());
+    }
     let pid_file = match &config.pidfile {
         Some(path) => Some(
             PidFile::write(path)

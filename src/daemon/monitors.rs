@@ -2,10 +2,11 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender};
 
 use parking_lot::Mutex;
 
-use super::{during, inherited};
+use super::{Call, during, inherited};
 use crate::config::{ChardevOptions, Config, SocketAddress};
 use crate::control::{Control, Endpoint, EventHub, Server};
 use crate::error::Result;
@@ -13,29 +14,55 @@ use crate::error::Result;
 /// The running control sockets.
 pub struct Monitors {
     server: Mutex<Server>,
+    /// How many of them are to have a client before the start is over.
+    awaited: usize,
 }
 
 impl Monitors {
-    /// Serves all monitors of `config`, and waits for a client where one is to be waited for.
+    /// Serves all monitors of `config`. Of clients that are to be waited for `calls` is told.
     ///
     /// # Errors
     /// When a socket cannot be had.
-    pub fn start(config: &Config, control: Arc<Control>, hub: Arc<EventHub>) -> Result<Self> {
-        let endpoints = config
-            .monitor_sockets()
-            .map(|(_, chardev)| endpoint(chardev))
+    pub fn start(
+        config: &Config,
+        control: Arc<Control>,
+        hub: Arc<EventHub>,
+        calls: &Sender<Call>,
+    ) -> Result<Self> {
+        let failed = |error| during("starting the control sockets", &error);
+        let mut server = Server::start(Vec::new(), control, hub).map_err(failed)?;
+        let mut awaited = 0;
+        // All are there before any has a client.
+        let sockets = config.monitor_sockets();
+        let endpoints = sockets
+            .map(|(_, chardev)| Ok((endpoint(chardev)?, chardev)))
             .collect::<Result<Vec<_>>>()?;
-        let server = Server::start(endpoints, control, hub)
-            .map_err(|error| during("starting the control sockets", &error))?;
-        if config
-            .monitor_sockets()
-            .any(|(_, chardev)| chardev.server && chardev.wait)
-        {
-            server.wait_for_client(None);
+        for (endpoint, chardev) in endpoints {
+            if !(chardev.server && chardev.wait) {
+                server.add(endpoint).map_err(failed)?;
+                continue;
+            }
+            eprintln!(
+                "stratablk: chardev '{}': waiting for a client on {}",
+                chardev.id, chardev.addr
+            );
+            let calls = calls.clone();
+            let arrived = move || {
+                // When nobody listens any more, the daemon is ending already.
+                let _ = calls.send(Call::Client);
+            };
+            server.add_awaited(endpoint, arrived).map_err(failed)?;
+            awaited += 1;
         }
         Ok(Self {
             server: Mutex::new(server),
+            awaited,
         })
+    }
+
+    /// Waits for the clients that are to be waited for. False when the daemon is to end.
+    pub fn wait_for_clients(&self, calls: &Receiver<Call>) -> bool {
+        (0..self.awaited).all(|_| calls.recv() == Ok(Call::Client))
     }
 
     /// Gives clients their last answers and events, and hangs up.

@@ -308,3 +308,73 @@ class TestTheEnd:
         assert_serves(scene.folder / "drive0.sock")
         assert daemon.qmp().cmd("query-block-jobs") == []
         daemon.stop()
+
+
+class TestWaiting:
+    """Starts that wait for something end when they are told to, and say what they wait for.
+
+    What would be caught: a signal that is swallowed, and what is left behind after one.
+    """
+
+    pytestmark = pytest.mark.beyond_qsd("goes on waiting")
+
+    @pytest.fixture
+    def waiting(self, daemon, scene, tmp_path):
+        """A daemon that waits for the first clients of two control sockets."""
+        words = blockdev(scene.top, "n1") + export("n1", "e", tmp_path / "s")
+        for name in ("a", "b"):
+            words += ["--chardev", f"socket,id={name},path={tmp_path}/{name},server=on,wait=on"]
+            words += ["--monitor", f"chardev={name}"]
+        daemon.start_bare([daemon.binary, *words, "--pidfile", daemon.pidfile])
+        daemon.wait_ready(lambda: f"client on {tmp_path}/b" in daemon.read_log())
+        return daemon
+
+    def assert_nothing_left(self, daemon, tmp_path):
+        assert not daemon.pidfile.exists()
+        assert not [name for name in ("a", "b", "s") if (tmp_path / name).exists()]
+
+    @pytest.mark.parametrize("signals", [["TERM"], ["INT"], ["HUP"], ["TERM", "TERM"]])
+    def test_signal(self, waiting, tmp_path, signals):
+        assert f"waiting for a client on {tmp_path}/a" in waiting.read_log()
+        for name in signals:
+            waiting.process.send_signal(getattr(signal, f"SIG{name}"))
+        assert waiting.process.wait(20) == 0, waiting.read_log()
+        self.assert_nothing_left(waiting, tmp_path)
+
+    def test_signal_while_one_is_missing(self, waiting, tmp_path):
+        """The first socket has its client, who says nothing; the second has none."""
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(f"{tmp_path}/a")
+            assert client.recv(1)
+            assert not waiting.pidfile.exists()
+            waiting.process.send_signal(signal.SIGTERM)
+            assert waiting.process.wait(20) == 0
+        self.assert_nothing_left(waiting, tmp_path)
+
+    def test_each_socket_gets_its_client(self, waiting, tmp_path):
+        with socket.socket(socket.AF_UNIX) as a, socket.socket(socket.AF_UNIX) as b:
+            b.connect(f"{tmp_path}/b")
+            a.connect(f"{tmp_path}/a")
+            waiting.wait_ready(waiting.pidfile.exists)
+            waiting.stop()
+        self.assert_nothing_left(waiting, tmp_path)
+
+    def test_in_the_background(self, daemon, scene, tmp_path):
+        """The process in the foreground says that it did not come to be."""
+        words = ["--daemonize", "--pidfile", daemon.pidfile]
+        words += ["--chardev", f"socket,id=m,path={tmp_path}/m,server=on", "--monitor", "m"]
+        words += blockdev(scene.top, "n1") + export("n1", "e", tmp_path / "s")
+        daemon.start_bare([daemon.binary, *words])
+        daemon.wait_ready(lambda: "waiting for a client" in daemon.read_log())
+        children = f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children"
+        with open(children) as file:
+            [child] = map(int, file.read().split())
+        os.kill(child, signal.SIGTERM)
+        assert daemon.process.wait(20) == 1
+        assert not (tmp_path / "m").exists() and not (tmp_path / "s").exists()
+
+    def test_an_image_that_is_a_pipe(self, daemon, tmp_path):
+        """Whoever opens one waits for its other end: it is refused without being opened."""
+        os.mkfifo(tmp_path / "pipe")
+        done = run(daemon, *blockdev(tmp_path / "pipe", "n", format="raw", read_only="on"))
+        assert done.returncode == 1 and "not a file or a block device" in done.stderr
