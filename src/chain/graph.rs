@@ -291,6 +291,8 @@ impl Graph {
     pub fn root(&self, top: &str) -> Result<Arc<Root>> {
         let mut state = self.state.lock();
         let root = Root::new(state.chain(top)?);
+        // Jobs come and go: what they have left would pile up until the next change.
+        state.roots.retain(|(root, _)| root.strong_count() > 0);
         state.roots.push((Arc::downgrade(&root), top.to_owned()));
         Ok(root)
     }
