@@ -3,15 +3,16 @@
 
 mod qmp_support;
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use qmp_support::{Bench, Client, FakeDaemon, MIB, Shared};
 use serde_json::{Value, json};
-use stratablk::control::{Control, Endpoint, Server};
+use stratablk::control::{Control, Endpoint, Limits, Server};
 use stratablk::job::Event;
 
 fn generic(text: &str) -> (String, String) {
@@ -721,4 +722,147 @@ fn quit_is_answered_first() {
     while !bench.daemon.quit.load(Ordering::SeqCst) {
         std::thread::yield_now();
     }
+}
+
+/// Three places, and a last one that is free again after `idle`.
+fn three_places(idle: Duration) -> Bench {
+    Bench::with_limits(Limits {
+        clients: 3,
+        idle,
+        ..Limits::default()
+    })
+}
+
+/// What is said to a client for whom there is no place, before the connection ends.
+fn turned_away(bench: &Bench) -> String {
+    // What it is met with is not a greeting.
+    let mut client = Client::connect(&bench.path);
+    assert_eq!(client.line(), None);
+    let error = &client.greeting["error"];
+    assert_eq!(error["class"], "GenericError");
+    error["desc"].as_str().unwrap().to_owned()
+}
+
+/// Would catch a client that is not answered because there are too many, and one that takes the
+/// place of a client that has negotiated.
+#[test]
+fn clients_beyond_the_limit_are_told_so() {
+    let bench = three_places(Duration::from_secs(3600));
+    let mut clients: Vec<_> = (0..3).map(|_| bench.client()).collect();
+    for _ in 0..5 {
+        let text = turned_away(&bench);
+        assert!(
+            text.starts_with("Too many clients: 3 are connected"),
+            "{text}"
+        );
+    }
+    for client in &mut clients {
+        assert_eq!(client.get("query-jobs", json!({})), json!([]));
+    }
+    // A place is free when its client has gone.
+    drop(clients.remove(0));
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let mut late = loop {
+        let client = Client::connect(&bench.path);
+        if client.greeting.get("QMP").is_some() {
+            break client;
+        }
+        assert!(Instant::now() < deadline);
+    };
+    late.get("qmp_capabilities", json!({}));
+}
+
+/// Would catch clients that keep everybody else out by doing nothing: the last place changes hands,
+/// the others do not.
+#[test]
+fn the_last_place_can_be_had() {
+    let bench = three_places(Duration::ZERO);
+    let mut first = [bench.client(), bench.client()];
+    let mut before = bench.client();
+    for _ in 0..10 {
+        let mut next = bench.client();
+        assert_eq!(next.get("query-jobs", json!({})), json!([]));
+        assert_eq!(before.line(), None, "made room for the next one");
+        before = next;
+    }
+    for client in &mut first {
+        assert_eq!(client.get("query-jobs", json!({})), json!([]));
+    }
+}
+
+/// Would catch a client that keeps a place and never says what it wants: nothing, half a value, or
+/// one thing after another that is no negotiation.
+#[test]
+fn negotiation_has_its_time() {
+    let bench = Bench::with_limits(Limits {
+        negotiation: Duration::from_millis(100),
+        ..Limits::default()
+    });
+    let mut negotiated = bench.client();
+    for said in [&b""[..], b"{'execute':", b"{'execute':'query-jobs'}"] {
+        let mut client = Client::connect(&bench.path);
+        client.send(said);
+        let mut asking = client.stream.try_clone().unwrap();
+        let asker = std::thread::spawn(move || {
+            // Goes on talking until it is cut off.
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while Instant::now() < deadline && asking.write_all(b" ").is_ok() {
+                std::thread::yield_now();
+            }
+        });
+        let told: Vec<_> = std::iter::from_fn(|| client.line()).collect();
+        let last = &told.last().unwrap()["error"]["desc"];
+        assert_eq!(last, "Capabilities negotiation was not completed in time");
+        asker.join().unwrap();
+    }
+    assert_eq!(negotiated.get("query-jobs", json!({})), json!([]));
+}
+
+/// Would catch a client that was handed down or connected to and is cut off before it speaks.
+#[test]
+fn an_invited_client_has_all_the_time_it_wants() {
+    let bench = Bench::new();
+    let control = Control::new(
+        std::sync::Arc::new(Shared(FakeDaemon::new())),
+        bench.jobs.clone(),
+    );
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let limits = Limits {
+        negotiation: Duration::ZERO,
+        ..Limits::default()
+    };
+    let endpoint = Endpoint::from_fd(OwnedFd::from(theirs));
+    let _server = Server::with_limits(limits, vec![endpoint], control, bench.hub.clone()).unwrap();
+    let mut client = Client::new(ours);
+    assert!(client.greeting.get("QMP").is_some());
+    client.get("qmp_capabilities", json!({}));
+}
+
+/// Would catch clients that hold half a value each and together more than the server can bear, and
+/// a session that does not live on after that.
+#[test]
+fn half_sent_values_are_bounded_together() {
+    let bench = Bench::with_limits(Limits {
+        unfinished: 1 << 20,
+        ..Limits::default()
+    });
+    let mut clients: Vec<_> = (0..4).map(|_| bench.client()).collect();
+    for client in &mut clients {
+        client.send(b"{'execute': '");
+        client.send(&vec![b'x'; 900 << 10]);
+    }
+    let mut refused = 0;
+    for client in &mut clients {
+        client.send(b"'}\n{'execute': 'query-version', 'id': 7}");
+        let mut first = client.answer();
+        let text = first["error"]["desc"].as_str().unwrap();
+        if text.starts_with("Too much is held") {
+            refused += 1;
+        } else {
+            assert!(text.starts_with("The command xxx"), "{}", &text[..40]);
+        }
+        first = client.answer();
+        assert_eq!(first["id"], 7, "one answer for the large value");
+    }
+    assert!(refused >= 3, "{refused}");
 }

@@ -1,8 +1,8 @@
 //! The sockets of the control protocol, and the threads that serve them.
 //!
 //! Each listening socket has a thread that accepts, each client one that reads and carries out
-//! commands, and one that writes. Clients are few, and a command of one that takes its time keeps
-//! nobody else waiting.
+//! commands, and one that writes. Clients are few ([`Limits`]), and a command of one that takes its
+//! time keeps nobody else waiting.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -17,16 +17,15 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
-use serde_json::Value;
+use serde_json::{Value, json};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::events::{EventHub, Outbox};
+use super::error::CommandError;
+use super::events::{EventHub, Outbox, line_of};
+use super::places::{Client, Limits, Places};
 use super::session::{Control, Session};
-use super::wire::Decoder;
-
-/// How many clients are served at once.
-pub const MAX_CLIENTS: usize = 64;
+use super::wire::{Decoder, Pool};
 
 /// How long the last words to a client may take at the end.
 const LAST_WORDS: Duration = Duration::from_millis(300);
@@ -97,17 +96,14 @@ impl Endpoint {
     }
 }
 
-/// A client that is being served.
-struct Client {
-    outbox: Arc<Outbox>,
-    stream: UnixStream,
-}
-
 /// What the threads share.
 struct Shared {
     control: Arc<Control>,
     hub: Arc<EventHub>,
-    clients: Mutex<Vec<Client>>,
+    limits: Limits,
+    /// For values that are not whole yet.
+    pool: Arc<Pool>,
+    clients: Mutex<Places>,
     /// Told when a client came or went.
     clients_changed: Condvar,
     stopping: AtomicBool,
@@ -133,9 +129,21 @@ impl Server {
         control: Arc<Control>,
         hub: Arc<EventHub>,
     ) -> io::Result<Self> {
+        Self::with_limits(Limits::default(), endpoints, control, hub)
+    }
+
+    /// Serves clients within `limits` on `endpoints`. They get the events of `hub`.
+    pub fn with_limits(
+        limits: Limits,
+        endpoints: Vec<Endpoint>,
+        control: Arc<Control>,
+        hub: Arc<EventHub>,
+    ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             control,
             hub,
+            limits,
+            pool: Pool::new(limits.unfinished),
             clients: Mutex::default(),
             clients_changed: Condvar::new(),
             stopping: AtomicBool::new(false),
@@ -164,7 +172,7 @@ impl Server {
         match endpoint {
             Endpoint::Connected(stream) => {
                 stream.set_nonblocking(false)?;
-                Shared::serve(&self.shared, stream)?;
+                Shared::serve(&self.shared, stream, None)?;
                 arrived();
                 Ok(())
             }
@@ -212,9 +220,7 @@ impl Server {
             client
                 .outbox
                 .drain(deadline.saturating_duration_since(Instant::now()));
-            client.outbox.cut();
-            // Not connected any more is as good.
-            let _ = client.stream.shutdown(Shutdown::Both);
+            client.hang_up();
         }
         // A client's thread that is still in the middle of a command ends after it, by itself.
         let deadline = Instant::now() + LAST_WORDS;
@@ -276,7 +282,10 @@ fn accept(shared: &Arc<Shared>, listener: &UnixListener, waiter: &Waiter, arrive
     let mut arrived = Some(arrived);
     while waiter.wait() {
         let result = match listener.accept() {
-            Ok((stream, _)) => Shared::serve(shared, stream),
+            Ok((stream, _)) => {
+                let negotiation = shared.limits.negotiation;
+                Shared::serve(shared, stream, Some(negotiation))
+            }
             Err(error) => Err(error),
         };
         match result {
@@ -300,22 +309,29 @@ impl Shared {
         self.stopping.load(Ordering::Acquire)
     }
 
-    /// Starts to serve the client at the other end of `stream`.
-    fn serve(this: &Arc<Self>, stream: UnixStream) -> io::Result<()> {
+    /// Starts to serve the client at the other end of `stream`, which has to negotiate within
+    /// `negotiation`.
+    fn serve(
+        this: &Arc<Self>,
+        stream: UnixStream,
+        negotiation: Option<Duration>,
+    ) -> io::Result<()> {
         let outbox = Arc::new(Outbox::default());
         outbox.answer(&Session::greeting(), false);
-        let client = Client {
-            outbox: outbox.clone(),
-            stream: stream.try_clone()?,
-        };
+        let client = Client::new(outbox.clone(), stream.try_clone()?);
+        let busy = client.busy();
         let hang_up = stream.try_clone()?;
         let writing = stream.try_clone()?;
         {
             let mut clients = this.clients.lock();
-            if clients.len() >= MAX_CLIENTS || this.is_stopping() {
-                return Err(io::Error::other("too many clients"));
+            if this.is_stopping() {
+                return Err(io::Error::other("the daemon is ending"));
             }
-            clients.push(client);
+            if let Err(text) = clients.admit(client, &this.limits) {
+                drop(clients);
+                turn_away(&stream, text);
+                return Ok(());
+            }
         }
         this.clients_changed.notify_all();
         this.hub.add(
@@ -330,7 +346,10 @@ impl Shared {
             thread::Builder::new()
                 .name("qmp-client".to_owned())
                 .stack_size(CLIENT_STACK)
-                .spawn(move || shared.attend(stream, writing, &outbox))
+                .spawn(move || {
+                    let deadline = negotiation.map(|time| Instant::now() + time);
+                    shared.attend(stream, writing, &outbox, deadline, &busy);
+                })
         };
         if reader.is_err() {
             this.forget(&outbox);
@@ -339,7 +358,14 @@ impl Shared {
     }
 
     /// A client's life.
-    fn attend(&self, stream: UnixStream, writing: UnixStream, outbox: &Arc<Outbox>) {
+    fn attend(
+        &self,
+        stream: UnixStream,
+        writing: UnixStream,
+        outbox: &Arc<Outbox>,
+        deadline: Option<Instant>,
+        busy: &Mutex<Instant>,
+    ) {
         let writer = {
             let outbox = outbox.clone();
             thread::Builder::new()
@@ -348,7 +374,12 @@ impl Shared {
         };
         match writer {
             Ok(writer) => {
-                self.read_commands(&stream, outbox);
+                if !self.read_commands(&stream, outbox, deadline, busy) {
+                    log::warn!("a control client did not negotiate in time and is cut off");
+                    outbox.drain(LAST_WORDS);
+                    outbox.cut();
+                    let _ = stream.shutdown(Shutdown::Both);
+                }
                 // A client may have sent its last command and still wait for the answer.
                 outbox.close();
                 if writer.join().is_err() {
@@ -363,28 +394,58 @@ impl Shared {
     }
 
     fn forget(&self, outbox: &Arc<Outbox>) {
-        self.clients
-            .lock()
-            .retain(|client| !Arc::ptr_eq(&client.outbox, outbox));
+        self.clients.lock().leave(outbox);
         self.clients_changed.notify_all();
     }
 
-    fn read_commands(&self, mut stream: &UnixStream, outbox: &Outbox) {
+    /// Carries out commands until there will be no more. False when the client has not negotiated
+    /// by the `deadline`.
+    fn read_commands(
+        &self,
+        mut stream: &UnixStream,
+        outbox: &Outbox,
+        mut deadline: Option<Instant>,
+        busy: &Mutex<Instant>,
+    ) -> bool {
         let mut session = Session::new(self.control.clone());
-        let mut decoder = Decoder::new();
+        let mut decoder = Decoder::within(self.pool.clone());
         let mut buffer = vec![0; 64 << 10];
         let mut connected = true;
         while connected {
+            if let Some(until) = deadline {
+                let left = until.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    let text = "Capabilities negotiation was not completed in time";
+                    outbox.answer(&error_of(text.to_owned()), false);
+                    return false;
+                }
+                if stream.set_read_timeout(Some(left)).is_err() {
+                    return true;
+                }
+            }
             let bytes = match stream.read(&mut buffer) {
-                Ok(0) => return,
+                Ok(0) => return true,
                 Ok(count) => buffer.get(..count).unwrap_or_default(),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(_) => return,
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
+                    ) =>
+                {
+                    continue;
+                }
+                Err(_) => return true,
             };
             decoder.push(bytes, &mut |item| {
                 connected = connected && self.answer(&mut session, outbox, item);
+                *busy.lock() = Instant::now();
             });
+            if deadline.is_some() && session.is_negotiated() {
+                deadline = None;
+                connected = connected && stream.set_read_timeout(None).is_ok();
+            }
         }
+        true
     }
 
     /// Answers a value; false if the client is gone.
@@ -397,6 +458,19 @@ impl Shared {
         }
         connected
     }
+}
+
+/// Tells a client that there is no place for it, as far as it takes that at once.
+fn turn_away(mut stream: &UnixStream, text: String) {
+    log::warn!("a control client is turned away: {text}");
+    if stream.set_nonblocking(true).is_ok() {
+        // Whoever does not read it would not have read a greeting.
+        let _ = stream.write_all(&line_of(&error_of(text)));
+    }
+}
+
+fn error_of(text: String) -> Value {
+    json!({"error": CommandError::generic(text).to_value()})
 }
 
 fn write_lines(mut stream: UnixStream, outbox: &Outbox) {

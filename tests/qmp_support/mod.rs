@@ -15,7 +15,7 @@ use futures_util::future::LocalBoxFuture;
 use serde_json::{Value, json};
 use stratablk::control::backend::{Backing, ExportStats, QueueStats, SourceFactory};
 use stratablk::control::{
-    Backend, BlockNode, ChainView, Control, Endpoint, EventHub, Export, LayerView, Server,
+    Backend, BlockNode, ChainView, Control, Endpoint, EventHub, Export, LayerView, Limits, Server,
     StreamSpec,
 };
 use stratablk::job::stream::{ChunkStatus, JobIoError, StreamSource};
@@ -244,6 +244,10 @@ pub struct Bench {
 
 impl Bench {
     pub fn new() -> Self {
+        Self::with_limits(Limits::default())
+    }
+
+    pub fn with_limits(limits: Limits) -> Self {
         let directory = TempDir::new().unwrap();
         let path = directory.path().join("qmp.sock");
         let daemon = FakeDaemon::new();
@@ -255,7 +259,7 @@ impl Bench {
         );
         let control = Control::new(Arc::new(Shared(daemon.clone())), jobs.clone());
         let endpoint = Endpoint::bind(&path).unwrap();
-        let server = Server::start(vec![endpoint], control, hub.clone()).unwrap();
+        let server = Server::with_limits(limits, vec![endpoint], control, hub.clone()).unwrap();
         Self {
             daemon,
             server,

@@ -182,8 +182,13 @@ impl Lexer {
         }
     }
 
+    /// The bytes that are held of the value under way.
+    pub fn held(&self) -> usize {
+        self.message.text.capacity() + self.message.tokens.capacity() * size_of::<Token>()
+    }
+
     /// Gives up the value under way with an error, and forgets the rest of it as it comes.
-    fn discard(&mut self, why: &str, found: &mut dyn FnMut(Result<Message, String>)) {
+    pub fn discard(&mut self, why: &str, found: &mut dyn FnMut(Result<Message, String>)) {
         self.discarding = true;
         self.message = Message::default();
         self.token_start = 0;

@@ -12,12 +12,16 @@
 
 mod lexer;
 mod parser;
+mod pool;
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use serde_json::Value;
 
 use lexer::Lexer;
+pub use pool::Pool;
+use pool::Share;
 
 /// The deepest nesting of objects and lists that is accepted, QEMU's limit.
 pub const MAX_NESTING: usize = 1024;
@@ -27,6 +31,9 @@ pub const MAX_VALUE_BYTES: usize = 64 << 20;
 
 /// The most tokens one value may have.
 pub const MAX_TOKENS: usize = 2 << 20;
+
+/// After so many bytes it is looked at what is held.
+const PIECE: usize = 4 << 10;
 
 /// Turns a stream of bytes into JSON values.
 ///
@@ -42,6 +49,8 @@ pub const MAX_TOKENS: usize = 2 << 20;
 #[derive(Debug, Default)]
 pub struct Decoder {
     lexer: Lexer,
+    /// What is held of the value under way, where that is limited.
+    share: Option<Share>,
 }
 
 impl Decoder {
@@ -50,12 +59,29 @@ impl Decoder {
         Self::default()
     }
 
+    /// A decoder at the start of a stream, whose unfinished values are to have room in `pool`.
+    pub fn within(pool: Arc<Pool>) -> Self {
+        Self {
+            lexer: Lexer::default(),
+            share: Some(Share::of(pool)),
+        }
+    }
+
     /// Takes the next bytes of the stream and gives `found` each value that they complete, in order,
     /// or the description of what is wrong with it.
     pub fn push(&mut self, bytes: &[u8], found: &mut dyn FnMut(Result<Value, String>)) {
-        for &byte in bytes {
-            self.lexer
-                .push(byte, &mut |item| found(item.and_then(parser::parse)));
+        let mut found = |item: Result<_, String>| found(item.and_then(parser::parse));
+        for piece in bytes.chunks(PIECE) {
+            for &byte in piece {
+                self.lexer.push(byte, &mut found);
+            }
+            if let Some(share) = &mut self.share
+                && !share.set(self.lexer.held())
+            {
+                let why = "Too much is held of unfinished values, of all clients together";
+                self.lexer.discard(why, &mut found);
+                share.set(0);
+            }
         }
     }
 

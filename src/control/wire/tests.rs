@@ -219,3 +219,49 @@ proptest::proptest! {
         proptest::prop_assert_eq!(whole, split);
     }
 }
+
+/// Would catch clients that hold more than their room together, room that is not given back, and a
+/// command of the usual size that fails because of what others hold.
+#[test]
+fn unfinished_values_share_their_room() {
+    const MIB: usize = 1 << 20;
+    let pool = Pool::new(2 * MIB);
+    let decoder = || Decoder::within(pool.clone());
+    let (mut one, mut other) = (decoder(), decoder());
+    let half = [b"{'execute': '".to_vec(), vec![b'x'; MIB]].concat();
+    assert!(one.push_all(&half).is_empty());
+    let left = pool.left();
+    assert!(left < MIB, "{left}");
+    let told = other.push_all(&half);
+    assert_eq!(told.len(), 1, "one error for a value");
+    assert!(matches!(&told[0], Err(text) if text.starts_with("Too much is held")));
+    // What was thrown away takes no room, also not while its rest comes.
+    assert!(other.push_all(&half).is_empty());
+    assert_eq!(pool.left(), left);
+    assert!(other.push_all(b"'}\n").is_empty());
+    assert_eq!(other.push_all(b"{'id': 1}"), [Ok(json!({"id": 1}))]);
+    // The first goes on as if nothing had been, and has made room when it is done.
+    let whole = one.push_all(b"'}");
+    assert_eq!(whole.len(), 1);
+    assert_eq!(
+        whole[0].as_ref().map(|value| value["execute"].is_string()),
+        Ok(true)
+    );
+    assert_eq!(pool.left(), 2 * MIB);
+    assert!(other.push_all(&half).is_empty());
+    drop(other);
+    assert_eq!(pool.left(), 2 * MIB);
+}
+
+/// Would catch many small tokens that take more room than their text, uncounted.
+#[test]
+fn tokens_take_room_as_well() {
+    let pool = Pool::new(1 << 20);
+    let mut decoder = Decoder::within(pool.clone());
+    let list = [b"[".to_vec(), b"1,".repeat(200 << 10)].concat();
+    let told = decoder.push_all(&list);
+    assert!(
+        told.iter()
+            .any(|item| matches!(item, Err(text) if text.starts_with("Too much")))
+    );
+}
