@@ -3,6 +3,8 @@
 use std::fmt;
 use std::io;
 
+use crate::storage::syncs::SyncFailure;
+
 /// What an operation on storage was doing when it failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
@@ -39,6 +41,9 @@ pub enum Error {
         /// Where, in bytes.
         offset: u64,
     },
+    /// The storage cannot make anything stable, since it failed to do so before.
+    #[error("{0}")]
+    Sync(SyncFailure),
     /// The image contradicts its format.
     #[error("{file}: image is corrupt: {what}")]
     Corrupt {
@@ -68,6 +73,10 @@ impl Error {
     /// Wraps a storage error.
     #[must_use]
     pub fn io(action: Action, file: &str, offset: u64, error: &io::Error) -> Self {
+        let inner = error.get_ref();
+        if let Some(failure) = inner.and_then(|inner| inner.downcast_ref::<SyncFailure>()) {
+            return Self::Sync(failure.clone());
+        }
         let errno = error.raw_os_error().unwrap_or(libc::EIO);
         Self::Io {
             action,
@@ -100,6 +109,7 @@ impl Error {
     pub fn errno(&self) -> i32 {
         match self {
             Self::Io { errno, .. } => *errno,
+            Self::Sync(failure) => failure.errno,
             Self::Corrupt { .. } => libc::EIO,
             Self::Unsupported { .. } => libc::ENOTSUP,
             Self::Busy(_) => libc::EBUSY,
@@ -115,7 +125,7 @@ impl Error {
             Self::Io {
                 action: Action::Write | Action::Flush,
                 ..
-            }
+            } | Self::Sync(_)
         )
     }
 }

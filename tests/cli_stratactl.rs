@@ -248,6 +248,14 @@ fn a_job_is_controlled() {
     assert_eq!(job_status(), "concluded");
     daemon.ok(&["dismiss", "top"]);
     assert_eq!(daemon.ok(&["jobs"]), "No active jobs\n");
+
+    // The one word that this daemon does not know.
+    let refused = daemon.ctl(&["clear-sync-error", "top"]);
+    assert_eq!(code(&refused), 1);
+    assert_eq!(
+        String::from_utf8_lossy(&refused.stderr).trim(),
+        "stratactl: The command x-clear-sync-error has not been found"
+    );
     assert_eq!(daemon.backing_file(), Value::Null);
 }
 

@@ -560,6 +560,18 @@ fn the_human_monitor() {
     }
 }
 
+/// Would catch a word that is taken for another device's, or for done when there was nothing to do.
+#[test]
+fn a_sync_error_is_cleared_by_the_name_of_a_device() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    client.get("x-clear-sync-error", json!({"device": "e0"}));
+    let refused = client.fail("x-clear-sync-error", json!({"device": "mid"}));
+    assert_eq!(refused, generic("No flush of node 'mid' has failed"));
+    let refused = client.fail("x-clear-sync-error", json!({}));
+    assert_eq!(refused, generic("Parameter 'device' is missing"));
+}
+
 /// Would catch a command that is not listed, and a schema that refers to what it does not define.
 #[test]
 fn commands_and_schema_agree() {
@@ -582,6 +594,7 @@ fn commands_and_schema_agree() {
         "block_stream",
         "query-block-jobs",
         "job-dismiss",
+        "x-clear-sync-error",
         "quit",
     ] {
         assert!(

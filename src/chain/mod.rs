@@ -78,7 +78,7 @@ impl Layer {
             return Ok(());
         }
         match &self.format {
-            Format::Raw(_) => storage::io::sync(&*self.storage)
+            Format::Raw(_) => storage::io::sync_shared(&self.storage)
                 .await
                 .map_err(|error| self.io_error(Action::Flush, 0, &error)),
             Format::Qcow2(qcow2) => qcow2.flush().await,

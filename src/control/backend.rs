@@ -38,6 +38,10 @@ pub trait Backend: Send + Sync {
     /// they are until it ends. What can fail early (making a layer writable) should fail here.
     fn open_stream(&self, spec: &StreamSpec) -> Result<SourceFactory, Refused>;
 
+    /// Lets the flushes of a device be tried again, which fail since one of them has failed.
+    /// Refused when there is no such device, or none of its flushes has failed.
+    fn clear_sync_error(&self, device: &str) -> Result<(), Refused>;
+
     /// Ends the daemon, soon: the answer to `quit` is still to be sent.
     fn quit(&self);
 }

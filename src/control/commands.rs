@@ -133,6 +133,8 @@ pub(super) static COMMANDS: &[Command] = &[
     command("job-complete", ID, Returns::Nothing, |c, a| on_job(c, a, Job::complete)),
     command("job-finalize", ID, Returns::Nothing, |c, a| on_job(c, a, Job::finalize)),
     command("job-dismiss", ID, Returns::Nothing, job_dismiss),
+    // Not in QEMU.
+    command("x-clear-sync-error", DEVICE, Returns::Nothing, clear_sync_error),
     // The names of 2011.
     command("block_stream", STREAM, Returns::Nothing, stream::block_stream),
     command("block_job_set_speed", OLD_SPEED, Returns::Nothing, |c, a| set_speed(c, a, "value")),
@@ -288,6 +290,12 @@ fn block_job_finalize(control: &Control, args: &Args) -> Done {
 fn block_job_dismiss(control: &Control, args: &Args) -> Done {
     let id = args.required_str("id")?;
     control.jobs.dismiss(id).ok_or_else(|| no_block_job(id))??;
+    nothing()
+}
+
+fn clear_sync_error(control: &Control, args: &Args) -> Done {
+    let device = args.required_str("device")?;
+    control.backend.clear_sync_error(device)?;
     nothing()
 }
 

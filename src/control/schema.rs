@@ -33,6 +33,18 @@ const EVENTS: &[(&str, &[(&str, &str)])] = &[
         "BLOCK_JOB_ERROR",
         &[("device", "str"), ("operation", "str"), ("action", "str")],
     ),
+    (
+        "BLOCK_IO_ERROR",
+        &[
+            ("qom-path", "str"),
+            ("device", "str"),
+            ("node-name", "str"),
+            ("operation", "str"),
+            ("action", "str"),
+            ("nospace", "bool"),
+            ("reason", "str"),
+        ],
+    ),
     ("BLOCK_JOB_PENDING", &[("type", "str"), ("id", "str")]),
 ];
 

@@ -115,6 +115,12 @@ pub enum Command {
         /// The job
         job: String,
     },
+    /// Let flushes be tried again after one has failed. What was written since the last good one
+    /// may be lost: check the image first
+    ClearSyncError {
+        /// The export or node
+        device: String,
+    },
     /// Show the version, the exports with their layers, and the jobs
     Info,
     /// Show what guests have read and written, and how their queues waited for it
@@ -244,6 +250,7 @@ mod tests {
             &["stream", "d", "--speed", "-1"],
             &["speed", "j", "fast"],
             &["speed", "j"],
+            &["clear-sync-error"],
             &["qmp", "x", "[1]"],
             &["hmp"],
             &["nonsense"],

@@ -41,6 +41,10 @@ pub fn execute(cli: Cli, out: &mut dyn Write) -> Result<(), Failure> {
         Command::Complete { job } => send(client, "job-complete", json!({"id": job}), json, out),
         Command::Finalize { job } => send(client, "job-finalize", json!({"id": job}), json, out),
         Command::Dismiss { job } => send(client, "job-dismiss", json!({"id": job}), json, out),
+        Command::ClearSyncError { device } => {
+            let arguments = json!({"device": device});
+            send(client, "x-clear-sync-error", arguments, json, out)
+        }
         Command::Info => info::show(client, json, out),
         Command::Stats => stats::show(client, json, out),
         Command::Qmp { command, arguments } => {

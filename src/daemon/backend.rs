@@ -8,7 +8,7 @@ use std::sync::mpsc::Sender;
 use serde_json::{Value, json};
 
 use super::stream::GraphSource;
-use super::{Exports, on_this_thread};
+use super::{Exports, on_this_thread, sync_errors};
 use crate::chain::Graph;
 use crate::chain::graph::{Node, resolve};
 use crate::config::{DetectZeroes, Driver};
@@ -113,6 +113,15 @@ impl Backend for DaemonBackend {
                 .map_err(|error| JobError::new(error.to_string()));
             Box::pin(std::future::ready(source))
         }))
+    }
+
+    fn clear_sync_error(&self, device: &str) -> Result<(), Refused> {
+        let Some((node, _)) = self.resolve(device) else {
+            return Err(Refused(format!(
+                "Cannot find device='{device}' nor node-name='{device}'"
+            )));
+        };
+        sync_errors::clear(&self.graph, &node)
     }
 
     fn quit(&self) {

@@ -11,6 +11,7 @@ mod logging;
 mod monitors;
 mod process;
 mod stream;
+mod sync_errors;
 
 use std::collections::BTreeSet;
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -300,6 +301,7 @@ fn set_up(
     end_with_last_front_end(config, exports, stop);
     let backend = DaemonBackend::new(graph.clone(), exports.clone(), stop.clone());
     let hub = EventHub::new();
+    sync_errors::report(graph, exports, &hub)?;
     let manager = Manager::new(
         Arc::new(ReactorRunner),
         Arc::new(SystemClock::new()),

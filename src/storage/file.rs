@@ -13,7 +13,7 @@ use std::sync::Arc;
 use io_uring::{opcode, types};
 
 use super::locking::{Access, ImageLock};
-use super::{Limits, Op, Storage, Submission};
+use super::{Limits, Op, Storage, Submission, Syncs};
 use crate::reactor::{Reactor, Token};
 
 /// How to open a file.
@@ -42,6 +42,7 @@ pub struct FileStorage {
     name: String,
     flags: OpenFlags,
     limits: Limits,
+    syncs: Arc<Syncs>,
     /// The file is memory: calls are made in line.
     in_line: bool,
     block_device: bool,
@@ -58,7 +59,7 @@ impl FileStorage {
     pub fn open(path: &Path, flags: OpenFlags) -> io::Result<Self> {
         let (file, block_device) = open_image(path, flags)?;
         let lock = (!flags.no_lock).then(|| ImageLock::new(file.clone(), path));
-        let storage = Self::new(file, path, flags, block_device, lock);
+        let storage = Self::new(file, path, flags, block_device, lock)?;
         storage.set_access(if flags.force_share {
             Access::ReadShared
         } else {
@@ -73,8 +74,14 @@ impl FileStorage {
         flags: OpenFlags,
         block_device: bool,
         lock: Option<ImageLock>,
-    ) -> Self {
-        Self {
+    ) -> io::Result<Self> {
+        let syncs = match flags.no_flush {
+            // They do nothing, and say nothing of the file.
+            true => Syncs::new(false),
+            false => Syncs::of_file(&file.metadata()?, flags.writable && !flags.direct),
+        };
+        Ok(Self {
+            syncs,
             fd: file.as_raw_fd(),
             limits: limits_of(&file, flags.direct, block_device),
             in_line: is_memory(&file),
@@ -83,7 +90,7 @@ impl FileStorage {
             lock,
             flags,
             block_device,
-        }
+        })
     }
 
     /// The path that the file was opened by.
@@ -309,7 +316,12 @@ impl Storage for FileStorage {
             )));
         }
         let lock = self.lock.as_ref().map(ImageLock::another);
-        Ok(Arc::new(Self::new(file, &path, flags, block_device, lock)))
+        let storage = Self::new(file, &path, flags, block_device, lock)?;
+        Ok(Arc::new(storage))
+    }
+
+    fn syncs(&self) -> Option<&Arc<Syncs>> {
+        Some(&self.syncs)
     }
 
     fn next_data(&self, offset: u64) -> Option<(u64, u64)> {

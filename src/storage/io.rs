@@ -3,8 +3,9 @@
 
 use std::io;
 use std::ops::{Deref, Range};
+use std::sync::Arc;
 
-use super::{AlignedBuf, IoBufs, Op, ScratchBuf, Storage, Submission};
+use super::{AlignedBuf, IoBufs, Op, ScratchBuf, Storage, Submission, Syncs};
 use crate::error::{Action, Error};
 use crate::reactor::Reactor;
 
@@ -170,9 +171,24 @@ async fn write_unaligned(storage: &dyn Storage, bufs: &IoBufs, offset: u64) -> i
 /// Makes everything written before this call stable.
 ///
 /// # Errors
-/// What the storage reports: nothing is known about what was written since the last sync then.
+/// What the storage reports: nothing is known about what was written since the last sync then. Of
+/// a file that is written through the page cache every later sync fails, too ([`Syncs`]).
+pub async fn sync_shared(storage: &Arc<dyn Storage>) -> io::Result<()> {
+    let sync = run(&**storage, Op::Sync);
+    Syncs::of(storage).share(storage.name(), sync).await
+}
+
+/// As [`sync_shared`], of storage that is used for one piece of work: a failure of one that does
+/// not say whose syncs it has is not remembered.
+///
+/// # Errors
+/// As for [`sync_shared`].
 pub async fn sync(storage: &dyn Storage) -> io::Result<()> {
-    run(storage, Op::Sync).await.map(drop)
+    let sync = run(storage, Op::Sync);
+    match storage.syncs() {
+        Some(syncs) => syncs.share(storage.name(), sync).await,
+        None => sync.await.map(drop),
+    }
 }
 
 /// Makes `[offset, offset + len)` read as zeros, by the storage's own means where it has them.

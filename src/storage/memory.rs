@@ -2,11 +2,12 @@
 //! everything above it.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
-use super::{Limits, Op, Storage, Submission};
+use super::{Limits, Op, Storage, Submission, Syncs};
 use crate::reactor::{Reactor, Token};
 
 /// One step of the recording.
@@ -43,6 +44,7 @@ pub struct MemoryStorage {
     fail_after: AtomicUsize,
     errno: AtomicUsize,
     fail_syncs: AtomicBool,
+    syncs: Arc<Syncs>,
 }
 
 impl MemoryStorage {
@@ -55,6 +57,8 @@ impl MemoryStorage {
             fail_after: AtomicUsize::new(usize::MAX),
             errno: AtomicUsize::new(libc::EIO as usize),
             fail_syncs: AtomicBool::new(false),
+            // A failed sync takes nothing away.
+            syncs: Syncs::new(false),
         }
     }
 
@@ -203,5 +207,9 @@ impl Storage for MemoryStorage {
 
     fn writable(&self) -> bool {
         true
+    }
+
+    fn syncs(&self) -> Option<&Arc<Syncs>> {
+        Some(&self.syncs)
     }
 }

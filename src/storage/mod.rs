@@ -11,6 +11,7 @@ mod holder;
 pub mod io;
 pub mod locking;
 pub mod memory;
+pub mod syncs;
 pub mod window;
 
 use crate::reactor::{Reactor, Token};
@@ -18,6 +19,7 @@ use crate::reactor::{Reactor, Token};
 pub use buffer::{AlignedBuf, IoBufs, ScratchBuf};
 pub use file::FileStorage;
 pub use locking::Access;
+pub use syncs::Syncs;
 pub use window::Window;
 
 /// An operation on storage.
@@ -140,6 +142,12 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
             std::io::ErrorKind::Unsupported,
             format!("{}: cannot be opened for writing", self.name()),
         ))
+    }
+
+    /// The syncs of the file that its bytes are in, shared with whoever else has it; a storage over
+    /// another one has that one's. `None`: it has a file of its own, written through a page cache.
+    fn syncs(&self) -> Option<&std::sync::Arc<Syncs>> {
+        None
     }
 
     /// The first range of data at or after `offset` (`SEEK_DATA`, `SEEK_HOLE`), start and end.

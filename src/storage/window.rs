@@ -6,7 +6,7 @@
 use std::io;
 use std::sync::Arc;
 
-use super::{Access, Limits, Op, Storage, Submission};
+use super::{Access, Limits, Op, Storage, Submission, Syncs};
 use crate::error::{Action, Error, Result};
 use crate::reactor::{Reactor, Token};
 
@@ -17,6 +17,8 @@ const SECTOR: u64 = 512;
 #[derive(Debug)]
 pub struct Window {
     inner: Arc<dyn Storage>,
+    /// Those of the storage as a whole: what is lost there is lost for all who are in it.
+    syncs: Arc<Syncs>,
     offset: u64,
     /// Where it ends, if not where the storage does.
     size: Option<u64>,
@@ -68,6 +70,7 @@ impl Window {
             (None, None) => {}
         }
         Ok(Arc::new(Self {
+            syncs: Syncs::of(&inner),
             inner,
             offset,
             size,
@@ -187,6 +190,10 @@ impl Storage for Window {
 
     fn set_access(&self, access: Access) -> io::Result<()> {
         self.inner.set_access(access)
+    }
+
+    fn syncs(&self) -> Option<&Arc<Syncs>> {
+        Some(&self.syncs)
     }
 
     fn next_data(&self, offset: u64) -> Option<(u64, u64)> {

@@ -2,21 +2,28 @@
 //!
 //! What would be caught: an error that reaches the wrong request or none, a wrong error number,
 //! clusters mapped without data, references without an owner, a full disk that stays full, a lost
-//! waiter.
+//! waiter; a flush that succeeds after one that failed, where the kernel has dropped what both were
+//! to make stable.
 
+use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use stratablk::chain::Chain;
-use stratablk::reactor::Reactor;
+use stratablk::chain::{Chain, Layer};
+use stratablk::format::{Format, Raw};
+use stratablk::reactor::{Reactor, Token};
+use stratablk::storage::memory::MemoryStorage;
+use stratablk::storage::{Limits, Op, Storage, Submission, Syncs};
 
 use crate::disk::{Below, Disk, Recipe, read_all};
+use crate::judge::Judge;
 use crate::machine::Counted::{self, Changes, Reads};
 use crate::machine::{Fault, Machine};
 use crate::qcow2::Image;
-use crate::workload::Work;
+use crate::states::{Kept, State};
+use crate::workload::{Kind, Work};
 use crate::{alone, seed};
 
 /// Guests at a time, and how many operations each does.
@@ -109,6 +116,90 @@ impl Bench {
             self.disk.qemu_check(&files).unwrap();
         }
         counted
+    }
+
+    /// Works with a fault of barriers, on files that are written through a page cache: what a
+    /// barrier that failed was to make stable is lost. Returns how many operations counted.
+    fn run_cached(&mut self, fault: Fault) -> usize {
+        let context = format!(
+            "STRATABLK_SEED={}: {:?}: {fault:?}",
+            self.seed, self.disk.recipe
+        );
+        let alone = alone();
+        let mut rng = StdRng::seed_from_u64(self.seed);
+        let machine = Machine::cached(&self.disk.files);
+        let opened = self
+            .reactor
+            .block_on(self.disk.open(&machine, true))
+            .unwrap();
+        let work = self.work(&machine, opened.chain.clone());
+        work.strict.set(false);
+        machine.fail(Some(fault));
+        self.spawn(&work, self.stream);
+        machine.run(&self.reactor, &mut rng);
+        let (counted, failed) = machine.counted();
+        machine.fail(None);
+        if failed > 0 {
+            for round in 0..3 {
+                let flushed = self.reactor.block_on(work.flush());
+                assert!(!flushed, "{context}: flush {round} after one that failed");
+                let errno = work.failures.borrow().last().unwrap().1;
+                assert_eq!(errno, fault.errno, "{context}");
+            }
+            // Nor can a job end, or the image be closed.
+            let image = &opened.image;
+            assert!(
+                self.reactor.block_on(image.set_backing(None)).is_err(),
+                "{context}"
+            );
+            assert!(self.reactor.block_on(image.close()).is_err(), "{context}");
+            // Everything else goes on.
+            work.failures.borrow_mut().clear();
+            self.spawn(&work, false);
+            machine.run(&self.reactor, &mut rng);
+            for (kind, _) in &*work.failures.borrow() {
+                assert_eq!(*kind, Kind::Flush, "{context}");
+            }
+        }
+        // The machine stops: what flushes have promised is there.
+        let files: Vec<_> = (0..self.disk.files.len())
+            .map(|i| machine.stable(i))
+            .collect();
+        let state = State {
+            cut: machine.now(),
+            kept: Kept::Nothing,
+            files,
+        };
+        let judge = Judge {
+            seed: self.seed,
+            disk: &self.disk,
+            reactor: Reactor::for_this_thread().unwrap(),
+            history: work.history.borrow().clone(),
+        };
+        drop(alone);
+        judge.judge(&state, false, false);
+        // An operator takes the loss.
+        if failed > 0 {
+            assert!(machine.clear_sync_error(fault.file), "{context}");
+            assert!(self.reactor.block_on(work.flush()), "{context}");
+        }
+        counted
+    }
+
+    /// Every barrier of `file` fails, one after another.
+    fn every_barrier(&mut self, file: usize) {
+        let fault = |from, until| Fault {
+            file,
+            of: Counted::Barriers,
+            from,
+            until,
+            errno: libc::EIO,
+        };
+        let total = self.run_cached(fault(usize::MAX, usize::MAX));
+        assert!(total > 0, "no barriers");
+        for from in 0..total {
+            self.run_cached(fault(from, from + 1));
+        }
     }
 
     fn spawn(&self, work: &Rc<Work>, stream: bool) {
@@ -256,4 +347,97 @@ fn of_an_image_with_a_snapshot() {
     let mut bench = bench(recipe, false);
     bench.every(0, Changes, libc::ENOSPC);
     bench.every(0, Reads, libc::EIO);
+}
+
+#[test]
+fn of_barriers_with_a_page_cache() {
+    bench(Recipe::new("cluster_size=4k", 1024), false).every_barrier(0);
+}
+
+#[test]
+fn of_barriers_of_a_stream_with_a_page_cache() {
+    let recipe = Recipe {
+        below: Below::Raw,
+        ..Recipe::new("cluster_size=4k", 1024)
+    };
+    bench(recipe, true).every_barrier(0);
+}
+
+#[test]
+fn of_barriers_of_a_data_file_with_a_page_cache() {
+    let recipe = Recipe {
+        data_file: true,
+        ..Recipe::new("cluster_size=4k", 512)
+    };
+    let mut bench = bench(recipe, false);
+    bench.every_barrier(0);
+    bench.every_barrier(1);
+}
+
+/// Storage that does not say whose syncs it has: one of whose next barriers fails.
+#[derive(Debug)]
+struct Silent(MemoryStorage);
+
+impl Storage for Silent {
+    unsafe fn submit(&self, reactor: &Reactor, op: Op<'_>, token: Token) -> Submission {
+        // SAFETY: passed on to the caller.
+        unsafe { self.0.submit(reactor, op, token) }
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.0.len()
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.0.set_len(len)
+    }
+
+    fn limits(&self) -> Limits {
+        self.0.limits()
+    }
+
+    fn name(&self) -> &'static str {
+        "silent"
+    }
+
+    fn writable(&self) -> bool {
+        true
+    }
+}
+
+/// What would be caught: storage that is forgotten to have a page cache, a failure that one disk
+/// in a file does not share with another one there, or that another file has.
+#[test]
+fn of_a_barrier_of_raw_disks() {
+    let reactor = Reactor::for_this_thread().unwrap();
+    let storage = || Arc::new(Silent(MemoryStorage::new(vec![0; 8192])));
+    let disk = |storage: &Arc<Silent>, start: u64| {
+        let layer = Layer {
+            name: "raw".into(),
+            format: Format::Raw(Raw::new(start, 4096)),
+            storage: storage.clone(),
+            read_only: false,
+            discard: true,
+            copy_on_read: false,
+        };
+        Chain::new(vec![Arc::new(layer)]).unwrap()
+    };
+    let (file, other) = (storage(), storage());
+    let disks = [disk(&file, 0), disk(&file, 4096)];
+    let beside = disk(&other, 0);
+    reactor.block_on(disks[0].flush()).unwrap();
+    file.0.fail_syncs(true);
+    assert!(reactor.block_on(disks[0].flush()).is_err());
+    file.0.fail_syncs(false);
+    for disk in &disks {
+        let error = reactor.block_on(disk.flush()).unwrap_err();
+        assert_eq!(error.errno(), libc::EIO);
+        assert!(error.to_string().contains("clear-sync-error"), "{error}");
+    }
+    reactor.block_on(beside.flush()).unwrap();
+    let shared: Arc<dyn Storage> = file;
+    Syncs::of(&shared).clear().unwrap();
+    for disk in &disks {
+        reactor.block_on(disk.flush()).unwrap();
+    }
 }

@@ -3,7 +3,8 @@
 //! all files, so that a cut is one instant for all of them. Operations fail on demand.
 //!
 //! An operation takes effect when it is done. A barrier covers what was done before the barrier
-//! was issued, as `fdatasync` does.
+//! was issued, as `fdatasync` does. When one fails, a machine with a page cache throws away what it
+//! covered, as Linux does: reads still find it there, no later barrier makes it stable.
 
 use std::io;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use parking_lot::Mutex;
 use rand::Rng;
 use rand::rngs::StdRng;
 use stratablk::reactor::{Reactor, Token};
-use stratablk::storage::{IoBufs, Limits, Op, Storage, Submission};
+use stratablk::storage::{IoBufs, Limits, Op, Storage, Submission, Syncs};
 
 /// What an operation does to a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,6 +99,8 @@ struct Pending {
     target: Vec<libc::iovec>,
     offset: u64,
     fault: Option<i32>,
+    /// Operations that were done when it was issued.
+    done: usize,
 }
 
 // SAFETY: the vectors name the submitter's memory, which stays valid until the completion; the
@@ -116,11 +119,44 @@ struct State {
     fault: Option<Fault>,
     counted: usize,
     failed: usize,
+    cache: Option<Cache>,
+}
+
+/// What a page cache holds, and the disks under it.
+#[derive(Default)]
+struct Cache {
+    stable: Vec<Vec<u8>>,
+    /// Operations that were done.
+    done: usize,
+    /// Those that are not stable: number, file, effect.
+    dirty: Vec<(usize, usize, Effect)>,
+}
+
+impl Cache {
+    fn add(&mut self, file: usize, effect: &Effect) {
+        self.dirty.push((self.done, file, effect.clone()));
+        self.done += 1;
+    }
+
+    /// What the first `covered` operations left dirty in a file is stable, or lost.
+    fn clean(&mut self, file: usize, covered: usize, stable: bool) {
+        let stable = stable.then(|| &mut self.stable[file]);
+        let covers = |entry: &(usize, usize, Effect)| entry.1 == file && entry.0 < covered;
+        if let Some(bytes) = stable {
+            for (_, _, effect) in self.dirty.iter().filter(|entry| covers(entry)) {
+                apply(bytes, effect);
+            }
+        }
+        self.dirty.retain(|entry| !covers(entry));
+    }
 }
 
 /// The disks of one machine. Clones name the same machine.
 #[derive(Clone, Default)]
-pub struct Machine(Arc<Mutex<State>>);
+pub struct Machine {
+    state: Arc<Mutex<State>>,
+    syncs: Vec<Arc<Syncs>>,
+}
 
 /// One file of a machine.
 #[derive(Clone)]
@@ -136,12 +172,41 @@ impl std::fmt::Debug for File {
 }
 
 impl Machine {
+    /// A machine whose files are written directly: a barrier that fails takes nothing away, and
+    /// the next one covers it.
     pub fn new(files: &[Vec<u8>]) -> Self {
         let state = State {
             files: files.to_vec(),
             ..State::default()
         };
-        Self(Arc::new(Mutex::new(state)))
+        Self {
+            state: Arc::new(Mutex::new(state)),
+            syncs: files.iter().map(|_| Syncs::new(false)).collect(),
+        }
+    }
+
+    /// A machine whose files are written through a page cache.
+    pub fn cached(files: &[Vec<u8>]) -> Self {
+        let machine = Self::new(files);
+        machine.state.lock().cache = Some(Cache {
+            stable: files.to_vec(),
+            ..Cache::default()
+        });
+        Self {
+            syncs: files.iter().map(|_| Syncs::new(true)).collect(),
+            ..machine
+        }
+    }
+
+    /// What a file holds when a machine with a page cache stops.
+    pub fn stable(&self, file: usize) -> Vec<u8> {
+        let state = self.state.lock();
+        state.cache.as_ref().unwrap().stable[file].clone()
+    }
+
+    /// Barriers of a file are tried again after one has failed.
+    pub fn clear_sync_error(&self, file: usize) -> bool {
+        self.syncs[file].clear().is_some()
     }
 
     pub fn file(&self, index: usize) -> Arc<File> {
@@ -153,30 +218,30 @@ impl Machine {
 
     /// From now on operations stay pending; or no longer.
     pub fn hold(&self, held: bool) {
-        self.0.lock().held = held;
+        self.state.lock().held = held;
     }
 
     /// From now on space can be reserved behind the end of the files.
     pub fn allow_reserving(&self) {
-        self.0.lock().reserves = true;
+        self.state.lock().reserves = true;
     }
 
     /// Events so far: the time.
     pub fn now(&self) -> usize {
-        self.0.lock().log.len()
+        self.state.lock().log.len()
     }
 
     pub fn log(&self) -> Vec<Event> {
-        self.0.lock().log.clone()
+        self.state.lock().log.clone()
     }
 
     pub fn bytes(&self, file: usize) -> Vec<u8> {
-        self.0.lock().files[file].clone()
+        self.state.lock().files[file].clone()
     }
 
     /// Sets or ends a fault; counting begins anew.
     pub fn fail(&self, fault: Option<Fault>) {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         state.fault = fault;
         state.counted = 0;
         state.failed = 0;
@@ -184,7 +249,7 @@ impl Machine {
 
     /// Operations that counted for the fault, and those of them that failed.
     pub fn counted(&self) -> (usize, usize) {
-        let state = self.0.lock();
+        let state = self.state.lock();
         (state.counted, state.failed)
     }
 
@@ -194,7 +259,7 @@ impl Machine {
     /// gives up at the first error has to wait for the others, which only this function ends.
     pub fn finish_one(&self, reactor: &Reactor, rng: &mut StdRng) -> bool {
         let ended: Vec<_> = {
-            let mut state = self.0.lock();
+            let mut state = self.state.lock();
             let pending = &state.pending;
             let sound: Vec<usize> = (0..pending.len())
                 .filter(|&index| pending[index].fault.is_none())
@@ -275,15 +340,21 @@ impl State {
 
     fn perform(&mut self, pending: Pending) -> io::Result<u32> {
         if let Some(errno) = pending.fault {
-            let effect = match pending.effect {
+            let effect = match &pending.effect {
                 // Some of it reached the disk.
-                Effect::Write { offset, mut bytes } => {
-                    bytes.truncate(bytes.len() / 1024 * 512);
-                    Effect::Write { offset, bytes }
-                }
+                Effect::Write { offset, bytes } => Effect::Write {
+                    offset: *offset,
+                    bytes: bytes[..bytes.len() / 1024 * 512].to_vec(),
+                },
                 _ => Effect::Read,
             };
             apply(&mut self.files[pending.file], &effect);
+            if let Some(cache) = &mut self.cache {
+                match pending.effect {
+                    Effect::Sync => cache.clean(pending.file, pending.done, false),
+                    _ => cache.add(pending.file, &effect),
+                }
+            }
             let id = pending.id;
             self.log.push(Event::Failed { id, effect });
             return Err(io::Error::from_raw_os_error(errno));
@@ -302,6 +373,12 @@ impl State {
             _ => 0,
         };
         apply(&mut self.files[pending.file], &pending.effect);
+        if let Some(cache) = &mut self.cache {
+            match &pending.effect {
+                Effect::Sync => cache.clean(pending.file, pending.done, true),
+                effect => cache.add(pending.file, effect),
+            }
+        }
         self.log.push(Event::Done { id: pending.id });
         Ok(result)
     }
@@ -354,7 +431,7 @@ impl Storage for File {
             Op::Zero { offset, len, unmap } if unmap => Effect::Punch { offset, len },
             Op::Zero { offset, len, .. } => Effect::Zero { offset, len },
         };
-        let mut state = self.machine.0.lock();
+        let mut state = self.machine.state.lock();
         if matches!(effect, Effect::Grow(_)) && !state.reserves {
             let error = io::Error::from_raw_os_error(libc::EOPNOTSUPP);
             return Submission::Ready(Err(error));
@@ -368,6 +445,7 @@ impl Storage for File {
             target,
             offset: at,
             fault,
+            done: state.cache.as_ref().map_or(0, |cache| cache.done),
         };
         if state.held {
             state.pending.push(pending);
@@ -377,17 +455,20 @@ impl Storage for File {
     }
 
     fn len(&self) -> io::Result<u64> {
-        Ok(self.machine.0.lock().files[self.index].len() as u64)
+        Ok(self.machine.state.lock().files[self.index].len() as u64)
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        let mut state = self.machine.0.lock();
+        let mut state = self.machine.state.lock();
         let effect = Effect::SetLen(len);
         if let Some(errno) = state.verdict(self.index, &effect) {
             return Err(io::Error::from_raw_os_error(errno));
         }
         let id = state.issue(self.index, &effect);
         apply(&mut state.files[self.index], &effect);
+        if let Some(cache) = &mut state.cache {
+            cache.add(self.index, &effect);
+        }
         state.log.push(Event::Done { id });
         Ok(())
     }
@@ -406,5 +487,9 @@ impl Storage for File {
 
     fn writable(&self) -> bool {
         true
+    }
+
+    fn syncs(&self) -> Option<&Arc<Syncs>> {
+        self.machine.syncs.get(self.index)
     }
 }

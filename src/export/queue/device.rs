@@ -297,7 +297,12 @@ impl Queue {
             let status = match view.chain.flush().await {
                 Ok(()) => Status::Ok,
                 Err(error) => {
-                    facts.log.error(Topic::Disk, format_args!("{error}"));
+                    // The storage has told of a failure that stays.
+                    if matches!(error, Error::Sync(_)) {
+                        log::debug!("export '{}': {error}", facts.id);
+                    } else {
+                        facts.log.error(Topic::Disk, format_args!("{error}"));
+                    }
                     Status::IoError
                 }
             };

@@ -28,7 +28,7 @@ use super::{Freed, Qcow2};
 use crate::error::{Action, Error, Result};
 use crate::grace::Grace;
 use crate::reactor::Reactor;
-use crate::storage::{self, AlignedBuf};
+use crate::storage::{self, AlignedBuf, Syncs};
 use crate::sync::{
     AsyncMutex, AsyncMutexGuard,
     atomic::{AtomicBool, AtomicU64, Ordering},
@@ -135,6 +135,10 @@ impl Qcow2 {
 
     /// The body of a flush. The caller holds the flush lock.
     pub(super) async fn write_back(&self) -> Result<()> {
+        // Where no barrier can succeed any more, nothing is written that waits for one.
+        Syncs::of(&self.storage)
+            .check()
+            .map_err(|error| self.io_error(Action::Flush, 0, &error))?;
         self.restore_header().await?;
         self.release_freed().await;
         let mut snapshot = self.take_snapshot();
@@ -238,7 +242,7 @@ impl Qcow2 {
 
     async fn write_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
         if let Some(data) = &self.data {
-            storage::io::sync(&*data.storage)
+            storage::io::sync_shared(&data.storage)
                 .await
                 .map_err(|error| Error::io(Action::Flush, data.storage.name(), 0, &error))?;
         }
@@ -286,7 +290,7 @@ impl Qcow2 {
     }
 
     pub(super) async fn barrier(&self) -> Result<()> {
-        storage::io::sync(&*self.storage)
+        storage::io::sync_shared(&self.storage)
             .await
             .map_err(|error| self.io_error(Action::Flush, 0, &error))
     }

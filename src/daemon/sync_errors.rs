@@ -1,0 +1,271 @@
+//! Failed syncs that stay: told to clients, and forgotten when an operator says so.
+//!
+//! The thread that meets one only passes it on. A thread of its own finds out whom it concerns,
+//! since the lists of nodes and exports may be in use by somebody who waits for that thread.
+
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Weak};
+
+use serde_json::json;
+
+use super::Exports;
+use crate::chain::graph::Node;
+use crate::chain::{Graph, Layer};
+use crate::control::events::EventHub;
+use crate::error::{Error, Result, errno_text};
+use crate::format::Format;
+use crate::job::{Event, Refused};
+use crate::storage::Syncs;
+use crate::storage::syncs::{SyncFailure, on_failure};
+
+/// The syncs that a flush of a layer needs.
+fn syncs_of(layer: &Layer) -> Vec<Arc<Syncs>> {
+    match &layer.format {
+        Format::Qcow2(image) => [image.storage(), image.data_storage()]
+            .map(Syncs::of)
+            .into(),
+        Format::Raw(_) | Format::Qed(_) => vec![Syncs::of(&layer.storage)],
+    }
+}
+
+/// Tells the clients of `hub` of failures, from now on.
+///
+/// # Errors
+/// When there can be no thread for it.
+pub fn report(graph: &Arc<Graph>, exports: &Arc<Exports>, hub: &Arc<EventHub>) -> Result<()> {
+    let (failures, failed) = channel();
+    let (graph, exports) = (Arc::downgrade(graph), Arc::downgrade(exports));
+    let hub = hub.clone();
+    std::thread::Builder::new()
+        .name("sync-errors".into())
+        .spawn(move || {
+            for (syncs, failure) in failed {
+                for event in events(&graph, &exports, &syncs, &failure) {
+                    hub.send(&event);
+                }
+            }
+        })
+        .map_err(|error| Error::Invalid(format!("starting: {error}")))?;
+    on_failure(move |syncs, failure| {
+        // Nobody listens any more when the daemon has ended.
+        let _ = failures.send((syncs.clone(), failure.clone()));
+    });
+    Ok(())
+}
+
+/// An event for each export whose flushes fail, or one without a device.
+fn events(
+    graph: &Weak<Graph>,
+    exports: &Weak<Exports>,
+    syncs: &Arc<Syncs>,
+    failure: &SyncFailure,
+) -> Vec<Event> {
+    let (Some(graph), Some(exports)) = (graph.upgrade(), exports.upgrade()) else {
+        return Vec::new();
+    };
+    let concerned = |node: &Node| {
+        let all = syncs_of(&node.layer);
+        all.iter().any(|own| Arc::ptr_eq(own, syncs))
+    };
+    let event = |device: &str, node: &str| Event {
+        name: "BLOCK_IO_ERROR",
+        data: json!({
+            "qom-path": "",
+            "device": device,
+            "node-name": node,
+            "operation": "write",
+            "action": "report",
+            "nospace": failure.errno == libc::ENOSPC,
+            "reason": errno_text(failure.errno),
+        }),
+    };
+    let served: Vec<Event> = exports
+        .list()
+        .iter()
+        .filter_map(|export| {
+            let image = graph.image_node(&export.node_name).ok()?;
+            let nodes = graph.chain_nodes(&image.name).ok()?;
+            let node = nodes.iter().find(|node| concerned(node))?;
+            Some(event(&export.id, &node.name))
+        })
+        .collect();
+    if !served.is_empty() {
+        return served;
+    }
+    let nodes = graph.nodes();
+    let mut found = nodes.iter().filter(|node| concerned(node));
+    let first = found.clone().next();
+    let image = found.find(|node| node.driver != "file").or(first);
+    image
+        .map(|node| event("", &node.name))
+        .into_iter()
+        .collect()
+}
+
+/// Lets the flushes of a node's image be tried again.
+///
+/// # Errors
+/// When there is no such node, or none of its flushes has failed.
+pub fn clear(graph: &Graph, name: &str) -> std::result::Result<(), Refused> {
+    let refused = |error: Error| Refused(error.to_string());
+    let node = graph.image_node(name).map_err(refused)?;
+    let syncs = syncs_of(&node.layer);
+    let cleared: Vec<SyncFailure> = syncs.iter().filter_map(|syncs| syncs.clear()).collect();
+    for failure in &cleared {
+        log::warn!(
+            "node '{}': an operator lets flushes be tried again after: {failure}",
+            node.name
+        );
+    }
+    match cleared.is_empty() {
+        true => Err(Refused(format!(
+            "No flush of node '{}' has failed",
+            node.name
+        ))),
+        false => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! What would be caught: a failure that no client is told of, or with the wrong node; one that
+    //! a word for another node clears, or that goes on after it was cleared.
+
+    #![allow(clippy::unwrap_used, clippy::panic)]
+
+    use std::io;
+    use std::path::PathBuf;
+    use std::time::Duration;
+
+    use serde_json::Value;
+
+    use super::*;
+    use crate::config::{BlockdevOptions, Dialect};
+    use crate::control::events::Outbox;
+    use crate::format::Raw;
+    use crate::reactor::{Reactor, Token};
+    use crate::storage::memory::MemoryStorage;
+    use crate::storage::{Limits, Op, Storage, Submission};
+
+    /// A file behind a page cache.
+    #[derive(Debug)]
+    struct Cached(MemoryStorage);
+
+    impl Storage for Cached {
+        unsafe fn submit(&self, reactor: &Reactor, op: Op<'_>, token: Token) -> Submission {
+            // SAFETY: passed on to the caller.
+            unsafe { self.0.submit(reactor, op, token) }
+        }
+
+        fn len(&self) -> io::Result<u64> {
+            self.0.len()
+        }
+
+        fn set_len(&self, len: u64) -> io::Result<()> {
+            self.0.set_len(len)
+        }
+
+        fn limits(&self) -> Limits {
+            self.0.limits()
+        }
+
+        fn name(&self) -> &'static str {
+            "/disk"
+        }
+
+        fn writable(&self) -> bool {
+            true
+        }
+    }
+
+    /// Adds a node to the graph, and returns its file.
+    fn add(
+        graph: &Graph,
+        driver: &'static str,
+        name: &str,
+        file: Option<&Arc<Cached>>,
+    ) -> Arc<Cached> {
+        let new = || Arc::new(Cached(MemoryStorage::new(vec![0; 512])));
+        let storage = file.cloned().unwrap_or_else(new);
+        let options = json!({"driver": "raw", "node-name": name,
+            "file": {"driver": "file", "filename": "/disk"}});
+        let node = Node {
+            name: name.to_owned(),
+            driver,
+            layer: Arc::new(Layer {
+                name: name.to_owned(),
+                format: Format::Raw(Raw::new(512)),
+                storage: storage.clone(),
+                read_only: false,
+                discard: true,
+                copy_on_read: false,
+            }),
+            filename: PathBuf::from("/disk"),
+            backing: None,
+            file: None,
+            data_file: None,
+            options: BlockdevOptions::from_value(&options, Dialect::Json).unwrap(),
+            implicit: false,
+            fixed_read_only: false,
+        };
+        graph.add(node).unwrap();
+        storage
+    }
+
+    #[test]
+    fn a_failure_is_told_and_stays_until_it_is_cleared() {
+        let (graph, exports, hub) = (Arc::default(), Arc::default(), EventHub::new());
+        add(
+            &graph,
+            "file",
+            "f",
+            Some(&add(&graph, "raw", "other", None)),
+        );
+        let file = add(&graph, "file", "g", None);
+        add(&graph, "raw", "disk", Some(&file));
+        report(&graph, &exports, &hub).unwrap();
+        let client = Arc::new(Outbox::default());
+        client.answer(&json!({"return": {}}), true);
+        hub.add(&client, Box::new(|| {}));
+        let reactor = Reactor::for_this_thread().unwrap();
+        let flush = |name: &str| {
+            let layer = graph.node(name).unwrap().layer;
+            reactor.block_on(layer.flush())
+        };
+        flush("disk").unwrap();
+        file.0.fail_syncs(true);
+        let text = flush("disk").unwrap_err().to_string();
+        assert!(text.starts_with("/disk: a flush failed at 2"), "{text}");
+        file.0.fail_syncs(false);
+        flush("disk").unwrap_err();
+        flush("other").unwrap();
+
+        let (lines, line) = channel();
+        let reader = client.clone();
+        std::thread::spawn(move || {
+            while let Some(line) = reader.next() {
+                let _ = lines.send(line);
+            }
+        });
+        let next = || line.recv_timeout(Duration::from_secs(20)).unwrap();
+        next();
+        let event: Value = serde_json::from_slice(&next()).unwrap();
+        assert_eq!(event["event"], "BLOCK_IO_ERROR");
+        let data = json!({"qom-path": "", "device": "", "node-name": "disk",
+            "operation": "write", "action": "report", "nospace": false,
+            "reason": "Input/output error"});
+        assert_eq!(event["data"], data);
+
+        let refused = clear(&graph, "other").unwrap_err().0;
+        assert_eq!(refused, "No flush of node 'other' has failed");
+        assert!(clear(&graph, "nothing").is_err());
+        flush("disk").unwrap_err();
+        clear(&graph, "disk").unwrap();
+        flush("disk").unwrap();
+        clear(&graph, "disk").unwrap_err();
+        // One event for one failure.
+        client.close();
+        assert!(line.recv_timeout(Duration::from_secs(20)).is_err());
+        Reactor::leave_thread();
+    }
+}

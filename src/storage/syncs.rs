@@ -1,0 +1,435 @@
+//! Syncs, and what a failed one means.
+//!
+//! When the kernel cannot write back what waits in its page cache, it says so in one `fdatasync`
+//! of each descriptor and marks the pages clean. The next `fdatasync` finds nothing to write and
+//! succeeds, though what was written never reached the disk. Therefore:
+//!
+//! * A file that is written through the page cache keeps its first failure. Every later sync of it
+//!   fails, without being tried, until somebody who knows what became of the file clears that.
+//! * The failure is the file's, not a descriptor's: whoever opens the file again in this process,
+//!   or has it open already, with `O_DIRECT` or without, gets it too.
+//! * A sync that runs beside the one that fails may succeed, since the kernel has told this
+//!   descriptor already. One sync of a file runs at a time, and those that come meanwhile share the
+//!   next one.
+//!
+//! With `O_DIRECT` alone nothing of ours waits in memory: a write that has completed has been taken
+//! by the device, and a sync that fails is the flush of the device's cache. That cache still has
+//! the data, and a later flush that succeeds speaks for all of it.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::fs::Metadata;
+use std::future::Future;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::sync::{Arc, Weak};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::Storage;
+use crate::error::errno_text;
+use crate::sync::{AsyncMutex, Global, Mutex};
+
+/// A sync that failed, after which nothing is known of what was written before.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SyncFailure {
+    /// The file's name.
+    pub file: String,
+    /// The system's error number.
+    pub errno: i32,
+    /// When it failed.
+    pub at: SystemTime,
+}
+
+impl fmt::Display for SyncFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}: a flush failed at {} ({}): what was written since the last one that succeeded may \
+             be lost, and all flushes fail until the file has been checked and 'stratactl \
+             clear-sync-error' says so",
+            self.file,
+            utc(self.at),
+            errno_text(self.errno)
+        )
+    }
+}
+
+impl std::error::Error for SyncFailure {}
+
+impl From<SyncFailure> for io::Error {
+    fn from(failure: SyncFailure) -> Self {
+        let kind = Self::from_raw_os_error(failure.errno).kind();
+        Self::new(kind, failure)
+    }
+}
+
+/// `2026-11-23 09:05:33 UTC`.
+fn utc(time: SystemTime) -> String {
+    let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs());
+    // Years that begin in March, in eras of 400 of them, since 0000-03-01.
+    let days = seconds / 86400 + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let (day, month) = (
+        day - (153 * month + 2) / 5 + 1,
+        if month < 10 { month + 3 } else { month - 9 },
+    );
+    let year = era * 400 + year + u64::from(month <= 2);
+    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC")
+}
+
+/// The syncs of one file.
+#[derive(Debug)]
+pub struct Syncs {
+    /// Held by the sync under way.
+    turn: AsyncMutex<()>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// What was written may wait in memory that a failed sync throws away.
+    page_cache: bool,
+    /// Syncs that have begun.
+    begun: u64,
+    /// The latest one that succeeded.
+    succeeded: u64,
+    failure: Option<SyncFailure>,
+}
+
+/// Is told of a failure that stays.
+type Listener = Box<dyn Fn(&Arc<Syncs>, &SyncFailure) + Send + Sync>;
+
+/// What the process knows of the files that it syncs.
+#[derive(Default)]
+struct Registry {
+    /// By device and inode; block devices by their number alone.
+    files: HashMap<(u64, u64), Arc<Syncs>>,
+    /// Of storages that name no [`Syncs`], by address: no other storage has it while the entry is
+    /// there.
+    others: HashMap<usize, (Weak<dyn Storage>, Arc<Syncs>)>,
+    listener: Option<Arc<Listener>>,
+}
+
+static REGISTRY: Global<Mutex<Registry>> = Global::new();
+
+/// From now on `listener` is told of failures that stay, on the thread that met one: it must not
+/// block.
+pub fn on_failure(listener: impl Fn(&Arc<Syncs>, &SyncFailure) + Send + Sync + 'static) {
+    REGISTRY.get().lock().listener = Some(Arc::new(Box::new(listener)));
+}
+
+impl Syncs {
+    /// Those of a file that nobody else has. `page_cache`: what is written to it may be lost
+    /// with a sync that fails.
+    #[must_use]
+    pub fn new(page_cache: bool) -> Arc<Self> {
+        Arc::new(Self {
+            turn: AsyncMutex::default(),
+            state: Mutex::new(State {
+                page_cache,
+                ..State::default()
+            }),
+        })
+    }
+
+    /// Those of the file with this metadata, the same for all who open it. `page_cache`: it is
+    /// about to be written through the page cache.
+    pub(super) fn of_file(metadata: &Metadata, page_cache: bool) -> Arc<Self> {
+        let key = if metadata.file_type().is_block_device() {
+            (u64::MAX, metadata.rdev())
+        } else {
+            (metadata.dev(), metadata.ino())
+        };
+        let mut registry = REGISTRY.get().lock();
+        registry
+            .files
+            .retain(|_, syncs| Arc::strong_count(syncs) > 1 || syncs.failure().is_some());
+        let syncs = registry
+            .files
+            .entry(key)
+            .or_insert_with(|| Self::new(false))
+            .clone();
+        drop(registry);
+        syncs.state.lock().page_cache |= page_cache;
+        syncs
+    }
+
+    /// Those of a storage. One that does not say which they are counts as a file of its own,
+    /// written through the page cache.
+    #[must_use]
+    pub fn of(storage: &Arc<dyn Storage>) -> Arc<Self> {
+        if let Some(syncs) = storage.syncs() {
+            return syncs.clone();
+        }
+        let key = Arc::as_ptr(storage).cast::<()>() as usize;
+        let mut registry = REGISTRY.get().lock();
+        if let Some((_, syncs)) = registry.others.get(&key) {
+            return syncs.clone();
+        }
+        registry
+            .others
+            .retain(|_, (storage, _)| storage.strong_count() > 0);
+        let syncs = Self::new(true);
+        let entry = (Arc::downgrade(storage), syncs.clone());
+        registry.others.insert(key, entry);
+        syncs
+    }
+
+    /// The failure that the file keeps.
+    #[must_use]
+    pub fn failure(&self) -> Option<SyncFailure> {
+        self.state.lock().failure.clone()
+    }
+
+    /// Fails if a sync would fail for what happened before.
+    ///
+    /// # Errors
+    /// The failure that the file keeps.
+    pub fn check(&self) -> io::Result<()> {
+        self.failure().map_or(Ok(()), |failure| Err(failure.into()))
+    }
+
+    /// Forgets the failure: the next sync is tried again. Returns what it was.
+    pub fn clear(&self) -> Option<SyncFailure> {
+        self.state.lock().failure.take()
+    }
+
+    /// Makes stable what was written before this call, by a sync that begins after it.
+    pub(super) async fn share(
+        self: &Arc<Self>,
+        file: &str,
+        sync: impl Future<Output = io::Result<u32>>,
+    ) -> io::Result<()> {
+        let arrived = self.state.lock().begun;
+        let _turn = self.turn.lock().await;
+        let number = {
+            let mut state = self.state.lock();
+            if let Some(failure) = &state.failure {
+                return Err(failure.clone().into());
+            }
+            if state.succeeded > arrived {
+                return Ok(());
+            }
+            state.begun += 1;
+            state.begun
+        };
+        match sync.await {
+            Ok(_) => {
+                self.state.lock().succeeded = number;
+                Ok(())
+            }
+            Err(error) => Err(self.fail(file, error)),
+        }
+    }
+
+    /// Keeps a failure, if it is one that stays.
+    fn fail(self: &Arc<Self>, file: &str, error: io::Error) -> io::Error {
+        let errno = error.raw_os_error().unwrap_or(libc::EIO);
+        {
+            let mut state = self.state.lock();
+            if !state.page_cache || !was_tried(errno) {
+                return error;
+            }
+            state.failure = Some(SyncFailure {
+                file: file.to_owned(),
+                errno,
+                at: SystemTime::now(),
+            });
+        }
+        let Some(failure) = self.failure() else {
+            return error;
+        };
+        log::error!("{failure}");
+        let listener = REGISTRY.get().lock().listener.clone();
+        if let Some(listener) = listener {
+            listener(self, &failure);
+        }
+        failure.into()
+    }
+}
+
+/// Whether the kernel can have tried to write anything back.
+fn was_tried(errno: i32) -> bool {
+    !matches!(
+        errno,
+        libc::EINTR
+            | libc::EAGAIN
+            | libc::ECANCELED
+            | libc::EBADF
+            | libc::EINVAL
+            | libc::ENOSYS
+            | libc::EOPNOTSUPP
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    //! What would be caught: a sync that succeeds after one that failed, or beside it; a failure
+    //! that another descriptor of the file does not see, that goes when the file is closed, or
+    //! that stays where it should not; a request answered by a sync that began before it.
+
+    #![allow(clippy::unwrap_used)]
+
+    use std::cell::Cell;
+    use std::pin::pin;
+    use std::task::{Context, Poll, Waker};
+    use std::time::Duration;
+
+    use super::*;
+    use crate::reactor::Reactor;
+    use crate::storage::file::OpenFlags;
+    use crate::storage::{FileStorage, io as storage_io};
+
+    fn failed(errno: i32) -> io::Result<u32> {
+        Err(io::Error::from_raw_os_error(errno))
+    }
+
+    /// The outcome of a sync that ends at once.
+    fn sync(syncs: &Arc<Syncs>, result: io::Result<u32>) -> io::Result<()> {
+        let mut future = pin!(syncs.share("disk", std::future::ready(result)));
+        match future
+            .as_mut()
+            .poll(&mut Context::from_waker(Waker::noop()))
+        {
+            Poll::Ready(result) => result,
+            Poll::Pending => panic!("it waits for nobody"),
+        }
+    }
+
+    #[test]
+    fn a_failure_of_the_page_cache_stays_until_it_is_cleared() {
+        let syncs = Syncs::new(true);
+        sync(&syncs, Ok(0)).unwrap();
+        assert!(sync(&syncs, failed(libc::ENOSPC)).is_err());
+        let error = sync(&syncs, Ok(0)).unwrap_err().to_string();
+        for words in [
+            "disk: ",
+            "UTC",
+            "No space left on device",
+            "clear-sync-error",
+        ] {
+            assert!(error.contains(words), "{words}: {error}");
+        }
+        assert_eq!(syncs.clear().unwrap().errno, libc::ENOSPC);
+        assert_eq!(syncs.clear(), None);
+        sync(&syncs, Ok(0)).unwrap();
+    }
+
+    #[test]
+    fn a_sync_that_was_not_tried_may_be_tried_again() {
+        let syncs = Syncs::new(true);
+        for errno in [libc::EINTR, libc::EAGAIN, libc::ECANCELED] {
+            assert!(sync(&syncs, failed(errno)).is_err());
+            sync(&syncs, Ok(0)).unwrap();
+        }
+    }
+
+    #[test]
+    fn without_the_page_cache_a_later_sync_counts() {
+        let syncs = Syncs::new(false);
+        let error = sync(&syncs, failed(libc::EIO)).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EIO));
+        sync(&syncs, Ok(0)).unwrap();
+    }
+
+    /// The kernel tells a descriptor once: the second sync would succeed.
+    #[test]
+    fn a_sync_beside_the_one_that_fails_fails() {
+        let syncs = Syncs::new(true);
+        let result = Cell::new(None);
+        let first = syncs.share(
+            "disk",
+            std::future::poll_fn(|_| result.take().map_or(Poll::Pending, Poll::Ready)),
+        );
+        let (mut first, mut second) = (pin!(first), pin!(syncs.share("disk", async { Ok(0) })));
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(first.as_mut().poll(&mut context).is_pending());
+        assert!(second.as_mut().poll(&mut context).is_pending());
+        result.set(Some(failed(libc::EIO)));
+        let Poll::Ready(Err(_)) = first.as_mut().poll(&mut context) else {
+            panic!("the first one has failed");
+        };
+        let Poll::Ready(Err(_)) = second.as_mut().poll(&mut context) else {
+            panic!("the second one has failed, too");
+        };
+    }
+
+    #[test]
+    fn those_that_wait_share_one_sync_that_begins_after_them() {
+        let syncs = Syncs::new(true);
+        let (open, begun) = (Cell::new(false), Cell::new(0));
+        let make = || {
+            syncs.share("disk", async {
+                begun.set(begun.get() + 1);
+                std::future::poll_fn(|_| match open.get() {
+                    true => Poll::Ready(Ok(0)),
+                    false => Poll::Pending,
+                })
+                .await
+            })
+        };
+        let (mut first, mut second, mut third) = (pin!(make()), pin!(make()), pin!(make()));
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(first.as_mut().poll(&mut context).is_pending());
+        assert!(second.as_mut().poll(&mut context).is_pending());
+        assert!(third.as_mut().poll(&mut context).is_pending());
+        open.set(true);
+        assert!(first.as_mut().poll(&mut context).is_ready());
+        assert!(second.as_mut().poll(&mut context).is_ready());
+        assert_eq!(begun.get(), 2, "the first began before the second came");
+        assert!(third.as_mut().poll(&mut context).is_ready());
+        assert_eq!(begun.get(), 2);
+    }
+
+    #[test]
+    fn a_file_has_its_failure_whoever_opens_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        std::fs::write(&path, [0; 4096]).unwrap();
+        let reactor = Reactor::for_this_thread().unwrap();
+        let open = |writable| {
+            let flags = OpenFlags {
+                writable,
+                ..OpenFlags::default()
+            };
+            FileStorage::open(&path, flags).unwrap()
+        };
+        let synced = |storage: &FileStorage| reactor.block_on(storage_io::sync(storage));
+        let (one, other) = (open(true), open(false));
+        synced(&one).unwrap();
+        let syncs = one.syncs().unwrap();
+        assert!(sync(syncs, failed(libc::EIO)).is_err());
+        synced(&one).unwrap_err();
+        synced(&other).unwrap_err();
+        drop((one, other));
+        let again = open(true);
+        synced(&again).unwrap_err();
+        // A file beside it has nothing to do with it.
+        std::fs::write(dir.path().join("beside"), [0; 512]).unwrap();
+        let flags = OpenFlags {
+            writable: true,
+            ..OpenFlags::default()
+        };
+        synced(&FileStorage::open(&dir.path().join("beside"), flags).unwrap()).unwrap();
+        again.syncs().unwrap().clear().unwrap();
+        synced(&again).unwrap();
+        Reactor::leave_thread();
+    }
+
+    #[test]
+    fn the_time_is_told_in_utc() {
+        for (seconds, text) in [
+            (0, "1970-01-01 00:00:00 UTC"),
+            (951_782_400, "2000-02-29 00:00:00 UTC"),
+            (1_709_251_199, "2024-02-29 23:59:59 UTC"),
+            (1_795_424_733, "2026-11-23 09:05:33 UTC"),
+            (4_107_542_400, "2100-03-01 00:00:00 UTC"),
+        ] {
+            assert_eq!(utc(UNIX_EPOCH + Duration::from_secs(seconds)), text);
+        }
+    }
+}
