@@ -4,7 +4,6 @@
 //! QEMU's own images do, and nothing else: no other host, no program, no node of another disk, and
 //! no option that changes what is durable, or who may use the file.
 
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
@@ -15,6 +14,7 @@ use crate::config::{
     RawOptions,
 };
 use crate::error::{Error, Result};
+use crate::format::Format;
 use crate::format::qcow2::Backing;
 
 /// Drivers of nodes that lead out of this machine.
@@ -193,18 +193,7 @@ pub(super) fn file_named(image: &Path, name: &str, what: &str) -> Result<PathBuf
             image.display()
         )));
     }
-    let path = resolve(image, plain);
-    // To open other special files is to do something to them.
-    if let Ok(stat) = std::fs::metadata(&path)
-        && !stat.is_file()
-        && !stat.file_type().is_block_device()
-    {
-        return Err(Error::Invalid(format!(
-            "Could not open '{}': not a file or a block device",
-            path.display()
-        )));
-    }
-    Ok(path)
+    Ok(resolve(image, plain))
 }
 
 impl Graph {
@@ -215,14 +204,14 @@ impl Graph {
     /// When a node does not exist.
     pub fn header_name(&self, name: &str) -> Result<String> {
         let node = self.image_node(name)?;
-        let path = std::path::absolute(&node.filename).unwrap_or_else(|_| node.filename.clone());
         if self.is_whole_file(&node)? {
-            return Ok(path.display().to_string());
+            return Ok(absolute(&node));
         }
         Ok(format!("json:{}", self.described(&node)?))
     }
 
-    /// Whether a node's image takes up a file from its beginning to its end.
+    /// Whether a node is what its file holds from its beginning to its end, with what the headers
+    /// in it name.
     ///
     /// # Errors
     /// When a node does not exist.
@@ -231,33 +220,88 @@ impl Graph {
             Driver::Raw(raw) => raw.offset != 0 || raw.size.is_some(),
             _ => false,
         };
+        if window || self.other_backing(node)?.is_some() || self.other_data_file(node)?.is_some() {
+            return Ok(false);
+        }
         match &node.file {
-            _ if window => Ok(false),
             Some(file) => self.is_whole_file(&self.node(file)?),
             None => Ok(true),
         }
     }
 
+    /// What is under an image where the options, and not its header, have put it: a node or
+    /// nothing.
+    fn other_backing(&self, node: &Node) -> Result<Option<Option<Node>>> {
+        let (options, header) = match (&node.options.driver, &node.layer.format) {
+            (Driver::Qcow2(options), Format::Qcow2(image)) => (&options.backing, image.backing()),
+            (Driver::Qed(options), Format::Qed(image)) => {
+                (&options.backing, image.backing().cloned())
+            }
+            _ => return Ok(None),
+        };
+        let below = node.backing.as_deref().map(|below| self.node(below));
+        let below = below.transpose()?;
+        let named = match (options, &header, &below) {
+            (BackingRef::Default, _, _) | (_, None, None) => true,
+            (_, Some(header), Some(below)) => {
+                resolve(&node.filename, &header.name) == below.filename
+                    && self.is_whole_file(below)?
+            }
+            _ => false,
+        };
+        Ok((!named).then_some(below))
+    }
+
+    /// The data file of an image, where it is another than the header names.
+    fn other_data_file(&self, node: &Node) -> Result<Option<Node>> {
+        let (Driver::Qcow2(options), Format::Qcow2(image), Some(data)) =
+            (&node.options.driver, &node.layer.format, &node.data_file)
+        else {
+            return Ok(None);
+        };
+        if options.data_file.is_none() {
+            return Ok(None);
+        }
+        let data = self.node(data)?;
+        let named = image
+            .header()
+            .data_file
+            .as_ref()
+            .is_some_and(|name| resolve(&node.filename, name) == data.filename);
+        let named = named && self.is_whole_file(&data)?;
+        Ok((!named).then_some(data))
+    }
+
     /// What makes the bytes of a node, in the form of its options.
     fn described(&self, node: &Node) -> Result<Value> {
-        let mut value = json!({"driver": node.driver});
-        match (&node.options.driver, &node.file) {
-            (_, None) => {
-                let path = std::path::absolute(&node.filename);
-                let path = path.unwrap_or_else(|_| node.filename.clone());
-                value["filename"] = json!(path.display().to_string());
+        let mut map = Map::new();
+        map.insert("driver".into(), json!(node.driver));
+        let Some(file) = &node.file else {
+            map.insert("filename".into(), json!(absolute(node)));
+            return Ok(Value::Object(map));
+        };
+        let file = self.described(&self.node(file)?)?;
+        match &node.options.driver {
+            Driver::CopyOnRead(_) => return Ok(file),
+            Driver::Raw(raw) => {
+                map.insert("offset".into(), json!(raw.offset));
+                map.extend(raw.size.map(|size| ("size".into(), json!(size))));
             }
-            (Driver::CopyOnRead(_), Some(file)) => return self.described(&self.node(file)?),
-            (driver, Some(file)) => {
-                value["file"] = self.described(&self.node(file)?)?;
-                if let Driver::Raw(raw) = driver {
-                    value["offset"] = json!(raw.offset);
-                    if let Some(size) = raw.size {
-                        value["size"] = json!(size);
-                    }
-                }
-            }
+            _ => {}
         }
-        Ok(value)
+        map.insert("file".into(), file);
+        if let Some(below) = self.other_backing(node)? {
+            let below = below.map(|below| self.described(&below)).transpose()?;
+            map.insert("backing".into(), below.unwrap_or(Value::Null));
+        }
+        if let Some(data) = self.other_data_file(node)? {
+            map.insert("data-file".into(), self.described(&data)?);
+        }
+        Ok(Value::Object(map))
     }
+}
+
+fn absolute(node: &Node) -> String {
+    let path = std::path::absolute(&node.filename).unwrap_or_else(|_| node.filename.clone());
+    path.display().to_string()
 }

@@ -5,7 +5,7 @@
 //! [`Graph::make_writable`].
 
 use std::collections::HashSet;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -384,13 +384,19 @@ fn open_file(
     file: &FileOptions,
     descent: &mut Descent,
 ) -> Result<Node> {
-    if let Ok(stat) = std::fs::metadata(&file.filename)
-        && !descent.files.insert((stat.dev(), stat.ino()))
-    {
-        return Err(Error::Invalid(format!(
-            "{}: the image is under itself: the chain is a loop",
-            file.filename.display()
-        )));
+    if let Ok(stat) = std::fs::metadata(&file.filename) {
+        let path = file.filename.display();
+        // To open another special file may do something, or wait for ever.
+        if !stat.is_file() && !stat.file_type().is_block_device() {
+            return Err(Error::Invalid(format!(
+                "Could not open '{path}': not a file or a block device"
+            )));
+        }
+        if !descent.files.insert((stat.dev(), stat.ino())) {
+            return Err(Error::Invalid(format!(
+                "{path}: the image is under itself: the chain is a loop"
+            )));
+        }
     }
     let flags = file_flags(options);
     let storage = match FileStorage::open(&file.filename, flags) {

@@ -157,6 +157,11 @@ fn headers_name_local_files() {
     }
     cases.push((format!("json:{deep}"), "nested more than".into()));
     cases.push(("/dev/null".into(), "not a file or a block device".into()));
+    let device = json!({"driver": "file", "filename": "/dev/null"});
+    cases.push((
+        format!("json:{device}"),
+        "not a file or a block device".into(),
+    ));
     let fifo = in_dir(&dir, "fifo");
     run("mkfifo", &[fifo.to_str().unwrap()]);
     cases.push((
@@ -247,8 +252,25 @@ fn a_name_stands_for_all_of_its_node() {
     let bytes: Vec<u8> = (0..256 << 10).map(|at: u32| (at / 512) as u8).collect();
     std::fs::write(&other, &bytes).unwrap();
     create(&base, "cluster_size=4k", 64 << 10);
+    name_backing(&base, other.to_str().unwrap(), Some("raw"));
     let file = |path: &Path| json!({"driver": "file", "filename": path.to_str().unwrap()});
     let window = json!({"driver": "raw", "offset": 4096, "size": 65_536, "file": file(&other)});
+    let over = |more: Value| {
+        let mut node = json!({"driver": "qcow2", "file": file(&base)});
+        let more = more.as_object().unwrap().clone();
+        node.as_object_mut().unwrap().extend(more);
+        node
+    };
+    // Everything is mapped.
+    let split = in_dir(&dir, "split");
+    let data_file = in_dir(&dir, "data");
+    let options = format!("data_file={},data_file_raw=on", data_file.display());
+    create(&split, &options, 65_536);
+    let write = ["-f", "qcow2", "-c", "write -q 0 65536"];
+    run(
+        "qemu-io",
+        &[&write[..], &[split.to_str().unwrap()]].concat(),
+    );
     for (node, plain, expected) in [
         (window.clone(), false, bytes[4096..4096 + 65_536].to_vec()),
         (
@@ -257,7 +279,7 @@ fn a_name_stands_for_all_of_its_node() {
             bytes[..65_536].to_vec(),
         ),
         (
-            json!({"driver": "raw", "file": window}),
+            json!({"driver": "raw", "file": window.clone()}),
             false,
             bytes[4096..4096 + 65_536].to_vec(),
         ),
@@ -268,9 +290,26 @@ fn a_name_stands_for_all_of_its_node() {
         ),
         (file(&other), true, bytes[..65_536].to_vec()),
         (
-            json!({"driver": "copy-on-read", "file": {"driver": "qcow2", "file": file(&base)}}),
+            json!({"driver": "copy-on-read", "file": over(json!({}))}),
             true,
-            vec![0; 65_536],
+            bytes[..65_536].to_vec(),
+        ),
+        // The options put there what the header says, or something else.
+        (
+            over(json!({"backing": {"driver": "raw", "file": file(&other)}})),
+            true,
+            bytes[..65_536].to_vec(),
+        ),
+        (
+            over(json!({"backing": window})),
+            false,
+            bytes[4096..4096 + 65_536].to_vec(),
+        ),
+        (over(json!({"backing": null})), false, vec![0; 65_536]),
+        (
+            json!({"driver": "qcow2", "file": file(&split), "data-file": window}),
+            false,
+            bytes[4096..4096 + 65_536].to_vec(),
         ),
     ] {
         let reactor = Reactor::for_this_thread().unwrap();
