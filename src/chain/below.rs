@@ -28,7 +28,7 @@ const DRIVERS: &[&str] = &["file", "host_device", "raw", "qcow2", "qed"];
 const CHILDREN: &[&str] = &["file", "backing", "data-file"];
 const KEYS: &[&str] = &["driver", "filename", "offset", "size"];
 /// Nodes inside nodes that a name may have.
-const MAX_NESTED: usize = 8;
+const MAX_NESTED: usize = 24;
 
 /// The options of the node for a backing file that the header of the file `image` names; `above`
 /// are those of its own node.

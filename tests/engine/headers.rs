@@ -152,7 +152,7 @@ fn headers_name_local_files() {
         cases.push((format!("json:{value}"), says.into()));
     }
     let mut deep = local.clone();
-    for _ in 0..20 {
+    for _ in 0..30 {
         deep = json!({"driver": "raw", "file": deep});
     }
     cases.push((format!("json:{deep}"), "nested more than".into()));
