@@ -3,6 +3,13 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[allow(dead_code)]
+#[path = "crash/qcow2.rs"]
+mod qcow2;
+#[allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#[path = "engine/support.rs"]
+mod support;
+
 mod export_common;
 
 use std::os::fd::AsRawFd;
@@ -12,6 +19,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use export_common::hand::*;
 use export_common::*;
 use io_uring::{opcode, types};
+use stratablk::chain::{Chain, Layer, Root, View, ViewCache};
 use stratablk::export::ExportConfig;
 use stratablk::reactor::{Reactor, Token};
 use stratablk::storage::memory::{MemoryStorage, Step};
@@ -198,8 +206,8 @@ fn steps(storage: &MemoryStorage) -> Vec<&'static str> {
 /// flushes that nobody needs where it does.
 #[test]
 fn without_a_write_cache_a_write_is_stable_when_it_completes() {
-    let with_cache = ["write", "zero"];
-    let without = ["write", "sync", "zero", "sync"];
+    let with_cache = ["write", "zero", "zero"];
+    let without = ["write", "sync", "zero", "sync", "zero", "sync"];
     for (what, write_cache, features, wce, expected) in [
         ("a cache", true, PLAIN, None, &with_cache[..]),
         ("no cache", false, PLAIN & !F_CONFIG_WCE, None, &without[..]),
@@ -239,7 +247,10 @@ fn without_a_write_cache_a_write_is_stable_when_it_completes() {
         let mut segment = [0; 16];
         segment[8] = 1;
         hand.bytes(DATA, 16).copy_from_slice(&segment);
-        assert_eq!(hand.request(13, 0, &[(DATA, 16, false)]).1, OK);
+        // To write zeros, and to discard.
+        for kind in [13, 11] {
+            assert_eq!(hand.request(kind, 0, &[(DATA, 16, false)]).1, OK);
+        }
         assert_eq!(steps(&storage), expected, "{what}");
     }
 }
@@ -257,4 +268,76 @@ fn errors_of_the_storage_reach_the_guest() {
     assert_eq!(hand.request(4, 0, &[]), (1, 1));
     storage.fail_after(usize::MAX, 0);
     assert_eq!(hand.request(4, 0, &[]), (1, OK));
+}
+
+/// An image in memory, and its chain.
+fn qcow2_chain(reactor: &Reactor) -> (Arc<MemoryStorage>, Arc<Root>) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image.qcow2");
+    support::create(&path, "cluster_size=4k", DISK as u64);
+    let storage = Arc::new(MemoryStorage::new(std::fs::read(&path).unwrap()));
+    let (_, chain) = support::open_memory(reactor, &storage);
+    let layer = Layer {
+        discard: true,
+        ..(**chain.top()).clone()
+    };
+    let chain = Chain::new(vec![Arc::new(layer)]).unwrap();
+    (storage, Root::new(chain))
+}
+
+fn discard_all(reactor: &Reactor, root: &Root) {
+    let discard = View::of(root.chain()).discard(0, DISK as u64);
+    reactor.block_on(discard).unwrap();
+}
+
+/// Flushes, which frees what nobody can see any more. True: nothing waits to be freed.
+fn all_is_free(reactor: &Reactor, root: &Root, storage: &MemoryStorage) -> bool {
+    reactor.block_on(root.chain().flush()).unwrap();
+    let bytes = storage.snapshot();
+    qcow2::Image::new(&bytes).unwrap().check() == Ok(0)
+}
+
+/// Catches: a queue's thread that sleeps and still counts as somebody who may use what was freed,
+/// or that keeps an old chain with its files: nothing of it would ever be given back.
+#[test]
+fn an_idle_queue_holds_nothing_up() {
+    let reactor = Reactor::for_this_thread().unwrap();
+    let (storage, root) = qcow2_chain(&reactor);
+    let place = Place::new();
+    let export = start(place.config(), root.clone());
+    let mut hand = Hand::ready(&place.socket(), PLAIN);
+    hand.bytes(DATA, 4096).fill(1);
+    assert_eq!(hand.request(OUT, 0, &[(DATA, 4096, false)]).1, OK);
+    assert_eq!(hand.request(IN, 0, &[(DATA, 4096, true)]).1, OK);
+    // The queue has nothing to do from now on. Its thread may still be on its way to sleep, so
+    // this is tried until it holds.
+    discard_all(&reactor, &root);
+    eventually("the discarded cluster is free", || {
+        all_is_free(&reactor, &root, &storage)
+    });
+    let old = Arc::downgrade(&root.chain());
+    assert_eq!(hand.request(IN, 0, &[(DATA, 4096, true)]).1, OK);
+    let (other, _) = memory_root(vec![0; DISK]);
+    root.publish(other.chain());
+    eventually("the old chain goes", || old.upgrade().is_none());
+    drop(hand);
+    export.shutdown();
+}
+
+/// Catches: a thread that is never without requests and keeps what it saw with the first of them:
+/// freed clusters would wait for it for ever.
+#[test]
+fn a_busy_queue_holds_up_no_more_than_its_requests() {
+    let reactor = Reactor::for_this_thread().unwrap();
+    let (storage, root) = qcow2_chain(&reactor);
+    support::write_value(&reactor, &root.chain(), 0, 4096, 1).unwrap();
+    // As a worker does: a view for each batch, and always one in flight.
+    let mut cache = ViewCache::new(root.clone());
+    let mut in_flight = cache.get();
+    discard_all(&reactor, &root);
+    // In a process of its own; beside other tests their requests may be waited for, too.
+    eventually("the discarded cluster is free", || {
+        in_flight = cache.get();
+        all_is_free(&reactor, &root, &storage)
+    });
 }

@@ -398,15 +398,19 @@ fn event_indices_are_honoured() {
     // Its signal may come after the request is seen to be done; taking the queue back waits.
     hand.front.set_vring_enable(0, false).unwrap();
     hand.front.set_vring_enable(0, true).unwrap();
-    for round in 1..200u16 {
-        // A queue that was taken back signals its first publication: those rounds want it.
-        let wanted = !round.is_multiple_of(2);
+    for round in 1..300u16 {
+        // A queue that was taken back signals its first publication whatever the driver says: only
+        // the one after that shows that its wish is understood.
+        let (wish, signalled) = match round % 3 {
+            1 => (round.wrapping_add(100), true),
+            2 => (round, true),
+            _ => (
+                round.wrapping_add([100, 1, u16::MAX][usize::from(round / 3 % 3)]),
+                false,
+            ),
+        };
         while hand.call.read().is_ok() {}
-        hand.set_used_event(if wanted {
-            round
-        } else {
-            round.wrapping_add(100)
-        });
+        hand.set_used_event(wish);
         hand.chain(0, IN, 0, &[(DATA, 512, true)]);
         let before = hand.used_index();
         hand.push(0);
@@ -416,12 +420,33 @@ fn event_indices_are_honoured() {
         }
         eventually("the request is done", || hand.used_index() != before);
         assert_eq!(hand.next_used().0, 0);
-        if wanted {
+        if signalled {
             eventually("the signal comes", || wait_readable(hand.call.as_raw_fd()));
         } else {
             // Taking the queue back shows that the worker is past its signal.
             hand.front.set_vring_enable(0, false).unwrap();
             assert!(hand.call.read().is_err(), "a signal that nobody wants");
+            hand.front.set_vring_enable(0, true).unwrap();
+        }
+    }
+}
+
+/// Catches: a queue that is given back in the state of a thread that is awake and wants no kicks:
+/// whoever serves the ring next would wait for them for ever.
+#[test]
+fn a_queue_that_is_given_back_wants_kicks() {
+    for features in [PLAIN, PLAIN | F_EVENT_IDX] {
+        let place = Place::new();
+        let (_export, _) = disk(&place);
+        let mut hand = Hand::ready(&place.socket(), features);
+        for round in 0..10 {
+            assert_eq!(hand.request(IN, 0, &[(DATA, 512, true)]).1, OK);
+            hand.front.set_vring_enable(0, false).unwrap();
+            if features & F_EVENT_IDX == 0 {
+                assert_eq!(hand.used_flags(), 0, "round {round}");
+            } else {
+                assert_eq!(hand.avail_event(), round + 1);
+            }
             hand.front.set_vring_enable(0, true).unwrap();
         }
     }

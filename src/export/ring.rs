@@ -378,3 +378,7 @@ unsafe fn le16<'a>(at: usize) -> &'a Le16 {
 fn invalid(text: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, text)
 }
+
+#[cfg(test)]
+#[path = "ring_tests.rs"]
+mod tests;

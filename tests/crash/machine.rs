@@ -280,20 +280,36 @@ impl Machine {
 
     /// How many of the pending operations are such.
     pub fn pending(&self, such: impl Fn(&Effect) -> bool) -> usize {
-        let state = self.0.lock();
+        let state = self.state.lock();
         state.pending.iter().filter(|one| such(&one.effect)).count()
     }
 
     /// Lets the oldest pending operation finish that is not `kept`. False: there is none.
     pub fn finish_others(&self, reactor: &Reactor, kept: impl Fn(&Effect) -> bool) -> bool {
         let (token, result) = {
-            let mut state = self.0.lock();
+            let mut state = self.state.lock();
             let other = state.pending.iter().position(|one| !kept(&one.effect));
             let Some(index) = other else { return false };
             let pending = state.pending.remove(index);
             (pending.token, state.perform(pending))
         };
         reactor.complete(token, result);
+        true
+    }
+
+    /// Lets the pending operation finish that was issued first, or last. False: there is none.
+    pub fn finish_in_order(&self, reactor: &Reactor, last: bool) -> bool {
+        let ended = {
+            let mut state = self.state.lock();
+            let pending = state.pending.iter().enumerate();
+            let chosen = pending.max_by_key(|(_, p)| if last { p.id } else { usize::MAX - p.id });
+            let Some(index) = chosen.map(|(index, _)| index) else {
+                return false;
+            };
+            let pending = state.pending.swap_remove(index);
+            (pending.token, state.perform(pending))
+        };
+        reactor.complete(ended.0, ended.1);
         true
     }
 

@@ -25,6 +25,7 @@ mod states;
 #[allow(dead_code)]
 #[path = "../engine/support.rs"]
 mod support;
+mod turns;
 mod workload;
 
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};

@@ -59,6 +59,9 @@ impl Hand {
     /// Connects and negotiates, and shares memory, but sets no queue up.
     pub fn connect(path: &Path, features: u64) -> Self {
         let socket = UnixStream::connect(path).unwrap();
+        // A device that does not answer is a failure, and does not hang the test.
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.set_write_timeout(Some(PATIENCE)).unwrap();
         let mut front = Frontend::from_stream(socket.try_clone().unwrap(), 8);
         front.set_owner().unwrap();
         let offered = front.get_features().unwrap();
@@ -210,6 +213,11 @@ impl Hand {
     /// Whether all that was made available has come back.
     pub fn all_used(&self) -> bool {
         self.used_index() == self.avail
+    }
+
+    /// Whether the device wants no kicks (without EVENT_IDX): 1 then.
+    pub fn used_flags(&self) -> u16 {
+        self.index(USED, 0).load(Ordering::SeqCst)
     }
 
     /// The index that the device wants a kick at (EVENT_IDX).
