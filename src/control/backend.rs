@@ -149,6 +149,9 @@ pub struct BlockNode {
     pub detect_zeroes: String,
     /// The layer below.
     pub backing: Option<Backing>,
+    /// The nodes that it stands on: what each is to it (`file`, `backing`, `data-file`), and its
+    /// name.
+    pub children: Vec<(&'static str, String)>,
     /// More about the image: `{"type": …, "data": {…}}`.
     pub format_specific: Option<Value>,
 }
@@ -180,11 +183,21 @@ impl BlockNode {
                 "writeback": self.cache_writeback,
             },
             "file": self.filename,
+            "children": self.children(),
         });
         if let Some(backing) = &self.backing {
             set(&mut value, "backing_file", backing.full_filename.as_str());
         }
         value
+    }
+
+    /// As QEMU has it from 10.1 on. Only here is told which node is below: several may be on the
+    /// same file.
+    fn children(&self) -> Value {
+        let children = self.children.iter();
+        children
+            .map(|(child, node)| json!({"child": child, "node-name": node}))
+            .collect()
     }
 
     fn image(&self, all: Option<&[BlockNode]>) -> Value {

@@ -88,9 +88,11 @@ impl Client {
         let greeting = client.read_message(client.deadline())?.ok_or_else(|| {
             ClientError::Lost("no greeting in time; is another client connected?".to_owned())
         })?;
-        match greeting.pointer("/QMP/version") {
-            Some(version) => client.version = version.clone(),
-            None => return Err(ClientError::Lost(format!("not a QMP greeting: {greeting}"))),
+        match (greeting.pointer("/QMP/version"), greeting.get("error")) {
+            (Some(version), _) => client.version = version.clone(),
+            // There is no place for another client, say.
+            (None, Some(error)) => return Err(ClientError::Answer(to_error(error))),
+            _ => return Err(ClientError::Lost(format!("not a QMP greeting: {greeting}"))),
         }
         client.execute("qmp_capabilities", Value::Null)?;
         Ok(client)
@@ -293,6 +295,18 @@ mod tests {
             asked
         });
         (ours, thread)
+    }
+
+    /// Would catch a daemon's reason for not serving us that is taken for a broken connection.
+    #[test]
+    fn an_error_in_place_of_the_greeting() {
+        let (stream, mut theirs) = UnixStream::pair().unwrap();
+        let refusal =
+            "{\"error\": {\"class\": \"GenericError\", \"desc\": \"Too many clients\"}}\r\n";
+        theirs.write_all(refusal.as_bytes()).unwrap();
+        drop(theirs);
+        let error = Client::negotiate(stream, None).unwrap_err();
+        assert_eq!(error.to_string(), "Too many clients");
     }
 
     /// Would catch answers that are lost or mixed up with events when packets split anywhere.

@@ -5,6 +5,7 @@ use super::client::Client;
 use super::tracker::{Tracker, merge};
 use super::watch::watch;
 use super::{Failure, image, info, stats, units};
+use crate::config::is_well_formed_id;
 use serde_json::{Map, Value, json};
 use std::io::Write;
 use std::path::PathBuf;
@@ -116,7 +117,11 @@ fn stream(
     json: bool,
     out: &mut dyn Write,
 ) -> Result<(), Failure> {
-    let job = args.job_id.as_deref().unwrap_or(&args.device);
+    let job = match &args.job_id {
+        Some(id) => id.clone(),
+        None => job_id(client, &args.device)?,
+    };
+    let job = job.as_str();
     let began = Instant::now();
     client.execute("block-stream", stream_arguments(args, job))?;
     if args.wait {
@@ -128,6 +133,36 @@ fn stream(
         writeln!(out, "job '{job}' started")?;
     }
     Ok(())
+}
+
+/// A name for a job on `device`: the same, where a job can have it. A node that nobody gave a name
+/// has one that no job can have (`#block002`): its export's is taken then, or what is left of it.
+fn job_id(client: &mut Client, device: &str) -> Result<String, Failure> {
+    if is_well_formed_id(device) {
+        return Ok(device.to_owned());
+    }
+    let text = |value: &Value, key: &str| value.get(key).and_then(Value::as_str).map(str::to_owned);
+    let list = |value: Value| value.as_array().cloned().unwrap_or_default();
+    let exports = list(client.execute("query-block-exports", Value::Null)?);
+    let export = exports
+        .iter()
+        .find(|export| text(export, "node-name").as_deref() == Some(device))
+        .and_then(|export| text(export, "id"));
+    if let Some(id) = export.filter(|id| is_well_formed_id(id)) {
+        return Ok(id);
+    }
+    let allowed = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
+    let mut stem: String = device.chars().filter(allowed).collect();
+    if !is_well_formed_id(&stem) {
+        stem.insert_str(0, "job-");
+    }
+    let jobs = list(client.execute("query-jobs", Value::Null)?);
+    let is_free = |id: &String| jobs.iter().all(|job| text(job, "id").as_ref() != Some(id));
+    let mut names = (2..).map(|number: u32| format!("{stem}-{number}"));
+    if is_free(&stem) {
+        return Ok(stem);
+    }
+    Ok(names.find(is_free).unwrap_or(stem))
 }
 
 fn stream_arguments(args: &StreamArgs, job: &str) -> Value {

@@ -172,13 +172,8 @@ impl Layer<'_> {
 }
 
 /// The layers from the node with this name downwards.
-///
-/// A node says what lies under it by the file alone; the node of a layer is found by that.
 fn layers<'a>(top: Option<&str>, nodes: &'a [Value]) -> Vec<Layer<'a>> {
-    let Some(top) = nodes
-        .iter()
-        .find(|node| text(node, "node-name") == top && top.is_some())
-    else {
+    let Some(top) = top.and_then(|name| named(name, nodes)) else {
         return Vec::new();
     };
     let mut layers = Vec::new();
@@ -187,7 +182,7 @@ fn layers<'a>(top: Option<&str>, nodes: &'a [Value]) -> Vec<Layer<'a>> {
         layers.push(Layer { node, image });
         // A description that leads back into itself must not be followed for ever.
         next = if layers.len() < MAX_LAYERS {
-            below(image, nodes)
+            below(node, image, nodes)
         } else {
             None
         };
@@ -195,15 +190,41 @@ fn layers<'a>(top: Option<&str>, nodes: &'a [Value]) -> Vec<Layer<'a>> {
     layers
 }
 
-/// The layer under the one with this image: its node, if it has one, and its image.
-fn below<'a>(image: &'a Value, nodes: &'a [Value]) -> Option<(Option<&'a Value>, &'a Value)> {
+fn named<'a>(name: &str, nodes: &'a [Value]) -> Option<&'a Value> {
+    nodes
+        .iter()
+        .find(|node| text(node, "node-name") == Some(name))
+}
+
+/// The layer under a node, which has this image: its node, if it has one, and its image.
+fn below<'a>(
+    node: Option<&'a Value>,
+    image: &'a Value,
+    nodes: &'a [Value],
+) -> Option<(Option<&'a Value>, &'a Value)> {
+    let children = node
+        .and_then(|node| node.get("children"))
+        .and_then(Value::as_array);
+    if let Some(children) = children {
+        let child = |role: &str| {
+            let child = children
+                .iter()
+                .find(|child| text(child, "child") == Some(role))?;
+            named(text(child, "node-name")?, nodes)
+        };
+        // What a filter filters is in the place of a file.
+        let below = child("backing").or(child("file").filter(|file| !is_file(file)))?;
+        return Some((Some(below), below.get("image").unwrap_or(&Value::Null)));
+    }
+    // Daemons that do not tell the nodes below tell their files, which several nodes may share.
     let described = image.get("backing-image");
     let filename = described
         .and_then(|image| text(image, "filename"))
         .or(text(image, "full-backing-filename"))?;
-    let node = nodes
+    let mut on_it = nodes
         .iter()
-        .find(|node| !is_file(node) && text(node, "file") == Some(filename));
+        .filter(|node| !is_file(node) && text(node, "file") == Some(filename));
+    let node = on_it.next().filter(|_| on_it.next().is_none());
     // The node knows its image whole; a description may end at some depth.
     let image = node.and_then(|node| node.get("image")).or(described)?;
     Some((node, image))

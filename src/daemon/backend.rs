@@ -190,8 +190,22 @@ fn block_node(node: &Node, all: &[Node]) -> BlockNode {
         }
         .to_owned(),
         backing: backing_of(node, all),
+        children: children_of(node),
         format_specific: format_specific(node),
     }
+}
+
+fn children_of(node: &Node) -> Vec<(&'static str, String)> {
+    // What is below a filter is below what it filters.
+    let backing = (node.driver != "copy-on-read").then_some(&node.backing);
+    [
+        ("file", Some(&node.file)),
+        ("backing", backing),
+        ("data-file", Some(&node.data_file)),
+    ]
+    .into_iter()
+    .filter_map(|(role, child)| Some((role, child?.clone()?)))
+    .collect()
 }
 
 fn backing_of(node: &Node, all: &[Node]) -> Option<Backing> {

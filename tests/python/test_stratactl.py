@@ -11,6 +11,7 @@ import subprocess
 import pytest
 
 from harness import images
+from harness.daemon import blockdev, export
 from harness.images import KIB, MIB
 from harness.scene import make_scene
 
@@ -187,3 +188,68 @@ class TestWatching:
 def test_quit(daemon, ctl):
     ctl("quit")
     assert daemon.process.wait(20) == 0
+
+
+class TestSharedLayers:
+    """Two disks on one golden image, each opened for itself: nodes that nobody named."""
+
+    pytestmark = pytest.mark.beyond_qsd("does not tell which node is below another")
+
+    @pytest.fixture
+    def tool(self, request, daemon, tmp_path, rng):
+        golden = images.random_image(tmp_path / "golden.qcow2", MIB, rng)
+        words = []
+        for name in ("a", "b"):
+            mid = images.create(tmp_path / f"{name}-mid.qcow2", backing=golden.name)
+            images.scribble(mid, MIB, rng)
+            top = images.create(tmp_path / f"{name}.qcow2", backing=mid.name)
+            words += blockdev(top, f"top-{name}")
+            words += export(f"top-{name}", f"disk-{name}", tmp_path / f"{name}.sock")
+        daemon.start(*words)
+        binary = shutil.which(request.config.getoption("--stratactl"))
+
+        def tool(*words):
+            command = [binary, "--socket", str(daemon.qmp_path), *words]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, done
+            return done.stdout
+
+        return tool
+
+    def chains(self, tool):
+        told = json.loads(tool("info", "--json"))
+        return {e["id"]: [layer["node-name"] for layer in e["layers"]] for e in told["exports"]}
+
+    def test_each_disk_has_its_own_nodes(self, daemon, tool):
+        """Catches a node found by its file alone, which another node may have as well."""
+        chains = self.chains(tool)
+        assert [len(chain) for chain in chains.values()] == [3, 3]
+        names = [name for chain in chains.values() for name in chain]
+        assert len(set(names)) == 6, chains
+        text = tool("info")
+        assert all(text.count(f"{name}:") == 1 for name in names), text
+        # They are the ones that are there: a job into one of them is refused for no other reason
+        # than that the other disk reads the same file.
+        qmp = daemon.qmp()
+        for export, chain in chains.items():
+            _, said = qmp.refused("block-stream", device=chain[2], job_id="j")
+            assert any(chain[2] not in other and other[2] in said for other in chains.values()), said
+
+    def test_a_node_without_a_name_of_its_own(self, daemon, tool):
+        """`#block002` names a node and no job: the job gets a name that it can have."""
+        chains = self.chains(tool)
+        qmp = daemon.qmp()
+        node = chains["disk-a"][1]
+        assert node.startswith("#")
+        assert qmp.refused("block-stream", device=node)[1] == "Invalid job ID ''"
+        told = json.loads(tool("stream", node, "--speed", "1", "--json"))
+        assert told["job"] == node[1:]
+        tool("cancel", told["job"])
+        qmp.job_done(told["job"])
+        # Taken names are passed over.
+        qmp.cmd("block-stream", device="disk-b", job_id=node[1:], speed=1)
+        told = json.loads(tool("stream", node, "--speed", "1", "--json"))
+        assert told["job"] == f"{node[1:]}-2"
+        tool("cancel", told["job"])
+        qmp.job_done(told["job"])
+        assert "completed" in tool("stream", node, "--wait")

@@ -90,6 +90,10 @@ fn node(name: &str, below: Option<&str>) -> BlockNode {
             format: Some("qcow2".to_owned()),
             node_name: below.to_owned(),
         }),
+        children: below
+            .map(|below| ("backing", below.to_owned()))
+            .into_iter()
+            .collect(),
         format_specific: None,
     }
 }
