@@ -5,7 +5,7 @@
 //! for, be it a few bytes; a daemon lives for years, and jobs may be started and cancelled all the
 //! time.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 mod common;
 

@@ -175,7 +175,7 @@ fn a_whole_stream() {
     assert_eq!(
         done,
         json!({"device": "e0", "len": 4 * MIB, "offset": 4 * MIB, "speed": 100 * MIB,
-               "type": "stream"})
+               "type": "stream", "copied": 4 * MIB})
     );
     client.status("e0", "null");
     let (spec, backing) = bench.daemon.finished.lock().unwrap().pop().unwrap();
@@ -377,12 +377,16 @@ fn speed_pause_and_cancel() {
     );
     let mut job = client.get("query-block-jobs", json!({}))[0].take();
     assert!(job["busy"].is_boolean());
-    job["busy"] = Value::Null;
+    assert!(job["to-copy"].is_u64() && job["to-copy-final"].is_boolean());
+    for changing in ["busy", "to-copy", "to-copy-final"] {
+        job[changing] = Value::Null;
+    }
     assert_eq!(
         job,
         json!({"auto-finalize": true, "io-status": "ok", "device": "e0", "auto-dismiss": false,
                "busy": null, "len": 4 * MIB, "offset": 0, "status": "running", "paused": false,
-               "speed": 65536, "ready": false, "type": "stream"})
+               "speed": 65536, "ready": false, "type": "stream", "copied": 0, "to-copy": null,
+               "to-copy-final": null})
     );
     client.get("job-pause", json!({"id": "e0"}));
     assert_eq!(client.get("query-block-jobs", json!({}))[0]["paused"], true);
@@ -878,4 +882,40 @@ fn half_sent_values_are_bounded_together() {
         assert_eq!(first["id"], 7, "one answer for the large value");
     }
     assert!(refused >= 3, "{refused}");
+}
+
+/// Would catch members of a job that the schema does not tell, or tells and are not there.
+#[test]
+fn a_job_is_as_the_schema_says() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    let schema = client.get("query-qmp-schema", json!({}));
+    let entry = |name: &str| {
+        let entries = schema.as_array().unwrap();
+        let found = entries.iter().find(|entry| entry["name"] == name);
+        found.unwrap().clone()
+    };
+    let list = entry(entry("query-block-jobs")["ret-type"].as_str().unwrap());
+    let item = entry(list["element-type"].as_str().unwrap());
+    let members = item["members"].as_array().unwrap();
+    let mut told: Vec<_> = members
+        .iter()
+        .filter(|member| member.get("default").is_none())
+        .map(|member| member["name"].as_str().unwrap())
+        .collect();
+    client.get(
+        "block-stream",
+        json!({"device": "e0", "auto-dismiss": false}),
+    );
+    client.status("e0", "concluded");
+    let jobs = client.get("query-block-jobs", json!({}));
+    let mut there: Vec<_> = jobs[0]
+        .as_object()
+        .unwrap()
+        .keys()
+        .map(String::as_str)
+        .collect();
+    told.sort_unstable();
+    there.sort_unstable();
+    assert_eq!(told, there);
 }

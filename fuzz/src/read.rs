@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use stratablk::chain::Chain;
+use stratablk::chain::{Chain, Span};
 use stratablk::format::qcow2::{Backing, bitmaps};
 use stratablk::format::{Format, Place};
 
@@ -37,7 +37,9 @@ pub async fn walk(chain: &Arc<Chain>) {
         if extent.place != Place::Below {
             let _ = read(chain, at, extent.len.min(512) as usize).await;
         }
-        let _ = chain.status(0, chain.layers().len(), at, extent.len).await;
+        let _ = chain
+            .status(Span::new(0, chain.layers().len()), at, extent.len)
+            .await;
         at += extent.len;
     }
     if size <= WHOLE {

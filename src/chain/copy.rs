@@ -31,6 +31,7 @@ pub struct Span {
     target: usize,
     end: usize,
     compress: bool,
+    sparse: bool,
 }
 
 impl Span {
@@ -41,7 +42,30 @@ impl Span {
             target,
             end,
             compress: false,
+            sparse: false,
         }
+    }
+
+    /// The file system is asked for the holes of raw layers, which are zeros then. It may have to
+    /// look for them at a server: not for threads that serve guests.
+    #[must_use]
+    pub fn sparse(self) -> Self {
+        Self {
+            sparse: true,
+            ..self
+        }
+    }
+
+    pub(super) fn target(self) -> usize {
+        self.target
+    }
+
+    pub(super) fn end(self) -> usize {
+        self.end
+    }
+
+    pub(super) fn is_sparse(self) -> bool {
+        self.sparse
     }
 
     /// Whole clusters that become smaller by it are compressed, if `on`.
@@ -77,8 +101,7 @@ impl View {
     /// When a layer below cannot be read or the target cannot be written; what was copied before
     /// stays.
     pub async fn copy(self: &Rc<Self>, span: Span, offset: u64, len: u64) -> Result<Copied> {
-        let Span { target, end, .. } = span;
-        let layer = self.chain.layer(target)?;
+        let layer = self.chain.layer(span.target)?;
         let Format::Qcow2(qcow2) = &layer.format else {
             // A raw layer has all of its bytes: nothing ever comes from below.
             return Ok(Copied::default());
@@ -92,7 +115,7 @@ impl View {
         let mut copied = Copied::default();
         let mut at = start;
         while at < stop {
-            let (status, now) = self.chain.status(target, end, at, stop - at).await?;
+            let (status, now) = self.chain.status(span, at, stop - at).await?;
             let step = match status {
                 Status::Present | Status::Absent => Copied::default(),
                 Status::Zero => self.copy_zeros(qcow2, span, at, now).await?,

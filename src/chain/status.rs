@@ -1,9 +1,10 @@
 //! What a layer and those below it hold, without reading the data.
 
 use super::read::Found;
-use super::{Chain, Source};
+use super::{Chain, Source, Span};
 use crate::error::Result;
-use crate::format::Place;
+use crate::format::{Format, Place};
+use crate::storage::Storage;
 
 /// Whether a range is to be copied by a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,19 +33,13 @@ impl Chain {
         Ok(true)
     }
 
-    /// What a stream into layer `target` down to layer `end` (exclusive: the base, or the number
-    /// of layers) has to do from `offset` on, in whole clusters of the target, or
+    /// What a copy in `span` has to do from `offset` on, in whole clusters of its target, or
     /// subclusters where it has any.
     ///
     /// # Errors
     /// When metadata cannot be read.
-    pub async fn status(
-        &self,
-        target: usize,
-        end: usize,
-        offset: u64,
-        len: u64,
-    ) -> Result<(Status, u64)> {
+    pub async fn status(&self, span: Span, offset: u64, len: u64) -> Result<(Status, u64)> {
+        let target = span.target();
         let layer = self.layer(target)?;
         let cluster = layer.format.unit_size();
         let size = layer.format.size();
@@ -58,17 +53,14 @@ impl Chain {
             return Ok((Status::Present, clip(own.len, start, offset, len)));
         }
         let stop = stop.min(start + own.len);
-        let (status, run) = self
-            .status_below(target + 1, end, start, stop, cluster)
-            .await?;
+        let (status, run) = self.status_below(span, start, stop, cluster).await?;
         Ok((status, clip(run, start, offset, len)))
     }
 
     /// The status of the clusters from `start` on that are all alike, and their length.
     async fn status_below(
         &self,
-        first: usize,
-        end: usize,
+        span: Span,
         start: u64,
         stop: u64,
         cluster: u64,
@@ -76,7 +68,7 @@ impl Chain {
         let mut run: Option<Status> = None;
         let mut at = start;
         while at < stop {
-            let (status, now) = self.extent_status(first, end, at, stop - at).await?;
+            let (status, now) = self.extent_status(span, at, stop - at).await?;
             let whole = if at + now == stop {
                 now
             } else {
@@ -86,7 +78,7 @@ impl Chain {
                 (status, whole)
             } else {
                 let stop = stop.min(at + cluster);
-                (self.mixed_status(first, end, at, stop).await?, stop - at)
+                (self.mixed_status(span, at, stop).await?, stop - at)
             };
             if *run.get_or_insert(status) != status {
                 break;
@@ -97,23 +89,17 @@ impl Chain {
     }
 
     /// The status of one cluster that consists of several extents.
-    async fn mixed_status(
-        &self,
-        first: usize,
-        end: usize,
-        start: u64,
-        stop: u64,
-    ) -> Result<Status> {
+    async fn mixed_status(&self, span: Span, start: u64, stop: u64) -> Result<Status> {
         let mut all: Option<Status> = None;
         let mut at = start;
         while at < stop {
-            let (status, now) = self.extent_status(first, end, at, stop - at).await?;
+            let (status, now) = self.extent_status(span, at, stop - at).await?;
             all = Some(match (all, status) {
                 (None, status) => status,
                 (Some(a), b) if a == b => a,
                 // Without a base what nobody has is zeros; with one it would have to be read.
                 (Some(Status::Zero | Status::Absent), Status::Zero | Status::Absent)
-                    if end >= self.layers().len() =>
+                    if span.end() >= self.layers().len() =>
                 {
                     Status::Zero
                 }
@@ -124,24 +110,31 @@ impl Chain {
         Ok(all.unwrap_or(Status::Absent))
     }
 
-    async fn extent_status(
-        &self,
-        first: usize,
-        end: usize,
-        offset: u64,
-        len: u64,
-    ) -> Result<(Status, u64)> {
+    async fn extent_status(&self, span: Span, offset: u64, len: u64) -> Result<(Status, u64)> {
         let mut len = len;
-        for layer in self.layers().iter().take(end).skip(first) {
+        let between = self.layers().iter().take(span.end());
+        for layer in between.skip(span.target() + 1) {
             let extent = layer.map_loaded(offset, len).await?;
             len = extent.len;
             match extent.place {
                 Place::Below => {}
                 Place::Zero => return Ok((Status::Zero, len)),
+                Place::Data(at) if span.is_sparse() && matches!(layer.format, Format::Raw(_)) => {
+                    return Ok(raw_status(&*layer.storage, at, len));
+                }
                 _ => return Ok((Status::Data, len)),
             }
         }
         Ok((Status::Absent, len))
+    }
+}
+
+/// What a raw layer has at `at` of its storage: the holes of a sparse file are zeros.
+fn raw_status(storage: &dyn Storage, at: u64, len: u64) -> (Status, u64) {
+    match storage.next_data(at) {
+        None => (Status::Zero, len),
+        Some((start, _)) if start > at => (Status::Zero, len.min(start - at)),
+        Some((_, end)) => (Status::Data, len.min(end.saturating_sub(at)).max(1)),
     }
 }
 

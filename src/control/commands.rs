@@ -47,6 +47,8 @@ pub(super) enum Returns {
     Object,
     List,
     Text,
+    /// A list of jobs, told in full.
+    BlockJobs,
 }
 
 const fn command(
@@ -116,7 +118,7 @@ pub(super) static COMMANDS: &[Command] = &[
     command("query-block-exports", NO_ARGS, Returns::List, query_block_exports),
     command("query-block", NO_ARGS, Returns::List, query_block),
     command("query-blockstats", NO_ARGS, Returns::List, query_blockstats),
-    command("query-block-jobs", NO_ARGS, Returns::List, query_block_jobs),
+    command("query-block-jobs", NO_ARGS, Returns::BlockJobs, query_block_jobs),
     command("query-jobs", NO_ARGS, Returns::List, query_jobs),
     command("block-stream", STREAM, Returns::Nothing, stream::block_stream),
     command("block-job-set-speed", SPEED, Returns::Nothing, |c, a| set_speed(c, a, "speed")),

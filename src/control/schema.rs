@@ -16,6 +16,7 @@ const EVENTS: &[(&str, &[(&str, &str)])] = &[
             ("len", "int"),
             ("offset", "int"),
             ("speed", "int"),
+            ("copied", "int"),
             ("error", "str"),
         ],
     ),
@@ -27,6 +28,7 @@ const EVENTS: &[(&str, &[(&str, &str)])] = &[
             ("len", "int"),
             ("offset", "int"),
             ("speed", "int"),
+            ("copied", "int"),
         ],
     ),
     (
@@ -48,6 +50,26 @@ const EVENTS: &[(&str, &[(&str, &str)])] = &[
     ("BLOCK_JOB_PENDING", &[("type", "str"), ("id", "str")]),
 ];
 
+/// The members of an item of `query-block-jobs`; the last may be missing.
+const BLOCK_JOB: &[(&str, &str)] = &[
+    ("type", "str"),
+    ("device", "str"),
+    ("len", "int"),
+    ("offset", "int"),
+    ("busy", "bool"),
+    ("paused", "bool"),
+    ("speed", "int"),
+    ("io-status", "str"),
+    ("ready", "bool"),
+    ("status", "str"),
+    ("auto-finalize", "bool"),
+    ("auto-dismiss", "bool"),
+    ("copied", "int"),
+    ("to-copy", "int"),
+    ("to-copy-final", "bool"),
+    ("error", "str"),
+];
+
 /// The value of `query-commands`.
 pub(super) fn commands() -> Value {
     COMMANDS
@@ -56,7 +78,8 @@ pub(super) fn commands() -> Value {
         .collect()
 }
 
-/// The value of `query-qmp-schema`: arguments in full, answers by their outermost type only.
+/// The value of `query-qmp-schema`: arguments in full, answers by their outermost type only, but
+/// for those that have members which QEMU's have not.
 pub(super) fn schema() -> Value {
     let mut entries = builtins();
     let mut enums: Map<String, Value> = Map::new();
@@ -67,6 +90,7 @@ pub(super) fn schema() -> Value {
             Returns::Object => "any",
             Returns::List => "[any]",
             Returns::Text => "str",
+            Returns::BlockJobs => "[BlockJobInfo]",
         };
         entries.push(json!({
             "name": command.name,
@@ -105,7 +129,18 @@ fn builtins() -> Vec<Value> {
     .iter()
     .map(|(name, json_type)| json!({"name": name, "meta-type": "builtin", "json-type": json_type}))
     .collect();
-    entries.push(json!({"name": "[any]", "meta-type": "array", "element-type": "any"}));
+    for element in ["any", "BlockJobInfo"] {
+        let name = format!("[{element}]");
+        entries.push(json!({"name": name, "meta-type": "array", "element-type": element}));
+    }
+    let members: Value = BLOCK_JOB
+        .iter()
+        .map(|(name, kind)| match *name {
+            "error" => json!({"name": name, "type": kind, "default": null}),
+            _ => json!({"name": name, "type": kind}),
+        })
+        .collect();
+    entries.push(json!({"name": "BlockJobInfo", "meta-type": "object", "members": members}));
     entries.push(json!({"name": "empty", "meta-type": "object", "members": []}));
     entries
 }

@@ -223,16 +223,26 @@ pub fn write_jobs(jobs: &Value, block_jobs: &Value, out: &mut dyn Write) -> Resu
         writeln!(out, "No active jobs")?;
         return Ok(());
     }
-    let mut rows =
-        vec![["JOB", "TYPE", "STATUS", "DONE", "OF", "", "LIMIT", "ERROR"].map(String::from)];
+    let mut rows = vec![
+        [
+            "JOB", "TYPE", "STATUS", "COPIED", "TO COPY", "", "AT", "OF", "LIMIT", "ERROR",
+        ]
+        .map(String::from),
+    ];
     for job in tracker.jobs() {
         rows.push([
             job.id.clone(),
             job.kind.clone(),
             job.state(),
+            job.data
+                .map_or_else(String::new, |data| units::bytes(data.copied)),
+            job.data.map_or_else(String::new, |data| {
+                let more = if data.is_final { "" } else { "+" };
+                format!("{}{more}", units::bytes(data.to_copy))
+            }),
+            job.percent(),
             units::bytes(job.offset),
             units::bytes(job.len),
-            units::percent(job.offset, job.len),
             units::limit(job.speed),
             job.error.clone().unwrap_or_default(),
         ]);

@@ -26,6 +26,17 @@ pub enum Outcome {
     Cancelled,
 }
 
+/// The bytes that a job moves: what it only passes over is left out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Data {
+    /// Bytes that were copied.
+    pub copied: u64,
+    /// Bytes that are to be copied, `copied` included.
+    pub to_copy: u64,
+    /// There are no more: all has been looked at.
+    pub is_final: bool,
+}
+
 /// One job.
 #[derive(Debug, Clone)]
 pub struct Job {
@@ -39,6 +50,8 @@ pub struct Job {
     pub offset: u64,
     /// Bytes to do.
     pub len: u64,
+    /// What of it is data to move, if the daemon says so.
+    pub data: Option<Data>,
     /// Limit in bytes per second, 0 being none.
     pub speed: u64,
     /// `ok`, or why it stopped.
@@ -61,6 +74,7 @@ impl Job {
             status: "created".to_owned(),
             offset: 0,
             len: 0,
+            data: None,
             speed: 0,
             io_status: "ok".to_owned(),
             error: None,
@@ -80,6 +94,14 @@ impl Job {
         self.error = text("error").or(self.error.take());
         self.offset = number("offset").or(number("current-progress")).unwrap_or(0);
         self.len = number("len").or(number("total-progress")).unwrap_or(0);
+        if let (Some(copied), Some(to_copy)) = (number("copied"), number("to-copy")) {
+            let is_final = info.get("to-copy-final").and_then(Value::as_bool);
+            self.data = Some(Data {
+                copied,
+                to_copy,
+                is_final: is_final.unwrap_or(false),
+            });
+        }
         self.speed = number("speed").unwrap_or(self.speed);
         self.io_status = text("io-status").unwrap_or_else(|| "ok".to_owned());
         self.sample(now);
@@ -88,9 +110,14 @@ impl Job {
         }
     }
 
+    /// What is measured: the bytes moved, or the progress of those who do not tell them.
+    fn done(&self) -> u64 {
+        self.data.map_or(self.offset, |data| data.copied)
+    }
+
     fn sample(&mut self, now: Instant) {
-        self.began_at.get_or_insert(self.offset);
-        self.samples.push_back((now, self.offset));
+        self.began_at.get_or_insert(self.done());
+        self.samples.push_back((now, self.done()));
         // One sample older than the window stays, as the far end to measure from.
         while let Some((second, _)) = self.samples.get(1)
             && now.saturating_duration_since(*second) >= RATE_WINDOW
@@ -126,10 +153,24 @@ impl Job {
         )
     }
 
-    /// The time until the end at the present rate.
+    /// The time until the end at the present rate, if that can be told.
     pub fn time_left(&self) -> Option<Duration> {
-        let left = self.len.saturating_sub(self.offset);
+        let left = match self.data {
+            Some(data) if data.is_final => data.to_copy.saturating_sub(data.copied),
+            Some(_) => return None,
+            None => self.len.saturating_sub(self.offset),
+        };
         left.checked_div(self.rate()).map(Duration::from_secs)
+    }
+
+    /// How much is done, in percent of what is to be moved; of the length where nothing is, or
+    /// where that is all that is known.
+    pub fn percent(&self) -> String {
+        match self.data {
+            Some(data) if !data.is_final && self.outcome.is_none() => "?".to_owned(),
+            Some(data) if data.to_copy > 0 => units::percent(data.copied, data.to_copy),
+            _ => units::percent(self.offset, self.len),
+        }
     }
 
     /// The state, with what is special about it.
@@ -146,19 +187,29 @@ impl Job {
             None => format!("{}: {}", self.id, self.state()),
             Some(Outcome::Failed(error)) => format!("{}: failed: {error}", self.id),
             Some(Outcome::Cancelled) => {
-                let percent = units::percent(self.offset, self.len);
-                format!("{}: cancelled at {percent}", self.id)
+                let at = units::percent(self.offset, self.len);
+                match self.data {
+                    Some(data) => {
+                        let copied = units::bytes(data.copied);
+                        format!("{}: cancelled at {at}, {copied} copied", self.id)
+                    }
+                    None => format!("{}: cancelled at {at}", self.id),
+                }
             }
             Some(Outcome::Completed) => {
                 let time = self
                     .ended
                     .map(|ended| ended.saturating_duration_since(self.began))
                     .unwrap_or_default();
-                let done = self.offset.saturating_sub(self.began_at.unwrap_or(0));
+                let done = self.done().saturating_sub(self.began_at.unwrap_or(0));
+                let what = match self.data {
+                    Some(_) => format!("{} copied of", units::bytes(done)),
+                    None => format!("{} covered of", units::bytes(done)),
+                };
                 format!(
-                    "{}: completed, {} covered in {:.1} s ({}/s)",
+                    "{}: completed, {what} {} in {:.1} s ({}/s)",
                     self.id,
-                    units::bytes(done),
+                    units::bytes(self.len),
                     time.as_secs_f64(),
                     units::bytes(per_second(done, time))
                 )
@@ -178,6 +229,11 @@ impl Job {
             "io-status": self.io_status,
             "rate": self.rate(),
         });
+        if let (Some(map), Some(data)) = (value.as_object_mut(), self.data) {
+            map.insert("copied".to_owned(), json!(data.copied));
+            map.insert("to-copy".to_owned(), json!(data.to_copy));
+            map.insert("to-copy-final".to_owned(), json!(data.is_final));
+        }
         let (outcome, error) = match &self.outcome {
             None => (None, None),
             Some(Outcome::Completed) => (Some("completed"), None),
@@ -300,6 +356,18 @@ impl Tracker {
         job.kind = text("type").unwrap_or(&job.kind).to_owned();
         job.offset = number("offset").unwrap_or(job.offset);
         job.len = number("len").unwrap_or(job.len);
+        if let Some(copied) = number("copied") {
+            let to_copy = job.data.map_or(0, |data| data.to_copy);
+            job.data = Some(Data {
+                copied,
+                // What is over has no more to copy than it has copied, if it went well.
+                to_copy: match cancelled || text("error").is_some() {
+                    true => to_copy.max(copied),
+                    false => copied,
+                },
+                is_final: true,
+            });
+        }
         // Seen for the first time at its end, a job has done all of it unobserved.
         job.began_at.get_or_insert(0);
         let error = if cancelled {
@@ -391,6 +459,40 @@ mod tests {
         assert_eq!((job.rate(), job.offset), (5, 75));
         assert_eq!(job.time_left(), Some(Duration::from_secs(5)));
         assert!(!tracker.all_ended());
+    }
+
+    /// Would catch a rate, a share or a time left of what is only passed over, and a time left that
+    /// is told before all is known.
+    #[test]
+    fn work_is_what_is_to_be_copied() {
+        let start = Instant::now();
+        let mut tracker = Tracker::new(Some("j"), start);
+        let mut poll = |second: u64, offset: u64, copied: u64, is_final: bool| {
+            let mut jobs = running("j", offset);
+            jobs[0]["copied"] = json!(copied);
+            jobs[0]["to-copy"] = json!(40);
+            jobs[0]["to-copy-final"] = json!(is_final);
+            let now = start + Duration::from_secs(second);
+            tracker.poll(&json!([]), &jobs, &[], now);
+            let job = &tracker.jobs()[0];
+            (job.rate(), job.time_left(), job.percent())
+        };
+        assert_eq!(poll(0, 0, 0, false), (0, None, "?".to_owned()));
+        assert_eq!(poll(1, 50, 5, false), (5, None, "?".to_owned()));
+        let left = Some(Duration::from_secs(6));
+        assert_eq!(poll(2, 90, 10, true), (5, left, "25.0%".to_owned()));
+        // The last of it, and a hole: nothing is left to wait for.
+        assert_eq!(poll(3, 95, 40, true).1, Some(Duration::ZERO));
+        let data =
+            json!({"device": "j", "type": "stream", "len": 100, "offset": 100, "copied": 38});
+        let now = start + Duration::from_secs(4);
+        tracker.event(&event("BLOCK_JOB_COMPLETED", data), now);
+        let [job] = tracker.jobs() else { panic!() };
+        assert_eq!(job.percent(), "100.0%");
+        assert!(
+            job.epitaph()
+                .starts_with("j: completed, 38 B copied of 100 B in 4.0 s")
+        );
     }
 
     /// Would catch a failed or cancelled job that is reported as completed.

@@ -189,15 +189,24 @@ impl Display for Lines {
     }
 }
 
-/// `running 12.5% 128.0 MiB of 1.0 GiB, 20.0 MiB/s, 0:44 left`.
+/// `running 12.5% 128.0 MiB of 1.0 GiB to copy, at 3.0 GiB of 8.0 GiB, 20.0 MiB/s, 0:44 left`.
 fn progress(job: &Job) -> String {
-    let mut text = format!(
-        "{} {} {} of {}",
-        job.state(),
-        units::percent(job.offset, job.len),
-        units::bytes(job.offset),
-        units::bytes(job.len)
-    );
+    let at = format!("{} of {}", units::bytes(job.offset), units::bytes(job.len));
+    let mut text = match job.data {
+        None => format!("{} {} {at}", job.state(), job.percent()),
+        Some(data) => {
+            let (percent, more) = match data.is_final {
+                true => (format!(" {}", job.percent()), ""),
+                false => (String::new(), "at least "),
+            };
+            format!(
+                "{}{percent} {} of {more}{} to copy, at {at}",
+                job.state(),
+                units::bytes(data.copied),
+                units::bytes(data.to_copy)
+            )
+        }
+    };
     let speed = speed(job);
     if !speed.is_empty() {
         text.push_str(", ");
@@ -293,10 +302,14 @@ impl Display for Bars {
             self.told.remove(&job.id);
             let bar = self.bar(job);
             // Every setting is drawn: those that seldom change are left alone.
-            if bar.length() != Some(job.len) {
-                bar.set_length(job.len);
+            let (done, of) = match job.data {
+                Some(data) if data.to_copy > 0 => (data.copied, data.to_copy),
+                _ => (job.offset, job.len),
+            };
+            if bar.length() != Some(of) {
+                bar.set_length(of);
             }
-            bar.set_position(job.offset);
+            bar.set_position(done);
             bar.set_message(progress(job));
         }
         Ok(())

@@ -69,11 +69,14 @@ impl GraphSource {
     async fn status(&self, offset: u64, max_len: u64) -> Result<(u64, ChunkStatus)> {
         let chain = self.root.chain();
         let end = self.end(&chain)?;
-        let (status, len) = chain.status(0, end, offset, max_len).await?;
+        let (status, len) = chain
+            .status(Span::new(0, end).sparse(), offset, max_len)
+            .await?;
         let status = match status {
             Status::Present => ChunkStatus::AlreadyPresent,
             Status::Absent => ChunkStatus::NotNeeded,
-            Status::Zero | Status::Data => ChunkStatus::NeedsCopy,
+            Status::Zero => ChunkStatus::NeedsZeroes,
+            Status::Data => ChunkStatus::NeedsCopy,
         };
         Ok((len, status))
     }
@@ -81,7 +84,7 @@ impl GraphSource {
     async fn copy_range(&self, offset: u64, len: u64) -> Result<u64> {
         let view = View::of(self.root.chain());
         let end = self.end(&view.chain)?;
-        let span = Span::new(0, end).compressed(self.compress);
+        let span = Span::new(0, end).sparse().compressed(self.compress);
         let copied = view.copy(span, offset, len).await?;
         self.guests.give_way();
         Ok(copied.data)

@@ -36,6 +36,17 @@ pub enum Flow {
     Interrupted,
 }
 
+/// How much is copied, and how much is to be: bytes that are moved, not the length of a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes that were copied.
+    pub copied: u64,
+    /// Bytes that are to be copied, `copied` included, as far as is known.
+    pub to_copy: u64,
+    /// That is all: the whole device has been looked at.
+    pub all_seen: bool,
+}
+
 /// A body's way to its job: what is asked of it, and what it has to tell.
 pub struct JobContext {
     job: Arc<Job>,
@@ -138,6 +149,11 @@ impl JobContext {
     /// Sets how much there is to do.
     pub fn set_len(&self, len: u64) {
         self.job.lock().len = len;
+    }
+
+    /// Tells how much is copied and is to be copied.
+    pub fn set_progress(&self, progress: Progress) {
+        self.job.lock().progress = progress;
     }
 
     /// Moves the low-water mark up to `offset`. It never goes back, and goes in small steps, so

@@ -6,6 +6,7 @@ use event_listener::{Event as Signal, EventListener};
 use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Value, json};
 
+use super::context::Progress;
 use super::manager::Lease;
 use super::pacing::{Bucket, Grant, Ticket};
 use super::runner::Clock;
@@ -73,6 +74,8 @@ pub struct JobInfo {
     pub len: u64,
     /// How much is done.
     pub offset: u64,
+    /// How much of it is copied, and is to be.
+    pub progress: Progress,
     /// Whether it is at work right now, rather than asleep.
     pub busy: bool,
     /// Whether it was told to pause.
@@ -105,6 +108,9 @@ impl JobInfo {
             "speed": self.speed,
             "ready": matches!(self.status, Status::Ready | Status::Standby),
             "type": self.kind,
+            "copied": self.progress.copied,
+            "to-copy": self.progress.to_copy,
+            "to-copy-final": self.progress.all_seen,
         });
         self.add_error(&mut value);
         value
@@ -145,6 +151,7 @@ pub(super) struct State {
     pub committing: bool,
     pub len: u64,
     pub offset: u64,
+    pub progress: Progress,
     pub io_status: IoStatus,
     pub error: Option<String>,
     pub bucket: Bucket,
@@ -178,6 +185,7 @@ impl Job {
             committing: false,
             len: spec.len,
             offset: 0,
+            progress: Progress::default(),
             io_status: IoStatus::Ok,
             error: None,
             bucket: Bucket::new(spec.speed, clock.now()),
@@ -216,6 +224,7 @@ impl Job {
             status: state.status,
             len: state.len,
             offset: state.offset,
+            progress: state.progress,
             busy: at_work && !state.idle,
             paused: state.pause,
             speed: state.bucket.speed(),
@@ -356,6 +365,7 @@ impl Job {
             "offset": state.offset,
             "speed": state.bucket.speed(),
             "type": self.spec.kind,
+            "copied": state.progress.copied,
         });
         if let (Some(error), Some(members)) = (&state.error, data.as_object_mut()) {
             members.insert("error".to_owned(), error.as_str().into());

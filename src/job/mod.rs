@@ -16,6 +16,7 @@
 //! - [`pacing`]: the speed limit
 //! - [`runner`]: the thread a job runs on
 //! - [`stream`]: the stream job itself
+//! - `survey`: what is left to copy
 
 pub mod context;
 mod driver;
@@ -25,6 +26,7 @@ pub mod pacing;
 pub mod runner;
 pub mod status;
 pub mod stream;
+mod survey;
 
 #[cfg(test)]
 mod testing;
@@ -36,7 +38,7 @@ use std::sync::Arc;
 use futures_util::future::LocalBoxFuture;
 use serde_json::Value;
 
-pub use context::{ErrorAction, JobContext};
+pub use context::{ErrorAction, JobContext, Progress};
 pub use handle::{Job, JobInfo, JobSpec, OnError};
 pub use manager::{Busy, Lease, Manager};
 pub use runner::{Clock, JobMain, JobRunner, ParkRunner, SystemClock, Timer};

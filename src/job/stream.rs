@@ -20,6 +20,7 @@ use futures_util::future::{self, Either, LocalBoxFuture};
 use futures_util::stream::FuturesUnordered;
 
 use super::context::{ErrorAction, Flow, JobContext};
+use super::survey::Survey;
 use super::{Body, JobError};
 
 /// The most that is copied by one request. Larger clusters are copied whole all the same: the first
@@ -49,6 +50,8 @@ pub enum ChunkStatus {
     NotNeeded,
     /// A layer between has data there: it has to be copied.
     NeedsCopy,
+    /// The layers between say that it is zeros: the layer has to say so, too. No data is moved.
+    NeedsZeroes,
 }
 
 /// How much the guests want of what a job uses as well.
@@ -139,8 +142,19 @@ impl Stream {
 impl Body for Stream {
     fn run<'a>(&'a mut self, context: &'a JobContext) -> LocalBoxFuture<'a, Result<(), JobError>> {
         Box::pin(async move {
-            context.set_len(self.source.len());
-            Copier::new(self.source.as_ref(), context).run().await
+            let source = self.source.as_ref();
+            context.set_len(source.len());
+            let survey = Survey::new(source, context);
+            let copying = pin!(async {
+                let result = Copier::new(source, context, &survey).run().await;
+                // What it has begun comes to its end.
+                drop(survey.rest().await);
+                result
+            });
+            match future::select(copying, pin!(survey.run())).await {
+                Either::Left((result, _)) => result,
+                Either::Right((never, _)) => match never {},
+            }
         })
     }
 
@@ -162,6 +176,8 @@ impl Body for Stream {
 struct Range {
     start: u64,
     end: u64,
+    /// It has data to move, not only zeros to be noted.
+    data: bool,
 }
 
 impl Range {
@@ -193,6 +209,7 @@ enum Work {
 struct Copier<'a> {
     source: &'a dyn StreamSource,
     context: &'a JobContext,
+    survey: &'a Survey<'a>,
     /// All before it was begun or passed over.
     next: u64,
     /// What is known to need copying from `next` on.
@@ -213,10 +230,11 @@ struct Copier<'a> {
 }
 
 impl<'a> Copier<'a> {
-    fn new(source: &'a dyn StreamSource, context: &'a JobContext) -> Self {
+    fn new(source: &'a dyn StreamSource, context: &'a JobContext, survey: &'a Survey<'a>) -> Self {
         Self {
             source,
             context,
+            survey,
             next: 0,
             known: None,
             failed: VecDeque::new(),
@@ -237,7 +255,9 @@ impl<'a> Copier<'a> {
                 if let Some(error) = self.fatal.take() {
                     return Err(error);
                 }
+                let resting = self.survey.rest().await;
                 self.context.pause_point().await;
+                drop(resting);
                 if self.context.should_stop() {
                     return Ok(());
                 }
@@ -257,6 +277,9 @@ impl<'a> Copier<'a> {
                 Work::Next(range) => {
                     if self.pay(range).await {
                         self.next = range.end;
+                        if range.data {
+                            self.survey.begin(range.start, range.len());
+                        }
                         self.launch(range);
                     }
                 }
@@ -290,13 +313,15 @@ impl<'a> Copier<'a> {
         }
         let len = self.source.len();
         if self.next >= len {
+            self.survey.passed(u64::MAX);
             return Work::None;
         }
         if let Some(known) = self.known
             && known.end > self.next
         {
-            return Work::Next(self.piece_of(known.end));
+            return Work::Next(self.piece_of(known.end, known.data));
         }
+        self.survey.passed(self.next);
         let source = self.source;
         let lookup = source.chunk_status(self.next, LOOK_AHEAD.min(len - self.next));
         match self.meanwhile(lookup).await {
@@ -308,17 +333,16 @@ impl<'a> Copier<'a> {
             }),
             Some(Ok((found, status))) => {
                 let end = self.next.saturating_add(found).min(len);
-                if status == ChunkStatus::NeedsCopy {
-                    self.known = Some(Range {
-                        start: self.next,
-                        end,
-                    });
-                    return Work::Next(self.piece_of(end));
-                }
-                self.mark_done(Range {
+                let found = Range {
                     start: self.next,
                     end,
-                });
+                    data: status == ChunkStatus::NeedsCopy,
+                };
+                if found.data || status == ChunkStatus::NeedsZeroes {
+                    self.known = Some(found);
+                    return Work::Next(self.piece_of(end, found.data));
+                }
+                self.mark_done(found);
                 self.next = end;
                 Work::Moved
             }
@@ -327,7 +351,7 @@ impl<'a> Copier<'a> {
     }
 
     /// The next piece to copy, where all up to `end` needs it. Pieces end where clusters do.
-    fn piece_of(&self, end: u64) -> Range {
+    fn piece_of(&self, end: u64, data: bool) -> Range {
         let cluster = self.source.cluster_size().clamp(1, MAX_COPY);
         let size = self.context.smooth_request(cluster, self.max_copy(cluster));
         let wanted = self.next.saturating_add(size);
@@ -336,11 +360,12 @@ impl<'a> Copier<'a> {
         Range {
             start: self.next,
             end: piece_end.min(end),
+            data,
         }
     }
 
     fn lookup_failed(&mut self, error: JobIoError) -> Work {
-        let range = self.piece_of(self.source.len());
+        let range = self.piece_of(self.source.len(), false);
         if self.decide(&error) == Some(ErrorAction::Ignore) {
             self.mark_done(range);
             self.next = range.end;
@@ -404,15 +429,24 @@ impl<'a> Copier<'a> {
             limited,
             result,
         } = landed;
+        let ended = |moved| {
+            if range.data {
+                self.survey.end(range.len(), moved);
+            }
+        };
         match result {
             Ok(moved) => {
+                ended(moved);
                 if limited {
                     self.context.settle(range.len(), moved);
                 }
                 self.mark_done(range);
             }
             Err(error) => match self.decide(&error) {
-                Some(ErrorAction::Ignore) => self.mark_done(range),
+                Some(ErrorAction::Ignore) => {
+                    ended(0);
+                    self.mark_done(range);
+                }
                 _ => self.failed.push_back(range),
             },
         }

@@ -140,6 +140,8 @@ pub struct Disk {
     pub cluster: u64,
     /// Clusters that have to be copied, and (removed from it) were.
     pub needed: Mutex<BTreeSet<u64>>,
+    /// Clusters that only have to be marked as zeros.
+    pub zeroes: BTreeSet<u64>,
     /// What was copied, in the order in which it was begun.
     pub copied: Mutex<Vec<(u64, u64)>>,
     /// Reads at these offsets fail, each as often as it is listed, with this error number.
@@ -155,6 +157,8 @@ pub struct Disk {
     /// How many copies were in flight at once at most, and are now.
     pub most_in_flight: Mutex<(usize, usize)>,
     pub guest_load: Mutex<GuestLoad>,
+    /// How often it was looked at what a range needs.
+    pub looks: Mutex<u64>,
 }
 
 impl Disk {
@@ -167,7 +171,17 @@ impl Disk {
         clusters: u64,
         needed: impl IntoIterator<Item = u64>,
     ) -> Arc<Self> {
+        Self::with_zeroes(cluster, clusters, needed, [])
+    }
+
+    pub fn with_zeroes(
+        cluster: u64,
+        clusters: u64,
+        needed: impl IntoIterator<Item = u64>,
+        zeroes: impl IntoIterator<Item = u64>,
+    ) -> Arc<Self> {
         Arc::new(Self {
+            zeroes: zeroes.into_iter().collect(),
             len: clusters * cluster,
             cluster,
             needed: Mutex::new(needed.into_iter().collect()),
@@ -180,6 +194,7 @@ impl Disk {
             gate_moved: Signal::new(),
             most_in_flight: Mutex::default(),
             guest_load: Mutex::default(),
+            looks: Mutex::default(),
         })
     }
 
@@ -210,19 +225,19 @@ impl StreamSource for FakeSource {
         max_len: u64,
     ) -> LocalBoxFuture<'_, Result<(u64, ChunkStatus), JobIoError>> {
         let disk = &self.0;
+        *disk.looks.lock() += 1;
         Box::pin(async move {
             let needed = disk.needed.lock();
-            let needs = |at: u64| needed.contains(&(at / disk.cluster));
+            let status = |at: u64| match at / disk.cluster {
+                cluster if needed.contains(&cluster) => ChunkStatus::NeedsCopy,
+                cluster if disk.zeroes.contains(&cluster) => ChunkStatus::NeedsZeroes,
+                _ => ChunkStatus::AlreadyPresent,
+            };
             let mut end = offset - offset % disk.cluster + disk.cluster;
-            while end < offset + max_len && needs(end) == needs(offset) {
+            while end < offset + max_len && status(end) == status(offset) {
                 end += disk.cluster;
             }
-            let status = if needs(offset) {
-                ChunkStatus::NeedsCopy
-            } else {
-                ChunkStatus::AlreadyPresent
-            };
-            Ok(((end - offset).min(max_len), status))
+            Ok(((end - offset).min(max_len), status(offset)))
         })
     }
 

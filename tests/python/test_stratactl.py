@@ -253,3 +253,40 @@ class TestSharedLayers:
         tool("cancel", told["job"])
         qmp.job_done(told["job"])
         assert "completed" in tool("stream", node, "--wait")
+
+
+class TestProgress:
+    """What is told of a job is what it has to move, not the length of a device full of holes."""
+
+    pytestmark = pytest.mark.beyond_qsd("tells the length only")
+
+    @pytest.mark.parametrize("format", ["qcow2", "raw"])
+    def test_holes_are_no_work(self, request, daemon, tmp_path, format):
+        base = images.create(tmp_path / "base", 4096 * MIB, format=format)
+        for at in (0, 2048, 4095):
+            images.qemu_io(base, f"write -P 7 {at}M 1M", format=format)
+        top = images.create(tmp_path / "top", backing=base.name, backing_format=format)
+        # The guest has written one of them already.
+        images.qemu_io(top, "write -P 8 2048M 1M")
+        daemon.start(*blockdev(top, "n1"), *export("n1", "e", tmp_path / "s"))
+        qmp = daemon.qmp()
+        qmp.cmd("block-stream", device="e", speed=128 * KIB)
+        qmp.poll("the survey", lambda: qmp.job("e")["to-copy-final"])
+        told = qmp.job("e")
+        assert told["to-copy"] == 2 * MIB and told["len"] == 4096 * MIB
+        assert told["copied"] <= told["to-copy"]
+        binary = shutil.which(request.config.getoption("--stratactl"))
+        command = [binary, "--socket", str(daemon.qmp_path)]
+        table = subprocess.run([*command, "jobs"], capture_output=True, text=True, timeout=60)
+        assert "2.0 MiB" in table.stdout and "4.0 GiB" in table.stdout, table
+        watcher = subprocess.Popen([*command, "jobs", "--watch"], stdout=subprocess.PIPE, text=True)
+        line = watcher.stdout.readline()
+        assert "of 2.0 MiB to copy, at " in line and "of 4.0 GiB" in line, line
+        qmp.cmd("block-job-set-speed", device="e", speed=0)
+        data = qmp.complete("e")
+        assert data["copied"] == 2 * MIB
+        rest, _ = watcher.communicate(timeout=60)
+        assert "completed, " in rest and "copied of 4.0 GiB" in rest, rest
+        daemon.stop()
+        # In raw there is no telling holes from zeros that were written: none is copied.
+        assert images.allocated(top) == 3 * MIB
