@@ -90,7 +90,7 @@ impl Places {
                     limits.idle.as_secs_f32()
                 ));
             };
-            log::warn!("an idle control client makes room for another one");
+            log::info!("an idle control client makes room for another one");
             self.0.swap_remove(idle).hang_up();
         }
         client.last = self.0.len() + 1 >= limits.clients && !self.0.iter().any(|other| other.last);

@@ -375,7 +375,7 @@ impl Shared {
         match writer {
             Ok(writer) => {
                 if !self.read_commands(&stream, outbox, deadline, busy) {
-                    log::warn!("a control client did not negotiate in time and is cut off");
+                    log::info!("a control client did not negotiate in time and is cut off");
                     outbox.drain(LAST_WORDS);
                     outbox.cut();
                     let _ = stream.shutdown(Shutdown::Both);
@@ -462,7 +462,7 @@ impl Shared {
 
 /// Tells a client that there is no place for it, as far as it takes that at once.
 fn turn_away(mut stream: &UnixStream, text: String) {
-    log::warn!("a control client is turned away: {text}");
+    log::info!("a control client is turned away: {text}");
     if stream.set_nonblocking(true).is_ok() {
         // Whoever does not read it would not have read a greeting.
         let _ = stream.write_all(&line_of(&error_of(text)));

@@ -166,7 +166,7 @@ pub struct StreamArgs {
     /// Bytes per second
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub speed: Option<u64>,
-    /// The job's name [default: DEVICE]
+    /// The job's name [default: DEVICE, or made from it where no job can have that name]
     #[arg(long, value_name = "NAME")]
     pub job_id: Option<String>,
     /// What to do when data cannot be read or written

@@ -29,6 +29,8 @@ pub mod stream;
 mod survey;
 
 #[cfg(test)]
+mod progress_tests;
+#[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;
