@@ -256,3 +256,155 @@ fn the_backing_file_is_looked_for_beside_the_image() {
     dir.ctl(&args);
     assert_eq!(dir.ctl_json(&["info", "new"])["backing-filename"], "gone");
 }
+
+/// The files of a folder, and what links lead to: names, and contents of those that are there.
+fn files(dir: &Dir) -> Vec<(String, Option<Vec<u8>>)> {
+    let mut files: Vec<_> = std::fs::read_dir(dir.path(""))
+        .unwrap()
+        .map(|entry| {
+            let entry = entry.unwrap();
+            let name = entry.file_name().into_string().unwrap();
+            (name, std::fs::read(entry.path()).ok())
+        })
+        .collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn a_link_that_leads_nowhere_gets_its_target() {
+    let dir = Dir::new();
+    std::fs::create_dir(dir.path("store")).unwrap();
+    for format in ["raw", "qcow2"] {
+        let link = |name: &str, target: &str| {
+            std::os::unix::fs::symlink(target, dir.path(name)).unwrap();
+        };
+        link("ours", "middle");
+        link("middle", "store/ours");
+        link("theirs", "store/theirs");
+        dir.qemu(&["create", "-q", "-f", format, "theirs", "1M"]);
+        dir.ctl(&["create", "-f", format, "ours", "1M"]);
+        for name in ["ours", "middle", "theirs"] {
+            let kind = std::fs::symlink_metadata(dir.path(name)).unwrap();
+            assert!(kind.is_symlink(), "{format}: {name} is no link any more");
+            std::fs::remove_file(dir.path(name)).unwrap();
+        }
+        for name in ["store/ours", "store/theirs"] {
+            assert_eq!(dir.read(format, name).len(), 1 << 20, "{format} {name}");
+            std::fs::remove_file(dir.path(name)).unwrap();
+        }
+        // What a failure leaves: the link, and nothing where it leads.
+        link("ours", "store/ours");
+        let output = dir.image(&[
+            "create",
+            "-f",
+            "qcow2",
+            "-o",
+            "data_file=no/where",
+            "ours",
+            "1M",
+        ]);
+        assert!(!output.status.success());
+        assert!(std::fs::symlink_metadata(dir.path("ours")).is_ok());
+        assert!(!dir.path("store/ours").exists(), "{}", errors(&output));
+        std::fs::remove_file(dir.path("ours")).unwrap();
+    }
+}
+
+/// What would be caught: a file emptied before the command is known to be possible, an error that
+/// names the wrong option, a file left behind.
+#[test]
+fn a_failed_create_leaves_what_was_there() {
+    let dir = Dir::new();
+    let long = "n".repeat(400);
+    dir.qemu(&["create", "-q", "-f", "qcow2", "image", "1M"]);
+    dir.qemu(&["create", "-q", "-f", "qcow2", "base", "1M"]);
+    std::fs::write(dir.path("data"), vec![7; 100_000]).unwrap();
+    std::fs::write(dir.path("disk.raw"), vec![8; 100_000]).unwrap();
+    std::fs::hard_link(dir.path("data"), dir.path("other")).unwrap();
+    let small = "cluster_size=512,data_file=data";
+    let long_data = format!("cluster_size=512,data_file={long}");
+    let both = format!("cluster_size=512,data_file=data,backing_fmt=raw,backing_file={long}");
+    let format = format!("cluster_size=512,data_file=data,backing_file=base,backing_fmt={long}");
+    let mut cases: Vec<(Vec<&str>, &str)> = Vec::new();
+    for name in ["image", "new"] {
+        let mut case = |options: &[&'static str], o: &str, size: &'static str, says| {
+            let o: &str = Box::leak(o.to_owned().into_boxed_str());
+            let start = ["create", "-f", "qcow2"];
+            let mut args: Vec<&str> = [&start[..], options, &["-o", o]].concat();
+            args.extend([name, size]);
+            cases.push((args, says));
+        };
+        case(&["-u"], &both, "1M", "backing_file");
+        case(&["-u"], &format, "1M", "backing_fmt");
+        case(&[], &long_data, "1M", "data_file");
+        case(&[], small, "4E", "too large");
+        case(&[], "data_file=no/where", "1M", "no/where");
+        case(
+            &["-u"],
+            "data_file=data,backing_file=data,backing_fmt=raw",
+            "1M",
+            "data_file",
+        );
+        case(
+            &["-u"],
+            "data_file=data,backing_file=other,backing_fmt=raw",
+            "1M",
+            "data_file",
+        );
+        case(
+            &[],
+            "data_file=data,backing_file=missing,backing_fmt=raw",
+            "1M",
+            "missing",
+        );
+        case(
+            &[],
+            "data_file=data,preallocation=full,backing_file=base,backing_fmt=qcow2",
+            "1M",
+            "preallocation",
+        );
+    }
+    cases.push((
+        vec![
+            "create",
+            "-f",
+            "qcow2",
+            "-o",
+            "data_file=image",
+            "image",
+            "1M",
+        ],
+        "data_file",
+    ));
+    cases.push((
+        vec![
+            "create",
+            "-f",
+            "qcow2",
+            "-o",
+            "data_file=./new",
+            "new",
+            "1M",
+        ],
+        "data_file",
+    ));
+    // Some file systems have files of that size.
+    let probe = std::fs::File::create(dir.path("probe")).unwrap();
+    if probe.set_len(1 << 62).is_err() {
+        cases.push((vec!["create", "-f", "raw", "disk.raw", "4E"], "disk.raw"));
+    }
+    let before = files(&dir);
+    for (args, says) in cases {
+        let output = dir.image(&args);
+        assert!(!output.status.success(), "{args:?}");
+        let text = errors(&output);
+        assert!(text.contains(says), "{args:?}: {text}");
+        let after = files(&dir);
+        let names = |files: &[(String, Option<Vec<u8>>)]| -> Vec<String> {
+            files.iter().map(|(name, _)| name.clone()).collect()
+        };
+        assert_eq!(names(&before), names(&after), "{args:?}");
+        assert!(before == after, "{args:?}: a file was changed");
+    }
+}

@@ -18,6 +18,7 @@ use clap::Args;
 use serde_json::json;
 use std::fs::OpenOptions;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -195,15 +196,28 @@ impl Wanted {
 }
 
 fn create_qcow2(images: &Images, file: &Path, wanted: &Wanted) -> Result<()> {
-    let storage = NewFile::open(file)?;
-    let data = match &wanted.options.data_file {
-        Some(name) => {
-            let data = NewFile::open(&resolve(file, name))?;
-            data.set_size(wanted.options.size)?;
-            Some(data)
+    let options = &wanted.options;
+    let data = options.data_file.as_ref().map(|name| resolve(file, name));
+    let backing = options.backing.as_ref().map(|b| resolve(file, &b.name));
+    for (what, other) in [
+        ("the image", Some(file)),
+        ("the backing file", backing.as_deref()),
+    ] {
+        if let (Some(data), Some(other)) = (&data, other)
+            && is_same(data, other)
+        {
+            return Err(Error::Invalid(format!(
+                "data_file: '{}' is {what} (expected a file of its own)",
+                data.display()
+            )));
         }
-        None => None,
-    };
+    }
+    // Both are open, and locked, before either is written to.
+    let storage = NewFile::open(file)?;
+    let data = data.map(|data| NewFile::open(&data)).transpose()?;
+    if let Some(data) = &data {
+        data.set_size(options.size)?;
+    }
     images.run(async {
         create::create(&*storage.storage, &wanted.options).await?;
         if wanted.preallocation == Preallocation::Off {
@@ -243,6 +257,42 @@ fn create_raw(images: &Images, path: &Path, size: u64, mode: Preallocation) -> R
     Ok(())
 }
 
+/// Whether two names lead to one file, there or not yet.
+fn is_same(one: &Path, other: &Path) -> bool {
+    let inode = |path: &Path| {
+        std::fs::metadata(path)
+            .map(|file| (file.dev(), file.ino()))
+            .ok()
+    };
+    if inode(one).is_some() {
+        return inode(one) == inode(other);
+    }
+    let place = |path: &Path| {
+        let path = behind_links(path);
+        let parent = path.parent().filter(|parent| *parent != Path::new(""));
+        let folder = parent.unwrap_or(Path::new(".")).canonicalize().ok()?;
+        Some(folder.join(path.file_name()?))
+    };
+    let (one, other) = (place(one), place(other));
+    one.is_some() && one == other
+}
+
+/// Where a chain of symbolic links ends, whether or not there is a file.
+fn behind_links(path: &Path) -> PathBuf {
+    let mut path = path.to_owned();
+    // As many as the kernel follows.
+    for _ in 0..40 {
+        let Ok(target) = std::fs::read_link(&path) else {
+            break;
+        };
+        path = match path.parent() {
+            Some(folder) => folder.join(target),
+            None => target,
+        };
+    }
+    path
+}
+
 /// A file for a new image; one that was not there goes again unless it is kept.
 struct NewFile {
     storage: Arc<FileStorage>,
@@ -260,6 +310,8 @@ impl NewFile {
             };
             Error::Invalid(format!("Could not create '{}': {text}", path.display()))
         };
+        // A link that leads nowhere stays: what it names is made, and goes again if need be.
+        let path = &*behind_links(path);
         let fresh = match OpenOptions::new().write(true).create_new(true).open(path) {
             Ok(_) => true,
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => false,
@@ -270,13 +322,17 @@ impl NewFile {
             ..OpenFlags::default()
         };
         let text = |error: std::io::Error| Error::Busy(error.to_string());
-        let storage = Arc::new(FileStorage::open(path, flags).map_err(text)?);
-        storage.set_access(Access::Write).map_err(text)?;
-        Ok(Self {
-            storage,
+        let storage = FileStorage::open(path, flags).map_err(|error| {
+            forget(path, fresh);
+            text(error)
+        })?;
+        let file = Self {
+            storage: Arc::new(storage),
             path: path.to_owned(),
             fresh,
-        })
+        };
+        file.storage.set_access(Access::Write).map_err(text)?;
+        Ok(file)
     }
 
     fn storage(&self) -> Arc<dyn Storage> {
@@ -286,6 +342,10 @@ impl NewFile {
     /// Empties the file and makes it `size` bytes of zeros.
     fn set_size(&self, size: u64) -> Result<()> {
         let failed = |error| Error::io(Action::Write, self.storage.name(), size, &error);
+        // Where the file system has no files of that size, the old contents stay.
+        if self.storage.len().map_err(failed)? < size {
+            self.storage.set_len(size).map_err(failed)?;
+        }
         self.storage.set_len(0).map_err(failed)?;
         self.storage.set_len(size).map_err(failed)
     }
@@ -297,9 +357,13 @@ impl NewFile {
 
 impl Drop for NewFile {
     fn drop(&mut self) {
-        if self.fresh {
-            // The error that led here is told; this one would say no more.
-            let _ = std::fs::remove_file(&self.path);
-        }
+        forget(&self.path, self.fresh);
+    }
+}
+
+fn forget(path: &Path, fresh: bool) {
+    if fresh {
+        // The error that led here is told; this one would say no more.
+        let _ = std::fs::remove_file(path);
     }
 }

@@ -143,7 +143,7 @@ impl CreateOptions {
                 self.size
             ));
         }
-        Ok(())
+        header_cluster(self, &Layout::of(self)).map(drop)
     }
 
     fn needs_version_3(&self) -> Option<&'static str> {
@@ -265,6 +265,24 @@ fn header_cluster(options: &CreateOptions, layout: &Layout) -> Result<Vec<u8>> {
         extension(&mut bytes, header::EXT_DATA_FILE, name.as_bytes());
     }
     let name = options.backing.as_ref().map_or("", |b| &b.name);
+    if bytes.len() + 8 > cluster {
+        // One of them is longer than a cluster's half, which the other one seldom is.
+        let format = options.backing.as_ref().and_then(|b| b.format.as_deref());
+        let named = [
+            (
+                "data_file",
+                options.data_file.as_deref().unwrap_or_default(),
+            ),
+            ("backing_fmt", format.unwrap_or_default()),
+        ];
+        let longest = named.into_iter().max_by_key(|(_, name)| name.len());
+        let (option, name) = longest.unwrap_or_default();
+        return Err(Error::Invalid(format!(
+            "{option}: a name of {} bytes does not fit into the header of {cluster} bytes (expected \
+             a shorter one, or a larger cluster_size)",
+            name.len()
+        )));
+    }
     // The feature names are for messages alone: they give way where there is no room.
     let rest = 8 + name.len();
     let table = feature_names();
@@ -285,13 +303,6 @@ fn header_cluster(options: &CreateOptions, layout: &Layout) -> Result<Vec<u8>> {
         put(&mut bytes, 8, &at.to_be_bytes());
         put(&mut bytes, 16, &(name.len() as u32).to_be_bytes());
         bytes.extend_from_slice(name.as_bytes());
-    }
-    if bytes.len() > cluster {
-        return Err(Error::Invalid(
-            "the names do not fit into the header (expected shorter ones, or a larger \
-             cluster_size)"
-                .into(),
-        ));
     }
     bytes.resize(cluster, 0);
     Ok(bytes)
