@@ -15,7 +15,7 @@ use crate::storage::{self, Storage};
 /// How to change a size.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Resize {
-    /// The new size in bytes; rounded up to whole sectors.
+    /// The new size in bytes; that of a qcow2 image is rounded up to whole sectors.
     pub size: u64,
     /// It may become smaller, and lose what is above the new end.
     pub shrink: bool,
@@ -25,17 +25,20 @@ pub struct Resize {
 
 impl Graph {
     /// Changes the size of node `name`'s image, which is made writable for that. The node itself
-    /// has its old size until it is opened anew.
+    /// has its old size until it is opened anew. Returns the new size in bytes.
     ///
     /// # Errors
     /// When the format or the image forbids it (the image has not been changed then), or the
     /// image cannot be read or written.
-    pub async fn resize(&self, name: &str, wanted: Resize) -> Result<()> {
-        let wanted = Resize {
-            size: wanted.size.next_multiple_of(512),
-            ..wanted
-        };
+    pub async fn resize(&self, name: &str, wanted: Resize) -> Result<u64> {
         let layer = self.node(name)?.layer;
+        // A raw file has the size that it is given, as with 'qemu-img': rounded up, a file that
+        // is to become shorter could become longer.
+        let size = match layer.format {
+            Format::Raw(_) => wanted.size,
+            Format::Qcow2(_) | Format::Qed(_) => wanted.size.next_multiple_of(512),
+        };
+        let wanted = Resize { size, ..wanted };
         let old = layer.format.size();
         let file = layer.storage.name();
         if wanted.size < old && !wanted.shrink {
@@ -66,7 +69,8 @@ impl Graph {
             Format::Qcow2(_) if wanted.size >= old => grow(&chain, wanted, &in_force).await,
             Format::Qcow2(_) => shrink(&chain, wanted.size, &in_force).await,
             Format::Qed(_) => Err(Error::unsupported(file, "QED images are only read")),
-        }
+        }?;
+        Ok(size)
     }
 }
 

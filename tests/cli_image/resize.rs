@@ -362,3 +362,33 @@ fn what_cannot_be_resized_is_left_alone() {
         "extended_l2=on",
     );
 }
+
+/// What would be caught: a raw file that becomes longer where it was to become shorter, since sizes
+/// are rounded up; one that is not as long as it is said to be.
+#[test]
+fn raw_files_get_the_size_that_qemu_gives_them() {
+    let dir = Dir::new();
+    let bytes: Vec<u8> = (0..1000u32).map(|n| n as u8 | 1).collect();
+    for shrink in [true, false] {
+        for size in [
+            "900", "512", "1", "1000", "1010", "1024", "1500", "4096", "+100", "+0", "-100",
+        ] {
+            let file = |name| {
+                std::fs::write(dir.path(name), &bytes).unwrap();
+            };
+            file("ours.raw");
+            file("theirs.raw");
+            let flags: &[&str] = if shrink { &["--shrink"] } else { &[] };
+            let ours = dir.image(&[&["resize", "-f", "raw"], flags, &["ours.raw", size]].concat());
+            let their = ["resize", "-f", "raw"];
+            let theirs = dir.qemu_img(&[&their, flags, &["theirs.raw", "--", size]].concat());
+            let context = format!("{size}, shrink {shrink}: {}", errors(&ours));
+            assert_eq!(ours.status.success(), theirs.status.success(), "{context}");
+            let read = |name| std::fs::read(dir.path(name)).unwrap();
+            assert!(read("ours.raw") == read("theirs.raw"), "{context}");
+        }
+    }
+    std::fs::write(dir.path("disk.raw"), &bytes).unwrap();
+    let told = dir.ctl_json(&["resize", "-f", "raw", "--shrink", "disk.raw", "900"]);
+    assert_eq!(told["virtual-size"], 900);
+}

@@ -44,8 +44,7 @@ pub fn run(args: &ResizeArgs, json: bool, out: &mut dyn Write) -> Result<(), Fai
         shrink: args.shrink,
         preallocation: args.preallocation,
     };
-    images.run(images.graph.resize(&name, wanted))?;
-    let size = size.next_multiple_of(512);
+    let size = images.run(images.graph.resize(&name, wanted))?;
     if json {
         writeln!(out, "{}", json!({"old-size": old, "virtual-size": size}))?;
     } else if !args.quiet {
