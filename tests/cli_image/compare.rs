@@ -88,3 +88,56 @@ fn what_cannot_be_read_is_no_difference() {
     let told = dir.ctl_json(&["compare", "a.raw", "a.raw"]);
     assert_eq!(told["identical"], true);
 }
+
+/// What would be caught: a cluster whose place is kept for zeros taken for one that has none, or for one
+/// that holds data, in any pair of ways to be all zeros.
+#[test]
+fn strict_comparison_sees_what_is_kept() {
+    let dir = Dir::new();
+    let make = |name: &str, options: &str, writes: &[&str]| {
+        let create = ["create", "-q", "-f", "qcow2", "-o", options, name, "256k"];
+        dir.qemu(&create);
+        let writes: Vec<String> = writes.iter().map(|write| (*write).to_owned()).collect();
+        dir.io("qcow2", name, &writes);
+    };
+    make("none", "compat=1.1", &["flush"]);
+    make("ahead", "preallocation=metadata", &["flush"]);
+    make("zeros", "compat=1.1", &["write -q -z 0 256k"]);
+    make(
+        "kept",
+        "compat=1.1",
+        &["write -q -P 1 0 256k", "write -q -z 0 256k"],
+    );
+    make("data", "compat=1.1", &["write -q -P 0 0 256k"]);
+    make("compressed", "compat=1.1", &["write -q -c -P 0 0 256k"]);
+    make("parts", "extended_l2=on", &["write -q -P 0 0 256k"]);
+    make(
+        "kept-parts",
+        "extended_l2=on",
+        &["write -q -P 1 0 256k", "write -q -z 0 256k"],
+    );
+    dir.qemu(&["create", "-q", "-f", "raw", "hole", "256k"]);
+    let all = [
+        "none",
+        "ahead",
+        "zeros",
+        "kept",
+        "data",
+        "compressed",
+        "parts",
+        "kept-parts",
+        "hole",
+    ];
+    let mut differ = 0;
+    for a in all {
+        for b in all {
+            let format = |name| if name == "hole" { "raw" } else { "qcow2" };
+            let args = ["compare", "-s", "-f", format(a), "-F", format(b), a, b];
+            let (ours, theirs) = (dir.image(&args), dir.qemu_img(&args));
+            let (ours, theirs) = (ours.status.code(), theirs.status.code());
+            assert_eq!(ours, theirs, "{a} and {b}");
+            differ |= 1 << ours.unwrap();
+        }
+    }
+    assert_eq!(differ, 1 | 1 << 1, "all were the same, or none");
+}

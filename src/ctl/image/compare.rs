@@ -142,8 +142,10 @@ async fn compare_common(a: &Mapper, b: &Mapper, end: u64, strict: bool) -> Resul
     Ok(Outcome::Identical)
 }
 
-fn allocation(status: &Status) -> (bool, bool, bool) {
-    (status.present, status.data, status.zero)
+/// What QEMU compares: a place that is kept for zeros counts, wherever it is.
+fn allocation(status: &Status) -> (bool, bool, bool, bool) {
+    let has_place = status.offset.is_some();
+    (status.present, status.data, status.zero, has_place)
 }
 
 async fn first_difference(a: &Mapper, b: &Mapper, start: u64, len: u64) -> Result<Option<u64>> {
