@@ -144,3 +144,90 @@ fn an_image_in_use_is_left_alone() {
     drop(user);
     assert_eq!(check(&["-r", "all"], &path).0, 0);
 }
+
+/// What would be caught: damage that makes QEMU refuse to open the image, or that its check finds, and
+/// that is called clean here; a repair that does not mend what can be mended.
+#[test]
+fn what_qemu_does_not_take_is_not_clean() {
+    let dir = tempfile::tempdir().unwrap();
+    let bitmap = |path: &Path, at: usize, bytes: &[u8]| {
+        let name = path.to_str().unwrap();
+        run("qemu-img", &["bitmap", "--add", name, "tracking"]);
+        let mut image = std::fs::read(path).unwrap();
+        let magic = 0x2385_2875_u32.to_be_bytes();
+        let extension = image.windows(4).position(|word| word == magic).unwrap();
+        let word = image[extension + 24..extension + 32].try_into().unwrap();
+        let at = u64::from_be_bytes(word) as usize + at;
+        image[at..at + bytes.len()].copy_from_slice(bytes);
+        std::fs::write(path, image).unwrap();
+    };
+    let patch = |path: &Path, at: usize, bytes: &[u8]| {
+        let mut image = std::fs::read(path).unwrap();
+        image[at..at + bytes.len()].copy_from_slice(bytes);
+        std::fs::write(path, image).unwrap();
+    };
+    // The second of two entries of the L1 table is empty.
+    let l1 = (3 << 16) + 8;
+    type Damage<'a> = Box<dyn Fn(&Path) + 'a>;
+    let damages: [(&str, bool, Damage); 11] = [
+        (
+            "copied flag alone",
+            true,
+            Box::new(|p| patch(p, l1, &[0x80])),
+        ),
+        (
+            "snapshots inside a cluster",
+            true,
+            Box::new(|p| patch(p, 70, &[2])),
+        ),
+        (
+            "snapshots far away",
+            true,
+            Box::new(|p| patch(p, 64, &[0x80])),
+        ),
+        (
+            "refcounts far away",
+            true,
+            Box::new(|p| patch(p, 48, &[0x20])),
+        ),
+        (
+            "refcounts inside a cluster",
+            true,
+            Box::new(|p| patch(p, 54, &[2])),
+        ),
+        ("extra data", false, Box::new(|p| bitmap(p, 23, &[8]))),
+        ("type", false, Box::new(|p| bitmap(p, 16, &[2]))),
+        ("flags", false, Box::new(|p| bitmap(p, 15, &[4]))),
+        ("granularity", false, Box::new(|p| bitmap(p, 17, &[8]))),
+        (
+            "length of the table",
+            false,
+            Box::new(|p| bitmap(p, 11, &[3])),
+        ),
+        (
+            "place of the table",
+            false,
+            Box::new(|p| bitmap(p, 6, &[2])),
+        ),
+    ];
+    for (what, mended, damage) in damages {
+        let path = dir.path().join("large.qcow2");
+        let name = path.to_str().unwrap();
+        run("qemu-img", &["create", "-q", "-f", "qcow2", name, "1G"]);
+        let write = ["-f", "qcow2", "-c", "write -q -P 5 0 1M", name];
+        run("qemu-io", &write);
+        damage(&path);
+        let theirs = || run("qemu-img", &["check", name]).status.code().unwrap();
+        let (code, out, messages) = check(&[], &path);
+        assert!(theirs() != 0, "{what}");
+        assert_eq!(code, 2, "{what}: {out}{messages}");
+        let before = std::fs::read(&path).unwrap();
+        let (code, out, messages) = check(&["-r", "all"], &path);
+        if mended {
+            assert_eq!((code, theirs()), (0, 0), "{what}: {out}{messages}");
+        } else {
+            assert_eq!(code, 2, "{what}: {out}{messages}");
+            assert!(std::fs::read(&path).unwrap() == before, "{what}");
+        }
+    }
+}

@@ -153,7 +153,7 @@ fn repaired_images_are_clean_and_read_the_same() {
     println!("seed {first}");
     let dir = tempfile::tempdir().unwrap();
     let (path, damaged) = (in_dir(&dir, "image.qcow2"), in_dir(&dir, "damaged.qcow2"));
-    let mut readable = 0;
+    let (mut readable, mut refused) = (0, 0);
     for (number, (options, content)) in SHAPES.into_iter().enumerate() {
         damage::make(&path, options, content, SIZE, first);
         let bytes = std::fs::read(&path).unwrap();
@@ -182,6 +182,12 @@ fn repaired_images_are_clean_and_read_the_same() {
                     continue;
                 }
                 readable += 1;
+                if repaired == tables.bytes && summary.corruptions > 0 {
+                    // A table of the disk and one of a snapshot are in one place: which is right
+                    // cannot be told.
+                    refused += 1;
+                    continue;
+                }
                 let after = contents(&damaged, None);
                 assert!(after == Some(before), "{context}: it reads differently");
                 let left = ours(&repaired).1;
@@ -195,8 +201,8 @@ fn repaired_images_are_clean_and_read_the_same() {
         }
     }
     assert!(
-        readable > 50,
-        "seed {first}: {readable} images could be read"
+        readable > 50 && refused * 10 < readable,
+        "seed {first}: {readable} images could be read, {refused} repairs were refused"
     );
 }
 

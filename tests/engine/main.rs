@@ -11,6 +11,7 @@ mod damaged;
 mod differential;
 mod faults;
 mod features;
+mod flips;
 mod foreign;
 mod headers;
 mod matrix;

@@ -47,7 +47,7 @@ fn apply(bytes: &mut Vec<u8>, offset: u64, new: &[u8]) {
 
 /// The image as a cut after `steps` leaves it: what is behind the last barrier as a whole, of
 /// the rest some sectors.
-fn cut(start: &[u8], steps: &[Step], rng: &mut StdRng) -> Vec<u8> {
+pub fn cut(start: &[u8], steps: &[Step], rng: &mut StdRng) -> Vec<u8> {
     let stable = steps.iter().rposition(|step| *step == Step::Sync);
     let mut bytes = start.to_vec();
     for (index, step) in steps.iter().enumerate() {

@@ -26,9 +26,10 @@ pub const HELP: &str = "\
 What is found goes to standard error, the outcome to standard output; with --json it is the object
 that 'qemu-img check --output=json' prints. The image must not be in use.
 
-A repair that is interrupted leaves an image that is no worse than before. What cannot be read
-any more stays as it is, and the image stays marked as corrupt if it was. A clean image loses its
-dirty and corrupt marks.
+A repair never changes what the disk reads as: where it cannot tell what is right, it says so and
+leaves the file as it is. One that is interrupted leaves an image that is no worse than before. What
+cannot be read any more stays as it is, and the image stays marked as corrupt if it was. A clean
+image loses its dirty and corrupt marks.
 
 Exit codes:
   0   the image is clean (now)

@@ -148,6 +148,7 @@ async fn describe_qcow2(
     storage: &Arc<dyn Storage>,
 ) -> Result<Option<Backing>> {
     let header = describe_header(&**storage).await?;
+    header.check_refcount_table()?;
     let size = header.size.next_multiple_of(512);
     common(value, file, "qcow2", size, Some(1 << header.cluster_bits));
     let snapshots = snapshot::of_image(&**storage, &header).await?;

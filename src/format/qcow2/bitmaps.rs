@@ -8,7 +8,9 @@
 mod resize;
 
 use super::Qcow2;
-use super::header::{AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, Header};
+use super::header::{
+    AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, BITMAPS_EXT_LENGTH, EXT_BITMAPS, Header,
+};
 use super::numbers::{be, be32, be64};
 use crate::error::{Error, Result};
 use crate::storage::{self, Storage};
@@ -27,6 +29,12 @@ const MAX_BITMAPS: u32 = 65535;
 const MAX_DIRECTORY: u64 = 64 << 20;
 /// On the bytes of a bitmap.
 const MAX_BYTES: u64 = 512 << 20;
+const MAX_TABLE_ENTRIES: u32 = 0x800_0000;
+const MAX_NAME: usize = 1023;
+/// On the logarithm of the bytes that a bit stands for.
+const GRANULARITY_BITS: std::ops::RangeInclusive<u8> = 9..=31;
+/// The one kind of bitmap there is: of what was written.
+const DIRTY_TRACKING: u8 = 1;
 const FIXED: usize = 24;
 
 /// In an entry of a bitmap's table: where the bits are. 0: nowhere, and all are alike.
@@ -53,9 +61,51 @@ pub struct Bitmap {
     at: usize,
     /// It has extra data that must be understood.
     foreign: bool,
+    /// It has extra data.
+    extra: bool,
+    /// [`DIRTY_TRACKING`], if it can be used.
+    kind: u8,
+    /// Bytes of the name as it is written.
+    name_len: usize,
 }
 
 impl Bitmap {
+    /// What QEMU refuses to open the image for; `None`: nothing.
+    #[must_use]
+    pub fn objection(&self, header: &Header) -> Option<String> {
+        let (bits, entries) = (self.granularity_bits, self.table_entries);
+        let wanted = self.entries(header, header.size);
+        let text = if self.extra {
+            "extra data, which nobody understands".to_owned()
+        } else if self.kind != DIRTY_TRACKING {
+            format!("type {} (expected {DIRTY_TRACKING})", self.kind)
+        } else if self.flags & !(IN_USE | AUTO) != 0 {
+            format!(
+                "flags {:#x} (expected none but {:#x})",
+                self.flags,
+                IN_USE | AUTO
+            )
+        } else if !GRANULARITY_BITS.contains(&bits) {
+            format!("a granularity of 2^{bits} bytes (expected {GRANULARITY_BITS:?})")
+        } else if self.name_len > MAX_NAME {
+            format!(
+                "a name of {} bytes (expected at most {MAX_NAME})",
+                self.name_len
+            )
+        } else if entries == 0
+            || entries > MAX_TABLE_ENTRIES
+            || self.table_offset == 0
+            || !self.has_table(header.cluster_bits)
+        {
+            format!("a table of {entries} entries at {:#x}", self.table_offset)
+        } else if self.flags & IN_USE == 0 && u64::from(entries) != wanted {
+            format!("a table of {entries} entries (expected {wanted})")
+        } else {
+            return None;
+        };
+        Some(format!("bitmap '{}' has {text}", self.name))
+    }
+
     /// Whether its table can be where the entry says, and within QEMU's limit.
     #[must_use]
     pub fn has_table(&self, cluster_bits: u32) -> bool {
@@ -94,10 +144,51 @@ fn parse(directory: &[u8], count: u32) -> Option<Vec<Bitmap>> {
             table_entries: be32(fixed, 8),
             at,
             foreign: extra > 0 && flags & EXTRA_DATA_COMPATIBLE == 0,
+            extra: extra > 0,
+            kind: *fixed.get(16)?,
+            name_len,
         });
         at += (name_at + name_len).next_multiple_of(8);
     }
     Some(bitmaps)
+}
+
+/// What QEMU refuses to open an image for in the extension that names the directory, or in the
+/// directory as a whole; `None`: nothing. `bitmaps` are those of the directory.
+pub fn directory_objection(header: &Header, bitmaps: &[Bitmap]) -> Option<String> {
+    let directory = header.bitmaps?;
+    let extension = header.extension(EXT_BITMAPS).unwrap_or_default();
+    let entry = |bitmap: &Bitmap| {
+        let extra = bitmap.name_len + FIXED;
+        extra.next_multiple_of(8) as u64
+    };
+    let same = |pair: &[&str]| matches!(pair, [a, b] if a == b);
+    let mut names: Vec<&str> = bitmaps.iter().map(|bitmap| &*bitmap.name).collect();
+    names.sort_unstable();
+    if extension.len() != BITMAPS_EXT_LENGTH || be32(extension, 4) != 0 {
+        return Some("the bitmaps extension is damaged".to_owned());
+    }
+    if directory.count == 0
+        || directory.offset == 0
+        || !directory.offset.is_multiple_of(1 << header.cluster_bits)
+    {
+        return Some(format!(
+            "a directory of {} bitmaps at {:#x}",
+            directory.count, directory.offset
+        ));
+    }
+    if bitmaps.iter().all(|bitmap| !bitmap.extra)
+        && bitmaps.iter().map(entry).sum::<u64>() != directory.len
+    {
+        return Some(format!(
+            "the bitmap directory has {} bytes, which its entries do not fill",
+            directory.len
+        ));
+    }
+    names
+        .windows(2)
+        .any(same)
+        .then(|| "two bitmaps have the same name".to_owned())
 }
 
 async fn read_directory(storage: &dyn Storage, header: &Header) -> Result<Option<Vec<u8>>> {

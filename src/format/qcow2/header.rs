@@ -67,7 +67,7 @@ const MAX_REFTABLE_BYTES: u64 = 8 << 20;
 /// Longest name of a backing file in bytes.
 pub(super) const MAX_BACKING_NAME: usize = 1023;
 /// Bytes of the bitmaps extension.
-const BITMAPS_EXT_LENGTH: usize = 24;
+pub(super) const BITMAPS_EXT_LENGTH: usize = 24;
 
 /// How compressed clusters are compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -163,6 +163,8 @@ pub struct Header {
     raw: Vec<u8>,
     header_length: usize,
     extensions: Vec<Extension>,
+    /// The length that the end of the extensions claims leaves the header.
+    overlong_end: bool,
     file: String,
 }
 
@@ -275,6 +277,7 @@ impl Header {
             encryption: None,
             header_length,
             extensions: Vec::new(),
+            overlong_end: false,
             file: file.to_owned(),
             raw,
         };
@@ -309,6 +312,12 @@ impl Header {
         while at + 8 <= end {
             let (kind, len) = (be32(&self.raw, at), be32(&self.raw, at + 4) as usize);
             if kind == EXT_END {
+                let end = if name_at == 0 {
+                    1 << self.cluster_bits
+                } else {
+                    end
+                };
+                self.overlong_end = at + 8 + len > end;
                 break;
             }
             let data = at
@@ -408,35 +417,61 @@ impl Header {
                 self.l1_size
             )));
         }
-        for (what, offset) in [
-            ("L1 table", self.l1_offset),
-            ("refcount table", self.reftable_offset),
-        ] {
-            if offset % cluster != 0 || offset >> 56 != 0 {
-                return Err(self.corrupt(format!(
-                    "{what} at offset {offset:#x} (expected a multiple of the cluster size)"
-                )));
-            }
+        if !self.is_table_offset(self.l1_offset) {
+            return Err(self.corrupt(format!(
+                "L1 table at offset {:#x} (expected a multiple of the cluster size)",
+                self.l1_offset
+            )));
         }
         if self.l1_size > 0 && self.l1_offset == 0 {
             return Err(self.corrupt("the L1 table overlaps the header"));
         }
-        if u64::from(self.reftable_clusters) * cluster > MAX_REFTABLE_BYTES {
-            return Err(self.corrupt(format!(
-                "refcount table of {} clusters is too large",
-                self.reftable_clusters
-            )));
-        }
         Ok(())
+    }
+
+    fn is_table_offset(&self, offset: u64) -> bool {
+        offset.is_multiple_of(1 << self.cluster_bits) && offset >> 56 == 0
+    }
+
+    /// What is wrong in the header, though nothing here depends on it: QEMU does not open the image.
+    #[must_use]
+    pub fn objection(&self) -> Option<&'static str> {
+        let has_kind = self.incompatible & INCOMPATIBLE_COMPRESSION != 0;
+        // A shorter header has something else there.
+        let kind = match self.header_length > V3_LENGTH {
+            true => self.raw.get(104).copied().unwrap_or_default(),
+            false => 0,
+        };
+        if (kind != 0) != has_kind {
+            Some("the compression type and its feature bit contradict each other")
+        } else if self.autoclear & AUTOCLEAR_DATA_FILE_RAW != 0 && !self.has_data_file() {
+            Some("a raw data file is announced, but there is no data file")
+        } else if self.overlong_end {
+            Some("the end of the extensions has a length that leaves the header")
+        } else {
+            None
+        }
     }
 
     /// Whoever opens the image needs refcounts; who repairs it makes new ones.
     ///
     /// # Errors
-    /// When there is no refcount table.
+    /// When there is no refcount table, or none that can be where the header says.
     pub fn check_refcount_table(&self) -> Result<()> {
         if self.reftable_clusters == 0 || self.reftable_offset == 0 {
             return Err(self.corrupt("Image does not contain a reference count table"));
+        }
+        if !self.is_table_offset(self.reftable_offset) {
+            return Err(self.corrupt(format!(
+                "refcount table at offset {:#x} (expected a multiple of the cluster size)",
+                self.reftable_offset
+            )));
+        }
+        if u64::from(self.reftable_clusters) << self.cluster_bits > MAX_REFTABLE_BYTES {
+            return Err(self.corrupt(format!(
+                "refcount table of {} clusters is too large",
+                self.reftable_clusters
+            )));
         }
         Ok(())
     }

@@ -7,7 +7,7 @@
 use super::header::Header;
 use super::numbers::be;
 use crate::error::{Error, Result};
-use crate::storage::{self, Storage};
+use crate::storage::{self, AlignedBuf, Storage};
 
 /// QEMU's limits.
 const MAX_SNAPSHOTS: u32 = 65536;
@@ -46,6 +46,10 @@ pub struct Snapshot {
     pub instructions: Option<u64>,
     /// It lacks extra data that version 3 demands.
     pub(super) incomplete: bool,
+    /// The disk size is its own, not the image's for want of one.
+    pub(super) sized: bool,
+    /// Where its entry is in the file.
+    pub(super) at: u64,
 }
 
 /// The table as a whole.
@@ -62,15 +66,20 @@ pub(super) struct Table {
 /// # Errors
 /// When the table cannot be read, or contradicts the specification.
 pub async fn list(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapshot>> {
-    Ok(read(storage, header).await?.snapshots)
+    let fetch = async |offset, len| storage::io::fetch(storage, offset, len).await;
+    Ok(read(fetch, storage.name(), header).await?.snapshots)
 }
 
-/// Reads the table.
-pub(super) async fn read(storage: &dyn Storage, header: &Header) -> Result<Table> {
+/// Reads the table of the image `file`, whose bytes `fetch` gives by offset and length.
+pub(super) async fn read(
+    fetch: impl AsyncFn(u64, usize) -> Result<AlignedBuf>,
+    file: &str,
+    header: &Header,
+) -> Result<Table> {
     if header.snapshots == 0 {
         return Ok(Table::default());
     }
-    let damaged = |what: String| Error::corrupt(storage.name(), what);
+    let damaged = |what: String| Error::corrupt(file, what);
     if header.snapshots > MAX_SNAPSHOTS {
         return Err(damaged(format!(
             "{} snapshots (expected at most {MAX_SNAPSHOTS})",
@@ -86,7 +95,7 @@ pub(super) async fn read(storage: &dyn Storage, header: &Header) -> Result<Table
     let mut table = Table::default();
     for index in 0..header.snapshots {
         let at = table.len.next_multiple_of(8);
-        let fixed = storage::io::fetch(storage, start + at, FIXED).await?;
+        let fixed = fetch(start + at, FIXED).await?;
         let sizes = Sizes::of(&fixed);
         if sizes.extra > MAX_EXTRA {
             return Err(damaged(format!(
@@ -101,11 +110,12 @@ pub(super) async fn read(storage: &dyn Storage, header: &Header) -> Result<Table
                 "the snapshot table has more than {MAX_TABLE} bytes at entry {index}"
             )));
         }
-        let variable =
-            storage::io::fetch(storage, start + at + FIXED as u64, sizes.variable()).await?;
-        table
-            .snapshots
-            .push(parse(&fixed, &variable, sizes, header));
+        let variable = fetch(start + at + FIXED as u64, sizes.variable()).await?;
+        let snapshot = Snapshot {
+            at: start + at,
+            ..parse(&fixed, &variable, sizes, header)
+        };
+        table.snapshots.push(snapshot);
     }
     Ok(table)
 }
@@ -150,5 +160,7 @@ fn parse(fixed: &[u8], variable: &[u8], sizes: Sizes, header: &Header) -> Snapsh
         // All ones: they are not counted.
         instructions: large(16).filter(|&count| count != u64::MAX),
         incomplete: header.version >= 3 && extra.len() < EXTRA_V3,
+        sized: large(8).is_some(),
+        at: 0,
     }
 }

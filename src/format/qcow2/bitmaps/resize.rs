@@ -75,7 +75,7 @@ impl Bitmap {
     }
 
     /// Entries of the table for a disk of `size` bytes.
-    fn entries(&self, header: &Header, size: u64) -> u64 {
+    pub(super) fn entries(&self, header: &Header, size: u64) -> u64 {
         self.bits(size).div_ceil(8 << header.cluster_bits)
     }
 

@@ -2,13 +2,18 @@
 //!
 //! Nothing is read by a size that the image claims: tables are read in pieces, no further than
 //! the file, and holes of the file are passed over.
+//!
+//! What is written goes to a [`Plan`], and reads see it. The file changes with
+//! [`Image::carry_out`] alone.
 
 use super::super::header::{Header, SECTOR};
 use super::super::l2::Shape;
 use super::super::numbers::words;
 use super::super::read_header;
+use super::plan::{Plan, Step};
 use crate::error::{Action, Error, Result};
 use crate::storage::{self, AlignedBuf, Storage};
+use crate::sync::Mutex;
 
 /// Bytes of a table that are read at a time.
 const PIECE: u64 = 1 << 20;
@@ -23,12 +28,21 @@ pub struct Image<'a> {
     pub shape: Shape,
     /// Bytes of the file, in whole sectors.
     pub len: u64,
+    /// What is to be written.
+    plan: Mutex<Plan>,
 }
 
 impl<'a> Image<'a> {
     /// Reads the header.
     pub async fn open(storage: &'a dyn Storage) -> Result<Self> {
         let header = read_header(storage).await?;
+        if header.has_data_file() && header.data_file.is_none() {
+            // QEMU has nothing to open either, and a flipped bit looks like this.
+            return Err(Error::unsupported(
+                storage.name(),
+                "the image has its guest data in a data file, and does not name it",
+            ));
+        }
         let len = storage
             .len()
             .map_err(|error| Error::io(Action::Read, storage.name(), 0, &error))?;
@@ -37,7 +51,48 @@ impl<'a> Image<'a> {
             shape: header.shape(),
             header,
             len: len.next_multiple_of(SECTOR as u64),
+            plan: Mutex::default(),
         })
+    }
+
+    /// The image as it will be when the plan has been carried out, with that plan.
+    pub async fn planned(self) -> Result<Self> {
+        let first = self.read_cluster(0).await?;
+        let header = Header::parse(first.to_vec(), self.storage.name())?;
+        let end = self.plan.lock().end();
+        Ok(Self {
+            shape: header.shape(),
+            header,
+            len: self.len.max(end.next_multiple_of(SECTOR as u64)),
+            ..self
+        })
+    }
+
+    /// The bytes that are to be written: ranges in ascending order that do not touch.
+    pub fn to_be_written(&self) -> Vec<std::ops::Range<u64>> {
+        self.plan.lock().ranges()
+    }
+
+    /// Writes what was planned, in the order of the plan.
+    pub async fn carry_out(self) -> Result<()> {
+        let failed = |action, offset| {
+            move |error: std::io::Error| Error::io(action, self.storage.name(), offset, &error)
+        };
+        let plan = std::mem::take(&mut *self.plan.lock());
+        for step in plan.into_steps() {
+            match step {
+                Step::Write { offset, bytes } => {
+                    let bytes = AlignedBuf::copy_of(&bytes);
+                    storage::io::write_buf(self.storage, offset, &bytes)
+                        .await
+                        .map_err(failed(Action::Write, offset))?;
+                }
+                Step::Barrier => storage::io::sync(self.storage)
+                    .await
+                    .map_err(failed(Action::Flush, 0))?,
+            }
+        }
+        Ok(())
     }
 
     /// Bytes of a cluster.
@@ -82,7 +137,9 @@ impl<'a> Image<'a> {
 
     /// Reads `len` bytes; those behind the end of the file are 0.
     pub async fn read(&self, offset: u64, len: usize) -> Result<AlignedBuf> {
-        storage::io::fetch(self.storage, offset, len).await
+        let mut bytes = storage::io::fetch(self.storage, offset, len).await?;
+        self.plan.lock().overlay(offset, &mut bytes);
+        Ok(bytes)
     }
 
     /// Gives the index and value of each word but 0 of a table to `each`.
@@ -95,7 +152,8 @@ impl<'a> Image<'a> {
         let end = self.len.min(table.saturating_add(count.saturating_mul(8)));
         let mut at = table;
         while at < end {
-            let Some((data, _)) = self.storage.next_data(at) else {
+            let data = self.storage.next_data(at).map(|(data, _)| data);
+            let Some(data) = data.into_iter().chain(self.plan.lock().next(at)).min() else {
                 return Ok(());
             };
             // A word may begin in front of the data.
@@ -128,15 +186,13 @@ impl<'a> Image<'a> {
         Ok(table)
     }
 
-    /// Writes `bytes`.
-    pub async fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        storage::io::write_buf(self.storage, offset, &AlignedBuf::copy_of(bytes))
-            .await
-            .map_err(|error| Error::io(Action::Write, self.storage.name(), offset, &error))
+    /// Plans to write `bytes`, whole sectors.
+    pub fn write(&self, offset: u64, bytes: &[u8]) {
+        self.plan.lock().write(offset, bytes);
     }
 
-    /// Writes the sectors in which `new` differs from `old`, which is what is there.
-    pub async fn write_changed(&self, offset: u64, old: &[u8], new: &[u8]) -> Result<()> {
+    /// Plans to write the sectors in which `new` differs from `old`, which is what is there.
+    pub fn write_changed(&self, offset: u64, old: &[u8], new: &[u8]) {
         let sectors = old.chunks(SECTOR).zip(new.chunks(SECTOR)).enumerate();
         let mut run: Option<(usize, usize)> = None;
         let mut runs = Vec::new();
@@ -150,16 +206,13 @@ impl<'a> Image<'a> {
         for (start, end) in runs {
             let end = (end * SECTOR).min(new.len());
             if let Some(bytes) = new.get(start * SECTOR..end) {
-                self.write(offset + (start * SECTOR) as u64, bytes).await?;
+                self.write(offset + (start * SECTOR) as u64, bytes);
             }
         }
-        Ok(())
     }
 
-    /// Makes stable what was written.
-    pub async fn barrier(&self) -> Result<()> {
-        storage::io::sync(self.storage)
-            .await
-            .map_err(|error| Error::io(Action::Flush, self.storage.name(), 0, &error))
+    /// Plans to make stable what is written before.
+    pub fn barrier(&self) {
+        self.plan.lock().barrier();
     }
 }

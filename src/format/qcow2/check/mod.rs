@@ -11,18 +11,24 @@
 //! * `entries`: what is wrong with an L2 entry, and what it should be;
 //! * `scan`: counting the references, in memory that grows with what the file really holds;
 //! * `compare`: the refcounts and copied flags in the image against them;
+//! * `plan`: what a repair is going to write, before any of it reaches the file;
+//! * `trust`: what is not believed, and when nothing is repaired at all;
 //! * `separate`: giving those a cluster of their own that share one with metadata;
 //! * `rebuild`: new refcount structures in place of unusable ones;
+//! * `disk`: the proof that the disk reads the same afterwards;
 //! * `repair`: all of it in an order that may be cut at any write.
 
 mod compare;
 mod counts;
+mod disk;
 mod entries;
 mod image;
+mod plan;
 mod rebuild;
 mod repair;
 mod scan;
 mod separate;
+mod trust;
 
 use std::fmt;
 
@@ -39,6 +45,8 @@ pub enum Severity {
     Corruption,
     /// Space is lost.
     Leak,
+    /// Nothing is repaired, and why.
+    Refusal,
 }
 
 /// Something that was found.
@@ -55,6 +63,7 @@ impl fmt::Display for Finding {
         match self.severity {
             Severity::Corruption => write!(f, "ERROR {}", self.what),
             Severity::Leak => write!(f, "Leaked {}", self.what),
+            Severity::Refusal => write!(f, "Nothing is repaired: {}", self.what),
         }
     }
 }
@@ -113,7 +122,8 @@ pub async fn check(storage: &dyn Storage, report: &mut Report<'_>) -> Result<Sum
 
 /// Checks the image in `storage` and repairs what is found. The dirty and the corrupt bit are
 /// cleared if no contradiction is left. Killed at any write, it leaves an image that is no worse
-/// than before.
+/// than before. What the disk reads as stays the same; where that cannot be had, or it cannot be
+/// told what is right, nothing is written.
 ///
 /// What is found is told to `report` before anything is written. The summary is that of another
 /// check after the repair, with what was fixed.
@@ -128,7 +138,7 @@ pub async fn repair(
 ) -> Result<Summary> {
     let image = Image::open(storage).await?;
     let found = Scan::run(&image, report).await?;
-    repair::run(image, found, what).await
+    repair::run(image, found, what, report).await
 }
 
 /// Repairs an image that a writer with lazy refcounts has left, so that it can be written:
@@ -150,7 +160,8 @@ pub(super) async fn repair_dirty(storage: &dyn Storage) -> Result<()> {
         return Err(refused());
     }
     let (corruptions, leaks) = (found.summary.corruptions, found.summary.leaks);
-    let after = repair::run(image, found, Repair::All).await?;
+    let report = &mut |finding| log::warn!("{}: {finding}", storage.name());
+    let after = repair::run(image, found, Repair::All, report).await?;
     if after.corruptions > 0 {
         return Err(refused());
     }

@@ -9,7 +9,7 @@ use super::super::refcount;
 use super::compare::geometry;
 use super::counts::CHUNK;
 use super::image::Image;
-use super::scan::Scan;
+use super::scan::{Scan, reftable_range};
 use crate::error::{Error, Result};
 
 /// QEMU's limit on the bytes of a refcount table.
@@ -32,8 +32,8 @@ impl Plan {
 }
 
 /// Writes new refcount structures with the references that `scan` has counted, and makes the
-/// header name them. Stable when this returns.
-pub async fn run(image: &mut Image<'_>, scan: &mut Scan) -> Result<()> {
+/// header name them.
+pub fn run(image: &mut Image<'_>, scan: &mut Scan) -> Result<()> {
     forget_old(image, scan);
     let plan = plan(image, scan)?;
     for cluster in plan.start..plan.end() {
@@ -45,18 +45,18 @@ pub async fn run(image: &mut Image<'_>, scan: &mut Scan) -> Result<()> {
     for (place, &index) in plan.blocks.iter().enumerate() {
         let offset = (plan.start + place as u64) << bits;
         let bytes = block(image, scan, index);
-        image.write(offset, &bytes).await?;
+        image.write(offset, &bytes);
         if let Some(entry) = table.get_mut(index as usize) {
             *entry = offset;
         }
     }
     let offset = (plan.start + plan.blocks.len() as u64) << bits;
     let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
-    image.write(offset, &bytes).await?;
-    image.barrier().await?;
+    image.write(offset, &bytes);
+    image.barrier();
     let patch = image.header.with_reftable(offset, plan.table as u32);
-    image.write(patch.offset, &patch.bytes).await?;
-    image.barrier().await?;
+    image.write(patch.offset, &patch.bytes);
+    image.barrier();
     image.header = image.header.patched(&[patch])?;
     scan.reftable = table;
     Ok(())
@@ -64,9 +64,9 @@ pub async fn run(image: &mut Image<'_>, scan: &mut Scan) -> Result<()> {
 
 /// Takes off the references to the old structures.
 fn forget_old(image: &Image<'_>, scan: &mut Scan) {
-    let (offset, cluster) = (image.header.reftable_offset, image.cluster_size());
-    let len = u64::from(image.header.reftable_clusters) * cluster;
-    if !image.leaves_file(offset, len) {
+    if let Some((offset, len)) = reftable_range(image)
+        && !image.leaves_file(offset, len)
+    {
         for cluster in image.clusters_of(offset, len) {
             scan.references.subtract(cluster, 1);
         }

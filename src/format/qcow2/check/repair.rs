@@ -1,12 +1,20 @@
 //! Repair, in an order that may be cut at any write.
 //!
-//! 0. A length of the disk's L1 table that cannot be right is corrected in the header, and the
-//!    image looked at anew: what is behind the table is not to be taken for its entries.
+//! **A repair never changes what the disk reads as.** It is made up as a whole before anything is
+//! written ([`plan`](super::plan)), and given up if it cannot tell what is right
+//! ([`trust`](super::trust)), if the disk would read differently ([`disk`](super::disk)), or if the
+//! image would be no better. A table is written to only where it lies on nothing else.
+//!
+//! 0. A length of an L1 table that cannot be right is corrected in the header or in the snapshot's
+//!    entry, and the image looked at anew: what is behind the table is not to be taken for its
+//!    entries.
 //! 1. What shares a cluster with metadata is copied to the end of the file, where nothing points
 //!    yet. Refcounts that are too low are raised, or new refcount structures take the place of
 //!    unusable ones by one write of the header. Barrier: from here on nothing that is in use can
 //!    be taken for free.
-//! 2. Entries of L1 and L2 tables that make no sense are replaced. Barrier.
+//! 2. Entries that are to point at such copies are written, and the image is looked at anew: what is
+//!    left where the disk read may be written to from then on. When there are none, entries of L1
+//!    and L2 tables that make no sense are replaced. Barrier.
 //! 3. Copied flags are set right by the references that were counted. Barrier.
 //! 4. Refcounts that are too high are lowered. Barrier.
 //! 5. If another check finds no contradiction, the dirty and the corrupt bit are cleared.
@@ -14,33 +22,64 @@
 //! Refcounts are lowered only when all references are known: where a table cannot be read as
 //! what it is to be, what it referred to stays in use.
 
+use std::collections::BTreeSet;
+
 use super::super::header::{INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, SECTOR};
 use super::super::l2::{COPIED, OFFSET, Words};
+use super::super::numbers::{put, words};
 use super::super::refcount;
 use super::compare::geometry;
 use super::entries::{self, L1_RESERVED};
 use super::image::Image;
-use super::scan::{Area, Scan};
+use super::scan::{Scan, nameless_snapshots};
 use super::separate::{self, Moves};
-use super::{Repair, Summary, rebuild};
+use super::{Finding, Repair, Report, Severity, Summary, disk, rebuild, trust};
 use crate::error::Result;
 
 /// What lies beneath one contradiction may show only when that is gone.
-const ROUNDS: usize = 4;
+const ROUNDS: usize = 8;
 
-/// Repairs what `found` has found in `image`.
-pub async fn run(image: Image<'_>, found: Scan, what: Repair) -> Result<Summary> {
+/// Repairs what `found` has found in `image`, as far as that leaves what the disk reads as alone.
+/// Why it does not is told to `report`.
+pub async fn run(
+    image: Image<'_>,
+    found: Scan,
+    what: Repair,
+    report: &mut Report<'_>,
+) -> Result<Summary> {
     let before = found.summary;
-    let storage = image.storage;
-    match what {
+    let mut refuse = |what: String| {
+        report(Finding {
+            severity: Severity::Refusal,
+            what,
+        });
+        Ok(before)
+    };
+    let original = Image::open(image.storage).await?;
+    let image = match what {
         Repair::All => all(image, found).await?,
-        Repair::Leaks => leaks(&image, found).await?,
-    }
-    let image = Image::open(storage).await?;
+        Repair::Leaks => Ok(leaks(image, found).await?),
+    };
+    let image = match image {
+        Ok(image) => image.planned().await?,
+        Err(doubt) => return refuse(doubt),
+    };
     let after = Scan::run(&image, &mut |_| ()).await?.summary;
     if after.corruptions == 0 {
-        clear_bits(&image).await?;
+        clear_bits(&image);
+    } else if (after.corruptions, after.leaks) >= (before.corruptions, before.leaks) {
+        return match what {
+            Repair::All => refuse("nothing of what was found can be put right".to_owned()),
+            Repair::Leaks => Ok(before),
+        };
     }
+    if let Some(offset) = disk::difference(&original, &image).await? {
+        return refuse(format!(
+            "the disk would read differently at {offset:#x} (it can be copied with 'qemu-img \
+             convert')"
+        ));
+    }
+    image.carry_out().await?;
     Ok(Summary {
         corruptions_fixed: before.corruptions.saturating_sub(after.corruptions),
         leaks_fixed: before.leaks.saturating_sub(after.leaks),
@@ -48,20 +87,27 @@ pub async fn run(image: Image<'_>, found: Scan, what: Repair) -> Result<Summary>
     })
 }
 
-async fn all(mut image: Image<'_>, mut scan: Scan) -> Result<()> {
-    let storage = image.storage;
+/// The image with the plan, or why it cannot be told what is right.
+type Planned<'a> = std::result::Result<Image<'a>, String>;
+
+async fn all(mut image: Image<'_>, mut scan: Scan) -> Result<Planned<'_>> {
     for _ in 0..ROUNDS {
         if scan.summary.is_clean() {
-            return Ok(());
+            return Ok(Ok(image));
         }
-        if let Some(entries) = right_l1_size(&image, &scan) {
-            let header = &image.header;
-            let patch = header.with_size(header.size, header.l1_offset, entries);
-            image.write(patch.offset, &patch.bytes).await?;
-            image.barrier().await?;
-            image = Image::open(storage).await?;
+        let patch = match trust::shorter_l1(&image, &scan).await? {
+            None if nameless_snapshots(&image.header) => Some(image.header.without_snapshots()),
+            patch => patch,
+        };
+        if let Some(patch) = patch {
+            image.write(patch.offset, &patch.bytes);
+            image.barrier();
+            image = image.planned().await?;
             scan = Scan::run(&image, &mut |_| ()).await?;
             continue;
+        }
+        if let Some(doubt) = trust::doubt(&image, &scan) {
+            return Ok(Err(doubt));
         }
         let moves = separate::run(&image, &mut scan).await?;
         for (start, count, times) in std::mem::take(&mut scan.latent) {
@@ -70,38 +116,31 @@ async fn all(mut image: Image<'_>, mut scan: Scan) -> Result<()> {
             }
         }
         if scan.rebuild {
-            rebuild::run(&mut image, &mut scan).await?;
+            rebuild::run(&mut image, &mut scan)?;
         } else {
             write_refcounts(&image, &mut scan, u64::max).await?;
         }
-        image.barrier().await?;
+        image.barrier();
         let rebuilt = scan.rebuild;
-        if mend(&image, &scan, &moves).await? || rebuilt {
-            image.barrier().await?;
-            image = Image::open(storage).await?;
+        let changed = if moves.is_empty() {
+            mend(&image, &scan).await?
+        } else {
+            repoint(&image, &scan, &moves).await?;
+            true
+        };
+        if changed || rebuilt {
+            image.barrier();
+            image = image.planned().await?;
             scan = Scan::run(&image, &mut |_| ()).await?;
             if scan.damage > 0 {
                 continue;
             }
         }
-        return settle(&image, &mut scan).await;
+        settle(&image, &mut scan).await?;
+        return Ok(Ok(image));
     }
-    settle(&image, &mut scan).await
-}
-
-/// How many entries the disk's L1 table has, if the header says more and they cannot be its own:
-/// in clusters that the disk does not need, behind the end of the file or on top of something else.
-fn right_l1_size(image: &Image<'_>, scan: &Scan) -> Option<u32> {
-    let header = &image.header;
-    let needed = image.shape.l1_entries(header.size).max(1);
-    let at = |entries: u64| header.l1_offset.saturating_add(entries * 8);
-    let rest = at(needed).next_multiple_of(image.cluster_size());
-    let len = at(header.l1_size.into()).saturating_sub(rest);
-    let wrong = image.leaves_file(rest, len)
-        || image
-            .clusters_of(rest, len)
-            .any(|cluster| scan.overlaps.contains_key(&cluster));
-    u32::try_from(needed).ok().filter(|_| wrong)
+    settle(&image, &mut scan).await?;
+    Ok(Ok(image))
 }
 
 /// Flags and refcounts, when the entries are what they are to be.
@@ -110,28 +149,30 @@ async fn settle(image: &Image<'_>, scan: &mut Scan) -> Result<()> {
         return Ok(());
     }
     write_refcounts(image, scan, u64::max).await?;
-    image.barrier().await?;
+    image.barrier();
     write_flags(image, scan, |_, _| true).await?;
-    image.barrier().await?;
+    image.barrier();
     if !scan.hidden {
         write_refcounts(image, scan, |_, wanted| wanted).await?;
-        image.barrier().await?;
+        image.barrier();
     }
     Ok(())
 }
 
 /// Lowers refcounts, and sets the copied flags of what belongs to the disk alone then.
-async fn leaks(image: &Image<'_>, mut scan: Scan) -> Result<()> {
-    if scan.summary.leaks == 0 || scan.hidden || scan.rebuild {
-        return Ok(());
+async fn leaks(image: Image<'_>, mut scan: Scan) -> Result<Image<'_>> {
+    let doubtful = scan.hidden || scan.rebuild || trust::doubt(&image, &scan).is_some();
+    if scan.summary.leaks == 0 || doubtful {
+        return Ok(image);
     }
-    write_flags(image, &scan, |stored, wanted| {
+    write_flags(&image, &scan, |stored, wanted| {
         stored > wanted && wanted == 1
     })
     .await?;
-    image.barrier().await?;
-    write_refcounts(image, &mut scan, u64::min).await?;
-    image.barrier().await
+    image.barrier();
+    write_refcounts(&image, &mut scan, u64::min).await?;
+    image.barrier();
+    Ok(image)
 }
 
 /// Makes the refcount of each cluster what `choose` makes of the stored one and the references.
@@ -165,41 +206,62 @@ async fn write_refcounts(
                 scan.stored.set(cluster, value);
             }
         }
-        image.write_changed(offset, &old, &new).await?;
+        image.write_changed(offset, &old, &new);
     }
 }
 
-/// Replaces entries that make no sense, and those that are to point elsewhere. Returns whether
-/// there were any.
-async fn mend(image: &Image<'_>, scan: &Scan, moves: &Moves) -> Result<bool> {
-    let cluster = image.cluster_size();
-    let mut changed = false;
-    for &table in scan.l2_tables.keys() {
-        if !scan.writable(image, table) || image.leaves_file(table, cluster) {
-            continue;
-        }
-        changed |= change_l2(image, table, |index, words| {
-            let judged = entries::judge(image.shape, words, |at, len| image.leaves_file(at, len));
-            let mended = entries::mended(image.shape, words, &judged.faults).unwrap_or(words);
-            match moves.get(&(table, index as u64)) {
-                Some(&offset) => entries::with_host(image.shape, mended, offset),
-                None => mended,
-            }
+/// Makes entries point at the copies of what they point at: those of L2 tables first, since a
+/// table that is copied itself is copied as it is.
+async fn repoint(image: &Image<'_>, scan: &Scan, moves: &Moves) -> Result<()> {
+    let tables: BTreeSet<u64> = moves.keys().map(|&(table, _)| table).collect();
+    for &table in tables
+        .iter()
+        .filter(|table| scan.l2_tables.contains_key(table))
+    {
+        change_l2(image, table, |index, words| {
+            let offset = moves.get(&(table, index as u64));
+            offset.map_or(words, |&offset| {
+                entries::with_host(image.shape, words, offset)
+            })
         })
         .await?;
     }
-    // Barrier: a table that is moved has been written.
-    image.barrier().await?;
+    image.barrier();
     for &(table, count) in scan.l1_tables.keys() {
-        if !scan.writable(image, table) {
+        if !tables.contains(&table) {
             continue;
         }
-        changed |= change_l1(image, table, count, |index, entry| {
-            if let Some(&offset) = moves.get(&(table, index as u64)) {
-                return entry & !OFFSET & !L1_RESERVED | offset;
-            }
-            if image.leaves_file(entry & OFFSET, cluster) {
-                // Such a table reads as zeros, and maps nothing.
+        change_l1(image, table, count, |index, entry| {
+            let offset = moves.get(&(table, index as u64));
+            offset.map_or(entry, |offset| entry & !OFFSET & !L1_RESERVED | offset)
+        })
+        .await?;
+    }
+    Ok(())
+}
+
+/// Replaces entries that make no sense. Returns whether there were any.
+async fn mend(image: &Image<'_>, scan: &Scan) -> Result<bool> {
+    let cluster = image.cluster_size();
+    let mut changed = false;
+    for &table in scan.l2_tables.keys() {
+        if !scan.is_alone(image, table, cluster) || image.leaves_file(table, cluster) {
+            continue;
+        }
+        changed |= change_l2(image, table, |_, words| {
+            let judged = entries::judge(image.shape, words, |at, len| image.leaves_file(at, len));
+            entries::mended(image.shape, words, &judged.faults).unwrap_or(words)
+        })
+        .await?;
+    }
+    image.barrier();
+    for &(table, count) in scan.l1_tables.keys() {
+        if !scan.is_alone(image, table, count * 8) {
+            continue;
+        }
+        changed |= change_l1(image, table, count, |_, entry| {
+            if entry & OFFSET == 0 || image.leaves_file(entry & OFFSET, cluster) {
+                // No table, or one that reads as zeros: it maps nothing.
                 return 0;
             }
             entry & !L1_RESERVED
@@ -221,7 +283,7 @@ async fn write_flags(image: &Image<'_>, scan: &Scan, which: fn(u64, u64) -> bool
     };
     for (&table, uses) in &scan.l2_tables {
         let leaves = image.leaves_file(table, image.cluster_size());
-        if uses.active == 0 || leaves || !scan.writable(image, table) {
+        if uses.active == 0 || leaves || !scan.is_alone(image, table, image.cluster_size()) {
             continue;
         }
         change_l2(image, table, |_, words| {
@@ -235,7 +297,7 @@ async fn write_flags(image: &Image<'_>, scan: &Scan, which: fn(u64, u64) -> bool
         .await?;
     }
     let (table, count) = (image.header.l1_offset, u64::from(image.header.l1_size));
-    if !scan.writable(image, table) {
+    if !scan.is_alone(image, table, count * 8) {
         return Ok(());
     }
     change_l1(image, table, count, |_, entry| match flag(entry & OFFSET) {
@@ -248,11 +310,11 @@ async fn write_flags(image: &Image<'_>, scan: &Scan, which: fn(u64, u64) -> bool
 }
 
 impl Scan {
-    /// Whether a mapping table may be changed in place: it is nothing else, except perhaps what
-    /// the guest takes for its data.
-    pub fn writable(&self, image: &Image<'_>, table: u64) -> bool {
-        let overlap = self.overlaps.get(&image.cluster_of(table));
-        image.is_aligned(table) && overlap.is_none_or(|&(_, other)| other == Area::Data)
+    /// Whether the table of `len` bytes may be changed in place: it lies on nothing else, which
+    /// the disk may read, or a snapshot.
+    pub fn is_alone(&self, image: &Image<'_>, table: u64, len: u64) -> bool {
+        let mut overlaps = self.overlaps.range(image.clusters_of(table, len));
+        image.is_aligned(table) && overlaps.next().is_none()
     }
 }
 
@@ -269,7 +331,7 @@ async fn change_l2(
             entries::put(image.shape, &mut new, index, changed);
         }
     }
-    image.write_changed(table, &old, &new).await?;
+    image.write_changed(table, &old, &new);
     Ok(new != old.to_vec())
 }
 
@@ -279,34 +341,28 @@ async fn change_l1(
     count: u64,
     change: impl Fn(usize, u64) -> u64,
 ) -> Result<bool> {
-    let old = image.table(table, count).await?;
-    let new: Vec<u64> = old
-        .iter()
-        .enumerate()
-        .map(|(index, &entry)| if entry == 0 { 0 } else { change(index, entry) })
-        .collect();
-    if new == old {
-        return Ok(false);
+    // Whole sectors. What is behind the table in the last one stays as it is.
+    let len = (count as usize * 8).next_multiple_of(SECTOR);
+    let old = image.read(table, len).await?;
+    let mut new = old.to_vec();
+    for (index, entry) in words(&old).take(count as usize).enumerate() {
+        if entry != 0 {
+            let changed = change(index, entry);
+            put(&mut new, index * 8, &changed.to_be_bytes());
+        }
     }
-    // Whole sectors: behind the table there is nothing in its last cluster.
-    let bytes = |words: &[u64]| {
-        let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
-        bytes.resize(bytes.len().next_multiple_of(SECTOR), 0);
-        bytes
-    };
-    image
-        .write_changed(table, &bytes(&old), &bytes(&new))
-        .await?;
-    Ok(true)
+    image.write_changed(table, &old, &new);
+    Ok(new != old.to_vec())
 }
 
-async fn clear_bits(image: &Image<'_>) -> Result<()> {
+fn clear_bits(image: &Image<'_>) {
     let header = &image.header;
     let clean = header.incompatible & !(INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT);
     if header.version < 3 || clean == header.incompatible {
-        return Ok(());
+        return;
     }
     let patch = header.with_incompatible(clean);
-    image.write(patch.offset, &patch.bytes).await?;
-    image.barrier().await
+    image.barrier();
+    image.write(patch.offset, &patch.bytes);
+    image.barrier();
 }

@@ -4,10 +4,12 @@
 //! often as it is referred to itself. So the time and the memory that a check takes follow what
 //! the file really holds, not what its tables claim.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 
-use super::super::l2::{OFFSET, Words};
+use super::super::header::Header;
+use super::super::l2::{COPIED, OFFSET, Words};
+use super::super::snapshots::Snapshot;
 use super::super::{bitmaps, snapshots};
 use super::counts::Counts;
 use super::entries::{self, Fault, L1_RESERVED, Target};
@@ -95,7 +97,13 @@ pub struct Scan {
     pub l1_tables: BTreeMap<(u64, u64), Uses>,
     /// By offset.
     pub l2_tables: BTreeMap<u64, Uses>,
-    /// The refcount table.
+    /// Offsets of mapping tables with entries that make no sense.
+    pub faulty: HashSet<u64>,
+    /// The internal snapshots.
+    pub snapshots: Vec<Snapshot>,
+    /// The table of the snapshots, or an entry of it, makes no sense.
+    pub faulty_snapshots: bool,
+    /// The refcount table; empty if it cannot be where the header says.
     pub reftable: Vec<u64>,
     /// Clusters of the file, and one more if something begins in the file's last one.
     pub end: u64,
@@ -132,6 +140,22 @@ impl Scan {
         walk.compare().await?;
         Ok(walk.scan)
     }
+}
+
+/// Where the refcount table is, and its bytes; `None`: it cannot be there.
+pub fn reftable_range(image: &Image<'_>) -> Option<(u64, u64)> {
+    let header = &image.header;
+    let len = u64::from(header.reftable_clusters) << header.cluster_bits;
+    let usable = header.check_refcount_table().is_ok();
+    usable.then_some((header.reftable_offset, len))
+}
+
+/// Whether the header says where snapshots are, of which there are none, and QEMU does not believe it.
+pub fn nameless_snapshots(header: &Header) -> bool {
+    let aligned = header
+        .snapshots_offset
+        .is_multiple_of(1 << header.cluster_bits);
+    header.snapshots == 0 && (!aligned || header.snapshots_offset >> 63 != 0)
 }
 
 /// A scan under way.
@@ -195,8 +219,15 @@ impl Walk<'_, '_, '_> {
 
     async fn refcount_structures(&mut self) -> Result<()> {
         let (header, cluster) = (&self.image.header, self.image.cluster_size());
-        let len = u64::from(header.reftable_clusters) * cluster;
-        let offset = header.reftable_offset;
+        let Some((offset, len)) = reftable_range(self.image) else {
+            self.scan.rebuild = true;
+            let what = format!(
+                "refcount table of {} clusters at {:#x}",
+                header.reftable_clusters, header.reftable_offset
+            );
+            self.damage(1, what);
+            return Ok(());
+        };
         self.scan.reftable = self.image.table(offset, len / 8).await?;
         self.claim(offset, len, Area::RefcountTable)?;
         self.count(offset, len, 1, Area::RefcountTable);
@@ -221,7 +252,19 @@ impl Walk<'_, '_, '_> {
                 active: 1,
             },
         );
-        let table = snapshots::read(image.storage, header).await?;
+        if let Some(what) = header.objection() {
+            self.damage(1, format!("header: {what}"));
+        }
+        if nameless_snapshots(header) {
+            let what = format!(
+                "snapshot table at {:#x}, without snapshots",
+                header.snapshots_offset
+            );
+            self.damage(1, what);
+            return Ok(());
+        }
+        let fetch = async |offset, len| image.read(offset, len).await;
+        let table = snapshots::read(fetch, image.storage.name(), header).await?;
         self.claim(header.snapshots_offset, table.len, Area::SnapshotTable)?;
         self.count(header.snapshots_offset, table.len, 1, Area::SnapshotTable);
         if header.has_data_file() && !table.snapshots.is_empty() {
@@ -231,6 +274,7 @@ impl Walk<'_, '_, '_> {
         for snapshot in &table.snapshots {
             self.snapshot(snapshot);
         }
+        self.scan.snapshots = table.snapshots;
         Ok(())
     }
 
@@ -253,9 +297,25 @@ impl Walk<'_, '_, '_> {
         };
         if let Some(what) = wrong {
             self.scan.hidden = true;
+            self.scan.faulty_snapshots = true;
             return self.damage(1, what);
         }
-        let key = (at, snapshot.l1_entries.into());
+        let entries = u64::from(snapshot.l1_entries);
+        let needed = self.image.shape.l1_entries(snapshot.disk_size);
+        if snapshot.sized && entries < needed {
+            // What the rest of the table referred to is not known.
+            self.scan.hidden = true;
+            self.damage(
+                1,
+                format!(
+                    "{which}: L1 table of {entries} entries (expected at least {needed}, for a \
+                     disk of {} bytes)",
+                    snapshot.disk_size
+                ),
+            );
+        }
+        self.scan.hidden |= self.image.leaves_file(at, entries * 8);
+        let key = (at, entries);
         self.scan.l1_tables.entry(key).or_default().total += 1;
     }
 
@@ -274,6 +334,10 @@ impl Walk<'_, '_, '_> {
                 return Ok(());
             }
         };
+        if let Some(what) = bitmaps::directory_objection(header, &list) {
+            self.scan.hidden = true;
+            self.damage(1, what);
+        }
         self.claim(directory.offset, directory.len, Area::Bitmaps)?;
         self.count(directory.offset, directory.len, 1, "bitmap directory");
         for bitmap in list {
@@ -285,10 +349,11 @@ impl Walk<'_, '_, '_> {
     async fn bitmap(&mut self, bitmap: &bitmaps::Bitmap) -> Result<()> {
         let (image, cluster) = (self.image, self.image.cluster_size());
         let (offset, count) = (bitmap.table_offset, u64::from(bitmap.table_entries));
-        if !bitmap.has_table(image.header.cluster_bits) {
+        if let Some(what) = bitmap.objection(&image.header) {
             self.scan.hidden = true;
-            let what = format!("bitmap '{}': table of {count} at {offset:#x}", bitmap.name);
             self.damage(1, what);
+        }
+        if !bitmap.has_table(image.header.cluster_bits) {
             return Ok(());
         }
         self.claim(offset, count * 8, Area::Bitmaps)?;
@@ -315,12 +380,23 @@ impl Walk<'_, '_, '_> {
             let push = |index, entry| entries.push((index, entry));
             self.image.words(offset, count, push).await?;
             for &(index, entry) in &entries {
-                if entry & L1_RESERVED != 0 {
-                    let what = format!(
-                        "L1 entry {entry:#018x} at {:#x} has reserved bits set",
-                        offset + index * 8
+                let wrong = if entry & L1_RESERVED != 0 {
+                    Some("has reserved bits set")
+                } else if entry & OFFSET == 0 && entry & COPIED != 0 {
+                    Some("has the copied flag, but no table")
+                } else {
+                    None
+                };
+                if let Some(wrong) = wrong {
+                    let at = offset + index * 8;
+                    self.scan.faulty.insert(offset);
+                    self.damage(
+                        uses.total,
+                        format!("L1 entry {entry:#018x} at {at:#x} {wrong}"),
                     );
-                    self.damage(uses.total, what);
+                }
+                if !self.image.is_aligned(entry & OFFSET) {
+                    self.scan.faulty.insert(offset);
                 }
                 if entry & OFFSET != 0 {
                     let table = self.scan.l2_tables.entry(entry & OFFSET).or_default();
@@ -378,6 +454,9 @@ impl Walk<'_, '_, '_> {
             }
             let image = self.image;
             let entry = entries::judge(shape, words, |at, len| image.leaves_file(at, len));
+            if !entry.faults.is_empty() {
+                self.scan.faulty.insert(offset);
+            }
             for &fault in &entry.faults {
                 let at = offset + index as u64 * shape.entry_bytes();
                 self.fault(fault, words, at, uses);

@@ -16,6 +16,8 @@ use crate::error::Result;
 
 /// Entries that are moved at a time.
 const MAX_MOVES: usize = 65536;
+/// Bytes that are moved at a time: they are in memory until the repair is carried out.
+const MAX_MOVED: u64 = 256 << 20;
 
 /// Where the entry with a number in the table at an offset is to point.
 pub type Moves = HashMap<(u64, u64), u64>;
@@ -29,14 +31,14 @@ pub async fn run(image: &Image<'_>, scan: &mut Scan) -> Result<Moves> {
     }
     let l1_tables: Vec<_> = scan.l1_tables.iter().map(|(&k, &v)| (k, v)).collect();
     for ((table, count), uses) in l1_tables {
-        if scan.writable(image, table) {
+        if scan.is_alone(image, table, count * 8) {
             l2_tables(image, scan, (table, count), uses, &mut moves).await?;
         }
     }
     let l2_tables: Vec<_> = scan.l2_tables.iter().map(|(&k, &v)| (k, v)).collect();
     for (table, uses) in l2_tables {
         let leaves = image.leaves_file(table, image.cluster_size());
-        if !leaves && !image.shape.data_file && scan.writable(image, table) {
+        if !leaves && !image.shape.data_file && scan.is_alone(image, table, image.cluster_size()) {
             data(image, scan, table, uses, &mut moves).await?;
         }
     }
@@ -133,15 +135,15 @@ async fn relocate(
     shared: Move,
     moves: &mut Moves,
 ) -> Result<()> {
-    if moves.len() >= MAX_MOVES {
+    let bits = image.header.cluster_bits;
+    if moves.len() >= MAX_MOVES || (moves.len() as u64) << bits >= MAX_MOVED {
         return Ok(());
     }
-    let bits = image.header.cluster_bits;
     let clusters = image.clusters_of(shared.offset, shared.len);
     let target = scan.end;
     for cluster in clusters {
         let bytes = image.read_cluster(cluster << bits).await?;
-        image.write(scan.end << bits, &bytes).await?;
+        image.write(scan.end << bits, &bytes);
         scan.references.add(scan.end, shared.references);
         let index = scan.end / geometry(image).per_block();
         scan.end += 1;

@@ -215,6 +215,15 @@ impl Header {
         Ok(Patch { offset: 0, bytes })
     }
 
+    /// The first sector without a snapshot table.
+    #[must_use]
+    pub fn without_snapshots(&self) -> Patch {
+        self.first_sector(|sector| {
+            put(sector, 60, &0u32.to_be_bytes());
+            put(sector, 64, &0u64.to_be_bytes());
+        })
+    }
+
     /// The first sector with another refcount table.
     #[must_use]
     pub fn with_reftable(&self, offset: u64, clusters: u32) -> Patch {
