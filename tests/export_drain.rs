@@ -255,6 +255,58 @@ fn without_a_write_cache_a_write_is_stable_when_it_completes() {
     }
 }
 
+/// Catches: a short transfer that is reported as a whole one, or gone on with at the wrong place;
+/// an interruption that the guest hears of.
+#[test]
+fn short_and_interrupted_operations_are_carried_out_all_the_same() {
+    const LEN: usize = 24 << 10;
+    let place = Place::new();
+    let (root, storage) = memory_root((0..DISK).map(|n| (n / 512) as u8).collect());
+    let mut expected = storage.snapshot();
+    let _export = start(place.config(), root);
+    let mut hand = Hand::ready(&place.socket(), PLAIN);
+    storage.uneven(Some(1));
+    for round in 0..300usize {
+        let at = round * 7919 % (DISK / 512 - LEN / 512) * 512;
+        // Parts of the guest's memory that are not in the order of the disk.
+        let parts = [
+            (16 << 10, 8 << 10),
+            (0, 512),
+            (1024, 15 << 10),
+            (25 << 10, 512),
+        ];
+        let data = |write| parts.map(|(from, len)| (DATA + from, len as u32, write));
+        if round % 2 == 0 {
+            for (index, byte) in hand.bytes(DATA, 32 << 10).iter_mut().enumerate() {
+                *byte = (index / 64 + round * 31) as u8;
+            }
+            let mut to = at;
+            for (from, len) in parts {
+                let bytes = hand.bytes(DATA + from, len);
+                expected[to..to + len].copy_from_slice(bytes);
+                to += len;
+            }
+            let answer = hand.request(OUT, (at / 512) as u64, &data(false));
+            assert_eq!(answer.1, OK, "round {round}");
+            assert!(storage.snapshot() == expected, "round {round}: written");
+        } else {
+            hand.bytes(DATA, 32 << 10).fill(0xee);
+            let answer = hand.request(IN, (at / 512) as u64, &data(true));
+            assert_eq!(answer, (LEN as u32 + 1, OK), "round {round}");
+            let mut from_disk = at;
+            for (from, len) in parts {
+                let seen = &*hand.bytes(DATA + from, len);
+                let wanted = &expected[from_disk..from_disk + len];
+                assert!(seen == wanted, "round {round}: read");
+                from_disk += len;
+            }
+        }
+        if round % 8 == 0 {
+            assert_eq!(hand.request(4, 0, &[]).1, OK, "a flush");
+        }
+    }
+}
+
 /// Catches: a failed flush or write that is reported as done.
 #[test]
 fn errors_of_the_storage_reach_the_guest() {

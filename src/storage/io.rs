@@ -1,24 +1,56 @@
-//! Asynchronous operations on storage for tasks: whole transfers, whatever the kernel splits,
-//! and whatever alignment the storage asks for.
+//! Asynchronous operations on storage for tasks: whole transfers, whatever the kernel splits or
+//! interrupts, and whatever alignment the storage asks for.
 
 use std::io;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::{AlignedBuf, IoBufs, Op, ScratchBuf, Storage, Submission, Syncs};
 use crate::error::{Action, Error};
-use crate::reactor::Reactor;
+use crate::reactor::{Reactor, yield_now};
 
 /// Zeros are written from here where the storage cannot make them by itself.
 const ZERO_CHUNK: usize = 256 * 1024;
+/// An operation that was interrupted is tried again so often, and then no more: who waits for it
+/// hears of it within seconds.
+const TRIES: u32 = 1000;
+/// The first tries follow one another.
+const TRIES_AT_ONCE: u32 = 16;
+/// Between the others is so much time.
+const TRY_PAUSE: Duration = Duration::from_millis(1);
 
+/// Carries out `op`, again when it was interrupted.
 async fn run(storage: &dyn Storage, op: Op<'_>) -> io::Result<u32> {
     let reactor = Reactor::current()
         .ok_or_else(|| io::Error::other("storage used on a thread without a reactor"))?;
+    let mut tried = 0;
+    loop {
+        let result = run_once(&reactor, storage, op).await;
+        tried += 1;
+        match result {
+            Err(error) if tried < TRIES && is_interruption(&error) => {}
+            result => return result,
+        }
+        if tried < TRIES_AT_ONCE {
+            // Whoever has to make room for it may be on this thread.
+            yield_now().await;
+        } else {
+            reactor.sleep(TRY_PAUSE).await;
+        }
+    }
+}
+
+/// Nothing was done, and may be when it is tried again.
+fn is_interruption(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN))
+}
+
+async fn run_once(reactor: &Reactor, storage: &dyn Storage, op: Op<'_>) -> io::Result<u32> {
     let mut guard = reactor.reserve();
     // SAFETY: the vectors and their memory are borrowed from the caller, whose buffers outlive
     // this future's guard; dropping the guard waits for the operation.
-    match unsafe { storage.submit(&reactor, op, guard.token()) } {
+    match unsafe { storage.submit(reactor, op, guard.token()) } {
         Submission::Ready(result) => result,
         Submission::Pending => {
             guard.mark_started();
@@ -308,7 +340,9 @@ pub async fn write_buf(storage: &dyn Storage, offset: u64, bytes: &AlignedBuf) -
 mod tests {
     //! What would be caught: bytes from the wrong place of their blocks, more or fewer than were
     //! asked for, those of an earlier use past the storage's end, and memory that is new for each
-    //! use.
+    //! use; a short transfer that counts as a whole one, or is gone on with at the wrong place of
+    //! the storage or of memory; an interruption that is an error, or a done thing, or waited for
+    //! without end.
 
     #![allow(clippy::unwrap_used)]
 
@@ -354,6 +388,84 @@ mod tests {
         fn writable(&self) -> bool {
             self.0.writable()
         }
+    }
+
+    /// Bytes that tell where they belong.
+    fn pattern(len: usize, seed: u64) -> Vec<u8> {
+        (0..len as u64)
+            .map(|n| (n / 3 + n * n / 251 + seed * 17) as u8)
+            .collect()
+    }
+
+    #[test]
+    fn short_and_interrupted_transfers_move_every_byte_to_its_place() {
+        let reactor = Reactor::for_this_thread().unwrap();
+        for seed in 0..200 {
+            let storage = MemoryStorage::new(pattern(20_000, 0));
+            storage.uneven(Some(seed));
+            let mut expected = pattern(20_000, 0);
+            let at = seed as usize * 37 + 1;
+            // Three vectors of different lengths, and bytes of others around them.
+            let mut new = AlignedBuf::copy_of(&pattern(6000, seed + 1));
+            // SAFETY: `new` outlives the operations.
+            let bufs = |buffer: &AlignedBuf| unsafe {
+                let mut all = IoBufs::of(buffer, 0, 1000);
+                all.append(&IoBufs::of(buffer, 1700, 11));
+                all.append(&IoBufs::of(buffer, 2000, 3000));
+                all
+            };
+            let parts = [0..1000, 1700..1711, 2000..5000];
+            let vectors = bufs(&new);
+            reactor
+                .block_on(write(&storage, &vectors, at as u64))
+                .unwrap();
+            let mut to = at;
+            for part in &parts {
+                let bytes = new.get(part.clone()).unwrap();
+                expected
+                    .get_mut(to..to + part.len())
+                    .unwrap()
+                    .copy_from_slice(bytes);
+                to += part.len();
+            }
+            assert!(storage.snapshot() == expected, "seed {seed}: written");
+            let mut wanted = new.to_vec();
+            new.fill(0xee);
+            for (index, byte) in wanted.iter_mut().enumerate() {
+                if !parts.iter().any(|part| part.contains(&index)) {
+                    *byte = 0xee;
+                }
+            }
+            reactor
+                .block_on(read(&storage, &vectors, at as u64))
+                .unwrap();
+            assert!(*new == *wanted, "seed {seed}: read");
+            // A read over the end is zeros from there on.
+            let over = reactor.block_on(read_buf(&storage, 15_000, 8000)).unwrap();
+            let mut wanted = expected.get(15_000..).unwrap().to_vec();
+            wanted.resize(8000, 0);
+            assert!(*over == *wanted, "seed {seed}: over the end");
+            reactor
+                .block_on(zero(&storage, at as u64, 999, true))
+                .unwrap();
+            expected.get_mut(at..at + 999).unwrap().fill(0);
+            assert!(storage.snapshot() == expected, "seed {seed}: zeroed");
+            storage.record();
+            reactor.block_on(sync(&storage)).unwrap();
+            reactor.block_on(discard(&storage, 0, 10)).unwrap();
+            assert_eq!(storage.take_log().len(), 2, "seed {seed}");
+        }
+        Reactor::leave_thread();
+    }
+
+    #[test]
+    fn what_is_interrupted_for_ever_fails_in_the_end() {
+        let reactor = Reactor::for_this_thread().unwrap();
+        let storage = MemoryStorage::new(vec![0; 512]);
+        storage.fail_after(0, libc::EAGAIN);
+        let error = reactor.block_on(sync(&storage)).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EAGAIN));
+        Reactor::leave_thread();
     }
 
     #[test]

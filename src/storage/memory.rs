@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
+use super::fault::Uneven;
 use super::{Limits, Op, Storage, Submission, Syncs};
 use crate::reactor::{Reactor, Token};
 
@@ -45,6 +46,7 @@ pub struct MemoryStorage {
     errno: AtomicUsize,
     fail_syncs: AtomicBool,
     syncs: Arc<Syncs>,
+    uneven: Mutex<Option<Uneven>>,
 }
 
 impl MemoryStorage {
@@ -59,6 +61,7 @@ impl MemoryStorage {
             fail_syncs: AtomicBool::new(false),
             // A failed sync takes nothing away.
             syncs: Syncs::new(false),
+            uneven: Mutex::new(None),
         }
     }
 
@@ -97,6 +100,19 @@ impl MemoryStorage {
         self.fail_syncs.store(fail, Ordering::SeqCst);
     }
 
+    /// From now on transfers are short and operations interrupted, as the seed decides; or no longer.
+    pub fn uneven(&self, seed: Option<u64>) {
+        *self.uneven.lock() = seed.map(Uneven::new);
+    }
+
+    /// How many bytes of a transfer of `len` are moved now.
+    fn admit(&self, len: usize) -> io::Result<usize> {
+        match self.uneven.lock().as_mut() {
+            Some(uneven) => uneven.transfer(len, 1),
+            None => Ok(len),
+        }
+    }
+
     fn step(&self, step: impl FnOnce() -> Step) {
         if let Some(log) = self.log.lock().as_mut() {
             log.push(step());
@@ -126,6 +142,7 @@ impl MemoryStorage {
                 let all = rest.len();
                 // SAFETY: valid by contract.
                 let bufs = unsafe { super::IoBufs::new(iovecs) };
+                let bufs = bufs.slice(0, self.admit(bufs.len())?);
                 rest = rest.get(..bufs.len()).unwrap_or(rest);
                 bufs.copy_from(rest);
                 Ok(all.min(bufs.len()) as u32)
@@ -133,6 +150,7 @@ impl MemoryStorage {
             Op::Write { iovecs, offset } => {
                 // SAFETY: valid by contract.
                 let bufs = unsafe { super::IoBufs::new(iovecs) };
+                let bufs = bufs.slice(0, self.admit(bufs.len())?);
                 let mut new = vec![0; bufs.len()];
                 bufs.copy_to(&mut new);
                 let mut bytes = self.bytes.lock();
@@ -151,10 +169,12 @@ impl MemoryStorage {
                 Err(io::Error::from_raw_os_error(libc::EIO))
             }
             Op::Sync => {
+                self.admit(0)?;
                 self.step(|| Step::Sync);
                 Ok(0)
             }
             Op::Reserve { offset, len } => {
+                self.admit(0)?;
                 let mut bytes = self.bytes.lock();
                 let end = (offset + len) as usize;
                 if bytes.len() < end {
@@ -164,6 +184,7 @@ impl MemoryStorage {
                 Ok(0)
             }
             Op::Zero { offset, len, .. } => {
+                self.admit(0)?;
                 let mut bytes = self.bytes.lock();
                 let end = (offset + len).min(bytes.len() as u64) as usize;
                 if let Some(range) = bytes.get_mut(offset as usize..end) {

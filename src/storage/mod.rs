@@ -4,8 +4,14 @@
 //! and in tests storage that records, delays and breaks. The data path calls
 //! [`Storage::submit`] with a client token and guest memory as it is; everything else uses the
 //! `async` functions of [`io`], which own their buffers.
+//!
+//! Storage may move fewer bytes than it was asked to, and may answer any operation with EINTR or
+//! EAGAIN, which mean that nothing was done. [`io`] goes on where a transfer ended and tries such
+//! an operation again, for a bounded time. The data path does neither: what has not moved every
+//! byte it gives to a task, which goes through [`io`].
 
 pub mod buffer;
+pub mod fault;
 pub mod file;
 mod holder;
 pub mod io;
@@ -25,21 +31,25 @@ pub use window::Window;
 /// An operation on storage.
 #[derive(Clone, Copy, Debug)]
 pub enum Op<'a> {
-    /// Read into the vectors from `offset`. May be short; 0 bytes means the end of the file.
+    /// Read into the vectors from `offset`. May be short, by whole blocks of
+    /// [`Limits::offset_align`] unless it meets the end; 0 bytes means the end of the file.
     Read {
         /// Where the bytes go.
         iovecs: &'a [libc::iovec],
         /// Position in the storage, in bytes.
         offset: u64,
     },
-    /// Write from the vectors to `offset`. May be short.
+    /// Write from the vectors to `offset`. May be short, by whole blocks of
+    /// [`Limits::offset_align`].
     Write {
         /// Where the bytes come from.
         iovecs: &'a [libc::iovec],
         /// Position in the storage, in bytes.
         offset: u64,
     },
-    /// Make everything written before stable (`fdatasync`).
+    /// Make everything written before stable (`fdatasync`). EINTR and EAGAIN say that it has not
+    /// been tried to its end, so that it can be tried again; after any other error nothing is known
+    /// about what was written.
     Sync,
     /// Reserve space for a range behind the end, which reads as zeros; the storage becomes longer.
     /// An error means that nothing is gained by it, or nothing was reserved: both are harmless.
@@ -84,7 +94,7 @@ pub struct Limits {
 /// A place that holds the bytes of one layer.
 #[allow(clippy::len_without_is_empty)] // An empty file is nothing special.
 pub trait Storage: Send + Sync + std::fmt::Debug {
-    /// Starts `op`.
+    /// Starts `op`. It may end short, or with EINTR or EAGAIN: see [`crate::storage`].
     ///
     /// # Safety
     /// The memory that the operation names, the array of vectors included, stays valid until
