@@ -95,6 +95,13 @@ async fn resize_raw(layer: &Layer, wanted: Resize) -> Result<()> {
     let storage = &*layer.storage;
     let failed = |error| Error::io(Action::Write, storage.name(), wanted.size, &error);
     let old = storage.len().map_err(failed)?;
+    if storage.capacity().map_err(failed)?.is_some() && wanted.size != old {
+        return Err(Error::Invalid(format!(
+            "{}: a block device of {old} bytes cannot be resized here (expected a change of the \
+             device itself)",
+            storage.name()
+        )));
+    }
     storage.set_len(wanted.size).map_err(failed)?;
     preallocate_raw(storage, old, wanted.size, wanted.preallocation)
         .await
@@ -161,6 +168,12 @@ pub async fn grow(chain: &Chain, wanted: Resize, in_force: &InForce) -> Result<(
         wide.set_size(size, in_force).await
     }
     .await;
+    if grown.is_err()
+        && let Err(error) = wide.unmap_above(old).await
+    {
+        let file = wide.storage().name();
+        log::warn!("{file}: freeing what was allocated in vain: {error}");
+    }
     // Also frees what was allocated in vain.
     grown.and(wide.close().await)
 }

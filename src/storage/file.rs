@@ -275,6 +275,11 @@ impl Storage for FileStorage {
         Ok(self.file.metadata()?.len())
     }
 
+    fn capacity(&self) -> io::Result<Option<u64>> {
+        let device = self.block_device.then(|| device_len(&self.file));
+        device.transpose()
+    }
+
     fn set_len(&self, len: u64) -> io::Result<()> {
         if self.block_device {
             return if len <= device_len(&self.file)? {

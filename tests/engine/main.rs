@@ -8,6 +8,7 @@ mod check;
 mod compressed;
 mod damage;
 mod damaged;
+mod device;
 mod differential;
 mod faults;
 mod features;

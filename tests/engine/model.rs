@@ -34,6 +34,8 @@ pub enum Kind {
 /// written again; the model adopts what it reads.
 pub struct Model {
     pub bytes: Vec<u8>,
+    /// Sectors of a block: whole ones are asked for.
+    pub grain: usize,
     discarded: Vec<bool>,
     busy: Vec<bool>,
     rng: StdRng,
@@ -45,6 +47,7 @@ impl Model {
         let sectors = bytes.len() / SECTOR;
         Rc::new(RefCell::new(Self {
             bytes,
+            grain: 1,
             discarded: vec![false; sectors],
             busy: vec![false; sectors],
             rng: StdRng::seed_from_u64(seed),
@@ -56,8 +59,9 @@ impl Model {
     fn pick(&mut self, longest: usize) -> (usize, usize) {
         loop {
             let len = 1 + self.rng.random_range(0..longest);
-            let start = self.rng.random_range(0..self.busy.len());
+            let start = self.rng.random_range(0..self.busy.len()) / self.grain * self.grain;
             let len = len.min(self.busy.len() - start);
+            let len = len.next_multiple_of(self.grain);
             if self.busy[start..start + len].iter().all(|busy| !busy) {
                 self.busy[start..start + len].fill(true);
                 return (start, len);

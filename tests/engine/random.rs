@@ -35,7 +35,20 @@ pub fn workload(
     seed: u64,
     stream: bool,
 ) -> (Disk, Vec<u8>) {
+    workload_of(disk, bytes, count, seed, stream, 1)
+}
+
+/// As [`workload`], of a guest whose blocks have `grain` sectors.
+pub fn workload_of(
+    disk: Disk,
+    bytes: Vec<u8>,
+    count: usize,
+    seed: u64,
+    stream: bool,
+    grain: usize,
+) -> (Disk, Vec<u8>) {
     let model = Model::new(bytes, seed);
+    model.borrow_mut().grain = grain;
     let disk = Rc::new(disk);
     let mut rng = StdRng::seed_from_u64(seed ^ 1);
     let reactor = disk.reactor.clone();

@@ -125,8 +125,11 @@ async fn perform(chain: &Arc<Chain>, step: Step) {
 
 /// Runs the threads, which do not touch one another's bytes, and looks at what is left.
 fn work(start: &Start, threads: &'static [&'static [Step]]) {
+    work_on(Disk::new(start.image.clone()), start, threads);
+}
+
+fn work_on(disk: Arc<Disk>, start: &Start, threads: &'static [&'static [Step]]) {
     let _reactor = Reactor::for_this_thread().unwrap();
-    let disk = Disk::new(start.image.clone());
     let (image, chain) = block_on(open(start, &disk, true));
     for step in start.first {
         block_on(perform(&chain, *step));
@@ -285,6 +288,25 @@ fn compressed_clusters_that_are_freed_and_shared() {
         first: FIRST,
     };
     orders_of(start, 600, THREADS);
+}
+
+/// What would be caught: on a device that is nearly full, and whose next clusters have no refcount
+/// block, a block that two make, or clusters that two are given.
+#[test]
+fn the_last_clusters_of_a_device() {
+    const THREADS: &[&[Step]] = &[
+        &[Write(1024, 512, 2), Write(1536, 512, 3), Flush],
+        &[Write(SLICE + 1024, 1024, 4), Read(SLICE + 1024, 1024, 4)],
+        &[Write(2 * SLICE + 1024, 512, 5), Flush],
+    ];
+    let mut start = image("cluster_size=512,refcount_bits=64", &[]);
+    // Room for what is written, and for two blocks of 64 clusters.
+    let end = start.image.len().next_multiple_of(512) + 7 * 512;
+    start.image.resize(end, 0xd5);
+    let start = Arc::new(start);
+    many_orders(300, move || {
+        work_on(Disk::device(start.image.clone()), &start, THREADS);
+    });
 }
 
 #[test]

@@ -374,6 +374,11 @@ impl Qcow2 {
             }
             meta.allocator.plan_growth()
         };
+        let growth = match growth {
+            Ok(growth) => growth,
+            Err(_) if self.has_more_room() => return Ok(()),
+            Err(need) => return Err(self.lacking(need)),
+        };
         let bytes = self.meta.lock().allocator.growth_blocks(&growth);
         let (start, blocks, clusters) = (growth.start, growth.blocks, growth.clusters);
         let table = growth

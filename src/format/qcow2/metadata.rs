@@ -141,6 +141,12 @@ impl Clusters {
         self.kinds.get(&cluster).copied()
     }
 
+    /// The end of the last one.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        self.kinds.keys().max().map_or(0, |last| last + 1)
+    }
+
     /// A cluster has become metadata.
     pub fn add(&mut self, cluster: u64, kind: Kind) {
         self.kinds.insert(cluster, kind);

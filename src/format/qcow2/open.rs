@@ -80,13 +80,19 @@ impl Qcow2 {
             cluster_bits: header.cluster_bits,
             refcount_order: header.refcount_order,
         };
-        let allocator = Allocator::new(
+        let mut allocator = Allocator::new(
             geometry,
             table,
             metadata,
             end,
             storage.limits().zero_past_end,
         );
+        let capacity = storage
+            .capacity()
+            .map_err(|error| Error::io(Action::Read, storage.name(), 0, &error))?;
+        if let Some(capacity) = capacity {
+            allocator.set_limit(capacity / cluster);
+        }
         let shape = header.shape();
         let size = options.size.unwrap_or(header.size);
         if shape.l1_entries(size) > l1.len() as u64 {

@@ -8,10 +8,14 @@
 //! * what is in `free` has refcount 0, and no request and no stable mapping refers to it;
 //! * while a freed cluster is punched it has its last reference and is not in `free`, and no part
 //!   of it is handed out;
+//! * nothing from `limit` on is handed out or free: a block device ends there;
 //! * from `virgin_from` on nothing has ever been written: those clusters read as zeros.
 
 mod exact;
 mod growth;
+mod limit;
+
+pub use limit::Look;
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -32,6 +36,10 @@ pub enum Need {
     Slice(u64),
     /// The refcount table must become longer.
     Table,
+    /// A replacement of the table that is under way must end first.
+    Turn,
+    /// There is no free cluster, and the storage cannot become longer.
+    Full,
     /// The image contradicts itself.
     Corrupt(String),
 }
@@ -102,8 +110,10 @@ pub struct Allocator {
     virgin_from: u64,
     /// The table is being replaced: no new refcount blocks meanwhile.
     frozen: bool,
+    /// Clusters of the storage, if it cannot become longer; else `u64::MAX`.
+    limit: u64,
     /// Clusters that have not been looked at since the image was opened: some may be free.
-    unseen: Range<u64>,
+    unseen: Vec<Range<u64>>,
     /// Where the next compressed cluster goes, in a host cluster that others share.
     part: Option<Range<u64>>,
     /// The image's own clusters, which are never handed out, whatever their refcount.
@@ -133,7 +143,8 @@ impl Allocator {
             frontier: end,
             virgin_from: if zero_past_end { end } else { u64::MAX },
             frozen: false,
-            unseen: 0..end,
+            limit: u64::MAX,
+            unseen: std::iter::once(0..end).collect(),
             part: None,
             metadata,
         }
@@ -210,13 +221,18 @@ impl Allocator {
         if self.free.is_empty() {
             self.look_for_free()?;
         }
-        while let Some((&start, &len)) = self.free.first_key_value() {
-            let range = start..start + len.min(wanted);
-            if let Some(allocation) = self.take(range, wanted)? {
-                return Ok(allocation);
+        loop {
+            while let Some((&start, &len)) = self.free.first_key_value() {
+                let range = start..start + len.min(wanted);
+                if let Some(allocation) = self.take(range, wanted)? {
+                    return Ok(allocation);
+                }
+            }
+            match self.append(wanted) {
+                Err(Need::Full | Need::Table) if self.find_more()? => {}
+                other => return other,
             }
         }
-        self.append(wanted)
     }
 
     /// Allocates `len` bytes for a compressed cluster, less than a cluster: in the host cluster that
@@ -247,27 +263,39 @@ impl Allocator {
     /// Finds what is free in the next slice of the clusters that the file had when it was opened.
     fn look_for_free(&mut self) -> Result<(), Need> {
         let per_slice = self.geometry.per_slice();
-        // Without a block there is no telling, and none is made for what lies before the end.
-        while !self.unseen.is_empty()
-            && self
-                .slice_offset(self.slice_of(self.unseen.start))
-                .is_none()
-        {
-            self.unseen.start = (self.unseen.start / per_slice + 1) * per_slice;
-        }
-        let Range { start, end } = self.unseen.clone();
-        if start >= end {
-            return Ok(());
-        }
-        let stop = end.min((start / per_slice + 1) * per_slice);
-        for cluster in start..stop {
-            if self.refcount(cluster)? == Some(0) && self.may_use(cluster) && !self.is_free(cluster)
-            {
-                self.add_free(cluster, 1);
+        let after = |cluster: u64| (cluster / per_slice + 1) * per_slice;
+        while let Some(Range { start, end }) = self.unseen.last().cloned() {
+            let stop = end.min(after(start));
+            // Without a block there is no telling, and none is made for what lies before the end
+            // as long as there is room elsewhere.
+            let covered = self.slice_offset(self.slice_of(start)).is_some();
+            for cluster in start..stop {
+                if covered
+                    && self.refcount(cluster)? == Some(0)
+                    && self.may_use(cluster)
+                    && !self.is_free(cluster)
+                {
+                    self.add_free(cluster, 1);
+                }
+            }
+            match self.unseen.last_mut() {
+                Some(last) if stop < end => last.start = stop,
+                _ => drop(self.unseen.pop()),
+            }
+            if covered {
+                break;
             }
         }
-        self.unseen.start = stop;
         Ok(())
+    }
+
+    /// Notes clusters before the frontier that may be free.
+    fn look_later(&mut self, clusters: Range<u64>) {
+        match self.unseen.last_mut() {
+            Some(last) if last.end == clusters.start => last.end = clusters.end,
+            _ if clusters.is_empty() => {}
+            _ => self.unseen.push(clusters),
+        }
     }
 
     fn is_free(&self, cluster: u64) -> bool {
@@ -286,16 +314,25 @@ impl Allocator {
         false
     }
 
-    /// Takes a run out of `free`, checking that it is.
+    /// Takes a run out of `free`, checking that it is. Where it has no refcount block its first
+    /// cluster becomes that.
     fn take(&mut self, range: Range<u64>, wanted: u64) -> Result<Option<Allocation>, Need> {
+        if self.refcount(range.start)?.is_none() {
+            self.add_block(range.start)?;
+            self.remove_free(range.start, 1);
+            return Ok(None);
+        }
         let mut count = 0;
         for cluster in range.clone() {
-            match self.refcount(cluster)? {
-                Some(0) => count += 1,
-                other => {
+            match self.refcount(cluster) {
+                Ok(Some(0)) => count += 1,
+                // Where another block begins, or its slice is not loaded: a shorter run.
+                Ok(None) | Err(Need::Slice(_)) if count > 0 => break,
+                Ok(other) => {
                     log::error!("cluster {cluster} was thought free but has refcount {other:?}");
                     break;
                 }
+                Err(need) => return Err(need),
             }
         }
         let taken = count.max(1);
@@ -334,8 +371,16 @@ impl Allocator {
     fn append(&mut self, wanted: u64) -> Result<Allocation, Need> {
         loop {
             let start = self.frontier;
+            if start >= self.limit {
+                return Err(Need::Full);
+            }
             match self.refcount(start)? {
-                None => self.add_block(start)?,
+                // It would cover itself alone.
+                None if start + 1 >= self.limit => return Err(Need::Full),
+                None => {
+                    self.add_block(start)?;
+                    self.frontier = start + 1;
+                }
                 Some(0) if !self.may_use(start) => self.frontier += 1,
                 Some(0) => {
                     let count = self.run_of_free(start, wanted)?;
@@ -352,7 +397,7 @@ impl Allocator {
 
     fn run_of_free(&self, start: u64, wanted: u64) -> Result<u64, Need> {
         let mut count = 1;
-        while count < wanted {
+        while count < wanted.min(self.limit - start) {
             match self.refcount(start + count) {
                 Ok(Some(0)) if self.metadata.what(start + count).is_none() => count += 1,
                 // Where the next block begins, or its slice is not loaded: a shorter run.
@@ -363,16 +408,23 @@ impl Allocator {
         Ok(count)
     }
 
-    /// Makes `cluster`, the first one without a refcount block, that block: it covers itself.
+    /// Makes `cluster`, which has no refcount block, that block: it covers itself.
     fn add_block(&mut self, cluster: u64) -> Result<(), Need> {
         let index = (cluster / self.geometry.per_block()) as usize;
-        if self.frozen || index >= self.table.len() {
-            return Err(Need::Table);
-        }
+        self.may_add_block(index)?;
         let fresh = self.allocation(cluster, 1).fresh;
         self.place_block(index, cluster, fresh);
-        self.set(cluster, 1)?;
-        self.frontier = cluster + 1;
+        self.set(cluster, 1)
+    }
+
+    /// Whether block number `index` may be made now.
+    fn may_add_block(&self, index: usize) -> Result<(), Need> {
+        if index >= self.table.len() {
+            return Err(Need::Table);
+        }
+        if self.frozen {
+            return Err(Need::Turn);
+        }
         Ok(())
     }
 
@@ -440,7 +492,10 @@ impl Allocator {
     }
 
     fn add_free(&mut self, start: u64, len: u64) {
-        let mut range = start..start + len;
+        let mut range = start..(start + len).min(self.limit);
+        if range.is_empty() {
+            return;
+        }
         if let Some((&before, &count)) = self.free.range(..start).next_back()
             && before + count == start
         {
@@ -462,7 +517,10 @@ impl Allocator {
     /// Lowers the frontier: the clusters from `cluster` on turned out to be free.
     pub fn lower_frontier(&mut self, cluster: u64) {
         self.frontier = self.frontier.min(cluster);
-        self.unseen.end = self.unseen.end.min(cluster);
+        for range in &mut self.unseen {
+            range.end = range.end.min(cluster);
+        }
+        self.unseen.retain(|range| !range.is_empty());
     }
 
     /// How many slices and table entries wait to be written.

@@ -75,7 +75,7 @@ proptest! {
                     }
                 }
                 Err(Need::Table) => {
-                    let growth = allocator.plan_growth();
+                    let growth = allocator.plan_growth().unwrap();
                     let bytes = allocator.growth_blocks(&growth);
                     let covered = growth.blocks * allocator.geometry.per_block();
                     prop_assert!(growth.blocks + growth.clusters <= covered);

@@ -5,8 +5,10 @@
 //! and not used is given back when the image is closed; after a kill the next to open the image
 //! finds the true end by the refcounts.
 
+use std::ops::Range;
+
 use super::Qcow2;
-use super::refcount::Allocation;
+use super::refcount::{Allocation, Look};
 use crate::error::Result;
 use crate::storage;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,8 +17,10 @@ use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 const LEAST: u64 = 1 << 20;
 /// The largest step in bytes.
 const MOST: u64 = 64 << 20;
-/// The largest step in clusters: so many refcounts are looked at to find the end again.
+/// The largest step in clusters.
 const MOST_CLUSTERS: u64 = 4096;
+/// So many slices of the refcounts are looked at to find the end again: those of a block of 2 MiB.
+const MOST_SLICES: usize = 512;
 
 /// How far the file reaches. On cache lines of its own.
 #[derive(Debug)]
@@ -80,10 +84,9 @@ impl Qcow2 {
         let end = first << self.cluster_bits;
         let Ok(len) = self.storage.len() else { return };
         // An image made by others may have clusters in use behind the end of its file.
-        for cluster in first..len.div_ceil(self.cluster_size()) {
-            if self.refcount(cluster).await != Some(0) {
-                return;
-            }
+        let clusters = len.div_ceil(self.cluster_size());
+        if self.end_of_use(first..clusters, usize::MAX).await > first {
+            return;
         }
         if len > end
             && let Err(error) = self.storage.set_len(end)
@@ -96,23 +99,41 @@ impl Qcow2 {
         self.reservation.end.store(end, Ordering::Relaxed);
     }
 
-    /// Finds the end of what is in use, which may lie before the end of the file.
+    /// Finds the end of what is in use, which may lie before the end of the file, and far before
+    /// the end of a block device.
     pub(super) async fn find_end(&self) -> Result<()> {
         let end = self.meta.lock().allocator.frontier();
-        let mut used = end;
-        while used > 1 && end - used < MOST_CLUSTERS {
-            let known = self.meta.lock().allocator.metadata().what(used - 1);
-            match self.refcount(used - 1).await {
-                // Metadata stay where they are, whatever their refcount.
-                Some(0) if known.is_none() => used -= 1,
-                _ => break,
-            }
-        }
+        let used = self.end_of_use(1..end, MOST_SLICES).await;
         if used < end {
             self.meta.lock().allocator.lower_frontier(used);
-            // Left by somebody who was killed.
-            self.reservation.used.store(true, Ordering::Relaxed);
+            // Left by somebody who was killed; a device has its length for good.
+            let can_shrink = self.storage.capacity().is_ok_and(|fixed| fixed.is_none());
+            self.reservation.used.store(can_shrink, Ordering::Relaxed);
         }
         Ok(())
+    }
+
+    /// Where what is in use ends among `clusters`: at their start, if nothing is. No more than
+    /// `slices` slices of the refcounts are looked at, from the end of the last block down; where
+    /// they do not tell, the end is above the true one.
+    pub(super) async fn end_of_use(&self, clusters: Range<u64>, mut slices: usize) -> u64 {
+        let metadata = self.meta.lock().allocator.metadata().end();
+        // Metadata stay where they are, whatever their refcount.
+        let first = clusters.start.max(metadata.min(clusters.end));
+        let mut end = clusters.end;
+        while end > first && slices > 0 {
+            let look = self.with_refcounts(|allocator| allocator.look_down(end));
+            match look.await {
+                Ok(Ok(Look::Used(used))) => return used.max(first),
+                Ok(Ok(Look::Uncovered(free))) => end = free,
+                Ok(Ok(Look::Free(free))) => {
+                    end = free;
+                    slices -= 1;
+                }
+                // It cannot be told.
+                Ok(Err(_)) | Err(_) => break,
+            }
+        }
+        end.max(first)
     }
 }

@@ -170,16 +170,12 @@ impl Qcow2 {
     /// When refcounts cannot be read, or the file cannot be cut.
     pub async fn trim_file(&self) -> Result<()> {
         let failed = |error| Error::io(Action::Write, self.storage.name(), 0, &error);
-        let len = self.storage.len().map_err(failed)?;
-        let mut end = len.div_ceil(self.cluster_size());
-        while end > 1 {
-            let known = self.meta.lock().allocator.metadata().what(end - 1);
-            if known.is_some() || self.refcount(end - 1).await != Some(0) {
-                break;
-            }
-            end -= 1;
+        if self.storage.capacity().map_err(failed)?.is_some() {
+            return Ok(());
         }
-        let end = end << self.cluster_bits;
+        let len = self.storage.len().map_err(failed)?;
+        let clusters = 1..len.div_ceil(self.cluster_size()).max(1);
+        let end = self.end_of_use(clusters, usize::MAX).await << self.cluster_bits;
         if end < len {
             self.storage.set_len(end).map_err(failed)?;
         }

@@ -172,15 +172,37 @@ impl Qcow2 {
         &self,
         mut step: impl FnMut(&mut Allocator) -> std::result::Result<T, Need>,
     ) -> Result<T> {
+        let mut flushed = false;
         loop {
             let table_len = self.meta.lock().allocator.table().len();
             match self.with_refcounts(&mut step).await? {
                 Ok(value) => return Ok(value),
                 // Whoever made it longer in the meantime has done so for us too.
                 Err(Need::Table) => self.grow_reftable(table_len).await?,
+                Err(Need::Turn) => drop(self.flush_turn().await),
+                Err(Need::Full) if self.has_more_room() => {}
+                Err(Need::Full) if !flushed && self.has_freed() => {
+                    self.flush().await?;
+                    flushed = true;
+                }
                 Err(need) => return Err(self.lacking(need)),
             }
         }
+    }
+
+    /// Whether the storage has become longer than the allocator thinks: a device that an
+    /// administrator has extended.
+    pub(super) fn has_more_room(&self) -> bool {
+        let capacity = self.storage.capacity().ok().flatten().unwrap_or(0);
+        let clusters = capacity >> self.cluster_bits;
+        self.meta.lock().allocator.raise_limit(clusters)
+    }
+
+    /// Whether a flush may make clusters free.
+    fn has_freed(&self) -> bool {
+        let meta = self.meta.lock();
+        let waiting = meta.unmapped.len() + meta.unreleased.len();
+        waiting > 0 || !self.released.lock().is_empty()
     }
 
     /// Takes a step of the allocator, loading the refcounts that it needs; says what else it lacks.
@@ -197,8 +219,13 @@ impl Qcow2 {
         }
     }
 
-    fn lacking(&self, need: Need) -> Error {
+    pub(super) fn lacking(&self, need: Need) -> Error {
         let what = match need {
+            Need::Full => {
+                let full = std::io::Error::from_raw_os_error(libc::ENOSPC);
+                let end = self.storage.len().unwrap_or(0);
+                return self.io_error(Action::Write, end, &full);
+            }
             Need::Corrupt(what) => what,
             need => format!("refcounts are lacking: {need:?}"),
         };

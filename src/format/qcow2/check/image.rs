@@ -30,6 +30,8 @@ pub struct Image<'a> {
     pub len: u64,
     /// What is to be written.
     plan: Mutex<Plan>,
+    /// It is on a device, which has its length whatever is in use.
+    pub fixed: bool,
 }
 
 impl<'a> Image<'a> {
@@ -43,14 +45,14 @@ impl<'a> Image<'a> {
                 "the image has its guest data in a data file, and does not name it",
             ));
         }
-        let len = storage
-            .len()
-            .map_err(|error| Error::io(Action::Read, storage.name(), 0, &error))?;
+        let failed = |error| Error::io(Action::Read, storage.name(), 0, &error);
+        let len = storage.len().map_err(failed)?;
         Ok(Self {
             storage,
             shape: header.shape(),
             header,
             len: len.next_multiple_of(SECTOR as u64),
+            fixed: storage.capacity().map_err(failed)?.is_some(),
             plan: Mutex::default(),
         })
     }
@@ -79,6 +81,11 @@ impl<'a> Image<'a> {
             move |error: std::io::Error| Error::io(action, self.storage.name(), offset, &error)
         };
         let plan = std::mem::take(&mut *self.plan.lock());
+        let capacity = self.storage.capacity().map_err(failed(Action::Write, 0))?;
+        if let Some(capacity) = capacity.filter(|&capacity| plan.end() > capacity) {
+            let full = std::io::Error::from_raw_os_error(libc::ENOSPC);
+            return Err(failed(Action::Write, capacity)(full));
+        }
         for step in plan.into_steps() {
             match step {
                 Step::Write { offset, bytes } => {

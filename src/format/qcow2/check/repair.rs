@@ -109,6 +109,14 @@ async fn all(mut image: Image<'_>, mut scan: Scan) -> Result<Planned<'_>> {
         if let Some(doubt) = trust::doubt(&image, &scan) {
             return Ok(Err(doubt));
         }
+        if image.fixed && scan.hidden && (scan.rebuild || !scan.overlaps.is_empty()) {
+            // What has to be added would go behind what is in use, and there may be more.
+            return Ok(Err(
+                "some tables cannot be read, so that what is free on the device cannot be told \
+                 (copy it to a file, and repair that)"
+                    .to_owned(),
+            ));
+        }
         let moves = separate::run(&image, &mut scan).await?;
         for (start, count, times) in std::mem::take(&mut scan.latent) {
             for cluster in start..start + count {

@@ -105,7 +105,8 @@ pub struct Scan {
     pub faulty_snapshots: bool,
     /// The refcount table; empty if it cannot be where the header says.
     pub reftable: Vec<u64>,
-    /// Clusters of the file, and one more if something begins in the file's last one.
+    /// Clusters of the file, and one more if something begins in the file's last one; on a device
+    /// those up to the last one in use.
     pub end: u64,
 }
 
@@ -138,6 +139,11 @@ impl Scan {
         walk.l2_tables().await?;
         walk.refcount_blocks();
         walk.compare().await?;
+        if image.fixed {
+            // What a repair adds goes behind what is in use.
+            let used = image.cluster_of(walk.scan.summary.image_end);
+            walk.scan.end = used.min(walk.scan.end);
+        }
         Ok(walk.scan)
     }
 }

@@ -1,39 +1,99 @@
 //! Contiguous clusters for a table.
 
-use super::{Allocation, Allocator, Need};
+use super::{Allocation, Allocator, KEPT_CLEAN, Need};
 
 impl Allocator {
-    /// Allocates exactly `count` contiguous clusters behind everything else. Refcount blocks that
-    /// are lacking there are made in front of them, so that none comes to lie in their midst.
+    /// Allocates exactly `count` contiguous clusters, behind everything else if there is room.
+    /// Refcount blocks that are lacking there are made in front of them, so that none comes to lie
+    /// in their midst.
     ///
     /// # Errors
     /// What must be done first; nothing has been allocated then.
     pub fn allocate_exact(&mut self, count: u64) -> Result<Allocation, Need> {
+        match self.exact_behind(count) {
+            Err(need @ (Need::Full | Need::Table)) => self.exact_within(count)?.ok_or(need),
+            other => other,
+        }
+    }
+
+    fn exact_behind(&mut self, count: u64) -> Result<Allocation, Need> {
         loop {
             let start = self.frontier;
-            let missing = self.missing_blocks(start, count)?;
-            let first = start + missing.len() as u64;
-            match self.first_in_use(start, first + count)? {
-                Some(cluster) => self.frontier = cluster + 1,
-                None => {
-                    for (cluster, &index) in (start..).zip(&missing) {
-                        // They are written whole.
-                        self.place_block(index, cluster, false);
-                    }
-                    for cluster in start..first + count {
-                        self.set(cluster, 1)?;
-                    }
-                    self.frontier = first + count;
-                    // Both in one, since what is behind the first is fresh if that is.
-                    let all = self.allocation(start, first + count - start);
-                    return Ok(Allocation {
-                        offset: first << self.geometry.cluster_bits,
-                        clusters: count,
-                        fresh: all.fresh,
-                    });
+            match self.exact_at(start, self.limit, count)? {
+                Ok(place) => {
+                    self.frontier = (place.offset >> self.geometry.cluster_bits) + count;
+                    return Ok(place);
+                }
+                Err(cluster) => {
+                    self.look_later(start..cluster);
+                    self.frontier = cluster + 1;
                 }
             }
         }
+    }
+
+    /// Looks for a place among what is free before the frontier, where there is none behind it.
+    /// A table over more slices than are sure to be in memory together is not looked for.
+    fn exact_within(&mut self, count: u64) -> Result<Option<Allocation>, Need> {
+        let slices = count / self.geometry.per_slice() + 2;
+        if self.limit == u64::MAX || slices > KEPT_CLEAN as u64 {
+            return Ok(None);
+        }
+        self.find_all()?;
+        let mut from = 0;
+        while let Some((&start, &len)) = self.free.range(from..).find(|(_, len)| **len >= count) {
+            match self.exact_at(start, start + len, count) {
+                Ok(Ok(place)) => {
+                    let end = (place.offset >> self.geometry.cluster_bits) + count;
+                    self.remove_free(start, end - start);
+                    return Ok(Some(place));
+                }
+                Ok(Err(cluster)) => {
+                    log::error!("cluster {cluster} was thought free but is not");
+                    self.remove_free(start, cluster + 1 - start);
+                    self.look_later(start..cluster);
+                    from = cluster + 1;
+                }
+                Err(Need::Full) => from = start + len,
+                Err(need) => return Err(need),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Allocates `count` clusters in `[start, end)`, as near to `start` as their blocks allow.
+    /// `Err` within: this cluster is in use.
+    fn exact_at(
+        &mut self,
+        start: u64,
+        end: u64,
+        count: u64,
+    ) -> Result<Result<Allocation, u64>, Need> {
+        if end.saturating_sub(start) < count {
+            return Err(Need::Full);
+        }
+        let missing = self.missing_blocks(start, count)?;
+        let first = start + missing.len() as u64;
+        if end - first < count {
+            return Err(Need::Full);
+        }
+        if let Some(cluster) = self.first_in_use(start, first + count)? {
+            return Ok(Err(cluster));
+        }
+        for (cluster, &index) in (start..).zip(&missing) {
+            // They are written whole.
+            self.place_block(index, cluster, false);
+        }
+        for cluster in start..first + count {
+            self.set(cluster, 1)?;
+        }
+        // Both in one, since what is behind the first is fresh if that is.
+        let all = self.allocation(start, first + count - start);
+        Ok(Ok(Allocation {
+            offset: first << self.geometry.cluster_bits,
+            clusters: count,
+            fresh: all.fresh,
+        }))
     }
 
     /// The table's indices that lack a block if `count` clusters, and those blocks, begin at
@@ -55,8 +115,8 @@ impl Allocator {
             }
             missing = now;
         }
-        if self.frozen && !missing.is_empty() {
-            return Err(Need::Table);
+        if let Some(&index) = missing.first() {
+            self.may_add_block(index)?;
         }
         Ok(missing)
     }

@@ -1,6 +1,6 @@
 //! A longer refcount table in place of one that is full.
 
-use super::{Allocator, Kind, put};
+use super::{Allocator, Kind, Need, put};
 
 /// A longer refcount table that is to be.
 #[derive(Debug)]
@@ -20,30 +20,38 @@ impl Allocator {
     ///
     /// The new table and the blocks that cover it stand together where no block covers anything
     /// yet, so that nothing else changes.
-    pub fn plan_growth(&mut self) -> Growth {
-        self.frozen = true;
+    ///
+    /// # Errors
+    /// [`Need::Full`]: there is no room for it.
+    pub fn plan_growth(&mut self) -> Result<Growth, Need> {
         let per_block = self.geometry.per_block();
         let per_cluster = (1u64 << self.geometry.cluster_bits) / 8;
         let old = self.table.len() as u64;
         let start = old * per_block;
+        // More would never be used.
+        let most = self.limit.div_ceil(per_block);
         let mut blocks = 1;
         let clusters = loop {
-            let entries = (old + old / 2 + blocks + 1).max(old + blocks);
+            let entries = (old + old / 2 + blocks + 1).min(most).max(old + blocks);
             let clusters = entries.div_ceil(per_cluster);
             if blocks * per_block >= blocks + clusters {
                 break clusters;
             }
             blocks += 1;
         };
+        if start + blocks + clusters > self.limit {
+            return Err(Need::Full);
+        }
+        self.frozen = true;
         let mut table = self.table.clone();
         table.extend((0..blocks).map(|i| (start + i) << self.geometry.cluster_bits));
         table.resize((clusters * per_cluster) as usize, 0);
-        Growth {
+        Ok(Growth {
             start,
             blocks,
             clusters,
             table,
-        }
+        })
     }
 
     /// The refcount blocks of a growth, as they go to the disk.
@@ -72,11 +80,7 @@ impl Allocator {
         }
         self.frozen = false;
         // Between the old end and the new table there may be clusters that a block covers.
-        for cluster in skipped {
-            if matches!(self.refcount(cluster), Ok(Some(0))) && self.may_use(cluster) {
-                self.add_free(cluster, 1);
-            }
-        }
+        self.look_later(skipped);
     }
 
     /// Gives up a growth that failed.

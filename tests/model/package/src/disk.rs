@@ -12,6 +12,8 @@ use crate::sync::atomic::{AtomicBool, Ordering};
 pub struct Disk {
     bytes: Mutex<Vec<u8>>,
     point: AtomicBool,
+    /// It has its length for good.
+    device: bool,
 }
 
 impl Disk {
@@ -20,6 +22,17 @@ impl Disk {
         Arc::new(Self {
             bytes: Mutex::new(bytes),
             point: AtomicBool::new(false),
+            device: false,
+        })
+    }
+
+    /// A device in memory.
+    #[must_use]
+    pub fn device(bytes: Vec<u8>) -> Arc<Self> {
+        Arc::new(Self {
+            bytes: Mutex::new(bytes),
+            point: AtomicBool::new(false),
+            device: true,
         })
     }
 
@@ -45,6 +58,9 @@ impl Disk {
         let mut file = self.bytes();
         let mut put = |offset: u64, bytes: &[u8]| {
             let end = offset as usize + bytes.len();
+            if file.len() < end && self.device {
+                return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+            }
             if file.len() < end {
                 file.resize(end, 0);
             }
@@ -87,6 +103,10 @@ impl Storage for Disk {
         Ok(self.bytes().len() as u64)
     }
 
+    fn capacity(&self) -> io::Result<Option<u64>> {
+        Ok(self.device.then(|| self.bytes().len() as u64))
+    }
+
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.bytes().resize(len as usize, 0);
         Ok(())
@@ -96,7 +116,7 @@ impl Storage for Disk {
         Limits {
             memory_align: 1,
             offset_align: 1,
-            zero_past_end: true,
+            zero_past_end: !self.device,
         }
     }
 
