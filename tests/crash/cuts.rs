@@ -21,8 +21,6 @@ use crate::states::visit;
 use crate::workload::Work;
 use crate::{alone, number_from, seed};
 
-/// States judged by default, of each disk: all there are of most.
-const STATES: usize = 6000;
 /// Of these, so many are shown to `qemu-img check` and written to.
 const SAMPLES: usize = 40;
 
@@ -91,7 +89,9 @@ fn cuts_with(
         );
         work.compress.set(recipe.compress);
         work.from.set(recipe.from);
-        work.strict.set(fault.is_none());
+        work.grain.set(recipe.grain());
+        let may_be_full = recipe.storage.device.is_some();
+        work.strict.set(fault.is_none() && !may_be_full);
         machine.fail(fault);
         if stream {
             work.spawn_stream(&reactor, 3);
@@ -101,6 +101,11 @@ fn cuts_with(
         }
         machine.run(&reactor, &mut rng);
         machine.fail(None);
+        if fault.is_none() {
+            let failures = work.failures.borrow();
+            let full = failures.iter().all(|(_, errno)| *errno == libc::ENOSPC);
+            assert!(full, "seed {seed}: {failures:?}");
+        }
         work.strict.set(true);
         reactor.block_on(work.flush());
         let everything = read_all(&reactor, &work.chain.borrow()).unwrap();
@@ -122,9 +127,10 @@ fn cuts_with(
         reactor,
         history,
     };
-    let budget = number_from("STRATABLK_CRASH_STATES").unwrap_or(STATES);
+    let budget = number_from("STRATABLK_CRASH_STATES").unwrap_or(recipe.states);
     let each = std::env::var("STRATABLK_CRASH_QEMU").is_ok_and(|value| value == "all");
-    let sample = (SAMPLES as f64 / budget as f64).min(1.0);
+    // Fewer of few.
+    let sample = SAMPLES as f64 / budget.max(SAMPLES * 60) as f64;
     let (total, judged) = visit(&disk.files, &log, budget, &mut rng, |state, rng| {
         let thorough = rng.random_bool(sample);
         judge.judge(&state, thorough, each || thorough);

@@ -10,8 +10,11 @@ use stratablk::reactor::Reactor;
 use stratablk::storage::{AlignedBuf, IoBufs, Storage};
 
 use crate::history::{SECTOR, fill, stamp_of};
-use crate::machine::Machine;
+use crate::machine::{Machine, Traits};
 use crate::support::{create, create_over, run};
+
+/// States judged by default, of each disk: all there are of most.
+const STATES: usize = 6000;
 
 /// What lies under the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +47,10 @@ pub struct Recipe {
     pub reserves: bool,
     /// Copies from below are compressed.
     pub compress: bool,
+    /// What kind of storage it is on.
+    pub storage: Traits,
+    /// States judged by default of each power cut.
+    pub states: usize,
 }
 
 impl Recipe {
@@ -60,7 +67,14 @@ impl Recipe {
             cache_bytes: qcow2::DEFAULT_CACHE_BYTES,
             reserves: false,
             compress: false,
+            storage: Traits::FILE,
+            states: STATES,
         }
+    }
+
+    /// Sectors of a block.
+    pub fn grain(&self) -> usize {
+        (self.storage.block as usize / SECTOR).max(1)
     }
 }
 
@@ -201,9 +215,15 @@ impl Disk {
         }
         let under = first.clone();
         top_part(recipe).put(&mut first);
+        let mut files: Vec<_> = paths.iter().map(|p| std::fs::read(p).unwrap()).collect();
+        if let Some(len) = recipe.storage.device {
+            // Left by whoever had the device before.
+            assert!(files[0].len() <= len as usize);
+            files[0].resize(len as usize, 0xd5);
+        }
         Self {
             recipe,
-            files: paths.iter().map(|p| std::fs::read(p).unwrap()).collect(),
+            files,
             paths,
             first,
             under,
@@ -220,6 +240,7 @@ impl Disk {
         if self.recipe.reserves {
             machine.allow_reserving();
         }
+        machine.behave(self.recipe.storage);
         self.open_files(|index| machine.file(index), writable).await
     }
 

@@ -79,6 +79,7 @@ impl Bench {
         work.strict.set(false);
         machine.fail(Some(fault));
         work.compress.set(self.disk.recipe.compress);
+        work.grain.set(self.disk.recipe.grain());
         self.spawn(&work, self.stream);
         machine.run(&self.reactor, &mut rng);
         let (counted, failed) = machine.counted();
@@ -224,7 +225,7 @@ impl Bench {
     }
 
     /// Every operation on `file` fails, one after another.
-    fn every(&mut self, file: usize, of: Counted, errno: i32) {
+    pub fn every(&mut self, file: usize, of: Counted, errno: i32) {
         let fault = |from, until| Fault {
             file,
             of,

@@ -105,10 +105,18 @@ impl Judge<'_> {
         let opened = self.reactor.block_on(self.disk.open(&machine, true));
         let opened = opened.map_err(text)?;
         let mut expected = seen.to_vec();
+        let mut uncertain = vec![false; expected.len()];
+        let may_be_full = self.disk.recipe.storage.device.is_some();
         for index in 0..8 {
             let start = index * expected.len() / 8 + 3;
             let stamp = 0xb000_0000 + 64 * index as u32;
-            write(&self.reactor, &opened.chain, start, 13, stamp).map_err(text)?;
+            match write(&self.reactor, &opened.chain, start, 13, stamp) {
+                Err(error) if may_be_full && error.errno() == libc::ENOSPC => {
+                    uncertain[start..start + 13].fill(true);
+                    continue;
+                }
+                written => written.map_err(text)?,
+            }
             for (stamp, sector) in (stamp..).zip(&mut expected[start..start + 13]) {
                 *sector = stamp;
             }
@@ -128,7 +136,7 @@ impl Judge<'_> {
         let opened = opened.map_err(text)?;
         let seen = read_all(&self.reactor, &opened.chain).map_err(text)?;
         for (sector, (seen, expected)) in seen.iter().zip(expected).enumerate() {
-            if *seen != Some(expected) {
+            if *seen != Some(expected) && !uncertain[sector] {
                 return Err(format!(
                     "after work went on, sector {sector} reads {seen:x?}, expected {expected:x}"
                 ));

@@ -23,6 +23,7 @@ use stratablk::storage::{Access, FileStorage, Limits, Op, Storage, Submission};
 use crate::disk::{Below, Disk, Recipe};
 use crate::history::{Change, History};
 use crate::judge::Judge;
+use crate::machine::Traits;
 use crate::states::{Kept, State};
 use crate::workload::{Report, Work};
 use crate::{number_from, seed};
@@ -32,7 +33,7 @@ const VARIABLE: &str = "STRATABLK_KILLED";
 /// Every so many kills one is shown to `qemu-img check`.
 const QEMU: usize = 8;
 
-const RECIPES: [(Recipe, bool); 4] = [
+const RECIPES: [(Recipe, bool); 5] = [
     (
         Recipe {
             reserves: true,
@@ -64,6 +65,16 @@ const RECIPES: [(Recipe, bool); 4] = [
         },
         false,
     ),
+    (
+        Recipe {
+            storage: Traits {
+                device: Some(1 << 20),
+                ..Traits::FILE
+            },
+            ..Recipe::new("cluster_size=4k", 512)
+        },
+        false,
+    ),
 ];
 
 /// Where in an operation the process ends.
@@ -87,6 +98,8 @@ struct Deadly {
     /// Operations left, of all files.
     left: Arc<AtomicUsize>,
     place: Place,
+    /// It stands for a device of so many bytes.
+    device: Option<u64>,
 }
 
 fn die() {
@@ -102,10 +115,26 @@ impl Deadly {
     fn counts(&self) -> bool {
         self.left.fetch_sub(1, Ordering::SeqCst) == 1
     }
+
+    /// What a device cannot do.
+    fn refusal(&self, op: Op<'_>) -> Option<i32> {
+        let device = self.device?;
+        match op {
+            Op::Write { iovecs, offset } => {
+                let len: usize = iovecs.iter().map(|iovec| iovec.iov_len).sum();
+                (offset + len as u64 > device).then_some(libc::ENOSPC)
+            }
+            Op::Zero { .. } | Op::Reserve { .. } => Some(libc::EOPNOTSUPP),
+            Op::Read { .. } | Op::Sync => None,
+        }
+    }
 }
 
 impl Storage for Deadly {
     unsafe fn submit(&self, reactor: &Reactor, op: Op<'_>, token: Token) -> Submission {
+        if let Some(errno) = self.refusal(op) {
+            return Submission::Ready(Err(std::io::Error::from_raw_os_error(errno)));
+        }
         let last = !matches!(op, Op::Read { .. }) && self.counts();
         if last && self.place == Place::Before {
             die();
@@ -139,7 +168,12 @@ impl Storage for Deadly {
         self.file.len()
     }
 
+    fn capacity(&self) -> std::io::Result<Option<u64>> {
+        Ok(self.device)
+    }
+
     fn set_len(&self, len: u64) -> std::io::Result<()> {
+        assert!(self.device.is_none(), "a device has its length");
         let last = self.counts();
         if last && self.place == Place::Before {
             die();
@@ -152,7 +186,10 @@ impl Storage for Deadly {
     }
 
     fn limits(&self) -> Limits {
-        self.file.limits()
+        Limits {
+            zero_past_end: self.device.is_none(),
+            ..self.file.limits()
+        }
     }
 
     fn name(&self) -> &str {
@@ -228,6 +265,7 @@ fn victim() {
             file: FileStorage::open(&paths(Path::new(words[4]), recipe)[index], flags).unwrap(),
             left: left.clone(),
             place,
+            device: recipe.storage.device.filter(|_| index == 0),
         })
     };
     let opened = reactor.block_on(disk.open_files(file, true)).unwrap();
@@ -401,6 +439,11 @@ fn at_every_operation_on_an_overlay_with_a_snapshot() {
 #[test]
 fn at_every_operation_on_an_image_with_a_data_file() {
     at_every_operation(3);
+}
+
+#[test]
+fn at_every_operation_on_a_device() {
+    at_every_operation(4);
 }
 
 /// Needs `strace`, and is passed over without it.

@@ -2,6 +2,8 @@
 //! finish, in any order, and which log when each was issued and when it was done. One log for
 //! all files, so that a cut is one instant for all of them. Operations fail on demand.
 //!
+//! The disks are files of a page cache, unless [`Traits`] say something else.
+//!
 //! An operation takes effect when it is done. A barrier covers what was done before the barrier
 //! was issued, as `fdatasync` does. When one fails, a machine with a page cache throws away what it
 //! covered, as Linux does: reads still find it there, no later barrier makes it stable.
@@ -13,7 +15,27 @@ use parking_lot::Mutex;
 use rand::Rng;
 use rand::rngs::StdRng;
 use stratablk::reactor::{Reactor, Token};
+use stratablk::storage::fault::Uneven;
 use stratablk::storage::{IoBufs, Limits, Op, Storage, Submission, Syncs};
+
+/// What kind of storage the files of a machine are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Traits {
+    /// Bytes of a block: whole ones are read and written.
+    pub block: u64,
+    /// The first file is a device of so many bytes. It has no holes, and what was on it before.
+    pub device: Option<u64>,
+    /// Transfers are short and operations interrupted, by this seed.
+    pub uneven: Option<u64>,
+}
+
+impl Traits {
+    pub const FILE: Self = Self {
+        block: 1,
+        device: None,
+        uneven: None,
+    };
+}
 
 /// What an operation does to a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,6 +121,8 @@ struct Pending {
     target: Vec<libc::iovec>,
     offset: u64,
     fault: Option<i32>,
+    /// It is interrupted, and nothing is done.
+    interrupted: Option<i32>,
     /// Operations that were done when it was issued.
     done: usize,
 }
@@ -107,7 +131,6 @@ struct Pending {
 // test completes operations on the submitter's thread.
 unsafe impl Send for Pending {}
 
-#[derive(Default)]
 struct State {
     files: Vec<Vec<u8>>,
     log: Vec<Event>,
@@ -119,6 +142,8 @@ struct State {
     fault: Option<Fault>,
     counted: usize,
     failed: usize,
+    traits: Traits,
+    uneven: Option<Uneven>,
     cache: Option<Cache>,
 }
 
@@ -152,7 +177,7 @@ impl Cache {
 }
 
 /// The disks of one machine. Clones name the same machine.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Machine {
     state: Arc<Mutex<State>>,
     syncs: Vec<Arc<Syncs>>,
@@ -177,7 +202,17 @@ impl Machine {
     pub fn new(files: &[Vec<u8>]) -> Self {
         let state = State {
             files: files.to_vec(),
-            ..State::default()
+            log: Vec::new(),
+            pending: Vec::new(),
+            next: 0,
+            held: false,
+            reserves: false,
+            fault: None,
+            counted: 0,
+            failed: 0,
+            traits: Traits::FILE,
+            uneven: None,
+            cache: None,
         };
         Self {
             state: Arc::new(Mutex::new(state)),
@@ -224,6 +259,20 @@ impl Machine {
     /// From now on space can be reserved behind the end of the files.
     pub fn allow_reserving(&self) {
         self.state.lock().reserves = true;
+    }
+
+    /// Makes the files another kind of storage.
+    pub fn behave(&self, traits: Traits) {
+        let mut state = self.state.lock();
+        state.traits = traits;
+        state.uneven = traits.uneven.map(Uneven::new);
+    }
+
+    /// Makes the device longer.
+    pub fn lengthen(&self, len: u64) {
+        let mut state = self.state.lock();
+        state.traits.device = Some(len);
+        state.files[0].resize(len as usize, 0xd5);
     }
 
     /// Events so far: the time.
@@ -341,6 +390,55 @@ impl State {
         fails.then_some(fault.errno)
     }
 
+    /// The length that a file has for good.
+    fn capacity(&self, file: usize) -> Option<u64> {
+        self.traits.device.filter(|_| file == 0)
+    }
+
+    /// What the kind of storage says to an operation, before it is begun.
+    fn refusal(&self, file: usize, effect: &Effect) -> Option<i32> {
+        let block = self.traits.block;
+        let whole = |offset: u64, len: u64| {
+            let aligned = offset.is_multiple_of(block) && len.is_multiple_of(block);
+            assert!(aligned, "{len} bytes at {offset}, in blocks of {block}");
+        };
+        let behind = |end: u64| self.capacity(file).is_some_and(|capacity| end > capacity);
+        match effect {
+            Effect::Grow(_) if !self.reserves => Some(libc::EOPNOTSUPP),
+            Effect::Zero { .. } | Effect::Punch { .. } | Effect::Grow(_)
+                if self.capacity(file).is_some() =>
+            {
+                Some(libc::EOPNOTSUPP)
+            }
+            Effect::Write { offset, bytes } => {
+                whole(*offset, bytes.len() as u64);
+                behind(offset + bytes.len() as u64).then_some(libc::ENOSPC)
+            }
+            _ => None,
+        }
+    }
+
+    /// Makes a transfer short; the error of one that is interrupted.
+    fn disturb(&mut self, effect: &mut Effect, target: &mut Vec<libc::iovec>) -> Option<i32> {
+        // By sectors: a cut tears none.
+        let block = self.traits.block.max(512);
+        let uneven = self.uneven.as_mut()?;
+        let admitted = match effect {
+            Effect::Write { bytes, .. } => {
+                let count = uneven.transfer(bytes.len(), block);
+                count.map(|count| bytes.truncate(count))
+            }
+            Effect::Read => {
+                // SAFETY: the vectors are the submitter's; no memory is touched.
+                let bufs = unsafe { IoBufs::new(target) };
+                let count = uneven.transfer(bufs.len(), block);
+                count.map(|count| *target = bufs.slice(0, count).iovecs().to_vec())
+            }
+            _ => uneven.admit(),
+        };
+        admitted.err()?.raw_os_error()
+    }
+
     fn issue(&mut self, file: usize, effect: &Effect) -> usize {
         let id = self.next;
         self.next += 1;
@@ -355,6 +453,11 @@ impl State {
     }
 
     fn perform(&mut self, pending: Pending) -> io::Result<u32> {
+        if let Some(errno) = pending.interrupted {
+            let (id, effect) = (pending.id, Effect::Read);
+            self.log.push(Event::Failed { id, effect });
+            return Err(io::Error::from_raw_os_error(errno));
+        }
         if let Some(errno) = pending.fault {
             let effect = match &pending.effect {
                 // Some of it reached the disk.
@@ -429,7 +532,7 @@ impl Storage for File {
     unsafe fn submit(&self, _reactor: &Reactor, op: Op<'_>, token: Token) -> Submission {
         let mut target = Vec::new();
         let mut at = 0;
-        let effect = match op {
+        let mut effect = match op {
             Op::Read { iovecs, offset } => {
                 target = iovecs.to_vec();
                 at = offset;
@@ -448,10 +551,10 @@ impl Storage for File {
             Op::Zero { offset, len, .. } => Effect::Zero { offset, len },
         };
         let mut state = self.machine.state.lock();
-        if matches!(effect, Effect::Grow(_)) && !state.reserves {
-            let error = io::Error::from_raw_os_error(libc::EOPNOTSUPP);
-            return Submission::Ready(Err(error));
+        if let Some(errno) = state.refusal(self.index, &effect) {
+            return Submission::Ready(Err(io::Error::from_raw_os_error(errno)));
         }
+        let interrupted = state.disturb(&mut effect, &mut target);
         let fault = state.verdict(self.index, &effect);
         let pending = Pending {
             id: state.issue(self.index, &effect),
@@ -460,6 +563,7 @@ impl Storage for File {
             effect,
             target,
             offset: at,
+            interrupted: interrupted.filter(|_| fault.is_none()),
             fault,
             done: state.cache.as_ref().map_or(0, |cache| cache.done),
         };
@@ -476,6 +580,11 @@ impl Storage for File {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         let mut state = self.machine.state.lock();
+        if let Some(capacity) = state.capacity(self.index) {
+            let fits = len <= capacity;
+            let full = io::Error::from_raw_os_error(libc::ENOSPC);
+            return fits.then_some(()).ok_or(full);
+        }
         let effect = Effect::SetLen(len);
         if let Some(errno) = state.verdict(self.index, &effect) {
             return Err(io::Error::from_raw_os_error(errno));
@@ -489,11 +598,16 @@ impl Storage for File {
         Ok(())
     }
 
+    fn capacity(&self) -> io::Result<Option<u64>> {
+        Ok(self.machine.state.lock().capacity(self.index))
+    }
+
     fn limits(&self) -> Limits {
+        let state = self.machine.state.lock();
         Limits {
             memory_align: 1,
-            offset_align: 1,
-            zero_past_end: true,
+            offset_align: state.traits.block,
+            zero_past_end: state.capacity(self.index).is_none(),
         }
     }
 

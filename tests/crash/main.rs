@@ -8,6 +8,7 @@ mod bitmaps;
 mod blocks;
 mod cuts;
 mod data_file;
+mod device;
 mod disk;
 mod faults;
 mod held;
@@ -15,6 +16,7 @@ mod history;
 mod judge;
 mod kill;
 mod machine;
+mod neighbour;
 mod punch;
 mod qcow2;
 mod resize;
@@ -26,6 +28,7 @@ mod states;
 #[path = "../engine/support.rs"]
 mod support;
 mod turns;
+mod variants;
 mod workload;
 
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};

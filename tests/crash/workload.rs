@@ -67,6 +67,8 @@ pub struct Work {
     pub keep_views: Cell<bool>,
     kept: RefCell<Option<Rc<View>>>,
     kept_views: Cell<usize>,
+    /// Sectors of a block: guests ask for whole ones.
+    pub grain: Cell<usize>,
     /// Who keeps the history as well.
     pub observer: RefCell<Option<Observer>>,
     clock: Clock,
@@ -89,6 +91,7 @@ impl Work {
             keep_views: Cell::new(false),
             kept: RefCell::default(),
             kept_views: Cell::new(0),
+            grain: Cell::new(1),
             observer: RefCell::default(),
             clock,
             rng: RefCell::new(StdRng::seed_from_u64(seed)),
@@ -143,7 +146,8 @@ impl Work {
 
     fn spawn_job(self: &Rc<Self>, reactor: &Reactor, tasks: usize, whole: bool) {
         let left = Rc::new(Cell::new(tasks));
-        let part = self.history.borrow().len().div_ceil(tasks) * SECTOR;
+        let part = self.history.borrow().len().div_ceil(tasks);
+        let part = part.next_multiple_of(self.grain.get()) * SECTOR;
         for task in 0..tasks {
             let (work, left) = (self.clone(), left.clone());
             reactor.spawn(async move {
@@ -209,9 +213,11 @@ impl Work {
         let mut rng = self.rng.borrow_mut();
         let mut busy = self.busy.borrow_mut();
         for _ in 0..20 {
+            let grain = self.grain.get();
             let longest = [1, 8, 24, 64][rng.random_range(0..4)];
-            let start = rng.random_range(self.from.get()..busy.len());
+            let start = rng.random_range(self.from.get()..busy.len()) / grain * grain;
             let len = rng.random_range(1..=longest).min(busy.len() - start);
+            let len = len.next_multiple_of(grain);
             if busy[start..start + len].iter().all(|busy| !busy) {
                 busy[start..start + len].fill(true);
                 return Some((start, len));
