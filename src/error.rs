@@ -52,6 +52,14 @@ pub enum Error {
         /// What was found, and what was expected.
         what: String,
     },
+    /// The image has no room left, whatever room its storage has.
+    #[error("{file}: image is full: {what}")]
+    Full {
+        /// The storage's name.
+        file: String,
+        /// What is at its limit, and what to do.
+        what: String,
+    },
     /// The image needs what this program does not have.
     #[error("{file}: {what}")]
     Unsupported {
@@ -95,6 +103,15 @@ impl Error {
         }
     }
 
+    /// An image that has grown as far as its format goes.
+    #[must_use]
+    pub fn full(file: &str, what: impl Into<String>) -> Self {
+        Self::Full {
+            file: file.to_owned(),
+            what: what.into(),
+        }
+    }
+
     /// An image that needs more than there is.
     #[must_use]
     pub fn unsupported(file: &str, what: impl Into<String>) -> Self {
@@ -111,6 +128,7 @@ impl Error {
             Self::Io { errno, .. } => *errno,
             Self::Sync(failure) => failure.errno,
             Self::Corrupt { .. } => libc::EIO,
+            Self::Full { .. } => libc::ENOSPC,
             Self::Unsupported { .. } => libc::ENOTSUP,
             Self::Busy(_) => libc::EBUSY,
             Self::Invalid(_) => libc::EINVAL,
@@ -122,10 +140,12 @@ impl Error {
     pub fn is_write(&self) -> bool {
         matches!(
             self,
-            Self::Io {
-                action: Action::Write | Action::Flush,
-                ..
-            } | Self::Sync(_)
+            Self::Full { .. }
+                | Self::Io {
+                    action: Action::Write | Action::Flush,
+                    ..
+                }
+                | Self::Sync(_)
         )
     }
 }

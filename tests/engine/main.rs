@@ -14,6 +14,7 @@ mod faults;
 mod features;
 mod flips;
 mod foreign;
+mod full;
 mod headers;
 mod matrix;
 mod model;

@@ -372,7 +372,9 @@ impl Qcow2 {
             if meta.allocator.table().len() > len {
                 return Ok(());
             }
-            meta.allocator.plan_growth()
+            meta.allocator
+                .plan_growth()
+                .map_err(|need| self.lacking(need))?
         };
         let growth = match growth {
             Ok(growth) => growth,

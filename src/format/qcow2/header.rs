@@ -63,7 +63,7 @@ const MIN_EXTENDED_BITS: u32 = 14;
 
 /// Limits on what an image may make us allocate; they are QEMU's.
 pub(super) const MAX_L1_ENTRIES: u64 = (32 << 20) / 8;
-const MAX_REFTABLE_BYTES: u64 = 8 << 20;
+pub(super) const MAX_REFTABLE_BYTES: u64 = 8 << 20;
 /// Longest name of a backing file in bytes.
 pub(super) const MAX_BACKING_NAME: usize = 1023;
 /// Bytes of the bitmaps extension.

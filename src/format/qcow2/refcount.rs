@@ -40,6 +40,8 @@ pub enum Need {
     Turn,
     /// There is no free cluster, and the storage cannot become longer.
     Full,
+    /// There is no room left: this has grown as far as the format goes.
+    Limit(&'static str),
     /// The image contradicts itself.
     Corrupt(String),
 }

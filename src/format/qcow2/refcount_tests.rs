@@ -5,6 +5,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::format::qcow2::header::MAX_REFTABLE_BYTES;
 
 fn allocator(cluster_bits: u32, refcount_order: u32) -> Allocator {
     let geometry = Geometry {
@@ -151,4 +152,76 @@ fn a_cluster_that_is_about_to_be_freed_is_shared_no_more() {
     allocator.release(cluster).unwrap();
     assert_eq!(allocator.allocate_part(512), Ok(other + 512));
     assert_eq!(allocator.allocate(1).unwrap().offset >> 12, cluster);
+}
+
+/// What would be caught: a table that nobody opens again, one that does not grow although there is
+/// a longer one, an image that is full before the last free cluster is found.
+#[test]
+fn a_table_grows_to_the_limit_and_no_further() {
+    const MOST: u64 = MAX_REFTABLE_BYTES / 8;
+    for (cluster_bits, refcount_order) in [(9, 6), (9, 4), (12, 4), (16, 4), (21, 6), (21, 0)] {
+        let geometry = Geometry {
+            cluster_bits,
+            refcount_order,
+        };
+        let per_cluster = (1u64 << cluster_bits) / 8;
+        for clusters in [1, 2, 3, 40, 100].map(|part| (MOST / per_cluster * part / 100).max(1)) {
+            let mut entries = clusters * per_cluster;
+            let mut growths = 0;
+            while growths < 100 {
+                let table = vec![0; entries as usize];
+                let end = entries * geometry.per_block();
+                let mut allocator = Allocator::new(geometry, table, Clusters::default(), end, true);
+                let Ok(growth) = allocator.plan_growth() else {
+                    break;
+                };
+                let next = growth.table.len() as u64;
+                assert!(
+                    next > entries && next <= MOST,
+                    "{entries} entries, then {next}"
+                );
+                assert_eq!(next, growth.clusters * per_cluster);
+                assert!(
+                    entries + growth.blocks <= next,
+                    "its blocks have no place in it"
+                );
+                let covered = growth.blocks * geometry.per_block();
+                assert!(growth.blocks + growth.clusters <= covered);
+                entries = next;
+                growths += 1;
+            }
+            // What is left has no room for the blocks that a longer table needs.
+            let blocks = (MOST / per_cluster + 1).div_ceil(geometry.per_block() - 1);
+            assert!(
+                entries + blocks + 1 > MOST,
+                "{entries} entries, and no more"
+            );
+        }
+    }
+}
+
+#[test]
+fn what_is_free_is_found_before_the_image_is_full() {
+    let geometry = Geometry {
+        cluster_bits: 9,
+        refcount_order: 6,
+    };
+    // Two blocks are there, 64 clusters each, and the table cannot get longer.
+    let mut table = vec![0; (MAX_REFTABLE_BYTES / 8) as usize];
+    let end = table.len() as u64 * 64;
+    (table[0], table[1]) = (2 << 9, 64 << 9);
+    let mut allocator = Allocator::new(geometry, table, Clusters::default(), end, true);
+    for no in 0..2 {
+        allocator.insert_slice(no, vec![0; 512].into_boxed_slice());
+    }
+    for cluster in (0..128).filter(|cluster| *cluster != 100) {
+        allocator.set(cluster, 1).unwrap();
+    }
+    assert_eq!(allocator.allocate(4).unwrap().offset, 100 << 9);
+    assert_eq!(allocator.allocate(1), Err(Need::Table));
+    assert!(matches!(allocator.plan_growth(), Err(Need::Limit(_))));
+    assert!(matches!(allocator.plan_growth(), Err(Need::Limit(_))));
+    // It is full for as long as nothing is freed.
+    allocator.release(7).unwrap();
+    assert_eq!(allocator.allocate(1).unwrap().offset, 7 << 9);
 }

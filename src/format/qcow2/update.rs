@@ -226,6 +226,7 @@ impl Qcow2 {
                 let end = self.storage.len().unwrap_or(0);
                 return self.io_error(Action::Write, end, &full);
             }
+            Need::Limit(what) => return Error::full(self.storage.name(), what),
             Need::Corrupt(what) => what,
             need => format!("refcounts are lacking: {need:?}"),
         };

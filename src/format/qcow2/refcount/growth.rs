@@ -1,6 +1,7 @@
 //! A longer refcount table in place of one that is full.
 
 use super::{Allocator, Kind, Need, put};
+use crate::format::qcow2::header::MAX_REFTABLE_BYTES;
 
 /// A longer refcount table that is to be.
 #[derive(Debug)]
@@ -22,22 +23,15 @@ impl Allocator {
     /// yet, so that nothing else changes.
     ///
     /// # Errors
-    /// [`Need::Full`]: there is no room for it.
+    /// [`Need::Limit`]: the format has no longer one; [`Need::Full`]: there is no room for it.
     pub fn plan_growth(&mut self) -> Result<Growth, Need> {
-        let per_block = self.geometry.per_block();
         let per_cluster = (1u64 << self.geometry.cluster_bits) / 8;
-        let old = self.table.len() as u64;
-        let start = old * per_block;
-        // More would never be used.
-        let most = self.limit.div_ceil(per_block);
-        let mut blocks = 1;
-        let clusters = loop {
-            let entries = (old + old / 2 + blocks + 1).min(most).max(old + blocks);
-            let clusters = entries.div_ceil(per_cluster);
-            if blocks * per_block >= blocks + clusters {
-                break clusters;
-            }
-            blocks += 1;
+        let start = self.table.len() as u64 * self.geometry.per_block();
+        let Some((blocks, clusters)) = self.growth() else {
+            return Err(Need::Limit(
+                "the refcount table has the 8 MiB that the format allows (copy it into an image \
+                 with larger clusters, or with fewer refcount_bits)",
+            ));
         };
         if start + blocks + clusters > self.limit {
             return Err(Need::Full);
@@ -52,6 +46,23 @@ impl Allocator {
             clusters,
             table,
         })
+    }
+
+    /// The blocks and the clusters of a longer table: half as long again, if the limit allows it.
+    /// `None`: there is no table that has room for the blocks that it needs itself.
+    pub(super) fn growth(&self) -> Option<(u64, u64)> {
+        let per_block = self.geometry.per_block();
+        let per_cluster = (1u64 << self.geometry.cluster_bits) / 8;
+        let most = MAX_REFTABLE_BYTES / 8;
+        // More would never be used.
+        let useful = most.min(self.limit.div_ceil(per_block));
+        let old = self.table.len() as u64;
+        let sizes = (1..).map(|blocks| {
+            let wanted = (old + old / 2 + blocks + 1).min(useful);
+            (blocks, wanted.max(old + blocks).div_ceil(per_cluster))
+        });
+        let mut possible = sizes.take_while(|(blocks, _)| old + blocks <= most);
+        possible.find(|(blocks, clusters)| blocks * per_block >= blocks + clusters)
     }
 
     /// The refcount blocks of a growth, as they go to the disk.

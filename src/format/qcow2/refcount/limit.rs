@@ -50,15 +50,16 @@ impl Allocator {
     }
 
     /// Finds more that is free, when `free` is empty and nothing is left behind the frontier.
-    /// False: there is nothing. Storage that can become longer is not searched.
+    /// False: there is nothing. An image that can become longer is not searched.
     pub(super) fn find_more(&mut self) -> Result<bool, Need> {
-        if self.limit == u64::MAX {
+        let bounded = self.limit != u64::MAX;
+        if !bounded && self.growth().is_some() {
             return Ok(false);
         }
         while self.free.is_empty() && !self.unseen.is_empty() {
             self.look_for_free()?;
         }
-        if self.free.is_empty() {
+        if self.free.is_empty() && bounded {
             self.open_holes(1);
         }
         Ok(!self.free.is_empty())
