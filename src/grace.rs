@@ -8,11 +8,16 @@
 //! Holding an era costs the data path a count that only its own thread touches: each thread
 //! keeps one reference ([`EraCache`]) and requests share it. A thread with nothing in flight
 //! lets go of it, so that idle threads hold nothing up.
+//!
+//! Each chain has eras of its own ([`Grace`]), so that a request that hangs holds up no more than
+//! the images of its disk. An image knows the chains that it is in ([`Users`]), and what it frees
+//! waits for the requests of all of them. Invariant: a chain is among the users of its images
+//! before anybody can look at a mapping through it, and until its last request has ended.
 
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 
-use crate::sync::{ArcSwap, Global, Mutex};
+use crate::sync::{ArcSwap, Mutex};
 
 /// What to do when the grace period is over.
 type Release = Box<dyn FnOnce() + Send>;
@@ -57,8 +62,10 @@ impl Drop for Era {
     }
 }
 
-/// The eras of the process, one after another.
+/// The eras of a chain, one after another. On a cache line of their own: every request looks at
+/// them.
 #[derive(Debug)]
+#[repr(align(128))]
 pub struct Grace {
     current: ArcSwap<Era>,
     turning: Mutex<()>,
@@ -74,13 +81,6 @@ impl Default for Grace {
 }
 
 impl Grace {
-    /// The grace periods that all images of the process share.
-    #[must_use]
-    pub fn global() -> &'static Self {
-        static GLOBAL: Global<Grace> = Global::new();
-        GLOBAL.get()
-    }
-
     /// The current era. Whoever holds it may use what is retired from now on.
     #[must_use]
     pub fn enter(&self) -> Arc<Era> {
@@ -103,6 +103,47 @@ impl Grace {
 
     fn is_current(&self, era: &Arc<Era>) -> bool {
         Arc::ptr_eq(&self.current.load(), era)
+    }
+}
+
+/// The chains whose requests may still use what an image frees.
+#[derive(Debug, Default)]
+pub struct Users(Mutex<Vec<Arc<Grace>>>);
+
+impl Users {
+    /// From now on requests of this chain are waited for.
+    pub fn add(&self, chain: &Arc<Grace>) {
+        self.0.lock().push(chain.clone());
+    }
+
+    /// No request of this chain is left, and none will come.
+    pub fn remove(&self, chain: &Arc<Grace>) {
+        let mut chains = self.0.lock();
+        if let Some(index) = chains.iter().position(|other| Arc::ptr_eq(other, chain)) {
+            chains.swap_remove(index);
+        }
+    }
+
+    /// Calls `release` when everybody who is in an era of any of the chains now has left it.
+    pub fn retire(&self, release: impl FnOnce() + Send + 'static) {
+        let last = Arc::new(Last(Mutex::new(Some(Box::new(release)))));
+        let chains = self.0.lock().clone();
+        for chain in chains {
+            let share = last.clone();
+            chain.retire(move || drop(share));
+        }
+    }
+}
+
+/// What the last of several grace periods does.
+struct Last(Mutex<Option<Release>>);
+
+impl Drop for Last {
+    fn drop(&mut self) {
+        let release = self.0.lock().take();
+        if let Some(release) = release {
+            release();
+        }
     }
 }
 
@@ -156,7 +197,8 @@ impl EraCache {
 
 #[cfg(test)]
 mod tests {
-    //! What would be caught: a release that comes too early, out of order, or never.
+    //! What would be caught: a release that comes too early, out of order, or never; one that
+    //! waits for a chain that has nothing to do with it, or for one of two that have.
 
     use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -217,6 +259,44 @@ mod tests {
         }
         drop(old);
         assert_eq!(count.load(Ordering::SeqCst), 200_001);
+    }
+
+    #[test]
+    fn all_users_are_waited_for_and_nobody_else() {
+        let chains: [Arc<Grace>; 3] = Default::default();
+        let users = Users::default();
+        users.add(&chains[0]);
+        users.add(&chains[1]);
+        let (count, _) = counter();
+        let retire = || {
+            let count = count.clone();
+            users.retire(move || {
+                count.fetch_add(1, Ordering::SeqCst);
+            });
+        };
+        let stranger = chains[2].enter();
+        retire();
+        assert_eq!(count.load(Ordering::SeqCst), 1, "nobody uses it");
+        for (round, (first, last)) in [(0, 1), (1, 0)].into_iter().enumerate() {
+            let (first, last) = (chains[first].enter(), chains[last].enter());
+            retire();
+            drop(first);
+            assert_eq!(count.load(Ordering::SeqCst), 1 + round, "another uses it");
+            drop(last);
+            assert_eq!(count.load(Ordering::SeqCst), 2 + round);
+        }
+        // One that has left is waited for no longer; nor does the other one leave with it.
+        let (first, second) = (chains[0].enter(), chains[1].enter());
+        users.remove(&chains[0]);
+        retire();
+        drop(first);
+        assert_eq!(count.load(Ordering::SeqCst), 3);
+        drop(second);
+        assert_eq!(count.load(Ordering::SeqCst), 4);
+        users.remove(&chains[1]);
+        retire();
+        assert_eq!(count.load(Ordering::SeqCst), 5, "it has no users");
+        drop(stranger);
     }
 
     #[test]

@@ -35,7 +35,7 @@ use arrayvec::ArrayVec;
 
 use crate::error::{Action, Error, Result};
 use crate::format::{Format, Place, Qcow2};
-use crate::grace::{EraCache, Grace, LocalEra};
+use crate::grace::{EraCache, Grace, LocalEra, Users};
 use crate::storage::{self, Limits, Storage};
 use crate::sync::{self, ArcSwap};
 
@@ -95,6 +95,8 @@ impl Layer {
 #[repr(align(128))]
 pub struct Chain {
     layers: Vec<Arc<Layer>>,
+    /// The grace periods of its requests, which its images wait for.
+    grace: Arc<Grace>,
 }
 
 /// A part of a request and where its bytes are.
@@ -134,7 +136,11 @@ impl Chain {
         if layers.is_empty() {
             return Err(Error::Invalid("a chain needs at least one layer".into()));
         }
-        let chain = Self { layers };
+        let chain = Self {
+            layers,
+            grace: Arc::default(),
+        };
+        chain.users().for_each(|users| users.add(&chain.grace));
         chain.overlays().for_each(Qcow2::begin_overlay);
         Ok(chain)
     }
@@ -144,6 +150,14 @@ impl Chain {
         let above = self.layers.split_last().map_or(&[][..], |(_, above)| above);
         above.iter().filter_map(|layer| match &layer.format {
             Format::Qcow2(image) => Some(&**image),
+            Format::Raw(_) | Format::Qed(_) => None,
+        })
+    }
+
+    /// The users of each image that frees clusters.
+    fn users(&self) -> impl Iterator<Item = &Users> {
+        self.layers.iter().filter_map(|layer| match &layer.format {
+            Format::Qcow2(image) => Some(image.users()),
             Format::Raw(_) | Format::Qed(_) => None,
         })
     }
@@ -290,6 +304,7 @@ impl Chain {
 impl Drop for Chain {
     fn drop(&mut self) {
         self.overlays().for_each(Qcow2::end_overlay);
+        self.users().for_each(|users| users.remove(&self.grace));
     }
 }
 
@@ -334,10 +349,8 @@ impl View {
     /// A view of `chain` for a task that is no queue worker's.
     #[must_use]
     pub fn of(chain: Arc<Chain>) -> Rc<Self> {
-        Rc::new(Self {
-            chain,
-            _era: LocalEra::enter(Grace::global()),
-        })
+        let era = LocalEra::enter(&chain.grace);
+        Rc::new(Self { chain, _era: era })
     }
 }
 
@@ -364,7 +377,7 @@ impl ViewCache {
     /// The current view. Call it once per batch.
     pub fn get(&mut self) -> Rc<View> {
         let chain = self.root.chain.load();
-        let era = self.eras.enter(Grace::global());
+        let era = self.eras.enter(&chain.grace);
         if let Some(view) = &self.view
             && Arc::ptr_eq(&view.chain, &chain)
             && view._era.is(&era)

@@ -78,7 +78,8 @@ impl Graph {
             }
             Qcow2::open_with_data(storage, data, image_options(&node.options, true)).await
         }
-        .await;
+        .await
+        .map(|opened| opened.in_place_of(image));
         if opened.is_err() {
             for file in &files {
                 let _ = file.set_access(reading(node));

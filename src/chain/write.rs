@@ -235,7 +235,7 @@ impl View {
             (false, false, _) => Clear::Unmap,
             (false, true, _) => return self.write_zero_bytes(top, qcow2, start, end - start).await,
         };
-        self.clear_units(top, qcow2, start, end, how).await
+        self.clear_units(top, qcow2, start..end, how, true).await
     }
 
     async fn discard_qcow2(&self, top: &Layer, qcow2: &Qcow2, offset: u64, len: u64) -> Result<()> {
@@ -249,18 +249,19 @@ impl View {
             // What lies below would come to light.
             (false, true) => return Ok(()),
         };
-        self.clear_units(top, qcow2, start, end, how).await
+        self.clear_units(top, qcow2, start..end, how, false).await
     }
 
     /// Clears whole units, skipping what needs no change, and claiming no more than an extent at
-    /// a time. Of a compressed cluster that is cut, the part is written as zeros.
+    /// a time. Of a compressed cluster that is cut, the part is written as zeros. What the image
+    /// will not clear now is written as zeros if it `must` read so, and left as it is otherwise.
     async fn clear_units(
         &self,
         top: &Layer,
         qcow2: &Qcow2,
-        start: u64,
-        end: u64,
+        Range { start, end }: Range<u64>,
         how: Clear,
+        must: bool,
     ) -> Result<()> {
         let cluster_size = qcow2.cluster_size();
         let mut at = start;
@@ -279,7 +280,12 @@ impl View {
                 drop(claim);
                 self.write_zero_bytes(top, qcow2, at, len).await?;
             } else if !needless {
-                qcow2.clear(at, len, how).await?;
+                let cleared = qcow2.clear(at, len, how).await?;
+                drop(claim);
+                if must && cleared < len {
+                    self.write_zero_bytes(top, qcow2, at + cleared, len - cleared)
+                        .await?;
+                }
             }
             at += if needless { extent.len } else { len };
         }

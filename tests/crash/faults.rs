@@ -15,7 +15,7 @@ use stratablk::chain::{Chain, Layer};
 use stratablk::format::{Format, Raw};
 use stratablk::reactor::{Reactor, Token};
 use stratablk::storage::memory::MemoryStorage;
-use stratablk::storage::{Limits, Op, Storage, Submission, Syncs};
+use stratablk::storage::{Limits, Op, Storage, Submission, Syncs, Window};
 
 use crate::disk::{Below, Disk, Recipe, read_all};
 use crate::judge::Judge;
@@ -415,8 +415,8 @@ fn of_a_barrier_of_raw_disks() {
     let disk = |storage: &Arc<Silent>, start: u64| {
         let layer = Layer {
             name: "raw".into(),
-            format: Format::Raw(Raw::new(start, 4096)),
-            storage: storage.clone(),
+            format: Format::Raw(Raw::new(4096)),
+            storage: Window::of(storage.clone(), start, Some(4096)).unwrap(),
             read_only: false,
             discard: true,
             copy_on_read: false,

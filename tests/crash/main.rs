@@ -11,6 +11,7 @@ mod data_file;
 mod device;
 mod disk;
 mod faults;
+mod freed;
 mod held;
 mod history;
 mod judge;
@@ -33,8 +34,7 @@ mod workload;
 
 use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-/// Freed clusters wait for all requests of the process. What is to come out the same with the
-/// same seed must not meet the requests of other tests.
+/// What is to come out the same with the same seed runs while no other test of the process does.
 static TURN: RwLock<()> = RwLock::new(());
 
 /// Until this is dropped, no other test uses an image.

@@ -2,10 +2,11 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use stratablk::chain::{Span, View};
+use stratablk::chain::{Chain, Span, View};
 use stratablk::format::Place;
 use stratablk::reactor::Reactor;
 use stratablk::storage::{AlignedBuf, IoBufs};
@@ -17,10 +18,12 @@ use crate::machine::Machine;
 use crate::qcow2::Image;
 
 /// What would be caught: a cluster that is used again while a request that found it before it was
-/// freed is still under way: a read would return what is somebody else's, a write destroy it.
+/// freed is still under way: a read would return what is somebody else's, a write destroy it. The
+/// same of a request of another chain that has the image too.
 #[test]
 fn a_slow_request_keeps_the_clusters_that_it_found() {
-    for write_slowly in [false, true] {
+    let cases = [(false, false), (false, true), (true, false), (true, true)];
+    for (write_slowly, elsewhere) in cases {
         let dir = tempfile::tempdir().unwrap();
         let recipe = Recipe {
             filled: 64,
@@ -35,7 +38,11 @@ fn a_slow_request_keeps_the_clusters_that_it_found() {
         let chain = opened.chain;
         // Brings the mapping into memory.
         read_all(&reactor, &chain).unwrap();
-        let view = View::of(chain.clone());
+        let view = View::of(if elsewhere {
+            Arc::new(Chain::new(chain.layers().to_vec()).unwrap())
+        } else {
+            chain.clone()
+        });
         let read = Rc::new(RefCell::new(Vec::new()));
         let result = read.clone();
         machine.hold(true);

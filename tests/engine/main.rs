@@ -27,4 +27,5 @@ mod reserve;
 mod sizes;
 mod snapshots;
 mod support;
+mod views;
 mod writers;

@@ -11,7 +11,7 @@ use stratablk_model::disk::Disk;
 use stratablk_model::format::qcow2::claims::Claims;
 use stratablk_model::format::qcow2::l2::{Slice, Words};
 use stratablk_model::format::{Format, Raw};
-use stratablk_model::grace::{EraCache, Grace};
+use stratablk_model::grace::{EraCache, Grace, Users};
 use stratablk_model::shuttle::future::block_on;
 use stratablk_model::shuttle::thread;
 use stratablk_model::sync;
@@ -78,10 +78,10 @@ fn many_claims() {
     });
 }
 
-/// Readers look a value up and use it; writers replace it and free it when nobody can have it any
-/// longer.
+/// Readers look a value up and use it, each as a chain that begins to be a user of it and ends;
+/// a writer replaces it and frees it when nobody can have it any longer.
 fn retire(readers: usize, looks: usize, replacements: usize) {
-    let grace = Arc::new(Grace::default());
+    let users = Arc::new(Users::default());
     let current = Arc::new(sync::atomic::AtomicUsize::new(0));
     let freed: Arc<Vec<AtomicBool>> = Arc::new(
         (0..replacements)
@@ -91,8 +91,10 @@ fn retire(readers: usize, looks: usize, replacements: usize) {
     );
     let mut threads: Vec<_> = (0..readers)
         .map(|_| {
-            let (grace, current, freed) = (grace.clone(), current.clone(), freed.clone());
+            let (users, current, freed) = (users.clone(), current.clone(), freed.clone());
             thread::spawn(move || {
+                let grace = Arc::new(Grace::default());
+                users.add(&grace);
                 let mut eras = EraCache::default();
                 for _ in 0..looks {
                     let era = eras.enter(&grace);
@@ -102,16 +104,17 @@ fn retire(readers: usize, looks: usize, replacements: usize) {
                     drop(era);
                 }
                 eras.leave();
+                users.remove(&grace);
             })
         })
         .collect();
     let writer = {
-        let (grace, freed) = (grace.clone(), freed.clone());
+        let (users, freed) = (users.clone(), freed.clone());
         thread::spawn(move || {
             for value in 0..replacements {
                 current.store(value + 1, Ordering::SeqCst);
                 let freed = freed.clone();
-                grace.retire(move || freed[value].store(true, Ordering::SeqCst));
+                users.retire(move || freed[value].store(true, Ordering::SeqCst));
             }
         })
     };

@@ -233,7 +233,7 @@ async fn replace(top: &Arc<Chain>, old: &Below, new: &Below, start: u64, len: u6
 async fn set_zeros(top: &Arc<Chain>, image: &Qcow2, offset: u64, len: usize) -> Result<()> {
     if image.has_zero_clusters() {
         let _claim = image.claim(offset, len as u64).await;
-        return image.clear(offset, len as u64, Clear::Zero).await;
+        return image.clear(offset, len as u64, Clear::Zero).await.map(drop);
     }
     let zeros = AlignedBuf::zeroed(len);
     // SAFETY: `zeros` outlives the write.

@@ -14,20 +14,15 @@
 //! 3. L2 tables;
 //! 4. the L1 table, if there are new L2 tables.
 //!
-//! References are taken off only when the mapping without them is stable: such clusters wait
-//! for the flush, then for the grace period of requests that saw them, and are released by the
-//! next flush.
+//! References are taken off only when the mapping without them is stable: see `freed`.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
 
 use futures_util::future::try_join_all;
 
 use super::header::{Backing, Patch, SECTOR};
 use super::{Freed, Qcow2};
 use crate::error::{Action, Error, Result};
-use crate::grace::Grace;
-use crate::reactor::Reactor;
 use crate::storage::{self, AlignedBuf, Syncs};
 use crate::sync::{
     AsyncMutex, AsyncMutexGuard,
@@ -38,10 +33,6 @@ use crate::sync::{
 const PARALLEL: usize = 32;
 /// Adjacent pieces are written together up to this size.
 const MERGE: usize = 1 << 20;
-
-/// How often the end of grace periods is waited for when an image is closed, and for how long.
-const GRACE_LOOKS: u32 = 500;
-const GRACE_LOOK: Duration = Duration::from_millis(2);
 
 /// Who flushes, and who waits for it. On cache lines of its own.
 #[derive(Debug, Default)]
@@ -54,6 +45,8 @@ pub struct Flushing {
     succeeded: AtomicU64,
     /// A change of the header has failed: the disk may have it all the same.
     header_unsure: AtomicBool,
+    /// Bytes of host clusters that wait to be freed; added to under the lock of the metadata.
+    pub(super) waiting: AtomicU64,
 }
 
 /// A piece of metadata on its way to the file.
@@ -114,25 +107,6 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Waits until nobody can see freed clusters any more, so that they are not lost to the image.
-    /// Grace periods end with the requests of all images of the process; a request that takes
-    /// very long costs no more than the clusters.
-    async fn await_grace(&self) {
-        let Some(reactor) = Reactor::current() else {
-            return;
-        };
-        for _ in 0..GRACE_LOOKS {
-            if self.retiring.load(Ordering::SeqCst) == 0 {
-                return;
-            }
-            reactor.sleep(GRACE_LOOK).await;
-        }
-        log::warn!(
-            "{}: closed while others are still busy: some free clusters stay counted",
-            self.storage.name()
-        );
-    }
-
     /// The body of a flush. The caller holds the flush lock.
     pub(super) async fn write_back(&self) -> Result<()> {
         // Where no barrier can succeed any more, nothing is written that waits for one.
@@ -145,39 +119,6 @@ impl Qcow2 {
         let result = self.write_snapshot(&snapshot).await;
         self.settle(&mut snapshot, result.is_ok());
         result
-    }
-
-    /// Takes the references off clusters that nobody can see any more.
-    async fn release_freed(&self) {
-        let mut freed = std::mem::take(&mut self.meta.lock().unreleased);
-        freed.append(&mut self.released.lock());
-        for (offset, len) in freed {
-            let first = offset >> self.cluster_bits;
-            for cluster in first..first + (len >> self.cluster_bits) {
-                if self.options.discard {
-                    self.discard_last(cluster).await;
-                }
-                self.release(cluster).await;
-            }
-        }
-    }
-
-    /// Gives the space of a host cluster back to the file system, if the reference that is about
-    /// to be taken off is its last: compressed clusters share theirs. It is done before, since
-    /// afterwards the cluster may be somebody's; and nobody may come to share it meanwhile.
-    async fn discard_last(&self, cluster: u64) {
-        let withdrawn = self.with_refcounts(|allocator| allocator.withdraw(cluster));
-        if !matches!(withdrawn.await, Ok(Ok(true))) {
-            return;
-        }
-        let offset = cluster << self.cluster_bits;
-        if let Err(error) = storage::io::discard(&*self.storage, offset, self.cluster_size()).await
-        {
-            log::warn!(
-                "{}: discarding a freed cluster: {error}",
-                self.storage.name()
-            );
-        }
     }
 
     fn take_snapshot(&self) -> Snapshot {
@@ -279,14 +220,7 @@ impl Qcow2 {
                 return;
             }
         }
-        if !unmapped.is_empty() {
-            let (released, retiring) = (self.released.clone(), self.retiring.clone());
-            retiring.fetch_add(1, Ordering::SeqCst);
-            Grace::global().retire(move || {
-                released.lock().extend(unmapped);
-                retiring.fetch_sub(1, Ordering::SeqCst);
-            });
-        }
+        self.retire(unmapped);
     }
 
     pub(super) async fn barrier(&self) -> Result<()> {
@@ -372,9 +306,7 @@ impl Qcow2 {
             if meta.allocator.table().len() > len {
                 return Ok(());
             }
-            meta.allocator
-                .plan_growth()
-                .map_err(|need| self.lacking(need))?
+            meta.allocator.plan_growth()
         };
         let growth = match growth {
             Ok(growth) => growth,
@@ -395,7 +327,7 @@ impl Qcow2 {
         match result {
             Ok(old) => {
                 meta.allocator.adopt(growth);
-                meta.unmapped.push(old);
+                self.note_unmapped(&mut meta, [old]);
                 Ok(())
             }
             Err(error) => {

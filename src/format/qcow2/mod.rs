@@ -12,6 +12,7 @@
 //! * `update`: allocating, linking, zeroing and unmapping clusters;
 //! * `reserve`: space behind the end of the file, ahead of the writes;
 //! * `flush`: what reaches the disk in which order;
+//! * `freed`: clusters that wait to be free;
 //! * [`create`]: making images;
 //! * `resize`: another size, and space allocated ahead;
 //! * `inspect`: what tools tell of an image;
@@ -30,6 +31,7 @@ pub mod claims;
 mod compress;
 pub mod create;
 mod flush;
+mod freed;
 pub mod header;
 mod inflate;
 mod inspect;
@@ -51,6 +53,7 @@ use std::sync::Arc;
 
 use super::directory::Directory;
 use crate::error::{Action, Error};
+use crate::grace::Users;
 use crate::storage::Storage;
 use crate::sync::{
     Event, Mutex,
@@ -143,12 +146,14 @@ pub struct Qcow2 {
     flushing: flush::Flushing,
     /// Freed clusters whose grace period is over.
     released: Arc<Mutex<Freed>>,
-    /// Grace periods that have not ended.
-    retiring: Arc<AtomicUsize>,
+    /// Bytes of freed clusters whose grace period has not ended.
+    retiring: Arc<AtomicU64>,
+    /// The chains that it is in: whose requests freed clusters wait for.
+    users: Arc<Users>,
     decompressed: compress::Cache,
     reservation: reserve::Reservation,
     /// Chains that live in which layers lie below this image.
-    overlays: AtomicUsize,
+    overlays: Arc<AtomicUsize>,
 }
 
 /// A file of its own for guest data: each cluster lies at its guest offset.
@@ -220,6 +225,23 @@ impl Qcow2 {
         self.data
             .as_ref()
             .map_or(&self.storage, |data| &data.storage)
+    }
+
+    /// The chains that it is in.
+    #[must_use]
+    pub fn users(&self) -> &Users {
+        &self.users
+    }
+
+    /// The image in place of `old`, which is the same file as it was opened before: requests that
+    /// still use that one are waited for.
+    #[must_use]
+    pub fn in_place_of(self, old: &Self) -> Self {
+        Self {
+            users: old.users.clone(),
+            overlays: old.overlays.clone(),
+            ..self
+        }
     }
 
     pub(super) fn size(&self) -> u64 {

@@ -12,10 +12,7 @@ use super::{DataFile, Meta, Options, Qcow2, check, compress, flush, metadata, re
 use crate::error::{Action, Error, Result};
 use crate::format::directory::Directory;
 use crate::storage::{self, Storage};
-use crate::sync::{
-    Mutex,
-    atomic::{AtomicU64, AtomicUsize},
-};
+use crate::sync::{Mutex, atomic::AtomicU64};
 
 impl Qcow2 {
     /// Opens the image in `storage`, which holds its guest data as well.
@@ -126,9 +123,10 @@ impl Qcow2 {
             flushing: flush::Flushing::default(),
             released: Arc::default(),
             retiring: Arc::default(),
+            users: Arc::default(),
             decompressed: compress::Cache::default(),
             reservation: reserve::Reservation::new(len),
-            overlays: AtomicUsize::new(0),
+            overlays: Arc::default(),
             header: Mutex::new(header),
             storage,
         };

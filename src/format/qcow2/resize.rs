@@ -70,7 +70,7 @@ impl Qcow2 {
             .await?;
         let len = (u64::from(old.l1_size) * 8).next_multiple_of(self.cluster_size());
         if len > 0 {
-            self.meta.lock().unmapped.push((old.l1_offset, len));
+            self.note_unmapped(&mut self.meta.lock(), [(old.l1_offset, len)]);
         }
         Ok(())
     }
@@ -107,7 +107,7 @@ impl Qcow2 {
             Ok(()) => bitmaps.old,
             Err(_) => bitmaps.new,
         };
-        self.meta.lock().unmapped.extend(unused);
+        self.note_unmapped(&mut self.meta.lock(), unused);
         result
     }
 
@@ -156,7 +156,7 @@ impl Qcow2 {
             return;
         }
         meta.dirty_l1.insert(index as usize);
-        meta.unmapped.push((table, self.cluster_size()));
+        self.note_unmapped(meta, [(table, self.cluster_size())]);
         let slices = self.table_entries() / self.slice_entries();
         for number in index * slices..(index + 1) * slices {
             meta.dirty_slices.remove(&number);

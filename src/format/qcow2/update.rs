@@ -14,6 +14,7 @@ use crate::error::{Action, Error, Result};
 use crate::storage;
 use crate::sync::atomic::Ordering;
 
+use std::cell::Cell;
 use std::ops::Range;
 
 /// What becomes of clusters that hold nothing but zeros, or nothing of worth.
@@ -252,14 +253,6 @@ impl Qcow2 {
         }
     }
 
-    /// How many refer to a host cluster; `None` when that cannot be found out.
-    pub(super) async fn refcount(&self, cluster: u64) -> Option<u64> {
-        let count = self
-            .with_refcounts(|allocator| allocator.refcount(cluster))
-            .await;
-        Some(count.ok()?.ok()?.unwrap_or(0))
-    }
-
     /// Takes one reference off a host cluster. When that fails, the next flush tries again.
     pub(super) async fn release(&self, cluster: u64) {
         let released = self
@@ -270,8 +263,7 @@ impl Qcow2 {
             Ok(Err(need)) => log::error!("freeing a cluster: {}", self.lacking(need)),
             Err(error) => {
                 log::warn!("freeing a cluster, to be tried again: {error}");
-                let freed = (cluster << self.cluster_bits, self.cluster_size());
-                self.meta.lock().unreleased.push(freed);
+                self.release_later(cluster);
             }
         }
     }
@@ -310,10 +302,42 @@ impl Qcow2 {
     /// Clears `[offset, offset + len)`, which is whole units; the disk's end counts as the end
     /// of its last cluster. Compressed clusters are cleared as a whole or not at all.
     ///
+    /// Where too much waits to be freed already, host clusters are kept: they read as zeros then,
+    /// or, in version 2, as before. Returns how many bytes have been cleared: fewer than `len` in
+    /// that last case alone.
+    ///
     /// # Errors
     /// When metadata cannot be read or written, or the range cuts a compressed cluster; a prefix
     /// may have been cleared.
-    pub async fn clear(&self, offset: u64, len: u64, how: Clear) -> Result<()> {
+    pub async fn clear(&self, offset: u64, len: u64, how: Clear) -> Result<u64> {
+        let kept_from = Cell::new(u64::MAX);
+        self.clear_by(offset, len, how, |cluster, units, old, new| {
+            if kept_from.get() == u64::MAX && self.may_free(old, new) {
+                return new;
+            }
+            if self.has_zero_clusters() {
+                return self.shape.zero(units, true, old);
+            }
+            let at = cluster << self.cluster_bits;
+            kept_from.set(kept_from.get().min(at.max(offset)));
+            old
+        })
+        .await?;
+        if self.is_release_due() {
+            self.flush().await?;
+        }
+        Ok(kept_from.get().saturating_sub(offset).min(len))
+    }
+
+    /// Clears `[offset, offset + len)`. `choose` is given a cluster, its units, its old entry and
+    /// the new one, and says which one it gets.
+    async fn clear_by(
+        &self,
+        offset: u64,
+        len: u64,
+        how: Clear,
+        choose: impl Fn(u64, Range<u64>, Words, Words) -> Words,
+    ) -> Result<()> {
         let end = if offset + len < self.size {
             (offset + len).next_multiple_of(self.unit_size())
         } else {
@@ -322,18 +346,21 @@ impl Qcow2 {
         self.clear_data_file(offset, end, how).await?;
         let raw = self.data.as_ref().is_some_and(|data| data.raw);
         let mut at = offset;
-        self.modify(&mut at, end, |_, units, old| match how {
-            Clear::Unmap if raw => old,
-            Clear::Zero | Clear::ZeroKeep if raw => self.shape.zero_absent(units, old),
-            Clear::Unmap => self.shape.unallocated(units, old),
-            Clear::Zero => self.shape.zero(units, false, old),
-            Clear::ZeroKeep => self.shape.zero(units, true, old),
+        self.modify(&mut at, end, |cluster, units, old| {
+            let new = match how {
+                Clear::Unmap if raw => old,
+                Clear::Zero | Clear::ZeroKeep if raw => self.shape.zero_absent(units.clone(), old),
+                Clear::Unmap => self.shape.unallocated(units.clone(), old),
+                Clear::Zero => self.shape.zero(units.clone(), false, old),
+                Clear::ZeroKeep => self.shape.zero(units.clone(), true, old),
+            };
+            choose(cluster, units, old, new)
         })
         .await
     }
 
-    /// Takes whole clusters out of the mapping, also of an image with a raw data file: they are
-    /// above the end that the disk is to have, where no guest writes.
+    /// Takes whole clusters out of the mapping, also of an image with a raw data file, and whatever
+    /// waits to be freed: they are above the end that the disk is to have, where no guest writes.
     ///
     /// # Errors
     /// As for [`Qcow2::clear`].
@@ -415,7 +442,7 @@ impl Qcow2 {
             meta.allocator
                 .add_metadata(table.offset >> self.cluster_bits, Kind::L2);
             if old != 0 {
-                meta.unmapped.push((old, self.cluster_size()));
+                self.note_unmapped(&mut meta, [(old, self.cluster_size())]);
             }
         }
         Ok(())
@@ -540,7 +567,7 @@ impl Qcow2 {
             ) {
                 self.decompressed.clear();
             }
-            meta.unmapped.push(freed);
+            self.note_unmapped(meta, [freed]);
         }
     }
 

@@ -112,7 +112,7 @@ impl Qcow2 {
         let mut moved = Moved::default();
         let result = self.write_bitmaps(size, in_force, &mut moved).await;
         if result.is_err() {
-            self.meta.lock().unmapped.append(&mut moved.new);
+            self.note_unmapped(&mut self.meta.lock(), std::mem::take(&mut moved.new));
         }
         result.map(|()| moved)
     }
