@@ -22,12 +22,12 @@ use std::fs::Metadata;
 use std::future::Future;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, LazyLock, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::Storage;
 use crate::error::errno_text;
-use crate::sync::{AsyncMutex, Global, Mutex};
+use crate::sync::{AsyncMutex, Mutex};
 
 /// A sync that failed, after which nothing is known of what was written before.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -114,12 +114,13 @@ struct Registry {
     listener: Option<Arc<Listener>>,
 }
 
-static REGISTRY: Global<Mutex<Registry>> = Global::new();
+/// Held for a look-up at a time.
+static REGISTRY: LazyLock<parking_lot::Mutex<Registry>> = LazyLock::new(Default::default);
 
 /// From now on `listener` is told of failures that stay, on the thread that met one: it must not
 /// block.
 pub fn on_failure(listener: impl Fn(&Arc<Syncs>, &SyncFailure) + Send + Sync + 'static) {
-    REGISTRY.get().lock().listener = Some(Arc::new(Box::new(listener)));
+    REGISTRY.lock().listener = Some(Arc::new(Box::new(listener)));
 }
 
 impl Syncs {
@@ -144,7 +145,7 @@ impl Syncs {
         } else {
             (metadata.dev(), metadata.ino())
         };
-        let mut registry = REGISTRY.get().lock();
+        let mut registry = REGISTRY.lock();
         registry
             .files
             .retain(|_, syncs| Arc::strong_count(syncs) > 1 || syncs.failure().is_some());
@@ -166,7 +167,7 @@ impl Syncs {
             return syncs.clone();
         }
         let key = Arc::as_ptr(storage).cast::<()>() as usize;
-        let mut registry = REGISTRY.get().lock();
+        let mut registry = REGISTRY.lock();
         if let Some((_, syncs)) = registry.others.get(&key) {
             return syncs.clone();
         }
@@ -244,7 +245,7 @@ impl Syncs {
             return error;
         };
         log::error!("{failure}");
-        let listener = REGISTRY.get().lock().listener.clone();
+        let listener = REGISTRY.lock().listener.clone();
         if let Some(listener) = listener {
             listener(self, &failure);
         }

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::reactor::{Reactor, Token};
-use crate::storage::{IoBufs, Limits, Op, Storage, Submission};
+use crate::storage::{IoBufs, Limits, Op, Storage, Submission, Syncs};
 use crate::sync::atomic::{AtomicBool, Ordering};
 
 /// A file in memory.
@@ -14,6 +14,7 @@ pub struct Disk {
     point: AtomicBool,
     /// It has its length for good.
     device: bool,
+    syncs: Arc<Syncs>,
 }
 
 impl Disk {
@@ -23,6 +24,7 @@ impl Disk {
             bytes: Mutex::new(bytes),
             point: AtomicBool::new(false),
             device: false,
+            syncs: Syncs::new(true),
         })
     }
 
@@ -33,6 +35,7 @@ impl Disk {
             bytes: Mutex::new(bytes),
             point: AtomicBool::new(false),
             device: true,
+            syncs: Syncs::new(true),
         })
     }
 
@@ -126,5 +129,9 @@ impl Storage for Disk {
 
     fn writable(&self) -> bool {
         true
+    }
+
+    fn syncs(&self) -> Option<&Arc<Syncs>> {
+        Some(&self.syncs)
     }
 }

@@ -1,0 +1,137 @@
+//! A guest, a job and an operator, when one `fdatasync` of the daemon has failed: with a page cache
+//! the kernel would let the next one succeed.
+//!
+//! What would be caught: a flush or a job's end that succeeds after one that failed, reads or writes
+//! that do not go on, a failure that no client is told of, one that cannot be cleared, or that a
+//! word for another device clears.
+//!
+//! Files are on tmpfs, where the daemon makes its calls in line: a library that is loaded before the
+//! others has one fail.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+use common::Res;
+use common::daemon::{Program, Setup};
+use common::frontend::{IOERR, OK, Op};
+use common::images;
+use serde_json::{Value, json};
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const SIZE: u64 = 1 << 20;
+
+/// The daemon with the library: a script. `fail` is the file that makes a sync fail.
+fn program(dir: &Path, fail: &Path) -> Res<Program> {
+    let library = dir.join("fail_sync.so");
+    let source =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/frontend_failed_flush/fail_sync.c");
+    let status = Command::new("cc")
+        .args(["-O2", "-shared", "-fPIC", "-o"])
+        .args([&library, &source])
+        .status()?;
+    if !status.success() {
+        return Err(format!(
+            "cc {}: {status}; contrib/setup installs it",
+            source.display()
+        )
+        .into());
+    }
+    let path = dir.join("daemon");
+    let script = format!(
+        "#!/bin/sh\nFAIL_SYNC='{}' LD_PRELOAD='{}' exec '{}' \"$@\"\n",
+        fail.display(),
+        library.display(),
+        Program::under_test().path.display()
+    );
+    fs::write(&path, script)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    Ok(Program { path })
+}
+
+fn is_io_error(event: &Value) -> bool {
+    event["event"] == "BLOCK_IO_ERROR"
+}
+
+fn failed_flush(layers: &[(PathBuf, &'static str)], dir: &Path) -> Res<()> {
+    let fail = dir.join("fail");
+    let setup = Setup::new(dir, layers);
+    let mut daemon = setup.start(&program(dir, &fail)?, dir, None)?;
+    let mut frontend = daemon.connect(&setup.socket, 1, 16, 8192)?;
+    let control = setup.qmp.as_deref().ok_or("no control socket")?;
+    let mut qmp = daemon.qmp(control)?;
+    let memory = &frontend.memory;
+    let queue = frontend.queues.first_mut().ok_or("no queue")?;
+    memory.write(0, &[7; 4096]);
+    assert_eq!(queue.run(&Op::write(0, &[(0, 4096)]))?, OK);
+    assert_eq!(queue.run(&Op::flush())?, OK);
+
+    fs::write(&fail, "")?;
+    assert_eq!(queue.run(&Op::flush())?, IOERR);
+    assert!(!fail.exists(), "no sync was tried");
+    let event = qmp.event(is_io_error)?;
+    let data = json!({"qom-path": "", "device": "disk", "node-name": "layer0",
+        "operation": "write", "action": "report", "nospace": false,
+        "reason": "Input/output error"});
+    assert_eq!(event["data"], data);
+    for _ in 0..3 {
+        assert_eq!(
+            queue.run(&Op::flush())?,
+            IOERR,
+            "a flush after one that failed"
+        );
+    }
+    memory.write(0, &[8; 4096]);
+    assert_eq!(queue.run(&Op::write(8, &[(0, 4096)]))?, OK);
+    assert_eq!(queue.run(&Op::read(8, &[(4096, 4096)]))?, OK);
+    let mut bytes = [0; 4096];
+    memory.read(4096, &mut bytes);
+    assert_eq!(bytes, [8; 4096]);
+    if layers.len() > 1 {
+        qmp.execute("block-stream", json!({"device": "disk"}))??;
+        let end = qmp.job_end("disk")?;
+        let error = end["data"]["error"].as_str().unwrap_or_default();
+        assert!(error.contains("a flush failed at "), "{end}");
+    }
+
+    let mut clear = |device: &str| qmp.execute("x-clear-sync-error", json!({"device": device}));
+    let refused = clear("nothing")?.err().ok_or("there is no such device")?;
+    assert!(refused.desc.contains("nothing"), "{refused}");
+    assert_eq!(queue.run(&Op::flush())?, IOERR);
+    clear("disk")??;
+    assert_eq!(queue.run(&Op::flush())?, OK);
+    let refused = clear("disk")?.err().ok_or("nothing was left to clear")?;
+    assert_eq!(refused.desc, "No flush of node 'layer0' has failed");
+    let again = qmp.pending_events()?.into_iter().find(is_io_error);
+    assert_eq!(again, None, "one event for one failure");
+    if layers.len() > 1 {
+        qmp.execute("block-stream", json!({"device": "disk"}))??;
+        let end = qmp.job_end("disk")?;
+        assert_eq!(end["data"].get("error"), None, "{end}");
+    }
+    let lines = daemon.log().matches("a flush failed at ").count();
+    // The failure, the jobs' report of it and the clearing; not the guest's every flush.
+    assert!(lines <= 4, "{}", daemon.log());
+    daemon.stop()
+}
+
+#[test]
+fn of_a_raw_image() -> Res<()> {
+    let dir = tempfile::tempdir_in("/dev/shm")?;
+    let image = dir.path().join("disk.raw");
+    fs::File::create(&image)?.set_len(SIZE)?;
+    failed_flush(&[(image, "raw")], dir.path())
+}
+
+#[test]
+fn of_an_overlay() -> Res<()> {
+    let dir = tempfile::tempdir_in("/dev/shm")?;
+    let (base, top) = (dir.path().join("base"), dir.path().join("top.qcow2"));
+    fs::write(&base, vec![5; SIZE as usize])?;
+    images::create(&top, SIZE, "cluster_size=64k", Some((&base, "raw")))?;
+    failed_flush(&[(top.clone(), "qcow2"), (base, "raw")], dir.path())?;
+    assert!(!images::check(&top)?, "clusters leaked");
+    Ok(())
+}
