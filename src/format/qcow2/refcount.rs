@@ -271,9 +271,9 @@ impl Allocator {
             // Without a block there is no telling, and none is made for what lies before the end
             // as long as there is room elsewhere.
             let covered = self.slice_offset(self.slice_of(start)).is_some();
-            for cluster in start..stop {
-                if covered
-                    && self.refcount(cluster)? == Some(0)
+            let looked_at = if covered { start..stop } else { stop..stop };
+            for cluster in looked_at {
+                if self.refcount(cluster)? == Some(0)
                     && self.may_use(cluster)
                     && !self.is_free(cluster)
                 {
@@ -293,9 +293,11 @@ impl Allocator {
 
     /// Notes clusters before the frontier that may be free.
     fn look_later(&mut self, clusters: Range<u64>) {
+        if clusters.is_empty() {
+            return;
+        }
         match self.unseen.last_mut() {
             Some(last) if last.end == clusters.start => last.end = clusters.end,
-            _ if clusters.is_empty() => {}
             _ => self.unseen.push(clusters),
         }
     }
