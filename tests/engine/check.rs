@@ -191,6 +191,10 @@ fn repaired_images_are_clean_and_read_the_same() {
                 let after = contents(&damaged, None);
                 assert!(after == Some(before), "{context}: it reads differently");
                 let left = ours(&repaired).1;
+                if tables.maps_itself() {
+                    // Every write to that table shows in the disk: it is left alone.
+                    continue;
+                }
                 // What cannot be read, and zeros that version 2 cannot record.
                 let lost = |found: &String| {
                     found.contains("inside a cluster")

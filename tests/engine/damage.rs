@@ -179,6 +179,14 @@ impl Tables {
         })
     }
 
+    /// Whether an entry of an L2 table has that table for guest data.
+    pub fn maps_itself(&self) -> bool {
+        self.l2().into_iter().any(|at| {
+            let entry = self.word(at);
+            entry >> 62 & 1 == 0 && entry & OFFSET == at / self.cluster * self.cluster
+        })
+    }
+
     fn one_of(&mut self, places: &[u64]) -> Option<u64> {
         places.choose(&mut self.rng).copied()
     }
