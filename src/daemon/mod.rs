@@ -236,7 +236,9 @@ fn close(node: &Node, alone: bool) {
                 Graph::close_image(node).await;
                 return Ok(());
             }
-            log::error!("'{}' is flushed and not closed: it is in use", node.name);
+            if node.layer.storage.writable() {
+                log::error!("'{}' is flushed and not closed: it is in use", node.name);
+            }
             node.layer.flush().await
         })
     });

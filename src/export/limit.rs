@@ -38,15 +38,15 @@ pub(crate) struct Window {
 }
 
 impl Window {
-    /// Whether a message may be written `now`, and how many were left out before it since one
-    /// last was.
-    pub(crate) fn allow(&mut self, now: Instant) -> Option<u64> {
+    /// Whether a message may be written `now`, of which there are to be no more than `most` in a
+    /// stretch of time, and how many were left out before it since one last was.
+    pub(crate) fn allow(&mut self, now: Instant, most: u32) -> Option<u64> {
         if self.since.is_none_or(|since| now - since > WINDOW) {
             self.since = Some(now);
             self.count = 0;
         }
         self.count = self.count.saturating_add(1);
-        if self.count <= PER_WINDOW {
+        if self.count <= most {
             return Some(std::mem::take(&mut self.left_out));
         }
         self.left_out += 1;
@@ -94,7 +94,7 @@ impl Log {
             let mut windows = self.windows.lock();
             windows
                 .get_mut(topic as usize)
-                .and_then(|window| window.allow(Instant::now()))
+                .and_then(|window| window.allow(Instant::now(), PER_WINDOW))
         };
         let Some(left_out) = allowed else { return };
         self.tell(left_out);
@@ -127,7 +127,7 @@ mod tests {
     fn a_few_messages_pass_and_the_others_are_counted() {
         let start = Instant::now();
         let mut window = Window::default();
-        let mut at = |ms: u64| window.allow(start + Duration::from_millis(ms));
+        let mut at = |ms: u64| window.allow(start + Duration::from_millis(ms), PER_WINDOW);
         let passed: Vec<u64> = (0..1000).filter_map(&mut at).collect();
         assert_eq!(passed, [0; PER_WINDOW as usize]);
         assert_eq!(at(10_000), None);
