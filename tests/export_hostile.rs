@@ -212,6 +212,15 @@ impl Held {
     }
 }
 
+/// Lets a test that fails end.
+struct Release(Arc<Held>);
+
+impl Drop for Release {
+    fn drop(&mut self) {
+        self.0.release();
+    }
+}
+
 impl Storage for Held {
     unsafe fn submit(&self, reactor: &Reactor, op: Op<'_>, token: Token) -> Submission {
         if let Op::Read { iovecs, .. } | Op::Write { iovecs, .. } = op {
@@ -288,6 +297,7 @@ fn what_is_under_way_is_bounded_and_the_rest_stays_in_the_ring() {
             place.config(),
             raw_root(storage.clone(), DISK as u64, false),
         );
+        let _release = Release(storage.clone());
         let mut hand = Hand::ready(&place.socket(), PLAIN);
         // Each of 15 MiB.
         for head in 0..8 {
@@ -299,6 +309,7 @@ fn what_is_under_way_is_bounded_and_the_rest_stays_in_the_ring() {
             storage.waiting.load(Ordering::SeqCst) == 4
         });
         std::thread::scope(|scope| {
+            let _release = Release(storage.clone());
             let asker = scope.spawn(|| hand.front.get_vring_base(0).unwrap());
             eventually("the queue is to stop", || export.unfinished() == 4);
             assert_eq!(storage.waiting.load(Ordering::SeqCst), 4);
@@ -327,6 +338,7 @@ fn all_queues_of_a_front_end_stop_at_once() {
         ..place.config()
     };
     let export = start(config, raw_root(storage.clone(), DISK as u64, false));
+    let _release = Release(storage.clone());
     let mut hand = Hand::ready(&place.socket(), PLAIN);
     hand.chain(0, IN, 0, &[(DATA, 512, true)]);
     hand.push(0);
