@@ -101,7 +101,8 @@ impl Chain {
             }
             Found::Plain(Source::Storage { layer, offset }) => {
                 let layer = self.layer(layer)?;
-                storage::io::read(&*layer.storage, &bufs, offset)
+                layer
+                    .fetch(offset, &bufs)
                     .await
                     .map_err(|error| layer.io_error(Action::Read, offset, &error))
             }
@@ -125,6 +126,18 @@ impl Chain {
 }
 
 impl Layer {
+    /// Reads at an offset of the storage. The bytes of a raw disk that its device does not have any
+    /// more are an error, not zeros: a job would write these down for good.
+    async fn fetch(&self, offset: u64, bufs: &IoBufs) -> std::io::Result<()> {
+        if matches!(self.format, Format::Raw(_))
+            && let Some(end) = self.storage.capacity()?
+            && offset + bufs.len() as u64 > end
+        {
+            return Err(std::io::Error::from_raw_os_error(libc::EIO));
+        }
+        storage::io::read(&*self.storage, bufs, offset).await
+    }
+
     /// Says where the bytes from `offset` on are, with metadata loaded as needed.
     ///
     /// # Errors

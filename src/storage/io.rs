@@ -59,19 +59,27 @@ async fn run_once(reactor: &Reactor, storage: &dyn Storage, op: Op<'_>) -> io::R
     }
 }
 
-/// Reads `bufs.len()` bytes at `offset`. What lies past the end of the storage reads as zeros.
+/// Reads `bufs.len()` bytes at `offset`. What lies past the end of the storage reads as zeros, but
+/// for storage of fixed length: there nothing begins behind the end, unless the device has become
+/// shorter or is gone, and zeros would be taken for what was there.
 ///
 /// # Errors
 /// What the storage reports.
 pub async fn read(storage: &dyn Storage, bufs: &IoBufs, offset: u64) -> io::Result<()> {
-    if let Some(end) = storage.capacity()?
-        && offset.saturating_add(bufs.len() as u64) > end
-    {
-        let within = end.saturating_sub(offset).min(bufs.len() as u64) as usize;
-        bufs.slice(within, bufs.len() - within).zero();
-        let within = bufs.slice(0, within);
-        return Box::pin(read(storage, &within, offset)).await;
+    let len = bufs.len() as u64;
+    match storage.capacity()? {
+        Some(end) if offset >= end && len > 0 => Err(io::Error::from_raw_os_error(libc::EIO)),
+        Some(end) if len > end.saturating_sub(offset) => {
+            let within = (end - offset) as usize;
+            bufs.slice(within, bufs.len() - within).zero();
+            read_within(storage, &bufs.slice(0, within), offset).await
+        }
+        _ => read_within(storage, bufs, offset).await,
     }
+}
+
+/// Reads what does not reach past a fixed end.
+async fn read_within(storage: &dyn Storage, bufs: &IoBufs, offset: u64) -> io::Result<()> {
     let limits = storage.limits();
     if !bufs.is_aligned(limits.memory_align)
         || !offset.is_multiple_of(limits.offset_align)
@@ -338,7 +346,8 @@ pub async fn write_buf(storage: &dyn Storage, offset: u64, bytes: &AlignedBuf) -
 
 #[cfg(test)]
 mod tests {
-    //! What would be caught: bytes from the wrong place of their blocks, more or fewer than were
+    //! What would be caught: zeros, or no answer at all, for what lies behind the end of a device;
+    //! bytes from the wrong place of their blocks, more or fewer than were
     //! asked for, those of an earlier use past the storage's end, and memory that is new for each
     //! use; a short transfer that counts as a whole one, or is gone on with at the wrong place of
     //! the storage or of memory; an interruption that is an error, or a done thing, or waited for
@@ -349,6 +358,7 @@ mod tests {
     use super::*;
     use crate::reactor::Token;
     use crate::storage::Limits;
+    use crate::storage::Window;
     use crate::storage::memory::MemoryStorage;
 
     /// Storage that is read by whole blocks only.
@@ -496,6 +506,24 @@ mod tests {
         }
         places.dedup();
         assert_eq!(places.len(), 1, "new memory for each");
+        Reactor::leave_thread();
+    }
+
+    /// A device may become shorter, and an image point behind its end.
+    #[test]
+    fn nothing_begins_behind_a_fixed_end() {
+        let bytes = Arc::new(MemoryStorage::new(vec![7; 8192]));
+        let window = Window::of(bytes, 0, Some(4096)).unwrap();
+        let reactor = Reactor::for_this_thread().unwrap();
+        let read = |offset, len| reactor.block_on(read_buf(&*window, offset, len));
+        let across = read(3584, 1024).unwrap();
+        assert!(across[..512].iter().all(|&byte| byte == 7));
+        assert!(across[512..].iter().all(|&byte| byte == 0));
+        for offset in [4096, 4608, 1 << 40, u64::MAX - 511] {
+            let error = read(offset, 512).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EIO), "at {offset}");
+        }
+        assert_eq!(read(4608, 0).unwrap().len(), 0);
         Reactor::leave_thread();
     }
 }

@@ -144,7 +144,11 @@ impl<'a> Image<'a> {
 
     /// Reads `len` bytes; those behind the end of the file are 0.
     pub async fn read(&self, offset: u64, len: usize) -> Result<AlignedBuf> {
-        let mut bytes = storage::io::fetch(self.storage, offset, len).await?;
+        let mut bytes = if offset < self.len {
+            storage::io::fetch(self.storage, offset, len).await?
+        } else {
+            AlignedBuf::zeroed(len)
+        };
         self.plan.lock().overlay(offset, &mut bytes);
         Ok(bytes)
     }
