@@ -340,8 +340,9 @@ impl Graph {
     /// Flushes and closes the image of a node if it was written. Nobody writes it any more.
     pub async fn close_image(node: &Node) {
         let closed = match &node.layer.format {
-            Format::Qcow2(qcow2) => qcow2.close().await,
+            // What was written before has been closed then.
             _ if node.layer.read_only => Ok(()),
+            Format::Qcow2(qcow2) => qcow2.close().await,
             _ => node.layer.flush().await,
         };
         if let Err(error) = closed {

@@ -82,7 +82,7 @@ impl Graph {
         .map(|opened| opened.in_place_of(image));
         if opened.is_err() {
             for file in &files {
-                let _ = file.set_access(reading(node));
+                let _ = self.lower(node, file);
             }
         }
         opened
@@ -137,20 +137,47 @@ impl Graph {
         if node.layer.read_only {
             return Ok(());
         }
-        match &node.layer.format {
-            Format::Raw(_) => node.layer.flush().await?,
-            Format::Qcow2(qcow2) => qcow2.close().await?,
-            Format::Qed(_) => {}
-        }
+        // Before it is closed: a guest that only reads may write, too, by copy-on-read.
         let layer = Layer {
             read_only: true,
             ..(*node.layer).clone()
         };
         self.replace_layer(&node.name, Arc::new(layer))?;
-        if let Format::Qcow2(image) = &node.layer.format {
-            image.storage().set_access(reading(&node)).map_err(text)?;
+        let closed = match &node.layer.format {
+            Format::Raw(_) => node.layer.flush().await,
+            Format::Qcow2(qcow2) => qcow2.close().await,
+            Format::Qed(_) => Ok(()),
+        };
+        if let Err(error) = closed {
+            self.replace_layer(&node.name, node.layer.clone())?;
+            return Err(error);
         }
-        node.layer.storage.set_access(reading(&node)).map_err(text)
+        if let Format::Qcow2(image) = &node.layer.format {
+            self.lower(&node, image.storage())?;
+        }
+        self.lower(&node, &node.layer.storage)
+    }
+
+    /// Lets other programs read what a node is in, unless another node goes on writing through the
+    /// same descriptor: windows of one file share it.
+    fn lower(&self, node: &Node, storage: &Arc<dyn Storage>) -> Result<()> {
+        let bottom = self.bottom(node)?;
+        for other in self.nodes() {
+            let writes = !other.layer.read_only && other.driver != "copy-on-read";
+            if writes && other.name != node.name && self.bottom(&other)? == bottom {
+                return Ok(());
+            }
+        }
+        storage.set_access(reading(node)).map_err(text)
+    }
+
+    /// The node at the bottom of a node's file children.
+    fn bottom(&self, node: &Node) -> Result<String> {
+        let mut node = node.clone();
+        while let Some(file) = &node.file {
+            node = self.node(file)?;
+        }
+        Ok(node.name)
     }
 }
 

@@ -53,6 +53,15 @@ impl Access {
         }
     }
 
+    /// Whether its locks are among those of `other`.
+    fn is_within(self, other: Self) -> bool {
+        match self {
+            Self::ReadShared => true,
+            Self::Read => other != Self::ReadShared,
+            Self::Write => other == Self::Write,
+        }
+    }
+
     fn unshared(self) -> &'static [(i64, &'static str)] {
         match self {
             Self::Read | Self::Write => &[(WRITE, "write"), (RESIZE, "resize")],
@@ -225,6 +234,11 @@ impl Locks {
         let mut users = self.users.lock();
         let wanted = users.with(old, new);
         let (held, access) = (users.access(), wanted.access());
+        if access.is_within(held) {
+            // Nothing is taken, so that nobody can stand in the way.
+            *users = wanted;
+            return release_all_but(&self.file, access);
+        }
         loop {
             let refusal = match take(&self.file, access) {
                 Ok(()) => {
