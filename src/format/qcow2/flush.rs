@@ -21,6 +21,7 @@ use std::collections::BTreeSet;
 use futures_util::future::try_join_all;
 
 use super::header::{Backing, Patch, SECTOR};
+use super::refcount::Need;
 use super::{Freed, Qcow2};
 use crate::error::{Action, Error, Result};
 use crate::storage::{self, AlignedBuf, Syncs};
@@ -299,20 +300,23 @@ impl Qcow2 {
     /// When this fails half-way, the header on the disk may name either table. Both are right
     /// until the next flush restores the old one: they name the same blocks, and no further one
     /// comes before a replacement succeeds.
-    pub(super) async fn grow_reftable(&self, len: usize) -> Result<()> {
+    ///
+    /// `Err` within: it cannot become longer.
+    pub(super) async fn grow_reftable(&self, len: usize) -> Result<std::result::Result<(), Need>> {
         let _turn = self.flush_turn().await;
         let growth = {
             let mut meta = self.meta.lock();
             if meta.allocator.table().len() > len {
-                return Ok(());
+                return Ok(Ok(()));
             }
             meta.allocator.plan_growth()
         };
         let growth = match growth {
             Ok(growth) => growth,
-            Err(_) if self.has_more_room() => return Ok(()),
-            Err(need) => return Err(self.lacking(need)),
+            Err(_) if self.has_more_room() => return Ok(Ok(())),
+            Err(need) => return Ok(Err(need)),
         };
+        let mut thaw = Thaw(Some(self));
         let bytes = self.meta.lock().allocator.growth_blocks(&growth);
         let (start, blocks, clusters) = (growth.start, growth.blocks, growth.clusters);
         let table = growth
@@ -323,12 +327,13 @@ impl Qcow2 {
         let result = self
             .install_reftable(start, blocks, clusters, &bytes, &table)
             .await;
+        thaw.0 = None;
         let mut meta = self.meta.lock();
         match result {
             Ok(old) => {
                 meta.allocator.adopt(growth);
                 self.note_unmapped(&mut meta, [old]);
-                Ok(())
+                Ok(Ok(()))
             }
             Err(error) => {
                 meta.allocator.abandon_growth();
@@ -361,6 +366,18 @@ impl Qcow2 {
         self.patch_header(&[header.with_reftable(offset, clusters as u32)])
             .await?;
         Ok(old)
+    }
+}
+
+/// Gives up a growth of the refcount table whose task has been dropped: others would wait for its
+/// end for ever.
+struct Thaw<'a>(Option<&'a Qcow2>);
+
+impl Drop for Thaw<'_> {
+    fn drop(&mut self) {
+        if let Some(image) = self.0 {
+            image.meta.lock().allocator.abandon_growth();
+        }
     }
 }
 

@@ -176,17 +176,23 @@ impl Qcow2 {
         let mut flushed = false;
         loop {
             let table_len = self.meta.lock().allocator.table().len();
-            match self.with_refcounts(&mut step).await? {
+            let need = match self.with_refcounts(&mut step).await? {
                 Ok(value) => return Ok(value),
                 // Whoever made it longer in the meantime has done so for us too.
-                Err(Need::Table) => self.grow_reftable(table_len).await?,
-                Err(Need::Turn) => drop(self.flush_turn().await),
-                Err(Need::Full) if self.has_more_room() => {}
-                Err(Need::Full) if !flushed && self.has_freed() => {
+                Err(Need::Table) => match self.grow_reftable(table_len).await? {
+                    Ok(()) => continue,
+                    Err(need) => need,
+                },
+                Err(need) => need,
+            };
+            match need {
+                Need::Turn => drop(self.flush_turn().await),
+                Need::Full if self.has_more_room() => {}
+                Need::Full | Need::Limit(_) if !flushed && self.has_freed() => {
                     self.flush().await?;
                     flushed = true;
                 }
-                Err(need) => return Err(self.lacking(need)),
+                need => return Err(self.lacking(need)),
             }
         }
     }

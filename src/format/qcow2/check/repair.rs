@@ -109,7 +109,10 @@ async fn all(mut image: Image<'_>, mut scan: Scan) -> Result<Planned<'_>> {
         if let Some(doubt) = trust::doubt(&image, &scan) {
             return Ok(Err(doubt));
         }
-        if image.fixed && scan.hidden && (scan.rebuild || !scan.overlaps.is_empty()) {
+        if image.fixed
+            && scan.hidden
+            && (scan.rebuild || scan.overflow || !scan.overlaps.is_empty())
+        {
             // What has to be added would go behind what is in use, and there may be more.
             return Ok(Err(
                 "some tables cannot be read, so that what is free on the device cannot be told \

@@ -163,17 +163,17 @@ impl Header {
             return Ok(end);
         }
         let (old_at, old_len) = (be64(&self.raw, 8) as usize, be32(&self.raw, 16) as usize);
-        // Behind the old name, in a sector of its own: the old one stays whole meanwhile.
+        // In sectors of its own: the old one stays whole meanwhile. Between the extensions and the
+        // old name where there is room, or names that change would move on through the cluster.
+        let between = end.next_multiple_of(SECTOR);
+        if between + len <= old_at / SECTOR * SECTOR {
+            return Ok(between);
+        }
         let behind = end
             .max(old_at.saturating_add(old_len))
             .next_multiple_of(SECTOR);
         if behind + len <= bytes.len() {
             return Ok(behind);
-        }
-        // Between the extensions and the old name.
-        let between = end.next_multiple_of(SECTOR);
-        if between + len <= old_at / SECTOR * SECTOR {
-            return Ok(between);
         }
         Err(self.unsupported("the header has no room for the new backing file name"))
     }

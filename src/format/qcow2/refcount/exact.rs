@@ -74,7 +74,7 @@ impl Allocator {
         }
         let missing = self.missing_blocks(start, count)?;
         let first = start + missing.len() as u64;
-        if end - first < count {
+        if end.saturating_sub(first) < count {
             return Err(Need::Full);
         }
         if let Some(cluster) = self.first_in_use(start, first + count)? {

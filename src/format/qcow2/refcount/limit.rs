@@ -60,7 +60,7 @@ impl Allocator {
             self.look_for_free()?;
         }
         if self.free.is_empty() && bounded {
-            self.open_holes(1);
+            self.open_holes(false);
         }
         Ok(!self.free.is_empty())
     }
@@ -70,19 +70,23 @@ impl Allocator {
         while !self.unseen.is_empty() {
             self.look_for_free()?;
         }
-        self.open_holes(usize::MAX);
+        self.open_holes(true);
         Ok(())
     }
 
-    /// Frees the clusters that the first `most` missing blocks would cover: nothing refers to them.
-    fn open_holes(&mut self, most: usize) {
+    /// Frees the clusters that missing blocks would cover, since nothing refers to them: of `all`, or
+    /// of one after the other until something is free.
+    fn open_holes(&mut self, all: bool) {
         let per_block = self.geometry.per_block();
         let end = self.frontier.min(self.limit);
         let missing = self.table.iter().zip((0..end).step_by(per_block as usize));
         let missing = missing.filter(|(entry, _)| **entry == 0);
-        let starts: Vec<u64> = missing.map(|(_, start)| start).take(most).collect();
+        let starts: Vec<u64> = missing.map(|(_, start)| start).collect();
         for start in starts {
             self.open_hole(start, end.min(start + per_block));
+            if !all && !self.free.is_empty() {
+                break;
+            }
         }
     }
 
