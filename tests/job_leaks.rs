@@ -20,9 +20,10 @@ use serde_json::{Value, json};
 use stratablk::config::{self, Action};
 
 /// Jobs of each kind.
-const ROUNDS: i64 = 150;
-/// What may be there that is no leak, of each kind: the spare room of lists.
-const SPARE: i64 = 4 << 10;
+const ROUNDS: i64 = 300;
+/// What may be there that is no leak, of each kind: the spare room of lists, and what is made when
+/// it is first needed.
+const SPARE: i64 = 16 << 10;
 
 /// Bytes that are allocated.
 static LIVE: AtomicI64 = AtomicI64::new(0);

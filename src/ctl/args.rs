@@ -115,8 +115,9 @@ pub enum Command {
         /// The job
         job: String,
     },
-    /// Let flushes be tried again after one has failed. What was written since the last good one
-    /// may be lost: check the image first
+    /// Let flushes be tried again after one has failed
+    ///
+    /// What was written since the last good one may be lost: check the image first.
     ClearSyncError {
         /// The export or node
         device: String,

@@ -107,17 +107,19 @@ impl Judge<'_> {
         let mut expected = seen.to_vec();
         let mut uncertain = vec![false; expected.len()];
         let may_be_full = self.disk.recipe.storage.device.is_some();
+        let block = (self.disk.recipe.storage.block as usize).div_ceil(SECTOR);
         for index in 0..8 {
-            let start = index * expected.len() / 8 + 3;
+            let start = (index * expected.len() / 8 + 3) / block * block;
+            let end = (start + 13).next_multiple_of(block);
             let stamp = 0xb000_0000 + 64 * index as u32;
-            match write(&self.reactor, &opened.chain, start, 13, stamp) {
+            match write(&self.reactor, &opened.chain, start, end - start, stamp) {
                 Err(error) if may_be_full && error.errno() == libc::ENOSPC => {
-                    uncertain[start..start + 13].fill(true);
+                    uncertain[start..end].fill(true);
                     continue;
                 }
                 written => written.map_err(text)?,
             }
-            for (stamp, sector) in (stamp..).zip(&mut expected[start..start + 13]) {
+            for (stamp, sector) in (stamp..).zip(&mut expected[start..end]) {
                 *sector = stamp;
             }
         }
