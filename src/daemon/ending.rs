@@ -1,9 +1,10 @@
 //! The end of the daemon: everything is ended at the same time, and what hangs is left behind.
 //!
 //! Exports and jobs end on threads of their own. An image is closed as soon as all that use it have
-//! ended, so that nothing waits for a neighbour. One whose users do not end is flushed and
-//! left as it is: it must not be called clean while somebody may still write. After a time
-//! whatever is left is named and abandoned, since whoever asked the daemon to end would kill it.
+//! ended, so that nothing waits for a neighbour. One whose users take long is flushed in between,
+//! and closed when they have ended after all; if they never do it is flushed once more and left as
+//! it is: it must not be called clean while somebody may still write. After a time whatever is
+//! left is named and abandoned, since whoever asked the daemon to end would kill it.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -18,6 +19,8 @@ use crate::error::{Error, Result};
 pub struct Patience {
     /// For the users of an image, before it is flushed in spite of them.
     pub users: Duration,
+    /// For them as well, before it is flushed for the last time.
+    pub last: Duration,
     /// For all.
     pub all: Duration,
 }
@@ -26,6 +29,7 @@ impl Default for Patience {
     fn default() -> Self {
         Self {
             users: Duration::from_secs(5),
+            last: Duration::from_secs(8),
             all: Duration::from_secs(9),
         }
     }
@@ -37,8 +41,8 @@ pub struct Part {
     pub name: String,
     /// Whose end is to come first.
     pub after: Vec<String>,
-    /// Ends it. True: all that it comes after have ended.
-    pub work: Box<dyn FnOnce(bool) + Send>,
+    /// Ends it. True: all that it comes after have ended. After a false it is called once more.
+    pub work: Box<dyn FnMut(bool) + Send>,
     /// What to say if it does not end.
     pub lament: Box<dyn Fn() -> String>,
 }
@@ -83,10 +87,14 @@ pub fn end(parts: Vec<Part>, patience: Patience) -> Result<()> {
     for part in parts {
         laments.push((part.name.clone(), part.lament));
         let board = board.clone();
-        let (name, after, work) = (part.name, part.after, part.work);
+        let (name, after, mut work) = (part.name, part.after, part.work);
         let run = move || {
             let alone = board.wait(&after, began + patience.users);
             work(alone);
+            if !alone {
+                // What they have completed since then is to last too.
+                work(board.wait(&after, began + patience.last));
+            }
             board.ended(&name);
         };
         let spawned = std::thread::Builder::new().name("end".into()).spawn(run);
@@ -114,13 +122,14 @@ pub fn end(parts: Vec<Part>, patience: Patience) -> Result<()> {
 #[cfg(test)]
 mod tests {
     //! What would be caught: an end that waits for a neighbour that hangs, or for ever; an image
-    //! that is closed under its users; something abandoned without a word.
+    //! that is closed under its users, or not at all since they took long; something abandoned
+    //! without a word.
 
     use std::sync::mpsc::channel;
 
     use super::*;
 
-    fn part(name: &str, after: &[&str], work: impl FnOnce(bool) + Send + 'static) -> Part {
+    fn part(name: &str, after: &[&str], work: impl FnMut(bool) + Send + 'static) -> Part {
         let lament = format!("{name} hangs");
         Part {
             name: name.to_owned(),
@@ -141,6 +150,7 @@ mod tests {
         // Nothing here is waited for but what hangs: in any other order this would not end.
         let all = Patience {
             users: Duration::from_millis(50),
+            last: Duration::from_millis(100),
             all: Duration::from_millis(500),
         };
         let parts = vec![
@@ -158,12 +168,35 @@ mod tests {
         let expected = [
             ("b", true),
             ("image a", false),
+            ("image a", false),
+            ("image ab", false),
             ("image ab", false),
             ("image b", true),
             ("jobs", true),
         ];
         assert_eq!(seen, expected);
         drop(release);
+    }
+
+    #[test]
+    fn an_image_whose_users_end_late_is_still_closed() {
+        let (release, late) = channel::<()>();
+        let (called, calls) = channel();
+        let parts = vec![
+            part("image", &["export"], move |alone| {
+                called.send(alone).unwrap();
+                // Its user ends only now that the first patience is over.
+                let _ = release.send(());
+            }),
+            part("export", &[], move |_| late.recv().unwrap()),
+        ];
+        let patience = Patience {
+            users: Duration::ZERO,
+            last: Duration::from_secs(3600),
+            all: Duration::from_secs(3600),
+        };
+        end(parts, patience).unwrap();
+        assert_eq!(calls.try_iter().collect::<Vec<_>>(), [false, true]);
     }
 
     #[test]
@@ -178,6 +211,7 @@ mod tests {
         ];
         let forever = Patience {
             users: Duration::from_secs(3600),
+            last: Duration::from_secs(3600),
             all: Duration::from_secs(3600),
         };
         end(parts, forever).unwrap();

@@ -175,8 +175,8 @@ fn parts(graph: &Graph, exports: &Exports, running: Option<Running>) -> Vec<endi
     let mut parts = vec![ending::Part {
         name: jobs.clone(),
         after: Vec::new(),
-        work: Box::new(|_| {
-            if let Some(running) = running {
+        work: Box::new(move |_| {
+            if let Some(running) = &running {
                 running.end();
             }
         }),
