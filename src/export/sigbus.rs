@@ -210,22 +210,110 @@ fn replace(range: Range, address: usize) -> bool {
     let one = (start + (inside - inside % page.max(1)), page);
     // SAFETY: the location is this thread's errno.
     let errno = unsafe { *libc::__errno_location() };
-    let replaced = [(start, len), one].into_iter().any(|(start, len)| {
-        // SAFETY: the range is within a mapping that its owner has registered, in whole pages, and
-        // cannot unmap before it has taken it from the list; its contents are gone already.
-        let result = unsafe {
-            libc::mmap(
-                ptr::with_exposed_provenance_mut(start),
-                len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
-        };
-        result != libc::MAP_FAILED
-    });
+    let replaced = [(start, len), one]
+        .into_iter()
+        .any(|(start, len)| put_zeros(start, len));
     // SAFETY: as above.
     unsafe { *libc::__errno_location() = errno };
     replaced
+}
+
+/// Puts zeros in the place of whole pages of a registered mapping. False: they are as they were.
+///
+/// In two steps: a mapping that goes to a fixed address at once may unmap what is there before the
+/// system refuses the memory, and whatever is mapped next may then get into the hole.
+fn put_zeros(start: usize, len: usize) -> bool {
+    // SAFETY: a new mapping at an address of the kernel's choice touches no memory that is in use.
+    let fresh = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    if fresh == libc::MAP_FAILED {
+        return false;
+    }
+    // SAFETY: what is moved is the mapping just made, which nobody else knows. The place is within
+    // a mapping that its owner has registered, in whole pages of it (huge ones are not split), and
+    // cannot unmap before it has taken it from the list; its contents are gone already.
+    let moved = unsafe {
+        libc::mremap(
+            fresh,
+            len,
+            len,
+            libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
+            ptr::with_exposed_provenance_mut::<libc::c_void>(start),
+        )
+    };
+    if moved == libc::MAP_FAILED {
+        // SAFETY: it is still ours alone, and not used.
+        unsafe { libc::munmap(fresh, len) };
+        return false;
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    //! What would be caught: zeros that reach over the borders of what was taken away, are put
+    //! elsewhere, or leave a mapping behind.
+
+    use std::fs::File;
+    use std::os::fd::{AsRawFd, FromRawFd};
+
+    use super::*;
+
+    const PAGE: usize = 4096;
+
+    #[test]
+    fn zeros_take_the_place_of_a_region_and_of_nothing_else() {
+        // SAFETY: the name is a string, and the descriptor is new and ours.
+        let file = unsafe {
+            File::from_raw_fd(libc::memfd_create(c"replaced".as_ptr(), libc::MFD_CLOEXEC))
+        };
+        file.set_len(4 * PAGE as u64).unwrap();
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let start = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                4 * PAGE,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        assert_ne!(start, libc::MAP_FAILED);
+        // SAFETY: the mapping is ours until the end of the test.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(start.cast::<u8>(), 4 * PAGE) };
+        bytes.fill(7);
+        let start = start.expose_provenance();
+        let range = Range {
+            start: start + PAGE,
+            len: 2 * PAGE,
+            page: PAGE,
+        };
+        let zeros = |from: usize, to: usize| {
+            let mut expected = vec![7; 4 * PAGE];
+            expected[from * PAGE..to * PAGE].fill(0);
+            expected
+        };
+        assert!(put_zeros(range.start, PAGE), "the page alone");
+        assert_eq!(bytes, zeros(1, 2));
+        assert!(replace(range, start + 2 * PAGE + 5));
+        assert_eq!(bytes, zeros(1, 3));
+        // They are memory like any other, and no longer the file's.
+        bytes.fill(1);
+        let text = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let left = text.lines().filter(|line| line.contains("memfd:replaced"));
+        assert_eq!(left.count(), 2, "{text}");
+        let ends = format!("{:x}-{:x} rw-p", range.start, range.start + range.len);
+        assert!(text.lines().any(|line| line.starts_with(&ends)), "{text}");
+        // SAFETY: nobody uses it any more.
+        unsafe { libc::munmap(ptr::with_exposed_provenance_mut(start), 4 * PAGE) };
+    }
 }
