@@ -236,7 +236,7 @@ impl Queue {
         for _ in 0..count {
             let head = self.ring.take();
             self.begin(context, head, &view, &limits);
-            if self.closed || self.room < MOST_BYTES {
+            if !self.takes_more() {
                 break;
             }
             self.show_some(context);
