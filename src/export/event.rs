@@ -20,7 +20,8 @@ pub(super) fn accept(file: File) -> io::Result<File> {
     let fd = file.as_raw_fd();
     let kind = std::fs::read_link(format!("/proc/self/fd/{fd}"))?;
     if kind.as_os_str() != "anon_inode:[eventfd]" {
-        let text = format!("the descriptor is not an eventfd but {}", kind.display());
+        // Whoever made it chose its name, newlines included.
+        let text = format!("the descriptor is not an eventfd but {kind:?}");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
     }
     Ok(file)
@@ -59,13 +60,17 @@ impl Bell {
         Ok(())
     }
 
-    /// Adds one to the counter of the eventfd, if there is one.
+    /// Adds one to the counter of the eventfd, if there is one. `usual` is the one that is to be
+    /// attached: if that has failed, it is tried again.
     ///
     /// # Errors
-    /// Whatever `io_uring_enter(2)` reports, again and again.
-    pub(super) fn ring(&mut self) -> io::Result<()> {
+    /// Whatever `io_uring_enter(2)` reports, again and again; as [`Bell::attach`].
+    pub(super) fn ring(&mut self, usual: Option<&File>) -> io::Result<()> {
         if !self.attached {
-            return Ok(());
+            if usual.is_none() {
+                return Ok(());
+            }
+            self.attach(usual)?;
         }
         let entry = opcode::Nop::new().build();
         // SAFETY: the operation names no memory. The queue is full if an earlier signal has not
@@ -89,22 +94,22 @@ impl Bell {
         result.map(drop)
     }
 
-    /// Adds one to the counter of another eventfd. The one before stays.
+    /// Adds one to the counter of another eventfd. The one before stays, whatever happens.
     ///
     /// # Errors
     /// As [`Bell::attach`] and [`Bell::ring`].
     pub(super) fn ring_other(&mut self, event: &File, usual: Option<&File>) -> io::Result<()> {
-        self.attach(Some(event))?;
-        let rung = self.ring();
-        self.attach(usual)?;
-        rung
+        let rung = self.attach(Some(event)).and_then(|()| self.ring(None));
+        let attached = self.attach(usual);
+        rung.and(attached)
     }
 }
 
 #[cfg(test)]
 mod tests {
     //! What would be caught: a signal that waits for the other side, one that is lost or goes to
-    //! another eventfd, and one that is given up for ever after a full counter.
+    //! another eventfd, one that is given up for ever after a full counter or a failure, and a
+    //! front-end that writes lines into the log.
 
     use std::os::fd::{FromRawFd, IntoRawFd};
 
@@ -124,21 +129,21 @@ mod tests {
     #[test]
     fn a_signal_adds_one_and_never_waits() {
         let mut bell = Bell::new().unwrap();
-        bell.ring().unwrap();
+        bell.ring(None).unwrap();
         let (event, file) = pair(EFD_NONBLOCK);
         bell.attach(Some(&file)).unwrap();
         for _ in 0..100 {
-            bell.ring().unwrap();
+            bell.ring(Some(&file)).unwrap();
         }
         assert_eq!(event.read().unwrap(), 100);
 
         let (full, file) = pair(0);
         full.write(u64::MAX - 1).unwrap();
         bell.attach(Some(&file)).unwrap();
-        bell.ring().unwrap();
-        bell.ring().unwrap();
+        bell.ring(Some(&file)).unwrap();
+        bell.ring(Some(&file)).unwrap();
         assert!(full.read().unwrap() >= u64::MAX - 1);
-        bell.ring().unwrap();
+        bell.ring(Some(&file)).unwrap();
         assert_eq!(full.read().unwrap(), 1);
         assert!(event.read().is_err(), "not attached any more");
     }
@@ -154,7 +159,22 @@ mod tests {
             assert_eq!(other.read().unwrap(), 1);
             assert!(event.read().is_err());
         }
-        bell.ring().unwrap();
+        bell.ring(Some(&file)).unwrap();
+        assert_eq!(event.read().unwrap(), 1);
+    }
+
+    #[test]
+    fn an_eventfd_that_could_not_be_attached_is_tried_again() {
+        let mut bell = Bell::new().unwrap();
+        let (event, file) = pair(EFD_NONBLOCK);
+        let null = File::open("/dev/null").unwrap();
+        bell.attach(Some(&file)).unwrap();
+        assert!(bell.ring_other(&null, Some(&file)).is_err());
+        bell.ring(None).unwrap();
+        assert_eq!(event.read().unwrap(), 1, "the usual one has stayed");
+        assert!(bell.attach(Some(&null)).is_err());
+        assert!(bell.ring(Some(&null)).is_err(), "nobody was signalled");
+        bell.ring(Some(&file)).unwrap();
         assert_eq!(event.read().unwrap(), 1);
     }
 
@@ -162,5 +182,10 @@ mod tests {
     fn other_files_are_no_eventfds() {
         assert!(accept(File::open("/dev/null").unwrap()).is_err());
         assert!(accept(pair(0).1).is_ok());
+        // SAFETY: the name is a string, and the descriptor is new and ours.
+        let named =
+            unsafe { File::from_raw_fd(libc::memfd_create(c"a\nb".as_ptr(), libc::MFD_CLOEXEC)) };
+        let text = accept(named).unwrap_err().to_string();
+        assert!(text.contains("a\\nb") && !text.contains('\n'), "{text}");
     }
 }

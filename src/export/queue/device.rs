@@ -328,7 +328,7 @@ impl Queue {
     }
 
     fn notify(&self, context: &mut Context) {
-        let rung = context.bell.ring();
+        let rung = context.bell.ring(self.call.as_deref());
         context.check_signal(rung);
     }
 
