@@ -28,6 +28,7 @@ use vmm_sys_util::eventfd::EventFd;
 const IN: u32 = 0;
 const OUT: u32 = 1;
 const OK: u8 = 0;
+const IOERR: u8 = 1;
 const DISK: usize = 1 << 20;
 const PAGE: usize = 4096;
 const HUGE: usize = 2 << 20;
@@ -308,6 +309,30 @@ fn a_queue_whose_memory_was_taken_away_writes_nothing_more() {
     assert_eq!(storage.snapshot(), [7; DISK]);
     drop(hand);
     serves(&place);
+}
+
+/// Catches: a write that is called done although the zeros of lost memory, and not what the guest
+/// had there, are on the disk; zeros that are found there and written by the shorter way.
+#[test]
+fn a_write_of_memory_that_was_taken_away_fails() {
+    for detect_zeroes in [None, Some(false), Some(true)] {
+        let place = Place::new();
+        let (root, storage) = memory_root(vec![7; DISK]);
+        let mut config = place.config();
+        config.detect_zeroes = detect_zeroes;
+        let _export = start(config, root);
+        let mut hand = Hand::ready(&place.socket(), PLAIN);
+        let file = memfd(c"goes", 0, 2 * PAGE);
+        hand.front
+            .add_mem_region(&region(&file, EXTRA, 0, 2 * PAGE))
+            .unwrap();
+        File::from(file).set_len(0).unwrap();
+        let (_, status) = hand.request(OUT, 0, &[(EXTRA, 512, false)]);
+        assert_eq!(status, IOERR, "{detect_zeroes:?}");
+        if detect_zeroes.is_some() {
+            assert_eq!(storage.snapshot(), [7; DISK]);
+        }
+    }
 }
 
 /// Catches: one front-end that maps so much that no address is left for the others.

@@ -153,9 +153,9 @@ impl Drop for Guard {
 }
 
 /// How often memory has been taken away from this process: a cheap look for whoever then asks its
-/// own guards.
+/// own guards, which know by then.
 pub(super) fn lost() -> usize {
-    LOST.load(Ordering::Relaxed)
+    LOST.load(Ordering::Acquire)
 }
 
 fn install() -> io::Result<()> {
@@ -185,12 +185,14 @@ extern "C" fn handle(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c
         let inside = address.wrapping_sub(range.start) < range.len;
         inside.then_some((slot, range))
     });
-    if let Some((slot, range)) = found
-        && replace(range, address)
-    {
+    if let Some((slot, range)) = found {
+        // Before the zeros are there, so that whoever may have read them learns of it afterwards;
+        // the flag before the count, which is what they look at first.
         slot.lost.store(true, Ordering::Relaxed);
-        LOST.fetch_add(1, Ordering::Relaxed);
-        return;
+        LOST.fetch_add(1, Ordering::Release);
+        if replace(range, address) {
+            return;
+        }
     }
     // Not ours: the access is repeated on return, and the one before us sees it.
     if let Some(Some(old)) = OLD_ACTION.get() {

@@ -22,6 +22,7 @@ use crate::export::limit::Topic;
 use crate::export::memory::{self, GuestMemory};
 use crate::export::request::{self, Kind, MAX_RANGES, Parsed, Status};
 use crate::export::ring::SplitRing;
+use crate::export::sigbus;
 use crate::export::stats::QueueStats;
 use crate::reactor::{Completion, Reactor, Token};
 use crate::storage::buffer::{iovecs_aligned, iovecs_are_zero, slice_iovecs};
@@ -126,6 +127,9 @@ pub(super) struct Queue {
     error: Option<Arc<File>>,
     write_through: bool,
     memory: Arc<GuestMemory>,
+    /// How often memory had been taken away from the process when all of `memory` was there; none
+    /// before it was looked at.
+    all_there: Option<usize>,
     slots: Vec<Slot>,
     in_flight: u32,
     /// What the requests in flight weigh together.
@@ -148,6 +152,7 @@ impl Queue {
             .collect();
         Self {
             memory: setup.ring.memory().clone(),
+            all_there: None,
             ring: setup.ring,
             kick: setup.kick,
             call: setup.call,
@@ -199,10 +204,10 @@ impl Queue {
         }
     }
 
-    /// Memory has been taken away from the process: gives the queue up if it is this one's. What
-    /// its guest means to write may be zeros by now.
+    /// Gives the queue up if memory of its guest has been taken away. What the guest means to
+    /// write may be zeros by now.
     pub(super) fn check_memory(&mut self, context: &mut Context) {
-        if !self.broken && self.memory.is_lost() {
+        if !self.broken && self.memory_is_lost() {
             self.give_up(
                 context,
                 format_args!("shared memory was taken away while in use"),
@@ -210,8 +215,24 @@ impl Queue {
         }
     }
 
-    pub(super) fn set_memory(&mut self, memory: Arc<GuestMemory>) {
+    /// Whether memory of its guest has been taken away: one look at a count as long as the whole
+    /// process has lost none.
+    fn memory_is_lost(&mut self) -> bool {
+        let lost = sigbus::lost();
+        if self.all_there == Some(lost) {
+            return false;
+        }
+        if self.memory.is_lost() {
+            return true;
+        }
+        self.all_there = Some(lost);
+        false
+    }
+
+    pub(super) fn set_memory(&mut self, context: &mut Context, memory: Arc<GuestMemory>) {
         self.memory = memory;
+        self.all_there = None;
+        self.check_memory(context);
     }
 
     pub(super) fn set_write_through(&mut self, on: bool) {
@@ -470,7 +491,10 @@ impl Queue {
                 Kind::Out { .. } | Kind::Discard { .. } | Kind::WriteZeroes { .. }
             )
         });
-        if changes && self.write_through {
+        if changes && self.memory_is_lost() {
+            // Zeros may have been written that nobody meant.
+            self.complete(context, head, Status::IoError);
+        } else if changes && self.write_through {
             self.flushes.join(head);
         } else {
             self.complete(context, head, Status::Ok);
@@ -498,8 +522,11 @@ impl Queue {
         // the task has reported.
         let bufs = unsafe { IoBufs::new(slot.ranges.data()) };
         let (kind, done, facts) = (slot.kind, context.done.clone(), context.facts.clone());
+        let detect_zeroes = facts
+            .detect_zeroes
+            .map(|unmap| (unmap, self.memory.clone()));
         context.reactor.spawn(async move {
-            let status = match perform(view, kind, bufs, facts.detect_zeroes).await {
+            let status = match perform(view, kind, bufs, detect_zeroes).await {
                 Ok(()) => Status::Ok,
                 Err(error) => {
                     facts.log.error(Topic::Disk, format_args!("{error}"));
@@ -637,12 +664,13 @@ fn submit(
     true
 }
 
-/// Carries out a request with whatever it needs.
+/// Carries out a request with whatever it needs. Zeros are detected with the memory that they are
+/// in.
 async fn perform(
     view: Rc<View>,
     kind: Kind,
     bufs: IoBufs,
-    detect_zeroes: Option<Unmap>,
+    detect_zeroes: Option<(Unmap, Arc<GuestMemory>)>,
 ) -> Result<()> {
     match kind {
         Kind::In { offset } => {
@@ -653,9 +681,13 @@ async fn perform(
             Ok(())
         }
         Kind::Out { offset } => {
-            if let Some(unmap) = detect_zeroes
+            if let Some((unmap, memory)) = detect_zeroes
                 && bufs.is_zero()
             {
+                if memory.is_lost() {
+                    let text = "the shared memory of a write was taken away";
+                    return Err(Error::Invalid(text.into()));
+                }
                 let len = bufs.len() as u64;
                 return view.write_zeroes(offset, len, unmap).await;
             }

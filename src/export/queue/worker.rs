@@ -13,7 +13,6 @@ use super::{DeviceFacts, Kick, Mailbox, Order, QueueSetup};
 use crate::chain::{Root, ViewCache};
 use crate::export::event::Bell;
 use crate::export::limit::Topic;
-use crate::export::sigbus;
 use crate::export::stats::QueueStats;
 use crate::reactor::{Reactor, Remote};
 use crate::sched;
@@ -46,8 +45,6 @@ struct Worker<'a> {
     exit: bool,
     /// What was queued in the turn before has not been submitted.
     held_back: bool,
-    /// How often memory had been taken away from the process at the last look.
-    lost: usize,
     fairness: Fairness,
 }
 
@@ -127,7 +124,6 @@ pub(super) fn run(
         last_base: 0,
         exit: false,
         held_back: false,
-        lost: sigbus::lost(),
         fairness: Fairness::of_this_thread(),
     };
     while !worker.exit || worker.in_flight() {
@@ -141,14 +137,9 @@ impl Worker<'_> {
     fn turn(&mut self) {
         self.fairness.turn();
         self.take_orders();
-        if sigbus::lost() != self.lost {
-            self.lost = sigbus::lost();
-            if let Some(queue) = &mut self.queue {
-                queue.check_memory(&mut self.context);
-            }
-        }
         let mut taken = false;
         if let Some(queue) = &mut self.queue {
+            queue.check_memory(&mut self.context);
             taken = queue.take_available(&mut self.context);
             queue.flush(&mut self.context);
         }
@@ -219,7 +210,7 @@ impl Worker<'_> {
             }
             Order::SetMemory(memory, reply) => {
                 if let Some(queue) = &mut self.queue {
-                    queue.set_memory(memory);
+                    queue.set_memory(&mut self.context, memory);
                 }
                 let _ = reply.send(());
             }
@@ -254,8 +245,9 @@ impl Worker<'_> {
                     .error(Topic::Session, format_args!("watching a kick: {error}"));
             }
         }
-        let queue = Queue::new(setup);
+        let mut queue = Queue::new(setup);
         queue.attach_call(&mut self.context);
+        queue.check_memory(&mut self.context);
         self.queue = Some(queue);
     }
 
