@@ -7,6 +7,7 @@
 //! left is named and abandoned, since whoever asked the daemon to end would kill it.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -71,12 +72,27 @@ impl Board {
     }
 }
 
-/// Ends all parts, which have different names. When this returns an error, threads are still busy
+/// Ends all parts, which have different names, and each of which is behind those that it comes
+/// after. When this returns an error, threads are still busy
 /// with those that are left: the process has to end without waiting for them.
 ///
 /// # Errors
 /// What did not end in time, in the words of the parts.
 pub fn end(parts: Vec<Part>, patience: Patience) -> Result<()> {
+    end_on(parts, patience, |run| {
+        let thread = std::thread::Builder::new().name("end".into());
+        thread.spawn(run).map(drop)
+    })
+}
+
+/// What a thread does for one part.
+type Run = Box<dyn FnOnce() + Send>;
+
+fn end_on(
+    parts: Vec<Part>,
+    patience: Patience,
+    spawn: impl Fn(Run) -> io::Result<()>,
+) -> Result<()> {
     let began = Instant::now();
     let names: Vec<String> = parts.iter().map(|part| part.name.clone()).collect();
     let board = Arc::new(Board {
@@ -84,11 +100,12 @@ pub fn end(parts: Vec<Part>, patience: Patience) -> Result<()> {
         changed: Condvar::new(),
     });
     let mut laments = Vec::with_capacity(parts.len());
+    let mut here = Vec::new();
     for part in parts {
         laments.push((part.name.clone(), part.lament));
         let board = board.clone();
-        let (name, after, mut work) = (part.name, part.after, part.work);
-        let run = move || {
+        let (name, after, mut work) = (part.name.clone(), part.after, part.work);
+        let run: Run = Box::new(move || {
             let alone = board.wait(&after, began + patience.users);
             work(alone);
             if !alone {
@@ -96,13 +113,17 @@ pub fn end(parts: Vec<Part>, patience: Patience) -> Result<()> {
                 work(board.wait(&after, began + patience.last));
             }
             board.ended(&name);
-        };
-        let spawned = std::thread::Builder::new().name("end".into()).spawn(run);
-        if let Err(error) = spawned {
-            // It stays on the board, and is named at the end.
-            log::error!("ending: {error}");
+        });
+        // What is given to a thread that cannot be had is dropped.
+        let run = Arc::new(Mutex::new(Some(run)));
+        let given = run.clone();
+        if let Err(error) = spawn(Box::new(move || run_once(&given))) {
+            log::warn!("a thread for the end of {}: {error}", part.name);
+            here.push(run);
         }
     }
+    // Late, and one after the other, is better than not at all.
+    here.iter().for_each(run_once);
     if board.wait(&names, began + patience.all) {
         return Ok(());
     }
@@ -119,11 +140,18 @@ pub fn end(parts: Vec<Part>, patience: Patience) -> Result<()> {
     )))
 }
 
+fn run_once(run: &Arc<Mutex<Option<Run>>>) {
+    let run = run.lock().take();
+    if let Some(run) = run {
+        run();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     //! What would be caught: an end that waits for a neighbour that hangs, or for ever; an image
     //! that is closed under its users, or not at all since they took long; something abandoned
-    //! without a word.
+    //! without a word; a part without a thread that is not ended.
 
     use std::sync::mpsc::channel;
 
@@ -197,6 +225,25 @@ mod tests {
         };
         end(parts, patience).unwrap();
         assert_eq!(calls.try_iter().collect::<Vec<_>>(), [false, true]);
+    }
+
+    #[test]
+    fn what_gets_no_thread_is_ended_all_the_same() {
+        let (ended, seen) = channel();
+        let tell = |what: &'static str| {
+            let ended = ended.clone();
+            move |alone: bool| ended.send((what, alone)).unwrap()
+        };
+        let parts = vec![
+            part("export", &[], tell("export")),
+            part("image", &["export"], tell("image")),
+        ];
+        end_on(parts, Patience::default(), |_| {
+            Err(io::Error::other("none"))
+        })
+        .unwrap();
+        let seen: Vec<_> = seen.try_iter().collect();
+        assert_eq!(seen, [("export", true), ("image", true)]);
     }
 
     #[test]
