@@ -198,6 +198,10 @@ fn parts(graph: &Graph, exports: &Exports, running: Option<Running>) -> Vec<endi
         });
     }
     for node in nodes {
+        if node.driver == "copy-on-read" {
+            // A filter is the image that it is over: two threads would close the same one.
+            continue;
+        }
         let name = format!("node '{}'", node.name);
         let uses = users.iter().filter(|(_, nodes)| nodes.contains(&node.name));
         let mut after: Vec<String> = uses.map(|(user, _)| user.clone()).collect();
