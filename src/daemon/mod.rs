@@ -156,10 +156,16 @@ fn serve(config: &Config) -> Result<()> {
         Ok(running) => (wait(config, &running, foreground, &stopped), Some(running)),
         Err(error) => (Err(error), None),
     };
+    let (result, pid_file) = match result {
+        Ok(pid_file) => (Ok(()), pid_file),
+        Err(error) => (Err(error), None),
+    };
     let ended = ending::end(
         parts(&graph, &exports, running),
         ending::Patience::default(),
     );
+    // Who waits for the file to go wants the images.
+    drop(pid_file);
     if ended.is_err() {
         // Whatever would be dropped here would be waited for.
         std::mem::forget((graph, exports));
@@ -418,15 +424,15 @@ fn end_with_last_front_end(config: &Config, exports: &Exports, stop: &Sender<Cal
     }
 }
 
-/// Waits for the order to end.
+/// Waits for the order to end. Returns the pid file, which stays until the end is over.
 fn wait(
     config: &Config,
     running: &Running,
     foreground: Option<Foreground>,
     stopped: &Receiver<Call>,
-) -> Result<()> {
+) -> Result<Option<PidFile>> {
     if !running.monitors.wait_for_clients(stopped) {
-        return Ok(());
+        return Ok(None);
     }
     let pid_file = match &config.pidfile {
         Some(path) => Some(
@@ -440,8 +446,7 @@ fn wait(
     }
     // The senders live as long as the signal thread: this ends with an order to stop.
     let _ = stopped.recv();
-    drop(pid_file);
-    Ok(())
+    Ok(pid_file)
 }
 
 /// Runs jobs on a reactor of their own thread.
