@@ -18,14 +18,18 @@
 #include <sys/mman.h>
 #include <sys/syscall.h>
 
-/* A thread has one ring at most. */
+/* A thread waits in its first ring; what it makes after that, for signals, is never waited for. */
 static __thread int ring = -1;
 static __thread const volatile unsigned *head, *tail, *flags;
 
 static void remember(int fd, const struct io_uring_params *params)
 {
     size_t len = params->cq_off.cqes;
-    const char *map = mmap(NULL, len, PROT_READ, MAP_SHARED, fd, IORING_OFF_SQ_RING);
+    const char *map;
+
+    if (ring >= 0)
+        return;
+    map = mmap(NULL, len, PROT_READ, MAP_SHARED, fd, IORING_OFF_SQ_RING);
 
     if (map == MAP_FAILED)
         return;
