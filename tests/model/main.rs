@@ -25,7 +25,6 @@ mod support;
 
 use stratablk_model::shuttle::scheduler::{DfsScheduler, PctScheduler, RandomScheduler};
 use stratablk_model::shuttle::{Config, Runner};
-use stratablk_model::sync;
 
 fn number_from(variable: &str) -> Option<usize> {
     std::env::var(variable).ok()?.parse().ok()
@@ -42,7 +41,6 @@ fn every_order(most: usize, least: usize, test: impl Fn() + Send + Sync + 'stati
     let most = number_from("STRATABLK_MODEL_RUNS").unwrap_or(most);
     let runner = Runner::new(DfsScheduler::new(Some(most), false), config());
     let runs = runner.run(move || {
-        sync::begin();
         test();
     });
     println!("{runs} orders{}", if runs < most { ": all" } else { "" });
@@ -56,7 +54,6 @@ fn many_orders(runs: usize, test: impl Fn() + Clone + Send + Sync + 'static) {
     println!("STRATABLK_SEED={seed}");
     let begun = test.clone();
     let run = move || {
-        sync::begin();
         begun();
     };
     let random = RandomScheduler::new_from_seed(seed, runs / 2);

@@ -1,8 +1,7 @@
 //! The primitives of `src/sync.rs`, as the model checker has them: each operation is a point
 //! where another thread may go on.
 
-use std::cell::Cell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::future::Future;
 use std::ops::Deref;
 use std::pin::Pin;
@@ -208,41 +207,5 @@ impl<T> Drop for AsyncMutexGuard<'_, T> {
     fn drop(&mut self) {
         *self.0.locked.lock() = false;
         self.0.unlocked.notify(usize::MAX);
-    }
-}
-
-/// A value that all threads of one execution share: every execution begins with a new one.
-#[derive(Debug)]
-pub struct Global<T: 'static>(std::sync::Mutex<BTreeMap<usize, &'static T>>);
-
-thread_local! {
-    static EXECUTION: Cell<usize> = const { Cell::new(0) };
-}
-
-/// Begins an execution: what the checker runs calls it first.
-pub fn begin() {
-    static NEXT: AtomicUsize = AtomicUsize::new(1);
-    EXECUTION.set(NEXT.fetch_add(1, Ordering::Relaxed));
-}
-
-impl<T: Default> Global<T> {
-    #[must_use]
-    pub const fn new() -> Self {
-        Self(std::sync::Mutex::new(BTreeMap::new()))
-    }
-
-    pub fn get(&'static self) -> &'static T {
-        let values = self.0.lock();
-        let mut values = values.unwrap_or_else(PoisonError::into_inner);
-        // A few bytes are lost with each execution: the primitives in it belong to that one alone.
-        values
-            .entry(EXECUTION.get())
-            .or_insert_with(|| Box::leak(Box::default()))
-    }
-}
-
-impl<T: Default> Default for Global<T> {
-    fn default() -> Self {
-        Self::new()
     }
 }
