@@ -27,5 +27,6 @@ pub mod grace;
 pub mod job;
 pub mod reactor;
 pub mod sched;
+pub mod shared_memory;
 pub mod storage;
 pub mod sync;

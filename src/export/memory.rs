@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use super::mapping::Mapping;
+use crate::shared_memory::mapping::Mapping;
 
 /// Bytes that one front-end may share: several times what the largest guests have, and a part of
 /// the addresses that the process has for all.

@@ -23,13 +23,11 @@ mod event;
 mod features;
 mod handler;
 pub(crate) mod limit;
-mod mapping;
 pub mod memory;
 mod queue;
 pub mod request;
 pub mod ring;
 mod session;
-mod sigbus;
 mod socket;
 pub mod stats;
 

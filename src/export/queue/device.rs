@@ -22,9 +22,9 @@ use crate::export::limit::Topic;
 use crate::export::memory::{self, GuestMemory};
 use crate::export::request::{self, Kind, MAX_RANGES, Parsed, Status};
 use crate::export::ring::SplitRing;
-use crate::export::sigbus;
 use crate::export::stats::QueueStats;
 use crate::reactor::{Completion, Reactor, Token};
+use crate::shared_memory::sigbus;
 use crate::storage::buffer::{iovecs_aligned, iovecs_are_zero, slice_iovecs};
 use crate::storage::{IoBufs, Limits, Op, Submission};
 

@@ -114,7 +114,7 @@ fn slots() -> impl Iterator<Item = &'static Slot> {
 
 /// Protects a mapping until it is dropped, which must be before the mapping goes.
 #[derive(Debug)]
-pub(super) struct Guard {
+pub(crate) struct Guard {
     slot: &'static Slot,
 }
 
@@ -124,7 +124,7 @@ impl Guard {
     ///
     /// # Errors
     /// When SIGBUS cannot be caught.
-    pub(super) fn new(start: usize, len: usize, page: usize) -> io::Result<Self> {
+    pub(crate) fn new(start: usize, len: usize, page: usize) -> io::Result<Self> {
         install()?;
         let mut free = FREE.lock();
         let slot = free
@@ -135,7 +135,7 @@ impl Guard {
     }
 
     /// Whether some of the memory was taken away.
-    pub(super) fn is_lost(&self) -> bool {
+    pub(crate) fn is_lost(&self) -> bool {
         self.slot.lost.load(Ordering::Relaxed)
     }
 }
@@ -154,7 +154,7 @@ impl Drop for Guard {
 
 /// How often memory has been taken away from this process: a cheap look for whoever then asks its
 /// own guards, which know by then.
-pub(super) fn lost() -> usize {
+pub(crate) fn lost() -> usize {
     LOST.load(Ordering::Acquire)
 }
 

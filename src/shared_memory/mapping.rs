@@ -37,7 +37,7 @@ struct Use {
 
 /// A part of a file, mapped and guarded.
 #[derive(Debug)]
-pub(super) struct Mapping {
+pub(crate) struct Mapping {
     /// Dropped first: what is unmapped is guarded no more.
     guard: Guard,
     _pages: Pages,
@@ -50,7 +50,7 @@ impl Mapping {
     /// # Errors
     /// When it is larger than its file, the file is none that can be mapped safely, or the
     /// process has no room for it.
-    pub(super) fn new(file: &File, offset: u64, len: u64) -> io::Result<Self> {
+    pub(crate) fn new(file: &File, offset: u64, len: u64) -> io::Result<Self> {
         let page = check(file, offset, offset + len)?;
         let first = offset - offset % page;
         let end = (offset + len)
@@ -66,12 +66,12 @@ impl Mapping {
     }
 
     /// The address of the part's first byte.
-    pub(super) fn start(&self) -> usize {
+    pub(crate) fn start(&self) -> usize {
         self.start
     }
 
     /// Whether some of it was taken away, and is zeros now.
-    pub(super) fn is_lost(&self) -> bool {
+    pub(crate) fn is_lost(&self) -> bool {
         self.guard.is_lost()
     }
 }
