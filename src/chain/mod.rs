@@ -23,6 +23,7 @@ pub mod graph;
 mod open;
 mod read;
 pub mod resize;
+mod room;
 mod status;
 mod together;
 mod writable;
@@ -42,6 +43,7 @@ use crate::sync::{self, ArcSwap};
 pub use below::{backing_options, layer_options};
 pub use copy::{Copied, Span};
 pub use graph::Graph;
+pub use room::with_room;
 pub use status::Status;
 
 /// How many pieces a request is cut into before it takes the slow path.
@@ -392,7 +394,13 @@ impl ViewCache {
         view
     }
 
-    /// Lets go of everything, since no request is in flight: call it before the thread sleeps,
+    /// How many have the current view, this cache among them.
+    #[must_use]
+    pub fn holders(&self) -> usize {
+        self.view.as_ref().map_or(0, Rc::strong_count)
+    }
+
+    /// Lets go of everything, since no request has the view: call it before the thread sleeps,
     /// so that an idle worker holds up neither freed clusters nor old chains.
     pub fn leave(&mut self) {
         self.view = None;

@@ -3,9 +3,10 @@
 //! A cut at any instant leaves an image of the old size or of the new one, and what both have
 //! reads the same. What is new reads as zeros, even where the layers below are longer.
 
+use std::rc::Rc;
 use std::sync::Arc;
 
-use super::{Chain, Graph, Layer, View};
+use super::{Chain, Graph, Layer, View, with_room};
 use crate::error::{Action, Error, Result};
 use crate::format::qcow2::bitmaps::{InForce, check_resize};
 use crate::format::qcow2::{self, Preallocation};
@@ -192,8 +193,9 @@ async fn clear_new(chain: Chain, old: u64) -> Result<()> {
         old.next_multiple_of(chain.cluster_size()).min(size)
     };
     if end > old {
-        let view = View::of(Arc::new(chain));
-        view.write_zeroes(old, end - old, true).await?;
+        let chain = Arc::new(chain);
+        let zero = |view: Rc<View>| view.write_zeroes(old, end - old, true);
+        with_room(View::of(chain.clone()), || chain.clone(), zero).await?;
     }
     Ok(())
 }

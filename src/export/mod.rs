@@ -115,6 +115,7 @@ impl Export {
         let log = Arc::new(Log::new(&config.id));
         let facts = Arc::new(DeviceFacts {
             id: config.id.clone(),
+            root: root.clone(),
             log: log.clone(),
             serial: config.serial_bytes(),
             writable: config.writable,
@@ -123,7 +124,7 @@ impl Export {
             detect_zeroes: config.detect_zeroes,
         });
         let workers = (0..config.queues)
-            .map(|index| Worker::spawn(index, &facts, &root))
+            .map(|index| Worker::spawn(index, &facts))
             .collect::<Result<Vec<_>>>()?;
         let stats = workers
             .iter()

@@ -47,6 +47,8 @@ pub struct MemoryStorage {
     fail_syncs: AtomicBool,
     syncs: Arc<Syncs>,
     uneven: Mutex<Option<Uneven>>,
+    /// It has its length for good.
+    fixed: bool,
 }
 
 impl MemoryStorage {
@@ -62,7 +64,29 @@ impl MemoryStorage {
             // A failed sync takes nothing away.
             syncs: Syncs::new(false),
             uneven: Mutex::new(None),
+            fixed: false,
         }
+    }
+
+    /// A device that holds `bytes`, and no more.
+    #[must_use]
+    pub fn device(bytes: Vec<u8>) -> Self {
+        Self {
+            fixed: true,
+            ..Self::new(bytes)
+        }
+    }
+
+    /// Nothing makes a device longer.
+    fn reach(&self, bytes: &mut Vec<u8>, end: usize) -> io::Result<bool> {
+        if bytes.len() >= end {
+            return Ok(false);
+        }
+        if self.fixed {
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
+        bytes.resize(end, 0);
+        Ok(true)
     }
 
     /// Starts a recording.
@@ -155,9 +179,7 @@ impl MemoryStorage {
                 bufs.copy_to(&mut new);
                 let mut bytes = self.bytes.lock();
                 let end = offset as usize + new.len();
-                if bytes.len() < end {
-                    bytes.resize(end, 0);
-                }
+                self.reach(&mut bytes, end)?;
                 if let Some(target) = bytes.get_mut(offset as usize..end) {
                     target.copy_from_slice(&new);
                 }
@@ -177,8 +199,7 @@ impl MemoryStorage {
                 self.admit(0)?;
                 let mut bytes = self.bytes.lock();
                 let end = (offset + len) as usize;
-                if bytes.len() < end {
-                    bytes.resize(end, 0);
+                if self.reach(&mut bytes, end)? {
                     self.step(|| Step::Grow(offset + len));
                 }
                 Ok(0)
@@ -207,8 +228,15 @@ impl Storage for MemoryStorage {
         Ok(self.bytes.lock().len() as u64)
     }
 
+    fn capacity(&self) -> io::Result<Option<u64>> {
+        Ok(self.fixed.then(|| self.bytes.lock().len() as u64))
+    }
+
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.maybe_fail()?;
+        if self.fixed {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
         self.bytes.lock().resize(len as usize, 0);
         self.step(|| Step::SetLen(len));
         Ok(())

@@ -1,9 +1,10 @@
 //! Disks to work on: made by QEMU's tools, opened by the engine on a [`Machine`].
 
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Arc;
 
-use stratablk::chain::{Chain, Layer, View};
+use stratablk::chain::{Chain, Layer, View, with_room};
 use stratablk::error::Result;
 use stratablk::format::{Format, Qcow2, Raw, qcow2};
 use stratablk::reactor::Reactor;
@@ -322,7 +323,7 @@ pub fn read_all(reactor: &Reactor, chain: &Arc<Chain>) -> Result<Vec<Option<u32>
     Ok(seen)
 }
 
-/// Writes sectors with the stamps from `stamp` on.
+/// Writes sectors with the stamps from `stamp` on, as a queue does.
 pub fn write(
     reactor: &Reactor,
     chain: &Arc<Chain>,
@@ -334,6 +335,7 @@ pub fn write(
     fill(&mut buffer, stamp);
     // SAFETY: `buffer` outlives the operation.
     let bufs = unsafe { IoBufs::of(&buffer, 0, buffer.len()) };
+    let write = |view: Rc<View>| view.write((start * SECTOR) as u64, bufs.clone());
     let view = View::of(chain.clone());
-    reactor.block_on(view.write((start * SECTOR) as u64, bufs))
+    reactor.block_on(with_room(view, || chain.clone(), write))
 }

@@ -21,6 +21,7 @@ mod neighbour;
 mod punch;
 mod qcow2;
 mod resize;
+mod room;
 mod short;
 mod slices;
 mod slow;

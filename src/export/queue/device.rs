@@ -4,7 +4,8 @@
 //! and the plan's pieces go to storage with the guest's own memory. What the plan cannot say,
 //! and what comes back short or failed, is done once more as a task by [`View::read`] and
 //! [`View::write`], which load metadata, allocate, copy and explain errors; doing it twice is
-//! harmless, since the guest has not been told yet.
+//! harmless, since the guest has not been told yet. A task that finds no room is done again, too:
+//! see [`with_room`].
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -14,7 +15,7 @@ use std::sync::Arc;
 use super::flush::FlushGroup;
 use super::slot::Slot;
 use super::{DeviceFacts, Kick, QueueSetup, Unmap};
-use crate::chain::{Pieces, Source, View, ViewCache};
+use crate::chain::{Pieces, Source, View, ViewCache, with_room};
 use crate::error::{Error, Result};
 use crate::export::config::{MAX_DISCARD, MAX_WRITE_ZEROES};
 use crate::export::event::Bell;
@@ -90,7 +91,14 @@ impl Context {
         }
     }
 
-    /// Lets go of the chain, since nothing is in flight.
+    /// Whether no request has the view that was taken last: none is in flight, or they wait for
+    /// room and would wait for this thread for ever.
+    pub(super) fn is_unused(&self) -> bool {
+        // One is the cache's, and one is kept with the limits.
+        self.views.holders() <= 2
+    }
+
+    /// Lets go of the chain, since no request has the view.
     pub(super) fn leave(&mut self) {
         self.limits = None;
         self.views.leave();
@@ -514,7 +522,8 @@ impl Queue {
         let Some(slot) = self.slots.get_mut(usize::from(head)) else {
             return;
         };
-        let Some(view) = slot.view.clone() else {
+        // The task's alone: it lets go of it where it has to wait for room.
+        let Some(view) = slot.view.take() else {
             return;
         };
         context.stats.slow.add(1);
@@ -526,7 +535,8 @@ impl Queue {
             .detect_zeroes
             .map(|unmap| (unmap, self.memory.clone()));
         context.reactor.spawn(async move {
-            let status = match perform(view, kind, bufs, detect_zeroes).await {
+            let request = |view| perform(view, kind, &bufs, detect_zeroes.as_ref());
+            let status = match with_room(view, || facts.root.chain(), request).await {
                 Ok(()) => Status::Ok,
                 Err(error) => {
                     facts.log.error(Topic::Disk, format_args!("{error}"));
@@ -669,8 +679,8 @@ fn submit(
 async fn perform(
     view: Rc<View>,
     kind: Kind,
-    bufs: IoBufs,
-    detect_zeroes: Option<(Unmap, Arc<GuestMemory>)>,
+    bufs: &IoBufs,
+    detect_zeroes: Option<&(Unmap, Arc<GuestMemory>)>,
 ) -> Result<()> {
     match kind {
         Kind::In { offset } => {
@@ -689,7 +699,7 @@ async fn perform(
                     return Err(Error::Invalid(text.into()));
                 }
                 let len = bufs.len() as u64;
-                return view.write_zeroes(offset, len, unmap).await;
+                return view.write_zeroes(offset, len, *unmap).await;
             }
             for (start, len) in chunks(bufs.len() as u64) {
                 let part = bufs.slice(start as usize, len as usize);

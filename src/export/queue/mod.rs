@@ -56,6 +56,8 @@ pub(super) type Unmap = bool;
 pub(super) struct DeviceFacts {
     /// Names the device's threads.
     pub(super) id: String,
+    /// The disk.
+    pub(super) root: Arc<Root>,
     /// Where its messages go.
     pub(super) log: Arc<Log>,
     pub(super) serial: [u8; ID_LEN],
@@ -113,16 +115,16 @@ pub(super) struct Worker {
 
 impl Worker {
     /// Starts the thread of queue `index`.
-    pub(super) fn spawn(index: u16, facts: &Arc<DeviceFacts>, root: &Arc<Root>) -> Result<Self> {
+    pub(super) fn spawn(index: u16, facts: &Arc<DeviceFacts>) -> Result<Self> {
         let mailbox = Arc::new(Mailbox::default());
         let stats = Arc::new(QueueStats::default());
         let (ready, started) = sync_channel(1);
         let thread = {
             let (mailbox, stats) = (mailbox.clone(), stats.clone());
-            let (facts, root) = (facts.clone(), root.clone());
+            let facts = facts.clone();
             std::thread::Builder::new()
                 .name(thread_name(&facts.id, &format!("q{index}")))
-                .spawn(move || worker::run(&facts, root, &mailbox, stats, &ready))
+                .spawn(move || worker::run(&facts, &mailbox, stats, &ready))
         };
         let explain = |error: std::io::Error| {
             Error::Invalid(format!(

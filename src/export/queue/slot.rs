@@ -19,7 +19,8 @@ pub(super) struct Slot {
     pub(super) status: usize,
     /// How much of what may be under way it takes, in bytes.
     pub(super) weight: u64,
-    /// The chain of layers as the request sees it; present while it is on its way.
+    /// The chain of layers as the request sees it; present while it is on its way, unless a task
+    /// has it.
     pub(super) view: Option<Rc<View>>,
     /// Operations whose completion is awaited.
     pub(super) pending: u32,

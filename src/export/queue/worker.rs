@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::device::{Context, Queue};
 use super::poller::Poller;
 use super::{DeviceFacts, Kick, Mailbox, Order, QueueSetup};
-use crate::chain::{Root, ViewCache};
+use crate::chain::ViewCache;
 use crate::export::event::Bell;
 use crate::export::limit::Topic;
 use crate::export::stats::QueueStats;
@@ -92,7 +92,6 @@ impl Fairness {
 /// The thread's main function. `ready` hears whether it has what it needs.
 pub(super) fn run(
     facts: &DeviceFacts,
-    root: Arc<Root>,
     mailbox: &Mailbox,
     stats: Arc<QueueStats>,
     ready: &SyncSender<std::io::Result<Arc<Remote>>>,
@@ -113,9 +112,10 @@ pub(super) fn run(
     // A copy of its own: every request looks at the facts and every task holds them, so that a
     // count that all workers shared would take the line away from the others.
     let facts = Rc::new(facts.clone());
+    let views = ViewCache::new(facts.root.clone());
     let mut worker = Worker {
         mailbox,
-        context: Context::new(facts, reactor.clone(), ViewCache::new(root), stats, bell),
+        context: Context::new(facts, reactor.clone(), views, stats, bell),
         reactor,
         poller,
         queue: None,
@@ -309,7 +309,7 @@ impl Worker<'_> {
                 return;
             }
         }
-        if !in_flight {
+        if !in_flight || self.context.is_unused() {
             self.context.leave();
         }
         let stats = &self.context.stats;

@@ -48,6 +48,8 @@ pub struct Flushing {
     header_unsure: AtomicBool,
     /// Bytes of host clusters that wait to be freed; added to under the lock of the metadata.
     pub(super) waiting: AtomicU64,
+    /// Bytes of host clusters that have waited and been freed.
+    pub(super) freed: AtomicU64,
 }
 
 /// A piece of metadata on its way to the file.
@@ -100,7 +102,7 @@ impl Qcow2 {
         }
         self.flush().await?;
         self.await_grace().await;
-        while !self.released.lock().is_empty() {
+        while self.retired.has_released() {
             self.flush().await?;
             self.await_grace().await;
         }

@@ -9,22 +9,35 @@
 //! back to the file system and takes the references off. What could not be read or written goes
 //! the same way again.
 //!
+//! Who finds no room while some of it is on this way may wait for it ([`Qcow2::await_room`]), if no
+//! view of his own is what the grace period waits for.
+//!
 //! All of them together are bounded ([`Qcow2::may_free`]): beyond that, discards leave their
 //! clusters where they are. Space that is compressed or shared with a snapshot cannot be kept for
 //! the guest cluster that lets go of it; but each guest cluster does so once, and what it gets then
 //! is its own, so that a file never gets longer than what it held before, the disk and the bound.
 
-use std::time::Duration;
+use std::pin::pin;
+use std::time::{Duration, Instant};
+
+use futures_util::future::{self, Either};
 
 use super::l2::Words;
 use super::{Freed, Meta, Qcow2};
+use crate::error::Result;
 use crate::reactor::Reactor;
 use crate::storage;
-use crate::sync::atomic::Ordering;
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{Event, Mutex};
 
-/// How often the end of grace periods is waited for when an image is closed, and for how long.
-const GRACE_LOOKS: u32 = 500;
-const GRACE_LOOK: Duration = Duration::from_millis(2);
+/// How long the end of grace periods is waited for when an image is closed.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Flushes that take a cluster all the way: one makes the mapping without it stable, the next
+/// takes its reference off.
+pub(super) const FLUSHES_TO_FREE: u32 = 2;
+/// Flushes for one wait for room: where they free nothing, some metadata cannot be read.
+const MOST_FLUSHES: u32 = 2 * FLUSHES_TO_FREE;
 
 /// Bytes that may wait to be freed in any case.
 const LEAST_WAITING: u64 = 16 << 20;
@@ -32,6 +45,54 @@ const LEAST_WAITING: u64 = 16 << 20;
 const WAITING_PART: u64 = 8;
 /// So much of what waits, at most, waits for a flush that nobody asks for.
 const MOST_UNFLUSHED: u64 = 64 << 20;
+
+/// Clusters that no stable mapping refers to.
+#[derive(Debug, Default)]
+pub(super) struct Retired {
+    /// Bytes of those whose grace period has not ended.
+    retiring: AtomicU64,
+    /// Those whose grace period is over.
+    released: Mutex<Freed>,
+    /// A grace period has ended.
+    ended: Event,
+}
+
+impl Retired {
+    /// Whether the next flush can free some.
+    pub(super) fn has_released(&self) -> bool {
+        !self.released.lock().is_empty()
+    }
+
+    /// Bytes of those that requests may still use.
+    fn retiring(&self) -> u64 {
+        self.retiring.load(Ordering::SeqCst)
+    }
+
+    fn release(&self, freed: Freed, bytes: u64) {
+        self.released.lock().extend(freed);
+        self.retiring.fetch_sub(bytes, Ordering::SeqCst);
+        self.ended.notify(usize::MAX);
+    }
+
+    /// Waits until `enough` holds, which the end of a grace period alone can bring about. False: it
+    /// did not by `deadline`.
+    async fn wait(&self, deadline: Instant, enough: impl Fn(&Self) -> bool) -> bool {
+        let Some(reactor) = Reactor::current() else {
+            return enough(self);
+        };
+        let left = deadline.saturating_duration_since(Instant::now());
+        let mut late = pin!(reactor.sleep(left));
+        loop {
+            let ended = pin!(self.ended.listen());
+            if enough(self) {
+                return true;
+            }
+            if let Either::Right(_) = future::select(ended, late.as_mut()).await {
+                return enough(self);
+            }
+        }
+    }
+}
 
 impl Qcow2 {
     /// Bytes of host clusters that may wait to be freed.
@@ -66,8 +127,8 @@ impl Qcow2 {
     /// Whether a flush would take so much further that it is worth while.
     pub(super) fn is_release_due(&self) -> bool {
         let waiting = self.flushing.waiting.load(Ordering::Relaxed);
-        let retiring = self.retiring.load(Ordering::SeqCst);
-        waiting.saturating_sub(retiring) > MOST_UNFLUSHED.min(self.most_waiting() / 2)
+        waiting.saturating_sub(self.retired.retiring())
+            > MOST_UNFLUSHED.min(self.most_waiting() / 2)
     }
 
     /// Lets clusters wait for those who may have seen them: the mapping without them is stable.
@@ -75,47 +136,82 @@ impl Qcow2 {
         if freed.is_empty() {
             return;
         }
-        let (released, retiring) = (self.released.clone(), self.retiring.clone());
+        let retired = self.retired.clone();
         let bytes = freed.iter().map(|(_, len)| len).sum();
-        retiring.fetch_add(bytes, Ordering::SeqCst);
-        self.users.retire(move || {
-            released.lock().extend(freed);
-            retiring.fetch_sub(bytes, Ordering::SeqCst);
-        });
+        retired.retiring.fetch_add(bytes, Ordering::SeqCst);
+        self.users.retire(move || retired.release(freed, bytes));
     }
 
     /// Waits until nobody can see freed clusters any more, so that they are not lost to the image.
     /// A request that takes very long costs no more than the clusters.
     pub(super) async fn await_grace(&self) {
-        let Some(reactor) = Reactor::current() else {
-            return;
-        };
-        for _ in 0..GRACE_LOOKS {
-            if self.retiring.load(Ordering::SeqCst) == 0 {
-                return;
-            }
-            reactor.sleep(GRACE_LOOK).await;
+        let deadline = Instant::now() + CLOSE_PATIENCE;
+        let all = |retired: &Retired| retired.retiring() == 0;
+        if !self.retired.wait(deadline, all).await {
+            log::warn!(
+                "{}: closed while others are still busy: some free clusters stay counted",
+                self.storage.name()
+            );
         }
-        log::warn!(
-            "{}: closed while others are still busy: some free clusters stay counted",
-            self.storage.name()
-        );
+    }
+
+    /// Bytes of host clusters that have been freed after they waited for it: more than before when
+    /// there is, or was, room that there had not been.
+    pub(crate) fn freed(&self) -> u64 {
+        self.flushing.freed.load(Ordering::SeqCst)
+    }
+
+    /// Whether a flush takes clusters further, without the end of a request.
+    pub(super) fn flush_takes_further(&self) -> bool {
+        let meta = self.meta.lock();
+        !meta.unmapped.is_empty() || !meta.unreleased.is_empty() || self.retired.has_released()
+    }
+
+    /// Takes clusters that wait to be freed all the way, until some have been freed since
+    /// [`Qcow2::freed`] said `before`. False: none wait, or those who may still see them are not
+    /// done by `deadline`.
+    ///
+    /// The caller has no view of a chain with this image, and no claim: the grace period would wait
+    /// for the one, and those who have a view for the other.
+    ///
+    /// # Errors
+    /// When the flush fails that would free them.
+    pub(crate) async fn await_room(&self, before: u64, deadline: Instant) -> Result<bool> {
+        for _ in 0..MOST_FLUSHES {
+            // In this order: what waits no longer has been counted as freed before.
+            let waiting = self.flushing.waiting.load(Ordering::SeqCst);
+            if self.freed() != before {
+                return Ok(true);
+            }
+            if waiting == 0 {
+                return Ok(false);
+            }
+            let further = |retired: &Retired| retired.has_released() || retired.retiring() == 0;
+            if !self.retired.wait(deadline, further).await {
+                return Ok(false);
+            }
+            self.flush().await?;
+        }
+        Ok(self.freed() != before)
     }
 
     /// Takes the references off clusters that nobody can see any more. The caller holds the flush
     /// lock.
     pub(super) async fn release_freed(&self) {
         let mut freed = std::mem::take(&mut self.meta.lock().unreleased);
-        freed.append(&mut self.released.lock());
+        freed.append(&mut self.retired.released.lock());
         for (offset, len) in freed {
             let first = offset >> self.cluster_bits;
             for cluster in first..first + (len >> self.cluster_bits) {
                 if self.options.discard {
                     self.discard_last(cluster).await;
                 }
+                if self.release(cluster).await {
+                    let freed = &self.flushing.freed;
+                    freed.fetch_add(self.cluster_size(), Ordering::SeqCst);
+                }
                 let waiting = &self.flushing.waiting;
-                waiting.fetch_sub(self.cluster_size(), Ordering::Relaxed);
-                self.release(cluster).await;
+                waiting.fetch_sub(self.cluster_size(), Ordering::SeqCst);
             }
         }
     }

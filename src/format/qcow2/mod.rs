@@ -144,10 +144,8 @@ pub struct Qcow2 {
     l1_claims: Claims,
     loading: Mutex<HashMap<Loading, Arc<Event>>>,
     flushing: flush::Flushing,
-    /// Freed clusters whose grace period is over.
-    released: Arc<Mutex<Freed>>,
-    /// Bytes of freed clusters whose grace period has not ended.
-    retiring: Arc<AtomicU64>,
+    /// Freed clusters that wait for the requests, or have waited.
+    retired: Arc<freed::Retired>,
     /// The chains that it is in: whose requests freed clusters wait for.
     users: Arc<Users>,
     decompressed: compress::Cache,

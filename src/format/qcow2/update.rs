@@ -5,6 +5,7 @@
 //! between has references without a mapping, which is a leak at worst.
 
 use super::claims::Claim;
+use super::freed::FLUSHES_TO_FREE;
 use super::header::SECTOR;
 use super::l2::{self, Descriptor, State, Words};
 use super::metadata::Kind;
@@ -165,15 +166,17 @@ impl Qcow2 {
         Ok(allocation)
     }
 
-    /// Takes a step of the allocator, providing what that lacks until it is done.
+    /// Takes a step of the allocator, providing what that lacks until it is done. Clusters in their
+    /// grace period are not waited for: the caller's own view may be what holds them. Who can let
+    /// go of it takes [`with_room`](crate::chain::with_room).
     ///
     /// # Errors
-    /// When metadata cannot be read or written, or is wrong.
+    /// When metadata cannot be read or written, or is wrong; when there is no room.
     pub(super) async fn with_allocator<T>(
         &self,
         mut step: impl FnMut(&mut Allocator) -> std::result::Result<T, Need>,
     ) -> Result<T> {
-        let mut flushed = false;
+        let mut flushes = 0;
         loop {
             let table_len = self.meta.lock().allocator.table().len();
             let need = match self.with_refcounts(&mut step).await? {
@@ -188,9 +191,11 @@ impl Qcow2 {
             match need {
                 Need::Turn => drop(self.flush_turn().await),
                 Need::Full if self.has_more_room() => {}
-                Need::Full | Need::Limit(_) if !flushed && self.has_freed() => {
+                Need::Full | Need::Limit(_)
+                    if flushes < FLUSHES_TO_FREE && self.flush_takes_further() =>
+                {
                     self.flush().await?;
-                    flushed = true;
+                    flushes += 1;
                 }
                 need => return Err(self.lacking(need)),
             }
@@ -203,13 +208,6 @@ impl Qcow2 {
         let capacity = self.storage.capacity().ok().flatten().unwrap_or(0);
         let clusters = capacity >> self.cluster_bits;
         self.meta.lock().allocator.raise_limit(clusters)
-    }
-
-    /// Whether a flush may make clusters free.
-    fn has_freed(&self) -> bool {
-        let meta = self.meta.lock();
-        let waiting = meta.unmapped.len() + meta.unreleased.len();
-        waiting > 0 || !self.released.lock().is_empty()
     }
 
     /// Takes a step of the allocator, loading the refcounts that it needs; says what else it lacks.
@@ -259,19 +257,20 @@ impl Qcow2 {
         }
     }
 
-    /// Takes one reference off a host cluster. When that fails, the next flush tries again.
-    pub(super) async fn release(&self, cluster: u64) {
+    /// Takes one reference off a host cluster. When that fails, the next flush tries again; false.
+    pub(super) async fn release(&self, cluster: u64) -> bool {
         let released = self
             .with_refcounts(|allocator| allocator.release(cluster))
             .await;
         match released {
-            Ok(Ok(())) => {}
+            Ok(Ok(())) => return true,
             Ok(Err(need)) => log::error!("freeing a cluster: {}", self.lacking(need)),
             Err(error) => {
                 log::warn!("freeing a cluster, to be tried again: {error}");
                 self.release_later(cluster);
             }
         }
+        false
     }
 
     /// Maps what `target` holds to it, now that its data has been written.
