@@ -5,6 +5,7 @@
 use proptest::prelude::*;
 use serde_json::json;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use stratablk::config::{
     Action, Aio, BackingRef, BlockRef, BlockdevOptions, CacheOptions, Config, DetectZeroes,
     Dialect, Discard, Driver, ExportOptions, ObjectOptions, OverlapCheck, SocketAddress, parse,
@@ -107,6 +108,8 @@ fn one_disk_becomes_nodes_and_an_export() {
         "--pidfile",
         "/p",
         "--daemonize",
+        "--stop-timeout",
+        "300",
     ]);
     let (node, export) = (&config.blockdevs[0], &config.exports[0]);
     assert_eq!(export.addr, SocketAddress::Fd(7));
@@ -137,6 +140,7 @@ fn one_disk_becomes_nodes_and_an_export() {
         (config.pidfile, config.daemonize),
         (Some(PathBuf::from("/p")), true)
     );
+    assert_eq!(config.stop_timeout, Some(Duration::from_secs(300)));
 }
 
 /// Would catch a cache mode with the wrong promise about stable data.
@@ -422,6 +426,13 @@ fn mistakes_are_told_with_place_and_remedy() {
     assert!(error(&["--nbd-server", "addr.type=unix"]).contains("NBD"));
     assert!(error(&["--blockdef", "x"]).contains("--blockdev"));
     assert!(error(&["--pidfile"]).contains("--pidfile"));
+    for time in ["0", "-1", "1.5", "90s", "4294967296"] {
+        let error = error(&["--stop-timeout", time]);
+        assert!(
+            error.contains("--stop-timeout") && error.contains(time),
+            "{error}"
+        );
+    }
     assert!(error(&["stray"]).contains("stray"));
 }
 
@@ -497,6 +508,7 @@ fn help_is_complete() {
         "--export",
         "--pidfile",
         "--daemonize",
+        "--stop-timeout",
         "--trace",
         "--version",
         "--help",

@@ -1,8 +1,8 @@
 //! How the daemon begins and ends as a process: what it may have, and who waits for whom.
 //!
 //! What would be caught: a daemon that keeps a service manager's soft limit of descriptors; and an
-//! export that hangs and keeps the daemon from ending, until it is killed with the other guests'
-//! unflushed data.
+//! export or a job that hangs and keeps the daemon from ending, until it is killed with the other
+//! guests' unflushed data, or that keeps images from being closed which it has nothing to do with.
 
 mod common;
 
@@ -12,7 +12,7 @@ use common::frontend::{OK, Op, PATIENCE};
 use common::images;
 use common::stamp::{self, SECTOR};
 use std::fs::{self, File};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -119,6 +119,18 @@ impl Drop for Slow {
     }
 }
 
+/// Whether a thread of a process waits for the answer of a file system in user space.
+fn waits_for_file_system(pid: u32) -> Res<bool> {
+    for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+        // A thread may have ended meanwhile.
+        let place = fs::read_to_string(thread?.path().join("wchan")).unwrap_or_default();
+        if place.contains("request_wait_answer") {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 #[test]
 fn an_export_that_hangs_costs_the_others_nothing_at_the_end() -> Res<()> {
     let dir = tempfile::tempdir()?;
@@ -177,5 +189,66 @@ fn an_export_that_hangs_costs_the_others_nothing_at_the_end() -> Res<()> {
     for owner in found.iter().take(16) {
         assert_eq!(*owner, Ok(7), "a write that had completed");
     }
+    Ok(())
+}
+
+#[test]
+fn a_job_that_hangs_costs_other_images_nothing_at_the_end() -> Res<()> {
+    let dir = tempfile::tempdir()?;
+    let (image, mut setup) = bed(dir.path())?;
+    let Some(slow) = Slow::mount(dir.path())? else {
+        eprintln!("skipped: no file systems in user space here");
+        return Ok(());
+    };
+    let base = File::options().write(true).open(&slow.file)?;
+    base.write_all_at(&[5; 1 << 20], 0)?;
+    drop(base);
+    let overlay = dir.path().join("overlay.qcow2");
+    images::create(&overlay, DISK, "compat=1.1", Some((&slow.file, "raw")))?;
+    setup.qmp = Some(dir.path().join("qmp.sock"));
+    setup.extra = [
+        "--blockdev".to_owned(),
+        format!(
+            "qcow2,node-name=over,file.driver=file,file.filename={},backing.driver=raw,\
+             backing.file.driver=file,backing.file.filename={},backing.file.locking=off",
+            overlay.display(),
+            slow.file.display()
+        ),
+    ]
+    .to_vec();
+    let mut daemon: Daemon = setup.start(&Program::under_test(), dir.path(), None)?;
+    let mut first = daemon.connect(&setup.socket, 1, QUEUE, MEMORY)?;
+    let data = [(0, 16 * SECTOR)];
+    assert_eq!(first.queues[0].run(&Op::write(0, &data))?, OK);
+    let control = setup.qmp.clone().ok_or("no control socket")?;
+    let mut qmp = daemon.qmp(&control)?;
+    slow.signal(libc::SIGSTOP);
+    let job = serde_json::json!({"device": "over", "job-id": "stuck"});
+    qmp.execute("block-stream", job)??;
+    let deadline = Instant::now() + PATIENCE;
+    while !waits_for_file_system(daemon.pid())? {
+        assert!(Instant::now() < deadline, "the job never reads its base");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+
+    daemon.signal(libc::SIGTERM)?;
+    let deadline = Instant::now() + PATIENCE;
+    while !daemon.log().contains("abandoned") {
+        if Instant::now() > deadline {
+            slow.signal(libc::SIGCONT);
+            return Err(format!("it waits for what hangs: {}", daemon.log()).into());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let log = daemon.log();
+    slow.signal(libc::SIGCONT);
+    let status = daemon.wait_for_end()?;
+    assert_eq!(status.code(), Some(1), "{log}");
+    assert!(log.contains("job 'stuck' does not end"), "{log}");
+    assert!(log.contains("'over' is flushed and not closed"), "{log}");
+    assert!(!log.contains("'layer0' is flushed and not closed"), "{log}");
+    assert!(!log.contains("control sockets do not end"), "{log}");
+    images::wait_unlocked(&image)?;
+    assert!(!images::check(&image)?, "clusters are lost");
     Ok(())
 }

@@ -333,20 +333,22 @@ impl Graph {
     /// Flushes and closes every image that was written.
     pub async fn close(&self) {
         for node in self.nodes() {
-            Self::close_image(&node).await;
+            if let Err(error) = Self::close_image(&node).await {
+                log::error!("closing '{}': {error}", node.name);
+            }
         }
     }
 
     /// Flushes and closes the image of a node if it was written. Nobody writes it any more.
-    pub async fn close_image(node: &Node) {
-        let closed = match &node.layer.format {
+    ///
+    /// # Errors
+    /// When what was written may not be stable.
+    pub async fn close_image(node: &Node) -> Result<()> {
+        match &node.layer.format {
             // What was written before has been closed then.
             _ if node.layer.read_only => Ok(()),
             Format::Qcow2(qcow2) => qcow2.close().await,
             _ => node.layer.flush().await,
-        };
-        if let Err(error) = closed {
-            log::error!("closing '{}': {error}", node.name);
         }
     }
 }

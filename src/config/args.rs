@@ -16,6 +16,7 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 use serde_json::Value;
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// The options in clap's terms.
 #[derive(Debug, Parser)]
@@ -74,6 +75,12 @@ struct Args {
     /// 1 when something failed
     #[arg(long, help_heading = help::PROCESS)]
     daemonize: bool,
+
+    /// How long the end may take before what does not end is abandoned; guests' requests and jobs
+    /// have an eighth of it [default: 72]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..),
+          help_heading = help::PROCESS)]
+    stop_timeout: Option<u32>,
 
     /// What to log: [[enable=]PATTERN][,events=FILE][,file=FILE]
     #[arg(short = 'T', long, value_name = "OPTIONS", help_heading = help::PROCESS)]
@@ -184,6 +191,7 @@ fn to_action(args: &Args) -> Result<Action, ConfigError> {
         pidfile: args.pidfile.clone(),
         daemonize: args.daemonize,
         trace: read_all("--trace", &args.trace, TRACE, TraceOptions::from_value)?,
+        stop_timeout: args.stop_timeout.map(|s| Duration::from_secs(s.into())),
     };
     disk::add_disk(&mut config, &args.disk)?;
     disk::add_control_sockets(&mut config, &args.qmp)?;

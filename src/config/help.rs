@@ -176,8 +176,9 @@ Examples:
   Streaming the layers below into the image, while the machine runs:
     stratactl --socket /run/vm1.qmp stream disk0 --speed 50M --wait
 
-SIGTERM, SIGINT and SIGHUP end the program with all images closed clean.
-Exit codes: 0 done, 1 failed or wrong options.
+SIGTERM, SIGINT and SIGHUP end the program with all images closed clean. What does not end
+within --stop-timeout is named and abandoned.
+Exit codes: 0 done, 1 failed, abandoned or wrong options.
 "
     };
 }

@@ -42,6 +42,7 @@ pub use object::{
 };
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// What `--print-capabilities` prints, as the vhost-user conventions want it.
 pub const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
@@ -79,6 +80,8 @@ pub struct Config {
     pub daemonize: bool,
     /// What to log.
     pub trace: Vec<TraceOptions>,
+    /// How long the end may take before what is left is abandoned, if that was said.
+    pub stop_timeout: Option<Duration>,
 }
 
 impl Config {

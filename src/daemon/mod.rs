@@ -1,19 +1,19 @@
 //! The daemon: puts the parts together as the configuration says, and takes them apart again.
 //!
-//! Set-up goes from the bottom to the top: nodes, exports, monitors. At the end jobs and monitors,
-//! so that clients hear of it, and exports with all their requests end side by side, and each image
-//! is closed clean when its users have ended (`ending`).
+//! Set-up goes from the bottom to the top: nodes, exports, monitors. At the end each job, each export
+//! with all its requests, and the monitors, when clients have heard of the jobs, end side by side,
+//! and each image is closed clean when its users have ended (`ending`, `parts`).
 
 mod backend;
 mod ending;
 mod guests;
 mod logging;
 mod monitors;
+mod parts;
 mod process;
 mod stream;
 mod sync_errors;
 
-use std::collections::BTreeSet;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -25,7 +25,6 @@ use futures_util::future::LocalBoxFuture;
 use parking_lot::Mutex;
 
 use crate::chain::Graph;
-use crate::chain::graph::Node;
 use crate::config::{Config, DetectZeroes, ExportOptions, ObjectOptions, SocketAddress};
 use crate::control::backend::{Export as ExportView, ExportStats, QueueStats as QueueView};
 use crate::control::{Control, EventHub};
@@ -160,100 +159,17 @@ fn serve(config: &Config) -> Result<()> {
         Ok(pid_file) => (Ok(()), pid_file),
         Err(error) => (Err(error), None),
     };
-    let ended = ending::end(
-        parts(&graph, &exports, running),
-        ending::Patience::default(),
-    );
+    let patience = ending::Patience::within(config.stop_timeout);
+    let ended = ending::end(parts::of(&graph, &exports, running), patience);
     // Who waits for the file to go wants the images.
     drop(pid_file);
     if ended.is_err() {
         // Whatever would be dropped here would be waited for.
         std::mem::forget((graph, exports));
     }
-    result.and(ended)
-}
-
-/// What is to end, with whatever ends it.
-fn parts(graph: &Graph, exports: &Exports, running: Option<Running>) -> Vec<ending::Part> {
-    let nodes = graph.nodes();
-    let exports = exports.list.lock();
-    let jobs = "jobs and control sockets".to_owned();
-    let mut parts = vec![ending::Part {
-        name: jobs.clone(),
-        after: Vec::new(),
-        work: Box::new(move |_| {
-            if let Some(running) = &running {
-                running.end();
-            }
-        }),
-        lament: Box::new(|| "jobs or control sockets do not end".to_owned()),
-    }];
-    let mut users = vec![];
-    for (export, options) in exports.iter() {
-        let name = format!("export '{}'", options.id);
-        users.push((name.clone(), images_of(&nodes, &options.node_name)));
-        let (ending, stuck, what) = (export.clone(), export.clone(), name.clone());
-        parts.push(ending::Part {
-            name,
-            after: Vec::new(),
-            work: Box::new(move |_| ending.shutdown()),
-            lament: Box::new(move || {
-                let left = stuck.unfinished();
-                format!("{what}: {left} requests have not completed, its images are not closed")
-            }),
-        });
-    }
-    for node in nodes {
-        if node.driver == "copy-on-read" {
-            // A filter is the image that it is over: two threads would close the same one.
-            continue;
-        }
-        let name = format!("node '{}'", node.name);
-        let uses = users.iter().filter(|(_, nodes)| nodes.contains(&node.name));
-        let mut after: Vec<String> = uses.map(|(user, _)| user.clone()).collect();
-        after.push(jobs.clone());
-        let what = format!("{name}: what was written may not be stable");
-        parts.push(ending::Part {
-            name,
-            after,
-            work: Box::new(move |alone| close(&node, alone)),
-            lament: Box::new(move || what.clone()),
-        });
-    }
-    parts
-}
-
-/// The nodes that an export of `top` may use.
-fn images_of(nodes: &[Node], top: &str) -> BTreeSet<String> {
-    let mut found = BTreeSet::new();
-    let mut next = vec![top.to_owned()];
-    while let Some(name) = next.pop() {
-        if let Some(node) = nodes.iter().find(|node| node.name == name)
-            && found.insert(name)
-        {
-            let under = [&node.backing, &node.file, &node.data_file];
-            next.extend(under.into_iter().flatten().cloned());
-        }
-    }
-    found
-}
-
-/// Closes the image of a node, or flushes it if somebody may still use it.
-fn close(node: &Node, alone: bool) {
-    let done = on_this_thread(|reactor| {
-        reactor.block_on(async {
-            if alone {
-                Graph::close_image(node).await;
-                return Ok(());
-            }
-            if node.layer.storage.writable() {
-                log::error!("'{}' is flushed and not closed: it is in use", node.name);
-            }
-            node.layer.flush().await
-        })
-    });
-    if let Err(error) = done {
-        log::error!("closing '{}': {error}", node.name);
+    match (result, ended) {
+        (Err(first), Err(last)) => Err(Error::Invalid(format!("{first}; at the end: {last}"))),
+        (result, ended) => result.and(ended),
     }
 }
 
@@ -285,14 +201,6 @@ fn watch_signals(stop: &Sender<Call>) -> Result<()> {
 struct Running {
     manager: Arc<Manager>,
     monitors: Monitors,
-}
-
-impl Running {
-    /// Clients still hear how their jobs ended; new ones are refused meanwhile.
-    fn end(&self) {
-        self.manager.shut_down();
-        self.monitors.shut_down();
-    }
 }
 
 fn set_up(

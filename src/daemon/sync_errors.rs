@@ -19,7 +19,7 @@ use crate::storage::Syncs;
 use crate::storage::syncs::{SyncFailure, on_failure};
 
 /// The syncs that a flush of a layer needs.
-fn syncs_of(layer: &Layer) -> Vec<Arc<Syncs>> {
+pub(super) fn syncs_of(layer: &Layer) -> Vec<Arc<Syncs>> {
     match &layer.format {
         Format::Qcow2(image) => [image.storage(), image.data_storage()]
             .map(Syncs::of)

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use super::driver::{self, Obituary, Outcome};
 use super::handle::{Job, JobInfo, JobSpec};
@@ -44,15 +44,47 @@ pub struct Busy {
 struct Inner {
     /// In the order of their making.
     jobs: Vec<Arc<Job>>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Vec<JobThread>,
+    /// Jobs whose threads are just being made.
+    starting: usize,
     /// No more jobs are taken.
     closed: bool,
+}
+
+/// The thread of a job, which may outlive the job by a moment.
+struct JobThread {
+    id: String,
+    nodes: Vec<String>,
+    thread: JoinHandle<()>,
+}
+
+/// A job that was told to end.
+pub struct EndingJob {
+    /// Its name.
+    pub id: String,
+    /// The nodes that it held: what it streams into, and what it streams away.
+    pub nodes: Vec<String>,
+    /// Jobs of one name follow each other: the last may have to be waited for before it is gone.
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl EndingJob {
+    /// Waits until it has ended.
+    pub fn wait(self) {
+        for thread in self.threads {
+            if thread.join().is_err() {
+                log::error!("the thread of job '{}' panicked", self.id);
+            }
+        }
+    }
 }
 
 /// The jobs of the process.
 pub struct Manager {
     /// Held while a job ends and its end is told, so that whoever learns of it finds it gone.
     inner: Mutex<Inner>,
+    /// Told when no thread is being made any more.
+    started: Condvar,
     nodes: Nodes,
     runner: Arc<dyn JobRunner>,
     clock: Arc<dyn Clock>,
@@ -65,6 +97,7 @@ impl Manager {
     pub fn new(runner: Arc<dyn JobRunner>, clock: Arc<dyn Clock>, events: EventSink) -> Arc<Self> {
         Arc::new_cyclic(|myself| Self {
             inner: Mutex::default(),
+            started: Condvar::new(),
             nodes: Nodes::default(),
             runner,
             clock,
@@ -125,6 +158,7 @@ impl Manager {
         let gone = || Refused("The daemon is shutting down".to_owned());
         let manager = self.myself.upgrade().ok_or_else(gone)?;
         let name = format!("job-{}", spec.id);
+        let (id, nodes) = (spec.id.clone(), lease.nodes.clone());
         let job = Arc::new(Job::new(
             spec,
             lease,
@@ -140,6 +174,7 @@ impl Manager {
                 return Err(Refused(format!("Job ID '{}' already in use", job.id())));
             }
             inner.jobs.push(job.clone());
+            inner.starting += 1;
             let mut state = job.lock();
             job.set_status(&mut state, Status::Created);
             job.set_status(&mut state, Status::Running);
@@ -155,11 +190,13 @@ impl Manager {
             }
             drop(manager);
         });
+        let mut inner = self.inner.lock();
+        inner.starting -= 1;
+        self.started.notify_all();
         match thread {
             Ok(thread) => {
-                let mut inner = self.inner.lock();
-                inner.threads.retain(|thread| !thread.is_finished());
-                inner.threads.push(thread);
+                inner.threads.retain(|job| !job.thread.is_finished());
+                inner.threads.push(JobThread { id, nodes, thread });
                 drop(inner);
                 Ok(job)
             }
@@ -237,21 +274,35 @@ impl Manager {
         }
     }
 
-    /// Cancels all jobs, waits for their threads to end, and takes no more.
-    pub fn shut_down(&self) {
-        let threads = {
-            let mut inner = self.inner.lock();
-            inner.closed = true;
-            for job in &inner.jobs {
-                // A job that is over, or about to be, refuses; that is as good.
-                let _ = job.cancel();
-            }
-            std::mem::take(&mut inner.threads)
-        };
-        for thread in threads {
-            if thread.join().is_err() {
-                log::error!("a job's thread panicked");
+    /// Cancels all jobs, and takes no more. Returns those that have yet to end.
+    pub fn close(&self) -> Vec<EndingJob> {
+        let mut inner = self.inner.lock();
+        inner.closed = true;
+        self.started
+            .wait_while(&mut inner, |inner| inner.starting > 0);
+        for job in &inner.jobs {
+            // A job that is over, or about to be, refuses; that is as good.
+            let _ = job.cancel();
+        }
+        let mut ending: Vec<EndingJob> = Vec::new();
+        for JobThread { id, nodes, thread } in std::mem::take(&mut inner.threads) {
+            match ending.iter_mut().find(|job| job.id == id) {
+                Some(job) => {
+                    job.nodes.extend(nodes);
+                    job.threads.push(thread);
+                }
+                None => ending.push(EndingJob {
+                    id,
+                    nodes,
+                    threads: vec![thread],
+                }),
             }
         }
+        ending
+    }
+
+    /// Cancels all jobs, waits for their threads to end, and takes no more.
+    pub fn shut_down(&self) {
+        self.close().into_iter().for_each(EndingJob::wait);
     }
 }

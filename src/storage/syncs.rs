@@ -95,6 +95,8 @@ struct State {
     page_cache: bool,
     /// Syncs that have begun.
     begun: u64,
+    /// The latest one that has ended.
+    ended: u64,
     /// The latest one that succeeded.
     succeeded: u64,
     failure: Option<SyncFailure>,
@@ -194,6 +196,13 @@ impl Syncs {
         self.failure().map_or(Ok(()), |failure| Err(failure.into()))
     }
 
+    /// Whether a sync is being carried out just now.
+    #[must_use]
+    pub fn is_under_way(&self) -> bool {
+        let state = self.state.lock();
+        state.begun > state.ended
+    }
+
     /// Forgets the failure: the next sync is tried again. Returns what it was.
     pub fn clear(&self) -> Option<SyncFailure> {
         self.state.lock().failure.take()
@@ -218,13 +227,15 @@ impl Syncs {
             state.begun += 1;
             state.begun
         };
-        match sync.await {
-            Ok(_) => {
-                self.state.lock().succeeded = number;
-                Ok(())
+        let result = sync.await;
+        {
+            let mut state = self.state.lock();
+            state.ended = number;
+            if result.is_ok() {
+                state.succeeded = number;
             }
-            Err(error) => Err(self.fail(file, error)),
         }
+        result.map(drop).map_err(|error| self.fail(file, error))
     }
 
     /// Keeps a failure, if it is one that stays.
@@ -350,6 +361,7 @@ mod tests {
         let mut context = Context::from_waker(Waker::noop());
         assert!(first.as_mut().poll(&mut context).is_pending());
         assert!(second.as_mut().poll(&mut context).is_pending());
+        assert!(syncs.is_under_way());
         result.set(Some(failed(libc::EIO)));
         let Poll::Ready(Err(_)) = first.as_mut().poll(&mut context) else {
             panic!("the first one has failed");
@@ -357,6 +369,7 @@ mod tests {
         let Poll::Ready(Err(_)) = second.as_mut().poll(&mut context) else {
             panic!("the second one has failed, too");
         };
+        assert!(!syncs.is_under_way());
     }
 
     #[test]

@@ -1,12 +1,14 @@
 //! A guest, a job and an operator, when one `fdatasync` of the daemon has failed: with a page cache
-//! the kernel would let the next one succeed.
+//! the kernel would let the next one succeed. And the end of the daemon, when its last ones fail, or
+//! take long.
 //!
 //! What would be caught: a flush or a job's end that succeeds after one that failed, reads or writes
 //! that do not go on, a failure that no client is told of, one that cannot be cleared, or that a
-//! word for another device clears.
+//! word for another device clears; an end that says that all is well though a last flush has failed,
+//! and one that abandons an image whose disk is only slow.
 //!
 //! Files are on tmpfs, where the daemon makes its calls in line: a library that is loaded before the
-//! others has one fail.
+//! others has one fail, or take three seconds.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -23,8 +25,18 @@ use std::process::Command;
 
 const SIZE: u64 = 1 << 20;
 
-/// The daemon with the library: a script. `fail` is the file that makes a sync fail.
-fn program(dir: &Path, fail: &Path) -> Res<Program> {
+/// The file that makes a sync fail.
+fn fail_file(dir: &Path) -> PathBuf {
+    dir.join("fail")
+}
+
+/// The file that makes a sync take three seconds.
+fn slow_file(dir: &Path) -> PathBuf {
+    dir.join("slow")
+}
+
+/// The daemon with the library: a script.
+fn program(dir: &Path) -> Res<Program> {
     let library = dir.join("fail_sync.so");
     let source =
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/frontend_failed_flush/fail_sync.c");
@@ -41,8 +53,9 @@ fn program(dir: &Path, fail: &Path) -> Res<Program> {
     }
     let path = dir.join("daemon");
     let script = format!(
-        "#!/bin/sh\nFAIL_SYNC='{}' LD_PRELOAD='{}' exec '{}' \"$@\"\n",
-        fail.display(),
+        "#!/bin/sh\nFAIL_SYNC='{}' SLOW_SYNC='{}' LD_PRELOAD='{}' exec '{}' \"$@\"\n",
+        fail_file(dir).display(),
+        slow_file(dir).display(),
         library.display(),
         Program::under_test().path.display()
     );
@@ -56,9 +69,9 @@ fn is_io_error(event: &Value) -> bool {
 }
 
 fn failed_flush(layers: &[(PathBuf, &'static str)], dir: &Path) -> Res<()> {
-    let fail = dir.join("fail");
+    let fail = fail_file(dir);
     let setup = Setup::new(dir, layers);
-    let mut daemon = setup.start(&program(dir, &fail)?, dir, None)?;
+    let mut daemon = setup.start(&program(dir)?, dir, None)?;
     let mut frontend = daemon.connect(&setup.socket, 1, 16, 8192)?;
     let control = setup.qmp.as_deref().ok_or("no control socket")?;
     let mut qmp = daemon.qmp(control)?;
@@ -133,5 +146,69 @@ fn of_an_overlay() -> Res<()> {
     images::create(&top, SIZE, "cluster_size=64k", Some((&base, "raw")))?;
     failed_flush(&[(top.clone(), "qcow2"), (base, "raw")], dir.path())?;
     assert!(!images::check(&top)?, "clusters leaked");
+    Ok(())
+}
+
+#[test]
+fn at_the_end_is_told_by_the_exit_status() -> Res<()> {
+    for format in ["raw", "qcow2"] {
+        let dir = tempfile::tempdir_in("/dev/shm")?;
+        let image = dir.path().join("disk");
+        match format {
+            "raw" => fs::File::create(&image)?.set_len(SIZE)?,
+            _ => images::create(&image, SIZE, "cluster_size=64k", None)?,
+        }
+        let setup = Setup::new(dir.path(), &[(image, format)]);
+        let mut daemon = setup.start(&program(dir.path())?, dir.path(), None)?;
+        let mut frontend = daemon.connect(&setup.socket, 1, 16, 8192)?;
+        assert_eq!(frontend.queues[0].run(&Op::write(0, &[(0, 4096)]))?, OK);
+        fs::write(fail_file(dir.path()), "")?;
+        let status = daemon.terminate()?;
+        assert!(
+            !fail_file(dir.path()).exists(),
+            "{format}: no sync was tried"
+        );
+        assert_eq!(status.code(), Some(1), "{format}: {}", daemon.log());
+        for words in [
+            "closing node 'layer0': ",
+            "a flush failed at ",
+            "may be lost",
+        ] {
+            assert!(daemon.log().contains(words), "{format}: {}", daemon.log());
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn that_is_slow_at_the_end_is_waited_for() -> Res<()> {
+    for in_flight in [false, true] {
+        let dir = tempfile::tempdir_in("/dev/shm")?;
+        let image = dir.path().join("disk");
+        images::create(&image, SIZE, "cluster_size=64k", None)?;
+        let mut setup = Setup::new(dir.path(), &[(image.clone(), "qcow2")]);
+        // Two seconds for what hangs: less than the sync takes.
+        setup.extra = ["--stop-timeout=16".to_owned()].into();
+        let mut daemon = setup.start(&program(dir.path())?, dir.path(), None)?;
+        let mut frontend = daemon.connect(&setup.socket, 1, 16, 8192)?;
+        let queue = &mut frontend.queues[0];
+        frontend.memory.write(0, &[7; 4096]);
+        assert_eq!(queue.run(&Op::write(0, &[(0, 4096)]))?, OK);
+        let slow = slow_file(dir.path());
+        fs::write(&slow, "")?;
+        if in_flight {
+            queue.submit(&Op::flush(), 1)?;
+            queue.kick()?;
+            daemon.retry(|| match slow.exists() {
+                // The kind of error that is tried again.
+                true => Err(std::io::Error::from(std::io::ErrorKind::NotFound).into()),
+                false => Ok(()),
+            })?;
+        }
+        let status = daemon.terminate()?;
+        assert!(!slow.exists(), "no sync was tried");
+        assert_eq!(status.code(), Some(0), "{in_flight}: {}", daemon.log());
+        assert!(!images::check(&image)?, "clusters leaked");
+    }
     Ok(())
 }

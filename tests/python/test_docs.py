@@ -100,6 +100,7 @@ TABLE = {
     ("docs/command-line.md", "stratablk: --export"): Output(
         "stratablk --export vhost-user-blk,wrtable=on", code=1
     ),
+    ("docs/command-line.md", "[Service]"): NotRun("a part of a unit of systemd"),
     ("docs/images.md", "  header"): NotRun("a drawing"),
     ("docs/performance.md", "cargo bench --bench compare -- --output"): NotRun("an hour"),
     ("docs/performance.md", "cargo bench --bench compare -- --before"): NotRun("an hour"),

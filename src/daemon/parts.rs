@@ -1,0 +1,144 @@
+//! What is to end, and in which order: jobs and exports, then the images that they use, and the
+//! control sockets when clients have heard how their jobs ended.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::ending::Part;
+use super::{Exports, Running, on_this_thread, sync_errors};
+use crate::chain::Graph;
+use crate::chain::graph::Node;
+use crate::error::{Error, Result};
+
+/// The parts of the daemon's end. From here on no job begins.
+pub(super) fn of(graph: &Arc<Graph>, exports: &Exports, running: Option<Running>) -> Vec<Part> {
+    let mut parts = Vec::new();
+    let mut users = Vec::new();
+    let mut written = BTreeSet::new();
+    let jobs = running.as_ref().map(|running| running.manager.close());
+    // Only now: no job changes it any more, apart from those that end here.
+    let nodes = graph.nodes();
+    for job in jobs.into_iter().flatten() {
+        let name = format!("job '{}'", job.id);
+        let uses = job.nodes.iter().flat_map(|node| images_of(&nodes, node));
+        users.push((name.clone(), uses.collect::<BTreeSet<_>>()));
+        written.extend(job.nodes.iter().cloned());
+        let what = format!("{name} does not end, its images are not closed");
+        let mut job = Some(job);
+        parts.push(Part {
+            name,
+            after: Vec::new(),
+            work: Box::new(move |_| {
+                if let Some(job) = job.take() {
+                    job.wait();
+                }
+                Ok(())
+            }),
+            syncing: None,
+            lament: Box::new(move || what.clone()),
+        });
+    }
+    if let Some(running) = running {
+        parts.push(Part {
+            name: "control sockets".to_owned(),
+            after: users.iter().map(|(job, _)| job.clone()).collect(),
+            work: Box::new(move |_| {
+                running.monitors.shut_down();
+                Ok(())
+            }),
+            syncing: None,
+            lament: Box::new(|| "the control sockets do not end".to_owned()),
+        });
+    }
+    for (export, options) in exports.list.lock().iter() {
+        let name = format!("export '{}'", options.id);
+        users.push((name.clone(), images_of(&nodes, &options.node_name)));
+        let (ending, stuck, what) = (export.clone(), export.clone(), name.clone());
+        parts.push(Part {
+            name,
+            after: Vec::new(),
+            work: Box::new(move |_| {
+                ending.shutdown();
+                Ok(())
+            }),
+            syncing: None,
+            lament: Box::new(move || {
+                let left = stuck.unfinished();
+                format!("{what}: {left} requests have not completed, its images are not closed")
+            }),
+        });
+    }
+    for node in nodes {
+        // A filter is the image that it is over: two threads would close the same one. What is
+        // only read has nothing to close; but a job may be about to close what it has written.
+        let is_written = !node.layer.read_only || written.contains(&node.name);
+        if node.driver != "copy-on-read" && is_written {
+            parts.push(image(graph, node, &users));
+        }
+    }
+    parts
+}
+
+/// The image of a node, which is closed after those of `users` that use it.
+fn image(graph: &Arc<Graph>, node: Node, users: &[(String, BTreeSet<String>)]) -> Part {
+    let name = format!("node '{}'", node.name);
+    let uses = users.iter().filter(|(_, nodes)| nodes.contains(&node.name));
+    let after = uses.map(|(user, _)| user.clone()).collect();
+    let what = format!("{name}: what was written may not be stable");
+    let layer = node.layer.clone();
+    let graph = graph.clone();
+    Part {
+        name,
+        after,
+        work: Box::new(move |alone| match graph.node(&node.name) {
+            Ok(now) => close(&now, alone),
+            // A job that has ended was the last to use it.
+            Err(_) => Ok(()),
+        }),
+        syncing: Some(Box::new(move || {
+            let syncs = sync_errors::syncs_of(&layer);
+            syncs.iter().any(|syncs| syncs.is_under_way())
+        })),
+        lament: Box::new(move || what.clone()),
+    }
+}
+
+/// The nodes that a user of `top` may use.
+fn images_of(nodes: &[Node], top: &str) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    let mut next = vec![top.to_owned()];
+    while let Some(name) = next.pop() {
+        if let Some(node) = nodes.iter().find(|node| node.name == name)
+            && found.insert(name)
+        {
+            let under = [&node.backing, &node.file, &node.data_file];
+            next.extend(under.into_iter().flatten().cloned());
+        }
+    }
+    found
+}
+
+/// Closes the image of a node, or flushes it if somebody may still use it.
+///
+/// # Errors
+/// When what was written may not be stable.
+fn close(node: &Node, alone: bool) -> Result<()> {
+    let done = on_this_thread(|reactor| {
+        reactor.block_on(async {
+            if alone {
+                return Graph::close_image(node).await;
+            }
+            if node.layer.storage.writable() {
+                log::error!("'{}' is flushed and not closed: it is in use", node.name);
+            }
+            node.layer.flush().await
+        })
+    });
+    done.map_err(|error| {
+        Error::Invalid(format!(
+            "closing node '{}': {error} (what was written since the last flush may be lost: check \
+             the image before it is used)",
+            node.name
+        ))
+    })
+}
