@@ -2,8 +2,7 @@
 
 use std::fmt;
 use std::io;
-
-use crate::storage::syncs::SyncFailure;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// What an operation on storage was doing when it failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,4 +161,78 @@ pub fn errno_text(errno: i32) -> String {
         .next()
         .unwrap_or_default()
         .to_owned()
+}
+
+/// A sync that failed, after which nothing is known of what was written before.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SyncFailure {
+    /// The file's name.
+    pub file: String,
+    /// The system's error number.
+    pub errno: i32,
+    /// When it failed.
+    pub at: SystemTime,
+}
+
+impl fmt::Display for SyncFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}: a flush failed at {} ({}): what was written since the last one that succeeded may \
+             be lost, and all flushes fail until the file has been checked and 'stratactl \
+             clear-sync-error' says so",
+            self.file,
+            utc(self.at),
+            errno_text(self.errno)
+        )
+    }
+}
+
+impl std::error::Error for SyncFailure {}
+
+impl From<SyncFailure> for io::Error {
+    fn from(failure: SyncFailure) -> Self {
+        let kind = Self::from_raw_os_error(failure.errno).kind();
+        Self::new(kind, failure)
+    }
+}
+
+/// `2026-11-23 09:05:33 UTC`.
+fn utc(time: SystemTime) -> String {
+    let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs());
+    // Years that begin in March, in eras of 400 of them, since 0000-03-01.
+    let days = seconds / 86400 + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let (day, month) = (
+        day - (153 * month + 2) / 5 + 1,
+        if month < 10 { month + 3 } else { month - 9 },
+    );
+    let year = era * 400 + year + u64::from(month <= 2);
+    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC")
+}
+
+#[cfg(test)]
+mod tests {
+    //! What would be caught: a day that the calendar does not have, or has twice.
+
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn the_time_is_told_in_utc() {
+        for (seconds, text) in [
+            (0, "1970-01-01 00:00:00 UTC"),
+            (951_782_400, "2000-02-29 00:00:00 UTC"),
+            (1_709_251_199, "2024-02-29 23:59:59 UTC"),
+            (1_795_424_733, "2026-11-23 09:05:33 UTC"),
+            (4_107_542_400, "2100-03-01 00:00:00 UTC"),
+        ] {
+            assert_eq!(utc(UNIX_EPOCH + Duration::from_secs(seconds)), text);
+        }
+    }
 }

@@ -12,95 +12,30 @@ mod support;
 
 mod export_common;
 
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use export_common::hand::*;
+use export_common::held::Held;
 use export_common::*;
-use io_uring::{opcode, types};
 use stratablk::chain::{Chain, Layer, Root, View, ViewCache};
 use stratablk::export::ExportConfig;
-use stratablk::reactor::{Reactor, Token};
+use stratablk::reactor::Reactor;
 use stratablk::storage::memory::{MemoryStorage, Step};
-use stratablk::storage::{Limits, Op, Storage, Submission};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
-use vmm_sys_util::eventfd::EventFd;
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
 const OK: u8 = 0;
 const DISK: usize = 1 << 20;
 
-/// Storage in memory whose operations hang until `release`.
-#[derive(Debug)]
-struct Held {
-    inner: MemoryStorage,
-    gate: EventFd,
-    open: AtomicBool,
-    waiting: AtomicUsize,
-}
-
-impl Held {
-    fn new() -> Arc<Self> {
-        Arc::new(Self {
-            inner: MemoryStorage::new(vec![5; DISK]),
-            gate: EventFd::new(0).unwrap(),
-            open: AtomicBool::new(false),
-            waiting: AtomicUsize::new(0),
-        })
-    }
-
-    fn release(&self) {
-        self.open.store(true, Ordering::SeqCst);
-        self.gate.write(1).unwrap();
-    }
-}
-
-impl Storage for Held {
-    unsafe fn submit(&self, reactor: &Reactor, op: Op<'_>, token: Token) -> Submission {
-        if self.open.load(Ordering::SeqCst) {
-            // SAFETY: passed on to the caller.
-            return unsafe { self.inner.submit(reactor, op, token) };
-        }
-        // The poll ends when the gate opens, as an operation that moved one byte: a short one,
-        // which is done once more in full.
-        let fd = types::Fd(self.gate.as_raw_fd());
-        let entry = opcode::PollAdd::new(fd, libc::POLLIN as u32).build();
-        // SAFETY: a poll names no memory.
-        unsafe { reactor.start(entry, token) }.unwrap();
-        self.waiting.fetch_add(1, Ordering::SeqCst);
-        Submission::Pending
-    }
-
-    fn len(&self) -> std::io::Result<u64> {
-        self.inner.len()
-    }
-
-    fn set_len(&self, len: u64) -> std::io::Result<()> {
-        self.inner.set_len(len)
-    }
-
-    fn limits(&self) -> Limits {
-        self.inner.limits()
-    }
-
-    fn name(&self) -> &str {
-        "held"
-    }
-
-    fn writable(&self) -> bool {
-        true
-    }
-}
-
 /// Runs `message` while a request hangs, and checks that it is answered only once the request
 /// is in the used ring.
 fn drains(what: &str, message: impl FnOnce(&mut Hand) + Send) {
     let place = Place::new();
-    let storage = Held::new();
+    let storage = Held::new(DISK, false);
     let export = start(
         place.config(),
         raw_root(storage.clone(), DISK as u64, false),
@@ -167,7 +102,7 @@ fn whatever_takes_a_queue_away_waits_for_its_requests() {
 #[test]
 fn a_front_end_that_dies_leaves_no_request_behind() {
     let place = Place::new();
-    let storage = Held::new();
+    let storage = Held::new(DISK, false);
     let export = start(
         place.config(),
         raw_root(storage.clone(), DISK as u64, false),

@@ -10,18 +10,14 @@
 mod export_common;
 
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::channel;
 
 use export_common::hand::*;
+use export_common::held::{Held, Release};
 use export_common::*;
-use io_uring::{opcode, types};
 use parking_lot::Mutex;
 use stratablk::export::{Export, ExportConfig, SocketSource};
-use stratablk::reactor::{Reactor, Token};
-use stratablk::storage::memory::MemoryStorage;
-use stratablk::storage::{Limits, Op, Storage, Submission};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vmm_sys_util::eventfd::EventFd;
@@ -185,83 +181,6 @@ fn an_error_descriptor_is_told_whenever_it_is_set() {
     assert!(third.read().is_ok(), "it is broken already");
 }
 
-/// Storage in memory whose operations wait until `release`, and that knows the largest.
-#[derive(Debug)]
-struct Held {
-    inner: MemoryStorage,
-    gate: EventFd,
-    open: AtomicBool,
-    waiting: AtomicUsize,
-    largest: AtomicUsize,
-}
-
-impl Held {
-    fn new(open: bool) -> Arc<Self> {
-        Arc::new(Self {
-            inner: MemoryStorage::new(vec![5; DISK]),
-            gate: EventFd::new(0).unwrap(),
-            open: AtomicBool::new(open),
-            waiting: AtomicUsize::new(0),
-            largest: AtomicUsize::new(0),
-        })
-    }
-
-    fn release(&self) {
-        self.open.store(true, Ordering::SeqCst);
-        self.gate.write(1).unwrap();
-    }
-}
-
-/// Lets a test that fails end.
-struct Release(Arc<Held>);
-
-impl Drop for Release {
-    fn drop(&mut self) {
-        self.0.release();
-    }
-}
-
-impl Storage for Held {
-    unsafe fn submit(&self, reactor: &Reactor, op: Op<'_>, token: Token) -> Submission {
-        if let Op::Read { iovecs, .. } | Op::Write { iovecs, .. } = op {
-            let len = iovecs.iter().map(|iovec| iovec.iov_len).sum();
-            self.largest.fetch_max(len, Ordering::SeqCst);
-        }
-        if self.open.load(Ordering::SeqCst) {
-            // SAFETY: passed on to the caller.
-            return unsafe { self.inner.submit(reactor, op, token) };
-        }
-        // The poll ends when the gate opens, as an operation that moved one byte: a short one,
-        // which is done once more in full.
-        let fd = types::Fd(self.gate.as_raw_fd());
-        let entry = opcode::PollAdd::new(fd, libc::POLLIN as u32).build();
-        // SAFETY: a poll names no memory.
-        unsafe { reactor.start(entry, token) }.unwrap();
-        self.waiting.fetch_add(1, Ordering::SeqCst);
-        Submission::Pending
-    }
-
-    fn len(&self) -> std::io::Result<u64> {
-        self.inner.len()
-    }
-
-    fn set_len(&self, len: u64) -> std::io::Result<()> {
-        self.inner.set_len(len)
-    }
-
-    fn limits(&self) -> Limits {
-        self.inner.limits()
-    }
-
-    fn name(&self) -> &str {
-        "held"
-    }
-
-    fn writable(&self) -> bool {
-        true
-    }
-}
-
 /// Where the tables of large requests are, in memory that the hand does not use.
 const TABLES: u64 = BASE + 0xa000;
 /// The data of large requests: the same bytes again and again.
@@ -292,7 +211,7 @@ fn large(hand: &mut Hand, head: u16, kind: u32, pieces: u16) {
 fn what_is_under_way_is_bounded_and_the_rest_stays_in_the_ring() {
     for kind in [IN, OUT] {
         let place = Place::new();
-        let storage = Held::new(false);
+        let storage = Held::new(DISK, false);
         let export = start(
             place.config(),
             raw_root(storage.clone(), DISK as u64, false),
@@ -332,7 +251,7 @@ fn what_is_under_way_is_bounded_and_the_rest_stays_in_the_ring() {
 #[test]
 fn all_queues_of_a_front_end_stop_at_once() {
     let place = Place::new();
-    let storage = Held::new(false);
+    let storage = Held::new(DISK, false);
     let config = ExportConfig {
         queues: 2,
         ..place.config()
@@ -374,7 +293,7 @@ fn all_queues_of_a_front_end_stop_at_once() {
 fn a_request_above_the_bound_is_carried_out_alone_and_in_pieces() {
     for kind in [IN, OUT] {
         let place = Place::new();
-        let storage = Held::new(true);
+        let storage = Held::new(DISK, true);
         let _export = start(
             place.config(),
             raw_root(storage.clone(), DISK as u64, false),

@@ -12,11 +12,11 @@ use super::Exports;
 use crate::chain::graph::Node;
 use crate::chain::{Graph, Layer};
 use crate::control::events::EventHub;
-use crate::error::{Error, Result, errno_text};
+use crate::error::{Error, Result, SyncFailure, errno_text};
 use crate::format::Format;
 use crate::job::{Event, Refused};
 use crate::storage::Syncs;
-use crate::storage::syncs::{SyncFailure, on_failure};
+use crate::storage::syncs::on_failure;
 
 /// The syncs that a flush of a layer needs.
 pub(super) fn syncs_of(layer: &Layer) -> Vec<Arc<Syncs>> {
@@ -133,7 +133,6 @@ mod tests {
 
     #![allow(clippy::unwrap_used, clippy::panic)]
 
-    use std::io;
     use std::path::PathBuf;
     use std::time::Duration;
 
@@ -143,39 +142,16 @@ mod tests {
     use crate::config::{BlockdevOptions, Dialect};
     use crate::control::events::Outbox;
     use crate::format::Raw;
-    use crate::reactor::{Reactor, Token};
+    use crate::reactor::Reactor;
+    use crate::storage::fault::FaultStorage;
     use crate::storage::memory::MemoryStorage;
-    use crate::storage::{Limits, Op, Storage, Submission};
 
     /// A file behind a page cache.
-    #[derive(Debug)]
-    struct Cached(MemoryStorage);
+    type Cached = FaultStorage<MemoryStorage>;
 
-    impl Storage for Cached {
-        unsafe fn submit(&self, reactor: &Reactor, op: Op<'_>, token: Token) -> Submission {
-            // SAFETY: passed on to the caller.
-            unsafe { self.0.submit(reactor, op, token) }
-        }
-
-        fn len(&self) -> io::Result<u64> {
-            self.0.len()
-        }
-
-        fn set_len(&self, len: u64) -> io::Result<()> {
-            self.0.set_len(len)
-        }
-
-        fn limits(&self) -> Limits {
-            self.0.limits()
-        }
-
-        fn name(&self) -> &'static str {
-            "/disk"
-        }
-
-        fn writable(&self) -> bool {
-            true
-        }
+    fn cached() -> Arc<Cached> {
+        let bytes = Arc::new(MemoryStorage::new(vec![0; 512]));
+        Arc::new(FaultStorage::over(bytes).with_page_cache())
     }
 
     /// Adds a node to the graph, and returns its file.
@@ -185,8 +161,7 @@ mod tests {
         name: &str,
         file: Option<&Arc<Cached>>,
     ) -> Arc<Cached> {
-        let new = || Arc::new(Cached(MemoryStorage::new(vec![0; 512])));
-        let storage = file.cloned().unwrap_or_else(new);
+        let storage = file.cloned().unwrap_or_else(cached);
         let options = json!({"driver": "raw", "node-name": name,
             "file": {"driver": "file", "filename": "/disk"}});
         let node = Node {
@@ -233,10 +208,10 @@ mod tests {
             reactor.block_on(layer.flush())
         };
         flush("disk").unwrap();
-        file.0.fail_syncs(true);
+        file.inner().fail_syncs(true);
         let text = flush("disk").unwrap_err().to_string();
-        assert!(text.starts_with("/disk: a flush failed at 2"), "{text}");
-        file.0.fail_syncs(false);
+        assert!(text.starts_with("memory: a flush failed at 2"), "{text}");
+        file.inner().fail_syncs(false);
         flush("disk").unwrap_err();
         flush("other").unwrap();
 

@@ -1,7 +1,15 @@
-//! Storage as the kernel may be at any time: transfers that are short, operations that are
+//! What tests make storage do that real storage does now and then.
+//!
+//! [`Uneven`] is the kernel as it may be at any time: transfers that are short, operations that are
 //! interrupted or to be tried again. A seed decides which, so that tests can repeat it.
+//! [`FaultStorage`] gives any storage a trait of another one: blocks, holes, a page cache.
 
 use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::{Limits, Op, Storage, Submission, Syncs};
+use crate::reactor::{Reactor, Token};
 
 /// Decides what becomes of each operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,5 +59,161 @@ impl Uneven {
             return Ok(len);
         }
         Ok(((1 + self.below(blocks - 1)) * block.max(1)) as usize)
+    }
+}
+
+/// Storage that has its bytes in another one, and differs from it in what it was told.
+#[derive(Debug)]
+pub struct FaultStorage<S> {
+    inner: Arc<S>,
+    limits: Limits,
+    data: Option<Range<u64>>,
+    tells_syncs: bool,
+}
+
+impl<S: Storage> FaultStorage<S> {
+    /// As `inner` in everything.
+    #[must_use]
+    pub fn over(inner: Arc<S>) -> Self {
+        Self {
+            limits: inner.limits(),
+            inner,
+            data: None,
+            tells_syncs: true,
+        }
+    }
+
+    /// It has blocks of `block` bytes, and refuses transfers of anything else; buffers are aligned
+    /// to `memory_align` bytes.
+    #[must_use]
+    pub fn with_blocks(mut self, memory_align: usize, block: u64) -> Self {
+        self.limits.memory_align = memory_align;
+        self.limits.offset_align = block;
+        self
+    }
+
+    /// All but this range of bytes is a hole.
+    #[must_use]
+    pub fn with_data(mut self, data: Range<u64>) -> Self {
+        self.data = Some(data);
+        self
+    }
+
+    /// It does not say whose syncs it has: it counts as a file of its own with a page cache.
+    #[must_use]
+    pub fn with_page_cache(mut self) -> Self {
+        self.tells_syncs = false;
+        self
+    }
+
+    /// Where its bytes are.
+    #[must_use]
+    pub fn inner(&self) -> &S {
+        &self.inner
+    }
+
+    fn is_whole(&self, op: &Op<'_>) -> bool {
+        let (Op::Read { iovecs, offset } | Op::Write { iovecs, offset }) = op else {
+            return true;
+        };
+        let block = self.limits.offset_align;
+        let len: u64 = iovecs.iter().map(|iovec| iovec.iov_len as u64).sum();
+        offset.is_multiple_of(block) && len.is_multiple_of(block)
+    }
+}
+
+impl<S: Storage> Storage for FaultStorage<S> {
+    unsafe fn submit(&self, reactor: &Reactor, op: Op<'_>, token: Token) -> Submission {
+        if !self.is_whole(&op) {
+            // As a file that was opened with O_DIRECT.
+            return Submission::Ready(Err(io::Error::from_raw_os_error(libc::EINVAL)));
+        }
+        // SAFETY: passed on to the caller.
+        unsafe { self.inner.submit(reactor, op, token) }
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+
+    fn capacity(&self) -> io::Result<Option<u64>> {
+        self.inner.capacity()
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.inner.set_len(len)
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+
+    fn writable(&self) -> bool {
+        self.inner.writable()
+    }
+
+    fn syncs(&self) -> Option<&Arc<Syncs>> {
+        self.inner.syncs().filter(|_| self.tells_syncs)
+    }
+
+    fn next_data(&self, offset: u64) -> Option<(u64, u64)> {
+        match &self.data {
+            Some(data) => (offset < data.end).then_some((offset.max(data.start), data.end)),
+            None => self.inner.next_data(offset),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! What would be caught: storage that lets tests of the others pass, since it is not what it
+    //! was told to be.
+
+    use super::super::io::{read_buf, write_buf};
+    use super::super::{AlignedBuf, memory::MemoryStorage};
+    use super::*;
+
+    #[test]
+    fn it_is_what_it_was_told_to_be() {
+        let inner = Arc::new(MemoryStorage::new(vec![7; 16384]));
+        let plain = FaultStorage::over(inner.clone());
+        assert_eq!(
+            (plain.limits(), plain.next_data(9)),
+            (inner.limits(), inner.next_data(9))
+        );
+        assert!(plain.syncs().is_some());
+        assert!(
+            FaultStorage::over(inner.clone())
+                .with_page_cache()
+                .syncs()
+                .is_none()
+        );
+        let holes = FaultStorage::over(inner.clone()).with_data(4096..8192);
+        let found = [0, 5000, 8192].map(|at| holes.next_data(at));
+        assert_eq!(found, [Some((4096, 8192)), Some((5000, 8192)), None]);
+        let blocks = FaultStorage::over(inner).with_blocks(512, 4096);
+        let reactor = Reactor::for_this_thread().unwrap();
+        let new = AlignedBuf::zeroed(4096);
+        reactor.block_on(write_buf(&blocks, 4096, &new)).unwrap();
+        let seen = reactor.block_on(read_buf(&blocks, 0, 8192)).unwrap();
+        assert!(seen[..4096] == [7; 4096] && seen[4096..] == [0; 4096]);
+        // Nobody comes to such storage with a part of a block: `io` sees to that.
+        // SAFETY: the call is refused, and touches no memory.
+        let part = |offset| unsafe {
+            let op = Op::Write {
+                iovecs: &[libc::iovec {
+                    iov_base: new.as_ptr().cast_mut().cast(),
+                    iov_len: 4096,
+                }],
+                offset,
+            };
+            blocks.submit(&reactor, op, Token::client(0))
+        };
+        assert!(matches!(part(512), Submission::Ready(Err(_))));
+        Reactor::leave_thread();
     }
 }

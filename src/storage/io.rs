@@ -356,49 +356,9 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
-    use crate::reactor::Token;
-    use crate::storage::Limits;
     use crate::storage::Window;
+    use crate::storage::fault::FaultStorage;
     use crate::storage::memory::MemoryStorage;
-
-    /// Storage that is read by whole blocks only.
-    #[derive(Debug)]
-    struct Blocks(MemoryStorage);
-
-    impl Storage for Blocks {
-        unsafe fn submit(&self, reactor: &Reactor, op: Op<'_>, token: Token) -> Submission {
-            if let Op::Read { iovecs, offset } = &op {
-                let len: usize = iovecs.iter().map(|iovec| iovec.iov_len).sum();
-                assert!(offset.is_multiple_of(4096) && len.is_multiple_of(4096));
-            }
-            // SAFETY: passed on to the caller.
-            unsafe { self.0.submit(reactor, op, token) }
-        }
-
-        fn len(&self) -> io::Result<u64> {
-            self.0.len()
-        }
-
-        fn set_len(&self, len: u64) -> io::Result<()> {
-            self.0.set_len(len)
-        }
-
-        fn limits(&self) -> Limits {
-            Limits {
-                memory_align: 4096,
-                offset_align: 4096,
-                zero_past_end: true,
-            }
-        }
-
-        fn name(&self) -> &str {
-            self.0.name()
-        }
-
-        fn writable(&self) -> bool {
-            self.0.writable()
-        }
-    }
 
     /// Bytes that tell where they belong.
     fn pattern(len: usize, seed: u64) -> Vec<u8> {
@@ -481,7 +441,8 @@ mod tests {
     #[test]
     fn bytes_off_the_blocks_are_those_asked_for_in_memory_used_before() {
         let bytes: Vec<u8> = (0..70_000u32).map(|n| (n / 7) as u8).collect();
-        let storage = Blocks(MemoryStorage::new(bytes.clone()));
+        let storage = Arc::new(MemoryStorage::new(bytes.clone()));
+        let storage = FaultStorage::over(storage).with_blocks(4096, 4096);
         let reactor = Reactor::for_this_thread().unwrap();
         let mut places = Vec::new();
         for (offset, len) in [

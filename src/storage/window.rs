@@ -216,6 +216,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+    use crate::storage::fault::FaultStorage;
     use crate::storage::memory::MemoryStorage;
     use crate::storage::{AlignedBuf, io as storage_io};
 
@@ -308,36 +309,8 @@ mod tests {
 
     #[test]
     fn data_and_holes_are_those_within() {
-        /// Data in `[4096, 12288)`.
-        #[derive(Debug)]
-        struct Holes(Arc<MemoryStorage>);
-
-        impl Storage for Holes {
-            unsafe fn submit(&self, reactor: &Reactor, op: Op<'_>, token: Token) -> Submission {
-                // SAFETY: passed on to the caller.
-                unsafe { self.0.submit(reactor, op, token) }
-            }
-            fn len(&self) -> io::Result<u64> {
-                self.0.len()
-            }
-            fn set_len(&self, len: u64) -> io::Result<()> {
-                self.0.set_len(len)
-            }
-            fn limits(&self) -> Limits {
-                self.0.limits()
-            }
-            fn name(&self) -> &str {
-                "holes"
-            }
-            fn writable(&self) -> bool {
-                true
-            }
-            fn next_data(&self, offset: u64) -> Option<(u64, u64)> {
-                (offset < 12288).then_some((offset.max(4096), 12288))
-            }
-        }
-
-        let of = |offset, size| Window::of(Arc::new(Holes(memory())), offset, size).unwrap();
+        let holes = || Arc::new(FaultStorage::over(memory()).with_data(4096..12288));
+        let of = |offset, size| Window::of(holes(), offset, size).unwrap();
         assert_eq!(of(1024, Some(2048)).next_data(0), None);
         assert_eq!(of(1024, Some(8192)).next_data(0), Some((3072, 8192)));
         assert_eq!(of(1024, Some(8192)).next_data(8192), None);
@@ -347,38 +320,8 @@ mod tests {
 
     #[test]
     fn parts_of_blocks_are_refused() {
-        /// Storage of blocks of 4 KiB.
-        #[derive(Debug)]
-        struct Blocks(Arc<MemoryStorage>);
-
-        impl Storage for Blocks {
-            unsafe fn submit(&self, reactor: &Reactor, op: Op<'_>, token: Token) -> Submission {
-                // SAFETY: passed on to the caller.
-                unsafe { self.0.submit(reactor, op, token) }
-            }
-            fn len(&self) -> io::Result<u64> {
-                self.0.len()
-            }
-            fn set_len(&self, len: u64) -> io::Result<()> {
-                self.0.set_len(len)
-            }
-            fn limits(&self) -> Limits {
-                Limits {
-                    memory_align: 512,
-                    offset_align: 4096,
-                    zero_past_end: true,
-                }
-            }
-            fn name(&self) -> &str {
-                "blocks"
-            }
-            fn writable(&self) -> bool {
-                true
-            }
-        }
-
         let small: Arc<dyn Storage> = memory();
-        let large: Arc<dyn Storage> = Arc::new(Blocks(memory()));
+        let large: Arc<dyn Storage> = Arc::new(FaultStorage::over(memory()).with_blocks(512, 4096));
         let odd = window(&memory(), 100, Some(8192));
         for (inner, offset, size, expected) in [
             (

@@ -5,7 +5,6 @@
 //! image, and the end of a disk within a block that can no longer be copied.
 
 use std::cell::Cell;
-use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -13,8 +12,9 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use stratablk::chain::{Chain, Layer, Span, View};
 use stratablk::format::{Format, Raw};
-use stratablk::reactor::{Reactor, Token};
-use stratablk::storage::{AlignedBuf, IoBufs, Limits, Op, Storage, Submission, Window};
+use stratablk::reactor::Reactor;
+use stratablk::storage::fault::FaultStorage;
+use stratablk::storage::{AlignedBuf, IoBufs, Storage, Window};
 
 use crate::alone;
 use crate::disk::{Below, Disk, Opened, Recipe, read_all};
@@ -24,42 +24,8 @@ use crate::machine::{File, Machine};
 const BLOCK: u64 = 4096;
 
 /// A file of the machine with blocks of 4 KiB.
-#[derive(Debug)]
-struct Blocks(Arc<File>);
-
-impl Storage for Blocks {
-    unsafe fn submit(&self, reactor: &Reactor, op: Op<'_>, token: Token) -> Submission {
-        if let Op::Read { iovecs, offset } | Op::Write { iovecs, offset } = &op {
-            let len: u64 = iovecs.iter().map(|iovec| iovec.iov_len as u64).sum();
-            assert!(offset.is_multiple_of(BLOCK) && len.is_multiple_of(BLOCK));
-        }
-        // SAFETY: passed on to the caller.
-        unsafe { self.0.submit(reactor, op, token) }
-    }
-
-    fn len(&self) -> io::Result<u64> {
-        self.0.len()
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.0.set_len(len)
-    }
-
-    fn limits(&self) -> Limits {
-        Limits {
-            memory_align: 512,
-            offset_align: BLOCK,
-            zero_past_end: true,
-        }
-    }
-
-    fn name(&self) -> &str {
-        "blocks"
-    }
-
-    fn writable(&self) -> bool {
-        true
-    }
+fn blocks(file: Arc<File>) -> Arc<dyn Storage> {
+    Arc::new(FaultStorage::over(file).with_blocks(512, BLOCK))
 }
 
 fn raw(storage: Arc<dyn Storage>) -> Arc<Chain> {
@@ -98,7 +64,7 @@ fn neighbours_in_a_window_keep_their_bytes() {
         let reactor = Reactor::for_this_thread().unwrap();
         let mut rng = StdRng::seed_from_u64(seed);
         let machine = Machine::new(&[vec![9; 1 << 20]]);
-        let storage: Arc<dyn Storage> = Arc::new(Blocks(machine.file(0)));
+        let storage = blocks(machine.file(0));
         // Each block of such a disk would lie in two of the storage's.
         for (offset, size) in [(512, 64 << 10), (BLOCK, (64 << 10) + 512)] {
             let error = Window::of(storage.clone(), offset, Some(size)).unwrap_err();
@@ -135,7 +101,7 @@ fn parts_of_blocks_are_refused() {
     let mut rng = StdRng::seed_from_u64(1);
     let files = [disk.files[0].clone(), vec![9; 64 << 10]];
     let machine = Machine::new(&files);
-    let blocks = |index| Arc::new(Blocks(machine.file(index))) as Arc<dyn Storage>;
+    let blocks = |index| blocks(machine.file(index));
     let opened = reactor.block_on(disk.open_files(blocks, true)).unwrap();
     // Whole blocks first, so that there is something to lose.
     for chain in [raw(blocks(1)), opened.chain] {
@@ -182,7 +148,7 @@ fn images_on_large_blocks_end_anywhere() {
             let reactor = Reactor::for_this_thread().unwrap();
             let mut rng = StdRng::seed_from_u64(seed);
             let machine = Machine::new(&disk.files);
-            let blocks = |index| Arc::new(Blocks(machine.file(index))) as Arc<dyn Storage>;
+            let blocks = |index| blocks(machine.file(index));
             let opened = reactor.block_on(disk.open_files(blocks, true)).unwrap();
             let Opened { chain, image } = opened;
             machine.hold(true);

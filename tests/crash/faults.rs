@@ -5,7 +5,6 @@
 //! waiter; a flush that succeeds after one that failed, where the kernel has dropped what both were
 //! to make stable.
 
-use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -13,9 +12,10 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use stratablk::chain::{Chain, Layer};
 use stratablk::format::{Format, Raw};
-use stratablk::reactor::{Reactor, Token};
+use stratablk::reactor::Reactor;
+use stratablk::storage::fault::FaultStorage;
 use stratablk::storage::memory::MemoryStorage;
-use stratablk::storage::{Limits, Op, Storage, Submission, Syncs, Window};
+use stratablk::storage::{Storage, Syncs, Window};
 
 use crate::disk::{Below, Disk, Recipe, read_all};
 use crate::judge::Judge;
@@ -375,43 +375,16 @@ fn of_barriers_of_a_data_file_with_a_page_cache() {
     bench.every_barrier(1);
 }
 
-/// Storage that does not say whose syncs it has: one of whose next barriers fails.
-#[derive(Debug)]
-struct Silent(MemoryStorage);
-
-impl Storage for Silent {
-    unsafe fn submit(&self, reactor: &Reactor, op: Op<'_>, token: Token) -> Submission {
-        // SAFETY: passed on to the caller.
-        unsafe { self.0.submit(reactor, op, token) }
-    }
-
-    fn len(&self) -> io::Result<u64> {
-        self.0.len()
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.0.set_len(len)
-    }
-
-    fn limits(&self) -> Limits {
-        self.0.limits()
-    }
-
-    fn name(&self) -> &'static str {
-        "silent"
-    }
-
-    fn writable(&self) -> bool {
-        true
-    }
-}
+/// Storage that does not say whose syncs it has.
+type Silent = FaultStorage<MemoryStorage>;
 
 /// What would be caught: storage that is forgotten to have a page cache, a failure that one disk
 /// in a file does not share with another one there, or that another file has.
 #[test]
 fn of_a_barrier_of_raw_disks() {
     let reactor = Reactor::for_this_thread().unwrap();
-    let storage = || Arc::new(Silent(MemoryStorage::new(vec![0; 8192])));
+    let memory = || Arc::new(MemoryStorage::new(vec![0; 8192]));
+    let storage = || Arc::new(Silent::over(memory()).with_page_cache());
     let disk = |storage: &Arc<Silent>, start: u64| {
         let layer = Layer {
             name: "raw".into(),
@@ -427,9 +400,9 @@ fn of_a_barrier_of_raw_disks() {
     let disks = [disk(&file, 0), disk(&file, 4096)];
     let beside = disk(&other, 0);
     reactor.block_on(disks[0].flush()).unwrap();
-    file.0.fail_syncs(true);
+    file.inner().fail_syncs(true);
     assert!(reactor.block_on(disks[0].flush()).is_err());
-    file.0.fail_syncs(false);
+    file.inner().fail_syncs(false);
     for disk in &disks {
         let error = reactor.block_on(disk.flush()).unwrap_err();
         assert_eq!(error.errno(), libc::EIO);
