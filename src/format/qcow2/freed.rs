@@ -16,6 +16,27 @@
 //! clusters where they are. Space that is compressed or shared with a snapshot cannot be kept for
 //! the guest cluster that lets go of it; but each guest cluster does so once, and what it gets then
 //! is its own, so that a file never gets longer than what it held before, the disk and the bound.
+//!
+//! # Zeros that keep their host cluster
+//!
+//! A cluster that is cleared and kept reads as zeros by its entry, and the next write goes to the
+//! same host cluster (`kept_host`), without a grace period. Meanwhile a write that began before the
+//! clearing may still be on its way there, in place: it holds no claim. That is safe, because:
+//!
+//! * The host cluster does not change its owner. A late write lands in the guest bytes that it was
+//!   meant for, or is hidden by the zero entry. When the cluster is given up after all, it goes the
+//!   way above, and the grace period waits for that write like for any other request.
+//! * A write that is late has not completed. So the guest has asked for it, the clearing and the new
+//!   write at the same time, and each sector may be what any of them leaves. A write that completed
+//!   before the clearing began has landed before.
+//! * Nobody relies on the host cluster being zeros. A new write of a part of a unit writes the rest
+//!   of it, too (`Target::fresh` is false), before the entry says that there is data; what had not
+//!   been flushed when the host goes down is zeros, the old bytes or the new ones.
+//! * Readers with the old mapping are as late as such a write, and may see any of the three.
+//!
+//! The first and the third point are what a change here must keep: no host cluster may go from one
+//! guest cluster to another without its grace period, and the same place must not be linked before
+//! all of a unit is written.
 
 use std::pin::pin;
 use std::time::{Duration, Instant};

@@ -95,7 +95,8 @@ impl Qcow2 {
         })
     }
 
-    /// The place in the host cluster that the cluster of `offset` has already.
+    /// The place in the host cluster that the cluster of `offset` has already. Writes that began
+    /// before it was cleared may still land there: `freed` says why that is no harm.
     fn kept_host(&self, offset: u64, len: u64) -> Option<Target> {
         let (number, index) = self.place(offset >> self.cluster_bits);
         let slice = self.slice(number)?;
