@@ -59,7 +59,7 @@ pub fn find(file: &File, byte: i64) -> Holder {
         return Holder::Unknown { all_seen: false };
     };
     let own = std::process::id();
-    let mut all_seen = true;
+    let mut all_seen = !processes_are_hidden();
     let Ok(processes) = fs::read_dir("/proc") else {
         return Holder::Unknown { all_seen: false };
     };
@@ -81,6 +81,44 @@ pub fn find(file: &File, byte: i64) -> Holder {
         }
     }
     Holder::Unknown { all_seen }
+}
+
+/// Whether `/proc` may leave out processes of other users.
+fn processes_are_hidden() -> bool {
+    // What cannot be read is as good as hidden.
+    let read = |path| fs::read_to_string(path).ok();
+    let mounts = read("/proc/self/mounts");
+    let status = read("/proc/self/status");
+    mounts
+        .zip(status)
+        .is_none_or(|(mounts, status)| hides_processes(&mounts) && !may_look_at_all(&status))
+}
+
+/// Whether `/proc` is mounted with `hidepid`, according to the list of mounts.
+fn hides_processes(mounts: &str) -> bool {
+    // The last one hides those before it.
+    let proc = mounts.lines().rev().find_map(|line| {
+        let mut words = line.split(' ').skip(1);
+        match (words.next(), words.next(), words.next()) {
+            (Some("/proc"), Some("proc"), Some(options)) => Some(options),
+            _ => None,
+        }
+    });
+    let hidden = |options: &str| {
+        let mut values = options
+            .split(',')
+            .filter_map(|o| o.strip_prefix("hidepid="));
+        values.any(|value| !matches!(value, "0" | "off"))
+    };
+    proc.is_none_or(hidden)
+}
+
+/// Whether a process with this status (proc(5)) has CAP_SYS_PTRACE.
+fn may_look_at_all(status: &str) -> bool {
+    const CAP_SYS_PTRACE: u64 = 1 << 19;
+    let set = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let set = set.and_then(|set| u64::from_str_radix(set.trim(), 16).ok());
+    set.is_some_and(|set| set & CAP_SYS_PTRACE != 0)
 }
 
 /// The kernel's name of a file in its lists of locks, `major:minor:inode`: taken from such a list
@@ -170,7 +208,8 @@ impl<'a> Lock<'a> {
 mod tests {
     //! What would be caught: fields of the kernel's lines that are taken for others, a lock of
     //! another kind or another byte that is blamed, our own descriptor that is taken for somebody
-    //! else's, a process that is gone but for its last signal and is taken for one that lives.
+    //! else's, a process that is gone but for its last signal and is taken for one that lives, and
+    //! processes that are hidden and taken for ones that are not there.
 
     use std::sync::Arc;
 
@@ -212,6 +251,29 @@ mod tests {
         ] {
             assert_eq!(is_ending(status), ending, "{status:?}");
         }
+    }
+
+    #[test]
+    fn hidden_processes_are_not_taken_for_none() {
+        let mounts =
+            |options: &str| format!("dev /dev devtmpfs rw 0 0\nproc /proc proc {options} 0 0\n");
+        for (options, hidden) in [
+            ("rw,nosuid,relatime", false),
+            ("rw,relatime,hidepid=invisible", true),
+            ("rw,hidepid=2,gid=4", true),
+            ("rw,hidepid=ptraceable", true),
+            ("rw,hidepid=off", false),
+            ("rw,hidepid=0", false),
+        ] {
+            assert_eq!(hides_processes(&mounts(options)), hidden, "{options}");
+        }
+        let over = mounts("rw,hidepid=2") + &mounts("rw");
+        assert!(!hides_processes(&over));
+        assert!(hides_processes("dev /dev devtmpfs rw 0 0\n"), "no /proc");
+        let status = |set: &str| format!("Name:\tx\nCapInh:\t0000000000080000\nCapEff:\t{set}\n");
+        assert!(may_look_at_all(&status("000001ffffffffff")));
+        assert!(!may_look_at_all(&status("0000000000000000")));
+        assert!(!may_look_at_all("Name:\tx\n"));
     }
 
     #[test]
