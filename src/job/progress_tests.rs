@@ -68,6 +68,44 @@ fn a_large_cluster_is_counted_once() {
     assert_eq!(job.info().progress.copied, 32 * MIB);
 }
 
+/// Would catch what is to be copied growing after it was told to be all: when the survey comes to a
+/// window where copies have landed already, when copies cross windows, or begin within a cluster.
+#[test]
+fn what_is_final_grows_no_longer() {
+    let every_other = |clusters: u64| (0..clusters).step_by(2).collect::<Vec<_>>();
+    for (cluster, clusters, needed) in [
+        (64 * KIB, 1024, every_other(1024)),
+        (64 * KIB, 4096, every_other(4096)),
+        (64 * KIB, 2048, (3..2048).collect()),
+        (2 * MIB, 128, every_other(128)),
+        (2 * MIB, 32, (0..32).collect()),
+    ] {
+        for speed in [0, 512 * MIB, 16 * MIB, MIB] {
+            let bench = Bench::new();
+            let all = needed.len() as u64 * cluster;
+            let disk = Disk::with_clusters(cluster, clusters, needed.iter().copied());
+            *disk.watched.lock() = Some(bench.manager.clone());
+            let job = bench.start(JobSpec { speed, ..spec() }, &disk);
+            bench.until("null");
+            let told = disk.told.lock();
+            let mut last = u64::MAX;
+            for progress in told.iter().filter(|progress| progress.all_seen) {
+                let Progress {
+                    copied, to_copy, ..
+                } = *progress;
+                assert!(
+                    copied <= to_copy && to_copy <= last && to_copy == all,
+                    "{cluster} {clusters} {speed}: {progress:?}, {last} before"
+                );
+                last = to_copy;
+            }
+            assert!(told.iter().any(|progress| progress.all_seen));
+            assert_eq!(job.info().progress.copied, all);
+            *disk.watched.lock() = None;
+        }
+    }
+}
+
 /// Would catch work that is still counted as left although a guest has done it meanwhile, ahead of
 /// the copies.
 #[test]

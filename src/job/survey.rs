@@ -5,6 +5,11 @@
 //! asks for what each range needs, as the copier will do later, and keeps a sum for each window of
 //! the device. What the copier meets takes the place of what was seen ahead: guests write
 //! meanwhile. Until the survey has come to the end, what it knows is a lower bound.
+//!
+//! Both may be in the same window. Each byte counts once: the survey leaves out what is before the
+//! copier's place, and the copier takes what it begins off what the survey has counted there. What
+//! was told when all had been seen is an upper bound from then on: a range that the copier met
+//! before a guest wrote it is begun all the same, and moves nothing.
 
 use std::cell::RefCell;
 
@@ -38,16 +43,53 @@ struct Account {
     ahead: Vec<Option<u64>>,
     /// The sum of these.
     left: u64,
+    /// The window that is being looked at.
+    looking: usize,
+    /// The bytes to copy that were found there so far, those that were begun left out.
+    found: u64,
+    /// All of the window before this has been looked at.
+    looked: u64,
     /// The window that the copier is in.
     current: usize,
-    /// What the copier has begun there.
-    begun: u64,
+    /// Where the copier is: all before it was begun or passed over.
+    next: u64,
     /// What it has begun and not yet brought to an end, anywhere.
     open: u64,
     /// What it has moved of what it has brought to an end.
     copied: u64,
     /// What it has moved beyond that: a cluster larger than a piece moves with its first piece.
     moved_ahead: u64,
+    /// What there was to copy when all had been looked at.
+    most: Option<u64>,
+}
+
+impl Account {
+    /// Counts a range that was looked at.
+    fn add(&mut self, at: u64, len: u64, status: ChunkStatus) {
+        self.looked = at + len;
+        if status == ChunkStatus::NeedsCopy {
+            self.found += self.looked.saturating_sub(at.max(self.next));
+        } else if (at..self.looked).contains(&self.next) {
+            // The rest of a cluster that the copier is in the middle of: moved, but not begun.
+            self.found += self.moved_ahead.saturating_sub(self.open);
+        }
+    }
+
+    /// Takes off `[start, end)` of window `number`, which the copier begins.
+    fn take_off(&mut self, number: usize, start: u64, end: u64) {
+        match self.ahead.get_mut(number) {
+            Some(Some(ahead)) => {
+                let seen = (end - start).min(*ahead);
+                *ahead -= seen;
+                self.left -= seen;
+            }
+            _ if number != self.looking => {}
+            _ => {
+                let counted = self.looked.min(end).saturating_sub(start);
+                self.found -= counted.min(self.found);
+            }
+        }
+    }
 }
 
 impl<'a> Survey<'a> {
@@ -70,7 +112,7 @@ impl<'a> Survey<'a> {
             account: RefCell::new(account),
             looking: Mutex::new(()),
         };
-        survey.tell(&survey.account.borrow());
+        survey.tell(&mut survey.account.borrow_mut());
         survey
     }
 
@@ -79,8 +121,9 @@ impl<'a> Survey<'a> {
         let windows = self.account.borrow().ahead.len();
         for number in 0..windows {
             let start = number as u64 * self.window;
-            let found = self.look(start, (start + self.window).min(self.len)).await;
-            self.found(number, found);
+            let end = (start + self.window).min(self.len);
+            let seen = self.look(number, start, end).await;
+            self.looked_at(number, seen);
             match self.source.guest_load() {
                 GuestLoad::Idle => yield_now().await,
                 GuestLoad::Active | GuestLoad::Crowded => self.context.sleep(POLITE_WAIT).await,
@@ -89,37 +132,40 @@ impl<'a> Survey<'a> {
         std::future::pending().await
     }
 
-    /// The bytes to copy of a part of the device, if that can be found out.
-    async fn look(&self, start: u64, end: u64) -> Option<u64> {
-        let (mut at, mut found) = (start, 0);
+    /// Counts the bytes to copy of a window. False: that cannot be found out.
+    async fn look(&self, number: usize, start: u64, end: u64) -> bool {
+        let mut at = start;
+        {
+            let mut account = self.account.borrow_mut();
+            (account.looking, account.found, account.looked) = (number, 0, start);
+        }
         while at < end {
             let looking = self.looking.lock().await;
             // What cannot be looked up is the copier's to report.
             let lookup = self.source.chunk_status(at, WINDOW.min(end - at));
-            let (len, status) = lookup.await.ok()?;
+            let Ok((len, status)) = lookup.await else {
+                return false;
+            };
             drop(looking);
-            if status == ChunkStatus::NeedsCopy {
-                found += len;
-            }
-            at += len.max(1);
+            let len = len.max(1);
+            self.account.borrow_mut().add(at, len, status);
+            at += len;
             yield_now().await;
         }
-        Some(found)
+        true
     }
 
-    fn found(&self, number: usize, found: Option<u64>) {
+    fn looked_at(&self, number: usize, seen: bool) {
         let mut account = self.account.borrow_mut();
-        let begun = match number.cmp(&account.current) {
-            std::cmp::Ordering::Less => return,
-            std::cmp::Ordering::Equal => account.begun,
-            std::cmp::Ordering::Greater => 0,
-        };
-        let found = found.map(|found| found.saturating_sub(begun));
-        if let Some(ahead) = account.ahead.get_mut(number) {
-            *ahead = found;
-            account.left += found.unwrap_or(0);
+        let found = std::mem::take(&mut account.found);
+        if number < account.current || !seen {
+            return;
         }
-        self.tell(&account);
+        if let Some(ahead) = account.ahead.get_mut(number) {
+            *ahead = Some(found);
+            account.left += found;
+        }
+        self.tell(&mut account);
     }
 
     /// Waits until no look is under way. None begins while what is returned is held.
@@ -130,6 +176,7 @@ impl<'a> Survey<'a> {
     /// The copier has come to `offset`: what was seen before it does not count any longer.
     pub fn passed(&self, offset: u64) {
         let mut account = self.account.borrow_mut();
+        account.next = account.next.max(offset);
         let now = usize::try_from(offset / self.window).unwrap_or(usize::MAX);
         if now == account.current {
             return;
@@ -141,8 +188,8 @@ impl<'a> Survey<'a> {
             .filter_map(|window| window.replace(0))
             .sum();
         account.left -= seen;
-        (account.current, account.begun) = (now, 0);
-        self.tell(&account);
+        account.current = now;
+        self.tell(&mut account);
     }
 
     /// The copier begins to copy `len` bytes at `offset`.
@@ -150,14 +197,15 @@ impl<'a> Survey<'a> {
         self.passed(offset);
         let mut account = self.account.borrow_mut();
         account.open += len;
-        account.begun += len;
-        let current = account.current;
-        if let Some(Some(ahead)) = account.ahead.get_mut(current) {
-            let seen = len.min(*ahead);
-            *ahead -= seen;
-            account.left -= seen;
+        let (mut at, end) = (offset, offset + len);
+        while at < end {
+            let window = at / self.window;
+            let until = end.min((window + 1) * self.window);
+            account.take_off(usize::try_from(window).unwrap_or(usize::MAX), at, until);
+            at = until;
         }
-        self.tell(&account);
+        account.next = account.next.max(end);
+        self.tell(&mut account);
     }
 
     /// A copy of `len` bytes has ended, and has moved `moved`.
@@ -167,15 +215,21 @@ impl<'a> Survey<'a> {
         let all = account.moved_ahead.saturating_add(moved);
         account.copied += all.min(len);
         account.moved_ahead = all.saturating_sub(len);
-        self.tell(&account);
+        self.tell(&mut account);
     }
 
-    fn tell(&self, account: &Account) {
+    fn tell(&self, account: &mut Account) {
         let ahead = account.ahead.get(account.current..).unwrap_or_default();
+        let all_seen = ahead.iter().all(Option::is_some);
+        let mut to_copy = account.copied + account.open + account.left;
+        if all_seen {
+            let most = *account.most.get_or_insert(to_copy);
+            to_copy = to_copy.min(most).max(account.copied);
+        }
         self.context.set_progress(Progress {
             copied: account.copied,
-            to_copy: account.copied + account.open + account.left,
-            all_seen: ahead.iter().all(Option::is_some),
+            to_copy,
+            all_seen,
         });
     }
 }

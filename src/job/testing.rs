@@ -159,6 +159,10 @@ pub struct Disk {
     pub guest_load: Mutex<GuestLoad>,
     /// How often it was looked at what a range needs.
     pub looks: Mutex<u64>,
+    /// Whose job `j` is asked for its progress at each step, on the job's own thread.
+    pub watched: Mutex<Option<Arc<Manager>>>,
+    /// What it told.
+    pub told: Mutex<Vec<Progress>>,
 }
 
 impl Disk {
@@ -195,6 +199,8 @@ impl Disk {
             most_in_flight: Mutex::default(),
             guest_load: Mutex::default(),
             looks: Mutex::default(),
+            watched: Mutex::default(),
+            told: Mutex::default(),
         })
     }
 
@@ -205,6 +211,21 @@ impl Disk {
 }
 
 struct FakeSource(Arc<Disk>);
+
+impl FakeSource {
+    fn step(&self) {
+        let job = self
+            .0
+            .watched
+            .lock()
+            .as_ref()
+            .and_then(|manager| manager.job("j"));
+        self.0
+            .told
+            .lock()
+            .extend(job.map(|job| job.info().progress));
+    }
+}
 
 impl StreamSource for FakeSource {
     fn len(&self) -> u64 {
@@ -225,6 +246,7 @@ impl StreamSource for FakeSource {
         max_len: u64,
     ) -> LocalBoxFuture<'_, Result<(u64, ChunkStatus), JobIoError>> {
         let disk = &self.0;
+        self.step();
         *disk.looks.lock() += 1;
         Box::pin(async move {
             let needed = disk.needed.lock();
@@ -243,6 +265,7 @@ impl StreamSource for FakeSource {
 
     fn copy(&self, offset: u64, len: u64) -> LocalBoxFuture<'_, Result<u64, JobIoError>> {
         let disk = &self.0;
+        self.step();
         disk.copied.lock().push((offset, len));
         Box::pin(async move {
             {
