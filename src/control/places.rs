@@ -44,8 +44,33 @@ pub(super) struct Client {
     pub stream: UnixStream,
     /// It is in the last place.
     last: bool,
-    /// When it came, or its last command was answered.
-    busy: Arc<Mutex<Instant>>,
+    activity: Arc<Activity>,
+}
+
+/// Whether a client is idle. One whose command is being carried out is not, however long it takes.
+pub(super) struct Activity {
+    /// When it came, or its last command was answered; `None` while one is carried out.
+    idle_since: Mutex<Option<Instant>>,
+}
+
+impl Activity {
+    fn new() -> Self {
+        Self {
+            idle_since: Mutex::new(Some(Instant::now())),
+        }
+    }
+
+    /// Carries out a command.
+    pub fn during<T>(&self, command: impl FnOnce() -> T) -> T {
+        *self.idle_since.lock() = None;
+        let result = command();
+        *self.idle_since.lock() = Some(Instant::now());
+        result
+    }
+
+    fn is_idle_for(&self, time: Duration) -> bool {
+        (*self.idle_since.lock()).is_some_and(|since| since.elapsed() >= time)
+    }
 }
 
 impl Client {
@@ -55,13 +80,13 @@ impl Client {
             outbox,
             stream,
             last: false,
-            busy: Arc::new(Mutex::new(Instant::now())),
+            activity: Arc::new(Activity::new()),
         }
     }
 
-    /// Where it is noted that the client was busy.
-    pub fn busy(&self) -> Arc<Mutex<Instant>> {
-        self.busy.clone()
+    /// Where it is noted what the client does.
+    pub fn activity(&self) -> Arc<Activity> {
+        self.activity.clone()
     }
 
     /// Ends the connection at once.
@@ -79,7 +104,7 @@ pub(super) struct Places(Vec<Client>);
 impl Places {
     /// Gives a client a place; where there is none, the text says why.
     pub fn admit(&mut self, mut client: Client, limits: &Limits) -> Result<(), String> {
-        let is_idle = |client: &Client| client.busy.lock().elapsed() >= limits.idle;
+        let is_idle = |client: &Client| client.activity.is_idle_for(limits.idle);
         if self.0.len() >= limits.clients {
             let idle = self.0.iter().position(|other| other.last && is_idle(other));
             let Some(idle) = idle else {
@@ -111,5 +136,35 @@ impl Places {
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! What would be caught: a client that loses its place in the middle of a command.
+
+    use super::*;
+
+    #[test]
+    fn a_client_with_a_long_command_is_not_idle() {
+        let limits = Limits {
+            clients: 1,
+            idle: Duration::ZERO,
+            ..Limits::default()
+        };
+        let client = || {
+            let (stream, other) = UnixStream::pair().unwrap();
+            (Client::new(Arc::default(), stream), other)
+        };
+        let mut places = Places::default();
+        let ((first, _first_end), (second, _second_end)) = (client(), client());
+        let activity = first.activity();
+        places.admit(first, &limits).unwrap();
+        activity.during(|| {
+            let (third, _third_end) = client();
+            let refused = places.admit(third, &limits).unwrap_err();
+            assert!(refused.starts_with("Too many clients"), "{refused}");
+        });
+        places.admit(second, &limits).unwrap();
     }
 }

@@ -23,7 +23,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::error::CommandError;
 use super::events::{EventHub, Outbox, line_of};
-use super::places::{Client, Limits, Places};
+use super::places::{Activity, Client, Limits, Places};
 use super::session::{Control, Session};
 use super::wire::{Decoder, Pool};
 
@@ -319,7 +319,7 @@ impl Shared {
         let outbox = Arc::new(Outbox::default());
         outbox.answer(&Session::greeting(), false);
         let client = Client::new(outbox.clone(), stream.try_clone()?);
-        let busy = client.busy();
+        let activity = client.activity();
         let hang_up = stream.try_clone()?;
         let writing = stream.try_clone()?;
         {
@@ -348,7 +348,7 @@ impl Shared {
                 .stack_size(CLIENT_STACK)
                 .spawn(move || {
                     let deadline = negotiation.map(|time| Instant::now() + time);
-                    shared.attend(stream, writing, &outbox, deadline, &busy);
+                    shared.attend(stream, writing, &outbox, deadline, &activity);
                 })
         };
         if reader.is_err() {
@@ -364,7 +364,7 @@ impl Shared {
         writing: UnixStream,
         outbox: &Arc<Outbox>,
         deadline: Option<Instant>,
-        busy: &Mutex<Instant>,
+        activity: &Activity,
     ) {
         let writer = {
             let outbox = outbox.clone();
@@ -374,7 +374,7 @@ impl Shared {
         };
         match writer {
             Ok(writer) => {
-                if !self.read_commands(&stream, outbox, deadline, busy) {
+                if !self.read_commands(&stream, outbox, deadline, activity) {
                     log::info!("a control client did not negotiate in time and is cut off");
                     outbox.drain(LAST_WORDS);
                     outbox.cut();
@@ -405,7 +405,7 @@ impl Shared {
         mut stream: &UnixStream,
         outbox: &Outbox,
         mut deadline: Option<Instant>,
-        busy: &Mutex<Instant>,
+        activity: &Activity,
     ) -> bool {
         let mut session = Session::new(self.control.clone());
         let mut decoder = Decoder::within(self.pool.clone());
@@ -437,8 +437,7 @@ impl Shared {
                 Err(_) => return true,
             };
             decoder.push(bytes, &mut |item| {
-                connected = connected && self.answer(&mut session, outbox, item);
-                *busy.lock() = Instant::now();
+                connected = connected && self.answer(&mut session, outbox, activity, item);
             });
             if deadline.is_some() && session.is_negotiated() {
                 deadline = None;
@@ -449,8 +448,15 @@ impl Shared {
     }
 
     /// Answers a value; false if the client is gone.
-    fn answer(&self, session: &mut Session, outbox: &Outbox, item: Result<Value, String>) -> bool {
-        let reply = session.handle(item);
+    fn answer(
+        &self,
+        session: &mut Session,
+        outbox: &Outbox,
+        activity: &Activity,
+        item: Result<Value, String>,
+    ) -> bool {
+        // Without the wait for a client that does not read its answers: that one is idle.
+        let reply = activity.during(|| session.handle(item));
         let connected = outbox.answer(&reply.value, session.is_negotiated());
         if reply.quit {
             outbox.drain(LAST_WORDS);
