@@ -19,6 +19,7 @@
 
 mod below;
 mod copy;
+mod descent;
 pub mod graph;
 mod open;
 mod read;

@@ -4,13 +4,12 @@
 //! written to them. Whoever is going to write (an export, a job) asks for it with
 //! [`Graph::make_writable`].
 
-use std::collections::HashSet;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
 
 use super::Layer;
 use super::below::{backing_options, file_named};
+use super::descent::{Descent, WHOLE, behind};
 use super::graph::{Graph, Node, filter_layer};
 use super::together::Place;
 use crate::config::{
@@ -24,9 +23,6 @@ use crate::storage::file::OpenFlags;
 use crate::storage::{FileStorage, Storage, Window};
 use futures_util::future::LocalBoxFuture;
 
-/// Layers that a chain may have.
-const MAX_DEPTH: usize = 200;
-
 /// Who asked for a node.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Origin {
@@ -36,15 +32,6 @@ enum Origin {
     Nested,
     /// The header of the image above it.
     Header,
-}
-
-/// What has been opened on the way down: to find loops, and to take it back after an error.
-#[derive(Default)]
-struct Descent {
-    files: HashSet<(u64, u64)>,
-    depth: usize,
-    added: Vec<String>,
-    place: Place,
 }
 
 impl Graph {
@@ -58,10 +45,7 @@ impl Graph {
 
     /// As [`Graph::open`], of a node that may be one of several.
     pub(super) async fn open_in(&self, options: &BlockdevOptions, place: Place) -> Result<String> {
-        let mut descent = Descent {
-            place,
-            ..Descent::default()
-        };
+        let mut descent = Descent::new(place);
         let result = self.open_node(options, &mut descent, Origin::Named).await;
         if result.is_err() {
             for name in descent.added.iter().rev() {
@@ -141,7 +125,11 @@ impl Graph {
         raw: &RawOptions,
         descent: &mut Descent,
     ) -> Result<Node> {
-        let file = self.node(&self.open_ref(&raw.file, descent).await?)?;
+        let part = descent.wanted.clone();
+        descent.wanted = behind(raw, &part);
+        let file = self.open_ref(&raw.file, descent).await?;
+        descent.wanted = part;
+        let file = self.node(&file)?;
         let storage = Window::of(bytes(name, "raw", &file)?, raw.offset, raw.size)?;
         // What a file's last sector lacks reads as zeros; a window has whole sectors.
         let size = storage_len(&*storage)?.next_multiple_of(512);
@@ -188,7 +176,7 @@ impl Graph {
         // in the time of its headers.
         let (image, backing) = futures_util::join!(
             Qcow2::open_parsed(storage, data, header, image_options(options, false)),
-            self.open_below(options, &file.filename, &qcow2.backing, named, descent),
+            self.open_below(options, &file, &qcow2.backing, named, descent),
         );
         let (image, backing) = (image?, backing?);
         let storage = image.data_storage().clone();
@@ -216,18 +204,19 @@ impl Graph {
         let image = Qed::open(storage.clone()).await?;
         let named = image.backing().cloned();
         let backing = self
-            .open_below(options, &file.filename, &qed.backing, named, descent)
+            .open_below(options, &file, &qed.backing, named, descent)
             .await?;
         let format = Format::Qed(Arc::new(image));
         let laid_out = (format, storage);
         Ok(make_node(name, "qed", options, laid_out, &file, backing))
     }
 
-    /// Opens what lies under an image: what the options say, or what its header names.
+    /// Opens what lies under the image in node `image`: what the options say, or what its header
+    /// names.
     async fn open_below(
         &self,
         above: &BlockdevOptions,
-        image: &Path,
+        image: &Node,
         wanted: &BackingRef,
         named: Option<Backing>,
         descent: &mut Descent,
@@ -245,23 +234,19 @@ impl Graph {
     async fn open_backing(
         &self,
         above: &BlockdevOptions,
-        image: &Path,
+        image: &Node,
         backing: &Backing,
         descent: &mut Descent,
     ) -> Result<String> {
-        descent.depth += 1;
-        if descent.depth >= MAX_DEPTH {
-            return Err(Error::Invalid(format!(
-                "{}: the chain has more than {MAX_DEPTH} layers",
-                image.display()
-            )));
-        }
+        descent.step_down(&image.filename)?;
         let context = |error: Error| match error {
             Error::Invalid(text) => Error::Invalid(format!("Could not open backing file: {text}")),
             Error::Busy(text) => Error::Busy(format!("Could not open backing file: {text}")),
             other => other,
         };
-        let options = backing_options(above, image, backing).map_err(context)?;
+        let mut options = backing_options(above, &image.filename, backing).map_err(context)?;
+        self.share_file(&mut options, image, descent)
+            .map_err(context)?;
         self.open_node(&options, descent, Origin::Header)
             .await
             .map_err(context)
@@ -275,9 +260,11 @@ impl Graph {
     pub async fn open_as_backing(&self, above: &str, backing: &Backing) -> Result<String> {
         let node = self.node(above)?;
         let options = backing_options(&node.options, &node.filename, backing)?;
-        let mut descent = Descent::default();
+        let mut descent = Descent::new(Place::default());
         if let Ok(stat) = std::fs::metadata(&node.filename) {
-            descent.files.insert((stat.dev(), stat.ino()));
+            descent.wanted = self.extent(&node)?;
+            descent.enter(&node.filename, &stat)?;
+            descent.wanted = WHOLE;
         }
         let result = self.open_node(&options, &mut descent, Origin::Header).await;
         if result.is_err() {
@@ -392,11 +379,7 @@ fn open_file(
                 "Could not open '{path}': not a file or a block device"
             )));
         }
-        if !descent.files.insert((stat.dev(), stat.ino())) {
-            return Err(Error::Invalid(format!(
-                "{path}: the image is under itself: the chain is a loop"
-            )));
-        }
+        descent.enter(&file.filename, &stat)?;
     }
     let flags = file_flags(options);
     let storage = match FileStorage::open(&file.filename, flags) {

@@ -172,7 +172,7 @@ impl Graph {
     }
 
     /// The node at the bottom of a node's file children.
-    fn bottom(&self, node: &Node) -> Result<String> {
+    pub(super) fn bottom(&self, node: &Node) -> Result<String> {
         let mut node = node.clone();
         while let Some(file) = &node.file {
             node = self.node(file)?;

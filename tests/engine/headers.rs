@@ -2,7 +2,8 @@
 //!
 //! What would be caught: a header that leads to another host, into another disk's nodes, to a
 //! device file that does something when it is opened, or that decides about locks and durability;
-//! and a name that loses what makes the bytes of the node that it stands for.
+//! a name that loses what makes the bytes of the node that it stands for; and parts of one file that
+//! are taken for a loop, or a loop that is not.
 
 use std::path::Path;
 
@@ -332,5 +333,77 @@ fn a_name_stands_for_all_of_its_node() {
         let paths = [image.to_str().unwrap(), out.to_str().unwrap()];
         run("qemu-img", &[&args[..], &paths].concat());
         assert!(std::fs::read(out).unwrap() == expected, "{name}, to QEMU");
+    }
+}
+
+/// An image and its backing file in two parts of one file: they share its locks, too.
+#[test]
+fn parts_of_one_file_are_no_loop() {
+    const PART: u64 = 1 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let (image, disk) = (in_dir(&dir, "image"), in_dir(&dir, "disk"));
+    let name = |offset: u64, size: Option<u64>| {
+        let file = json!({"driver": "file", "filename": disk.to_str().unwrap()});
+        let mut window = json!({"driver": "raw", "offset": offset, "file": file});
+        if let Some(size) = size {
+            window["size"] = json!(size);
+        }
+        format!("json:{window}")
+    };
+    let outcome = |backing: &str, shared: bool| {
+        create(&image, "cluster_size=4k", 64 << 10);
+        name_backing(&image, backing, Some("raw"));
+        let mut bytes = vec![7; 2 * PART as usize];
+        bytes.extend(std::fs::read(&image).unwrap());
+        bytes.resize(4 * PART as usize, 9);
+        std::fs::write(&disk, bytes).unwrap();
+        let reactor = Reactor::for_this_thread().unwrap();
+        let graph = Graph::default();
+        let open = |node: Value| {
+            let options = BlockdevOptions::from_value(&node, Dialect::Json).unwrap();
+            reactor.block_on(graph.open(&options))
+        };
+        let mut file = json!({"driver": "file", "filename": disk.to_str().unwrap()});
+        if shared {
+            file["node-name"] = json!("disk");
+            open(file).unwrap();
+            file = json!("disk");
+        }
+        let window = json!({"driver": "raw", "offset": 2 * PART, "size": PART, "file": file});
+        open(json!({"driver": "qcow2", "node-name": "top", "file": window}))
+            .map_err(|error| error.to_string())?;
+        reactor.block_on(graph.make_writable("top")).unwrap();
+        let root = graph.root("top").unwrap();
+        let disk = Disk {
+            graph,
+            root,
+            name: "top".into(),
+            reactor,
+        };
+        disk.try_write(4096, &[5; 512]).unwrap();
+        let mut expected = vec![7; 64 << 10];
+        expected[4096..4608].fill(5);
+        assert!(disk.read(0, 64 << 10) == expected, "{backing}");
+        disk.close();
+        let bytes = std::fs::read(in_dir(&dir, "disk")).unwrap();
+        assert!(bytes[..2 * PART as usize].iter().all(|&byte| byte == 7));
+        assert!(bytes[3 * PART as usize..].iter().all(|&byte| byte == 9));
+        Ok::<_, String>(())
+    };
+    for shared in [false, true] {
+        for (offset, size) in [(PART, 64 << 10), (2 * PART - (64 << 10), 64 << 10)] {
+            outcome(&name(offset, Some(size)), shared).unwrap();
+        }
+        for (offset, size) in [
+            (0, None),
+            (PART, Some(PART + 512)),
+            (3 * PART - 512, Some(512)),
+        ] {
+            let error = outcome(&name(offset, size), shared).unwrap_err();
+            let says = "the image is under itself: the chain is a loop (";
+            assert!(error.contains(says) && error.contains("overlap"), "{error}");
+        }
+        let error = outcome(disk.to_str().unwrap(), shared).unwrap_err();
+        assert!(error.contains("the chain is a loop"), "{error}");
     }
 }

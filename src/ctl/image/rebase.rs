@@ -91,6 +91,10 @@ pub fn run(args: &RebaseArgs, json: bool, out: &mut dyn Write) -> std::result::R
     images.run(images.graph.make_writable(&name))?;
     let top = images.chain(&name)?;
     let image = qcow2(&top)?;
+    if let Some(backing) = &backing {
+        // Before anything is copied.
+        image.check_backing(backing)?;
+    }
     let copied = images.run(async {
         let copied = copy_differences(&top, old, new).await?;
         image.set_backing(backing.as_ref()).await?;

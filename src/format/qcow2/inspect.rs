@@ -1,7 +1,9 @@
-//! What tools tell of an image: nothing here is on the way of a guest's request.
+//! What tools and jobs ask of an image: nothing here is on the way of a guest's request.
 
 use super::bitmaps::{AUTO, Bitmap, IN_USE};
-use super::header::{COMPATIBLE_LAZY_REFCOUNTS, Compression, Header, INCOMPATIBLE_CORRUPT};
+use super::header::{
+    Backing, COMPATIBLE_LAZY_REFCOUNTS, Compression, Header, INCOMPATIBLE_CORRUPT,
+};
 use super::l2::{Descriptor, Shape, Words};
 use super::open::read_table;
 use super::{Qcow2, refcount};
@@ -10,6 +12,14 @@ use crate::storage;
 use serde_json::{Map, Value, json};
 
 impl Qcow2 {
+    /// Whether the header could name this backing file.
+    ///
+    /// # Errors
+    /// When it has no room for the name, or names are never as long.
+    pub fn check_backing(&self, backing: &Backing) -> Result<()> {
+        self.header().plan_backing(Some(backing)).map(drop)
+    }
+
     /// The place in the file that is kept for the byte at `offset`, which holds no data there,
     /// and for how many bytes, up to `len`, that goes on. The mapping has been loaded.
     #[must_use]

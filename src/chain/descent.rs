@@ -1,0 +1,262 @@
+//! The way down while an image is opened: what has been opened, to find loops, and to take it back
+//! after an error.
+//!
+//! An image may be laid out in a part of a file, and its backing file in another part of the same
+//! one. So a chain is a loop where two of its images have bytes in common, not where they have a
+//! file in common.
+
+use std::fs::Metadata;
+use std::ops::Range;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+
+use super::graph::{Graph, Node};
+use super::together::Place;
+use crate::config::{BlockRef, BlockdevOptions, Driver, RawOptions};
+use crate::error::{Error, Result};
+
+/// Layers that a chain may have.
+const MAX_DEPTH: usize = 200;
+
+/// A part of a file, from where to where in bytes.
+pub(super) type Extent = Range<u64>;
+
+/// What makes a file or a device the same one, whatever its name.
+type Identity = (u64, u64);
+
+fn identity(file: &Metadata) -> Identity {
+    match file.file_type().is_block_device() {
+        true => (0, file.rdev()),
+        false => (file.dev(), file.ino()),
+    }
+}
+
+/// All of a file.
+pub(super) const WHOLE: Extent = 0..u64::MAX;
+
+/// What has been opened on the way down.
+pub(super) struct Descent {
+    /// The parts of files that are in use.
+    used: Vec<(Identity, Extent)>,
+    /// The part of the next file that is wanted.
+    pub(super) wanted: Extent,
+    depth: usize,
+    /// The nodes that have been added.
+    pub(super) added: Vec<String>,
+    pub(super) place: Place,
+}
+
+impl Descent {
+    pub fn new(place: Place) -> Self {
+        Self {
+            used: Vec::new(),
+            wanted: WHOLE,
+            depth: 0,
+            added: Vec::new(),
+            place,
+        }
+    }
+
+    /// Goes on to the backing file that the header of `image` names.
+    ///
+    /// # Errors
+    /// When it would be one layer too many.
+    pub fn step_down(&mut self, image: &Path) -> Result<()> {
+        self.depth += 1;
+        self.wanted = WHOLE;
+        if self.depth >= MAX_DEPTH {
+            return Err(Error::Invalid(format!(
+                "{}: the chain has more than {MAX_DEPTH} layers",
+                image.display()
+            )));
+        }
+        Ok(())
+    }
+
+    /// Takes the wanted part of a file into use.
+    ///
+    /// # Errors
+    /// When something of it is in use already.
+    pub fn enter(&mut self, path: &Path, file: &Metadata) -> Result<()> {
+        let (key, wanted) = (identity(file), self.wanted.clone());
+        let rival = self
+            .used
+            .iter()
+            .find(|(of, used)| *of == key && meet(used, &wanted));
+        if let Some((_, used)) = rival {
+            return Err(is_loop(path, used, &wanted));
+        }
+        self.used.push((key, wanted));
+        Ok(())
+    }
+}
+
+fn meet(one: &Extent, other: &Extent) -> bool {
+    one.start < other.end && other.start < one.end
+}
+
+fn is_loop(path: &Path, used: &Extent, wanted: &Extent) -> Error {
+    let parts = match (used == &WHOLE, wanted == &WHOLE) {
+        (true, true) => String::new(),
+        _ => format!(" ({} and {} overlap)", told(used), told(wanted)),
+    };
+    Error::Invalid(format!(
+        "{}: the image is under itself: the chain is a loop{parts}",
+        path.display()
+    ))
+}
+
+fn told(extent: &Extent) -> String {
+    match extent.end {
+        u64::MAX => format!("all from byte {} on", extent.start),
+        end => format!("bytes {} to {end}", extent.start),
+    }
+}
+
+/// The part of a node's file that is behind the part `of` a raw node over it.
+pub(super) fn behind(raw: &RawOptions, of: &Extent) -> Extent {
+    let end = raw
+        .size
+        .map_or(u64::MAX, |size| raw.offset.saturating_add(size));
+    let start = of.start.saturating_add(raw.offset).min(end);
+    start..of.end.saturating_add(raw.offset).min(end)
+}
+
+/// What an image that is described in place is in: the file's own options, which part of it, and
+/// where that is said. `None`: the file is no part of the description.
+fn file_of(options: &mut BlockdevOptions) -> Option<(&mut BlockRef, Extent)> {
+    let mut extent = WHOLE;
+    let mut driver = &mut options.driver;
+    loop {
+        let below = match driver {
+            Driver::Raw(raw) => {
+                extent = behind(raw, &extent);
+                &mut raw.file
+            }
+            Driver::Qcow2(qcow2) => &mut qcow2.file,
+            Driver::Qed(qed) => &mut qed.file,
+            Driver::Auto(auto) => &mut auto.file,
+            Driver::CopyOnRead(filter) => &mut filter.file,
+            Driver::File(_) | Driver::HostDevice(_) => return None,
+        };
+        let is_file = |below: &BlockRef| match below {
+            BlockRef::Inline(below) => {
+                matches!(below.driver, Driver::File(_) | Driver::HostDevice(_))
+            }
+            BlockRef::Name(_) => true,
+        };
+        if is_file(below) {
+            return Some((below, extent));
+        }
+        let BlockRef::Inline(below) = below else {
+            return None;
+        };
+        driver = &mut below.driver;
+    }
+}
+
+impl Graph {
+    /// Puts the backing file that `options` describe into the node that the image `above`, whose
+    /// header names it, is in, if it is another part of the same file: two nodes on one file would
+    /// lock each other out.
+    ///
+    /// # Errors
+    /// When that part is in use already, by the image itself perhaps.
+    pub(super) fn share_file(
+        &self,
+        options: &mut BlockdevOptions,
+        above: &Node,
+        descent: &mut Descent,
+    ) -> Result<()> {
+        let Some((file, extent)) = file_of(options) else {
+            return Ok(());
+        };
+        let BlockRef::Inline(inline) = &*file else {
+            return Ok(());
+        };
+        let (Driver::File(named) | Driver::HostDevice(named)) = &inline.driver else {
+            return Ok(());
+        };
+        let stat = |path: &Path| std::fs::metadata(path).ok();
+        let (Some(own), Some(other)) = (stat(&above.filename), stat(&named.filename)) else {
+            return Ok(());
+        };
+        if identity(&own) != identity(&other) {
+            return Ok(());
+        }
+        let image = self.extent(above)?;
+        if meet(&image, &extent) {
+            return Err(is_loop(&named.filename, &image, &extent));
+        }
+        descent.wanted = extent;
+        descent.enter(&named.filename, &other)?;
+        descent.wanted = WHOLE;
+        *file = BlockRef::Name(self.bottom(above)?);
+        Ok(())
+    }
+
+    /// The part of the file at the bottom of a node that the node is in.
+    ///
+    /// # Errors
+    /// When a node does not exist.
+    pub(super) fn extent(&self, node: &Node) -> Result<Extent> {
+        let (mut node, mut extent) = (node.clone(), WHOLE);
+        loop {
+            if let Driver::Raw(raw) = &node.options.driver {
+                extent = behind(raw, &extent);
+            }
+            let Some(file) = &node.file else {
+                return Ok(extent);
+            };
+            node = self.node(file)?;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! What would be caught: a part of a part that is taken for another one, and parts beside each
+    //! other that are taken for one, or the other way round.
+
+    use super::*;
+    use crate::config::BlockRef;
+
+    fn raw(offset: u64, size: Option<u64>) -> RawOptions {
+        RawOptions {
+            file: BlockRef::Name("f".into()),
+            offset,
+            size,
+        }
+    }
+
+    #[test]
+    fn parts_of_parts_are_found_in_the_file() {
+        assert_eq!(behind(&raw(0, None), &WHOLE), WHOLE);
+        let inner = behind(&raw(512, Some(1024)), &WHOLE);
+        assert_eq!(inner, 512..1536);
+        assert_eq!(behind(&raw(4096, None), &inner), 4608..5632);
+        // What is said to be longer than what it is in.
+        assert_eq!(behind(&raw(4096, Some(1000)), &inner), 4608..5096);
+        assert_eq!(behind(&raw(u64::MAX, Some(9)), &inner), u64::MAX..u64::MAX);
+    }
+
+    #[test]
+    fn only_what_has_bytes_in_common_is_a_loop() {
+        let file = std::fs::metadata("/").unwrap();
+        let mut descent = Descent::new(Place::default());
+        let mut enter = |part: Extent| {
+            descent.wanted = part;
+            descent.enter(Path::new("disk"), &file)
+        };
+        enter(4096..8192).unwrap();
+        enter(0..4096).unwrap();
+        enter(8192..u64::MAX).unwrap();
+        for part in [4095..4096, 8191..8193, WHOLE, 1 << 40..u64::MAX] {
+            let error = enter(part.clone()).unwrap_err().to_string();
+            assert!(
+                error.contains("loop (") && error.contains("overlap"),
+                "{part:?}: {error}"
+            );
+        }
+    }
+}
