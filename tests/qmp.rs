@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use qmp_support::{Bench, Client, FakeDaemon, MIB, Shared};
 use serde_json::{Value, json};
-use stratablk::control::{Control, Endpoint, Limits, Server};
+use stratablk::control::{Control, Endpoint, Limits, Server, SyncError};
 use stratablk::job::Event;
 
 fn generic(text: &str) -> (String, String) {
@@ -574,6 +574,51 @@ fn a_sync_error_is_cleared_by_the_name_of_a_device() {
     assert_eq!(refused, generic("No flush of node 'mid' has failed"));
     let refused = client.fail("x-clear-sync-error", json!({}));
     assert_eq!(refused, generic("Parameter 'device' is missing"));
+}
+
+/// Would catch a failed flush that does not show where QEMU's users look for it, one of many that
+/// makes it a lack of space, and a device that stays failed.
+#[test]
+fn a_sync_error_shows() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    let error = |node: &str, no_space| SyncError {
+        node_name: node.to_owned(),
+        filename: format!("{node}.qcow2"),
+        no_space,
+        description: format!("{node}: what to do"),
+    };
+    let device = client.get("query-block", json!({}))[0].take();
+    assert_eq!(device["io-status"], "ok");
+    assert_eq!(device.get("x-sync-errors"), None);
+    assert!(!client.human("info block").contains("I/O status"));
+
+    bench
+        .daemon
+        .sync_errors
+        .lock()
+        .unwrap()
+        .push(error("mid", true));
+    let device = client.get("query-block", json!({}))[0].take();
+    assert_eq!(device["io-status"], "nospace");
+    bench
+        .daemon
+        .sync_errors
+        .lock()
+        .unwrap()
+        .push(error("low", false));
+    let device = client.get("query-block", json!({}))[0].take();
+    assert_eq!(device["io-status"], "failed");
+    let wanted = json!([
+        {"node-name": "mid", "filename": "mid.qcow2", "desc": "mid: what to do"},
+        {"node-name": "low", "filename": "low.qcow2", "desc": "low: what to do"},
+    ]);
+    assert_eq!(device["x-sync-errors"], wanted);
+    let text = client.human("info block");
+    assert!(
+        text.contains("    I/O status:       failed\n    mid: what to do\n"),
+        "{text}"
+    );
 }
 
 /// Would catch a command that is not listed, and a schema that refers to what it does not define.

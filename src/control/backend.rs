@@ -35,8 +35,12 @@ pub trait Backend: Send + Sync {
     }
 
     /// Gets ready to stream. The layers concerned are reserved for the job already, and stay as
-    /// they are until it ends. What can fail early (making a layer writable) should fail here.
+    /// they are until it ends. What can fail early (making a layer writable, a header without room
+    /// for the base's name) should fail here.
     fn open_stream(&self, spec: &StreamSpec) -> Result<SourceFactory, Refused>;
+
+    /// The flushes that have failed and stay failed, of the export's chain, top first.
+    fn sync_errors(&self, export: &Export) -> Vec<SyncError>;
 
     /// Lets the flushes of a device be tried again, which fail since one of them has failed.
     /// Refused when there is no such device, or none of its flushes has failed.
@@ -55,6 +59,8 @@ pub struct StreamSpec {
     pub base: Option<String>,
     /// The layers that are streamed, top first: `target` and all others above `base`.
     pub layers: Vec<String>,
+    /// What to write into the header as the base's name, where its own is not wanted.
+    pub backing_file: Option<String>,
     /// Clusters are to be compressed where that makes them smaller.
     pub compress: bool,
 }
@@ -103,6 +109,39 @@ impl Export {
             "shutting-down": self.shutting_down,
             "type": self.kind,
             "id": self.id,
+        })
+    }
+}
+
+/// A flush that has failed, since which all flushes of its file fail.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SyncError {
+    /// The node that is in the file.
+    pub node_name: String,
+    /// The file.
+    pub filename: String,
+    /// It failed for lack of space.
+    pub no_space: bool,
+    /// When and why it failed, what that means and what to do.
+    pub description: String,
+}
+
+impl SyncError {
+    /// The failures `errors` of a device as QEMU names them.
+    pub(super) fn io_status(errors: &[SyncError]) -> &'static str {
+        match errors {
+            [] => "ok",
+            errors if errors.iter().all(|error| error.no_space) => "nospace",
+            _ => "failed",
+        }
+    }
+
+    /// The failure as an item of `x-sync-errors`.
+    pub(super) fn to_value(&self) -> Value {
+        json!({
+            "node-name": self.node_name,
+            "filename": self.filename,
+            "desc": self.description,
         })
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use super::args::{Arg, Args, Kind};
+use super::backend::SyncError;
 use super::error::{CommandError, ErrorClass};
 use super::session::Control;
 use super::{hmp, schema, stream};
@@ -196,15 +197,23 @@ fn query_block_exports(control: &Control, _: &Args) -> Done {
 fn query_block(control: &Control, _: &Args) -> Done {
     let nodes = control.backend.block_nodes();
     let devices = control.backend.exports().into_iter().map(|export| {
+        let failed = control.backend.sync_errors(&export);
         let mut device = json!({
             "device": export.id,
+            "io-status": SyncError::io_status(&failed),
             "locked": false,
             "removable": false,
             "type": "unknown",
         });
         let node = nodes.iter().find(|node| node.node_name == export.node_name);
-        if let (Some(node), Some(members)) = (node, device.as_object_mut()) {
-            members.insert("inserted".to_owned(), node.to_value(Some(&nodes)));
+        if let Some(members) = device.as_object_mut() {
+            if let Some(node) = node {
+                members.insert("inserted".to_owned(), node.to_value(Some(&nodes)));
+            }
+            if !failed.is_empty() {
+                let failed = failed.iter().map(SyncError::to_value).collect();
+                members.insert("x-sync-errors".to_owned(), failed);
+            }
         }
         device
     });

@@ -8,7 +8,7 @@ use std::fmt::Write;
 use serde_json::{Map, Value};
 
 use super::args::Args;
-use super::backend::{BlockNode, Export};
+use super::backend::{BlockNode, Export, SyncError};
 use super::commands::{Answer, Done};
 use super::error::CommandError;
 use super::session::Control;
@@ -405,17 +405,25 @@ fn info_block(control: &Control, words: Words) -> Result<Output, CommandError> {
             }
         }
     } else {
-        for Export { id, node_name, .. } in control.backend.exports() {
+        for export in control.backend.exports() {
+            let Export { id, node_name, .. } = &export;
             if !wanted.is_empty() && wanted != id && wanted != node_name {
                 continue;
             }
             let title = format!("{id} ({node_name})");
-            parts.push(
-                match nodes.iter().find(|node| node.node_name == node_name) {
-                    Some(node) => describe_node(&title, node, &nodes),
-                    None => format!("{title}: [not inserted]\n"),
-                },
-            );
+            let mut text = match nodes.iter().find(|node| node.node_name == *node_name) {
+                Some(node) => describe_node(&title, node, &nodes),
+                None => format!("{title}: [not inserted]\n"),
+            };
+            let failed = control.backend.sync_errors(&export);
+            if !failed.is_empty() {
+                let status = SyncError::io_status(&failed);
+                let _ = writeln!(text, "    I/O status:       {status}");
+            }
+            for error in failed {
+                let _ = writeln!(text, "    {}", error.description);
+            }
+            parts.push(text);
         }
     }
     Ok(parts.join("\n").into())

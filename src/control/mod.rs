@@ -21,7 +21,7 @@ mod stats;
 mod stream;
 pub mod wire;
 
-pub use backend::{Backend, BlockNode, ChainView, Export, LayerView, StreamSpec};
+pub use backend::{Backend, BlockNode, ChainView, Export, LayerView, StreamSpec, SyncError};
 pub use error::{CommandError, ErrorClass};
 pub use events::EventHub;
 pub use places::Limits;

@@ -37,7 +37,7 @@ pub(super) fn block_stream(control: &Control, args: &Args) -> Done {
     let job = job_spec(args, &chain)?;
     control.jobs.check_id(&job.id)?;
     let source = control.backend.open_stream(&spec)?;
-    let backing_file = args.str("backing-file").map(str::to_owned);
+    let backing_file = spec.backing_file;
     let body: BodyFactory = Box::new(move || {
         let source = source();
         Box::pin(
@@ -183,6 +183,7 @@ fn find_layers(
         target: chain.layers.first().map(name).unwrap_or_default(),
         base: chain.layers.get(end).map(name),
         layers: chain.layers.iter().take(end).map(name).collect(),
+        backing_file: args.str("backing-file").map(str::to_owned),
         compress: args.bool("compress").unwrap_or(false),
     })
 }

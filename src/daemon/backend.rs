@@ -7,14 +7,14 @@ use std::sync::mpsc::Sender;
 
 use serde_json::{Value, json};
 
-use super::stream::GraphSource;
+use super::stream::{GraphSource, check_base_name};
 use super::{Exports, on_this_thread, sync_errors};
 use crate::chain::Graph;
 use crate::chain::graph::{Node, resolve};
 use crate::config::{DetectZeroes, Driver};
 use crate::control::backend::{
     Backend, Backing, BlockNode, ChainView, Export, ExportStats, LayerView, SourceFactory,
-    StreamSpec,
+    StreamSpec, SyncError,
 };
 use crate::format::Format;
 use crate::format::qcow2;
@@ -96,6 +96,7 @@ impl Backend for DaemonBackend {
 
     fn open_stream(&self, spec: &StreamSpec) -> Result<SourceFactory, Refused> {
         let refused = |error: crate::error::Error| Refused(error.to_string());
+        check_base_name(&self.graph, spec).map_err(refused)?;
         let node = self.graph.node(&spec.target).map_err(refused)?;
         let restore = node.layer.read_only;
         if restore {
@@ -106,13 +107,20 @@ impl Backend for DaemonBackend {
         let (graph, exports) = (self.graph.clone(), self.exports.clone());
         let spec = spec.clone();
         Ok(Box::new(move || {
-            // From here on the source sees to it.
-            unused.forget();
-            let source = GraphSource::new(graph, exports, &spec, restore)
+            let source = GraphSource::new(graph, exports, &spec, restore);
+            if source.is_ok() {
+                // From here on the source sees to it.
+                unused.forget();
+            }
+            let source = source
                 .map(|source| Box::new(source) as Box<dyn StreamSource>)
                 .map_err(|error| JobError::new(error.to_string()));
             Box::pin(std::future::ready(source))
         }))
+    }
+
+    fn sync_errors(&self, export: &Export) -> Vec<SyncError> {
+        sync_errors::of(&self.graph, &export.node_name)
     }
 
     fn clear_sync_error(&self, device: &str) -> Result<(), Refused> {
@@ -237,4 +245,106 @@ fn format_specific(node: &Node) -> Option<Value> {
     };
     // The bitmaps would have to be read.
     Some(qcow2::format_specific(&image.header(), &[], None))
+}
+
+#[cfg(test)]
+mod tests {
+    //! What would be caught: a stream that copies for hours, and cannot name its base then; and a
+    //! layer that stays writable, and locked, after a job that did not come to be.
+
+    use std::sync::mpsc::channel;
+
+    use super::*;
+    use crate::config::{BlockdevOptions, Dialect};
+    use crate::format::qcow2::create::{CreateOptions, create};
+    use crate::reactor::Reactor;
+    use crate::storage::memory::MemoryStorage;
+
+    const SIZE: u64 = 1 << 20;
+
+    /// A chain of `top`, `mid` and `base`, a part of a file that has a long path.
+    fn backend(dir: &Path) -> DaemonBackend {
+        let reactor = Reactor::for_this_thread().unwrap();
+        let memory = MemoryStorage::new(Vec::new());
+        reactor
+            .block_on(create(&memory, &CreateOptions::new(SIZE)))
+            .unwrap();
+        let file = |name: &str| {
+            let path = dir.join(name);
+            json!({"driver": "file", "filename": path})
+        };
+        for name in ["top", "mid"] {
+            std::fs::write(dir.join(name), memory.snapshot()).unwrap();
+        }
+        // With two folders of 200 bytes it takes six names to be too long for a header.
+        let folder = dir.join("long".repeat(50)).join("path".repeat(50));
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("base"), vec![7; 2 << 20]).unwrap();
+        let long = format!("{}/base", "./".repeat(400));
+        let path = folder.join(long);
+        let base = json!({"driver": "raw", "node-name": "base", "offset": SIZE, "size": SIZE,
+            "file": {"driver": "file", "filename": path}});
+        let mid = json!({"driver": "qcow2", "node-name": "mid", "backing": "base",
+            "file": file("mid"), "discard": "unmap"});
+        let top = json!({"driver": "qcow2", "node-name": "top", "backing": "mid",
+            "file": file("top")});
+        let graph = Arc::new(Graph::default());
+        for node in [base, mid, top] {
+            let options = BlockdevOptions::from_value(&node, Dialect::Json).unwrap();
+            reactor.block_on(graph.open(&options)).unwrap();
+        }
+        Reactor::leave_thread();
+        DaemonBackend::new(graph, Arc::default(), channel().0)
+    }
+
+    fn spec(target: &str, base: Option<&str>, backing_file: Option<String>) -> StreamSpec {
+        StreamSpec {
+            target: target.to_owned(),
+            base: base.map(str::to_owned),
+            layers: Vec::new(),
+            backing_file,
+            compress: false,
+        }
+    }
+
+    #[test]
+    fn a_base_that_no_header_can_name_is_refused_at_the_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let backend = backend(dir.path());
+        let refused = |name: Option<String>| {
+            let spec = spec("top", Some("base"), name);
+            backend.open_stream(&spec).err().map(|refused| refused.0)
+        };
+        let named = "The image of node 'top' could not name its new backing file, node 'base'";
+        for (name, len) in [(None, None), (Some("x".repeat(1024)), Some(1024))] {
+            let text = refused(name).expect("it is too long");
+            assert!(text.starts_with(named), "{text}");
+            assert!(text.contains("expected at most 1023"), "{text}");
+            assert!(
+                text.contains("a shorter name with 'backing-file'"),
+                "{text}"
+            );
+            let len = len.map(|len: usize| format!("name of {len} bytes"));
+            assert!(len.is_none_or(|len| text.contains(&len)), "{text}");
+        }
+        let is_read_only = || backend.graph.node("top").unwrap().layer.read_only;
+        assert!(is_read_only());
+        assert_eq!(refused(Some("x".repeat(1023))), None);
+        assert!(is_read_only(), "it was made writable for nothing");
+    }
+
+    #[test]
+    fn a_layer_is_given_back_when_its_job_cannot_begin() {
+        let dir = tempfile::tempdir().unwrap();
+        let backend = backend(dir.path());
+        let make = backend.open_stream(&spec("mid", None, None)).unwrap();
+        let is_read_only = || backend.graph.node("mid").unwrap().layer.read_only;
+        assert!(!is_read_only());
+        // So that the chain cannot be made any more.
+        backend.graph.remove("base");
+        let reactor = Reactor::for_this_thread().unwrap();
+        assert!(reactor.block_on(make()).is_err());
+        assert!(is_read_only());
+        Reactor::leave_thread();
+    }
 }

@@ -104,56 +104,78 @@ impl GraphSource {
         };
         let backing = match &self.base {
             None => None,
-            Some(base) => Some(self.backing(base, backing_file)?),
+            Some(base) => Some(backing(&self.graph, &self.target, base, backing_file)?),
         };
         image.set_backing(backing.as_ref()).await?;
         self.graph.set_backing(&self.target, self.base.as_deref())
     }
+}
 
-    /// The base as the header is to name it.
-    fn backing(&self, base: &str, name: Option<String>) -> Result<Backing> {
-        let nodes = self.graph.chain_nodes(&self.target)?;
-        let at = nodes
-            .iter()
-            .position(|node| node.name == base)
-            .ok_or_else(|| Error::Invalid(format!("base '{base}' has left the chain")))?;
-        let (Some(target), Some(node)) = (nodes.first(), nodes.get(at)) else {
-            return Err(Error::Invalid(format!("base '{base}' has left the chain")));
-        };
-        let above = at.checked_sub(1).and_then(|index| nodes.get(index));
-        let name = match name.or(self.named_above(target, node, above)?) {
-            Some(name) => name,
-            None => self.graph.header_name(base)?,
-        };
-        Ok(Backing {
-            name,
-            format: Some(format_name(node).to_owned()),
-        })
-    }
+/// The node `base` as the header of node `target`'s image is to name it: by `name`, if one is given.
+fn backing(graph: &Graph, target: &str, base: &str, name: Option<String>) -> Result<Backing> {
+    let nodes = graph.chain_nodes(target)?;
+    let at = nodes
+        .iter()
+        .position(|node| node.name == base)
+        .ok_or_else(|| Error::Invalid(format!("base '{base}' has left the chain")))?;
+    let (Some(target), Some(node)) = (nodes.first(), nodes.get(at)) else {
+        return Err(Error::Invalid(format!("base '{base}' has left the chain")));
+    };
+    let above = at.checked_sub(1).and_then(|index| nodes.get(index));
+    let name = match name.or(named_above(graph, target, node, above)?) {
+        Some(name) => name,
+        None => graph.header_name(base)?,
+    };
+    Ok(Backing {
+        name,
+        format: Some(format_name(node).to_owned()),
+    })
+}
 
-    /// The name of `base` in the header of the image above it, if it means that node, and the same
-    /// from the folder of `target`.
-    fn named_above(
-        &self,
-        target: &Node,
-        base: &Node,
-        above: Option<&Node>,
-    ) -> Result<Option<String>> {
-        let Some(above) = above.filter(|above| above.filename.parent() == target.filename.parent())
-        else {
-            return Ok(None);
-        };
-        let Format::Qcow2(image) = &above.layer.format else {
-            return Ok(None);
-        };
-        let Some(backing) = image.backing() else {
-            return Ok(None);
-        };
-        // The options may have put another node there than the header names.
-        let means_it = resolve(&above.filename, &backing.name) == base.filename
-            && self.graph.is_whole_file(base)?;
-        Ok(means_it.then_some(backing.name))
-    }
+/// The name of `base` in the header of the image above it, if it means that node, and the same
+/// from the folder of `target`.
+fn named_above(
+    graph: &Graph,
+    target: &Node,
+    base: &Node,
+    above: Option<&Node>,
+) -> Result<Option<String>> {
+    let Some(above) = above.filter(|above| above.filename.parent() == target.filename.parent())
+    else {
+        return Ok(None);
+    };
+    let Format::Qcow2(image) = &above.layer.format else {
+        return Ok(None);
+    };
+    let Some(backing) = image.backing() else {
+        return Ok(None);
+    };
+    // The options may have put another node there than the header names.
+    let means_it =
+        resolve(&above.filename, &backing.name) == base.filename && graph.is_whole_file(base)?;
+    Ok(means_it.then_some(backing.name))
+}
+
+/// Checks that the header of the layer streamed into can name its base at the end, which may be
+/// hours away.
+///
+/// # Errors
+/// When it cannot.
+pub fn check_base_name(graph: &Graph, spec: &StreamSpec) -> Result<()> {
+    let Some(base) = &spec.base else {
+        return Ok(());
+    };
+    let Format::Qcow2(image) = &graph.image_node(&spec.target)?.layer.format else {
+        return Ok(());
+    };
+    let backing = backing(graph, &spec.target, base, spec.backing_file.clone())?;
+    image.check_backing(&backing).map_err(|error| {
+        Error::Invalid(format!(
+            "The image of node '{}' could not name its new backing file, node '{base}', at the \
+             end: {error} (give a shorter name with 'backing-file', or files with shorter paths)",
+            spec.target
+        ))
+    })
 }
 
 /// The format of a node for a header: a bare file is a raw disk.

@@ -11,6 +11,7 @@ use serde_json::json;
 use super::Exports;
 use crate::chain::graph::Node;
 use crate::chain::{Graph, Layer};
+use crate::control::backend::SyncError;
 use crate::control::events::EventHub;
 use crate::error::{Error, Result, SyncFailure, errno_text};
 use crate::format::Format;
@@ -102,34 +103,61 @@ fn events(
         .collect()
 }
 
-/// Lets the flushes of a node's image be tried again.
+/// The syncs of each node in the chain of a node's image, top first. Nodes in one file have the same.
+fn chain_syncs(graph: &Graph, name: &str) -> Result<Vec<(String, Arc<Syncs>)>> {
+    let image = graph.image_node(name)?;
+    let mut all: Vec<(String, Arc<Syncs>)> = Vec::new();
+    for node in graph.chain_nodes(&image.name)? {
+        for syncs in syncs_of(&node.layer) {
+            if !all.iter().any(|(_, other)| Arc::ptr_eq(other, &syncs)) {
+                all.push((node.name.clone(), syncs));
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// The failures in the chain of a node's image, top first.
+pub fn of(graph: &Graph, name: &str) -> Vec<SyncError> {
+    // A node that has gone meanwhile has none.
+    let all = chain_syncs(graph, name).unwrap_or_default();
+    all.into_iter()
+        .filter_map(|(node_name, syncs)| {
+            let failure = syncs.failure()?;
+            Some(SyncError {
+                node_name,
+                no_space: failure.errno == libc::ENOSPC,
+                description: failure.to_string(),
+                filename: failure.file,
+            })
+        })
+        .collect()
+}
+
+/// Lets the flushes of a node's image, and of those under it, be tried again.
 ///
 /// # Errors
-/// When there is no such node, or none of its flushes has failed.
+/// When there is no such node, or none of these flushes has failed.
 pub fn clear(graph: &Graph, name: &str) -> std::result::Result<(), Refused> {
-    let refused = |error: Error| Refused(error.to_string());
-    let node = graph.image_node(name).map_err(refused)?;
-    let syncs = syncs_of(&node.layer);
-    let cleared: Vec<SyncFailure> = syncs.iter().filter_map(|syncs| syncs.clear()).collect();
-    for failure in &cleared {
-        log::warn!(
-            "node '{}': an operator lets flushes be tried again after: {failure}",
-            node.name
-        );
+    let all = chain_syncs(graph, name).map_err(|error| Refused(error.to_string()))?;
+    let mut cleared = 0;
+    for (node, syncs) in &all {
+        if let Some(failure) = syncs.clear() {
+            log::warn!("node '{node}': an operator lets flushes be tried again after: {failure}");
+            cleared += 1;
+        }
     }
-    match cleared.is_empty() {
-        true => Err(Refused(format!(
-            "No flush of node '{}' has failed",
-            node.name
-        ))),
-        false => Ok(()),
+    match (cleared, all.first()) {
+        (0, Some((node, _))) => Err(Refused(format!("No flush of node '{node}' has failed"))),
+        _ => Ok(()),
     }
 }
 
 #[cfg(test)]
 mod tests {
     //! What would be caught: a failure that no client is told of, or with the wrong node; one that
-    //! a word for another node clears, or that goes on after it was cleared.
+    //! a word for another node clears, or that goes on after it was cleared; one of a layer that a
+    //! word for the disk above it does not reach, or a query for the disk does not show.
 
     #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -241,6 +269,34 @@ mod tests {
         // One event for one failure.
         client.close();
         assert!(line.recv_timeout(Duration::from_secs(20)).is_err());
+        Reactor::leave_thread();
+    }
+
+    #[test]
+    fn a_failure_of_a_lower_layer_is_one_of_the_disk() {
+        let graph = Graph::default();
+        let base = add(&graph, "raw", "base", None);
+        add(&graph, "raw", "top", None);
+        graph.set_backing("top", Some("base")).unwrap();
+        let reactor = Reactor::for_this_thread().unwrap();
+        let flush = || reactor.block_on(graph.node("base").unwrap().layer.flush());
+        base.inner().fail_syncs(true);
+        flush().unwrap_err();
+        base.inner().fail_syncs(false);
+        let found = of(&graph, "top");
+        let [error] = found.as_slice() else {
+            panic!("{found:?}");
+        };
+        assert_eq!(
+            (error.node_name.as_str(), error.filename.as_str()),
+            ("base", "memory")
+        );
+        assert!(!error.no_space && error.description.contains("stratactl clear-sync-error"));
+        clear(&graph, "top").unwrap();
+        flush().unwrap();
+        assert_eq!(of(&graph, "top"), []);
+        let refused = clear(&graph, "top").unwrap_err().0;
+        assert_eq!(refused, "No flush of node 'top' has failed");
         Reactor::leave_thread();
     }
 }

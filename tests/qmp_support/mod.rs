@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use stratablk::control::backend::{Backing, ExportStats, QueueStats, SourceFactory};
 use stratablk::control::{
     Backend, BlockNode, ChainView, Control, Endpoint, EventHub, Export, LayerView, Limits, Server,
-    StreamSpec,
+    StreamSpec, SyncError,
 };
 use stratablk::job::stream::{ChunkStatus, JobIoError, StreamSource};
 use stratablk::job::{Manager, ParkRunner, Refused, SystemClock};
@@ -38,6 +38,8 @@ pub struct FakeDaemon {
     /// The next copies fail with these.
     pub faults: Mutex<Vec<i32>>,
     layers: Mutex<Vec<&'static str>>,
+    /// The flushes that have failed.
+    pub sync_errors: Mutex<Vec<SyncError>>,
 }
 
 impl FakeDaemon {
@@ -49,6 +51,7 @@ impl FakeDaemon {
             finished: Mutex::default(),
             faults: Mutex::default(),
             layers: Mutex::new(vec!["top", "mid", "low", "base"]),
+            sync_errors: Mutex::default(),
         })
     }
 
@@ -146,6 +149,10 @@ impl Backend for Shared {
             poll_max_ns: 64_000,
             queues: vec![busy, other],
         }]
+    }
+
+    fn sync_errors(&self, _: &Export) -> Vec<SyncError> {
+        self.0.sync_errors.lock().unwrap().clone()
     }
 
     fn chain(&self, device: &str) -> Option<ChainView> {
