@@ -91,9 +91,9 @@ fn image(graph: &Arc<Graph>, node: Node, users: &[(String, BTreeSet<String>)]) -
         name,
         after,
         work: Box::new(move |alone| match graph.node(&node.name) {
-            Ok(now) => close(&now, alone),
-            // A job that has ended was the last to use it.
-            Err(_) => Ok(()),
+            Ok(now) if !now.layer.read_only => close(&now, alone),
+            // Its job has closed it, or was the last to use it.
+            _ => Ok(()),
         }),
         syncing: Some(Box::new(move || {
             let syncs = sync_errors::syncs_of(&layer);
