@@ -107,15 +107,19 @@ impl Backend for DaemonBackend {
         let (graph, exports) = (self.graph.clone(), self.exports.clone());
         let spec = spec.clone();
         Ok(Box::new(move || {
-            let source = GraphSource::new(graph, exports, &spec, restore);
-            if source.is_ok() {
-                // From here on the source sees to it.
-                unused.forget();
-            }
-            let source = source
-                .map(|source| Box::new(source) as Box<dyn StreamSource>)
-                .map_err(|error| JobError::new(error.to_string()));
-            Box::pin(std::future::ready(source))
+            Box::pin(async move {
+                match GraphSource::new(graph, exports, &spec, restore) {
+                    Ok(source) => {
+                        // From here on the source sees to it.
+                        unused.forget();
+                        Ok(Box::new(source) as Box<dyn StreamSource>)
+                    }
+                    Err(error) => {
+                        unused.give_back().await;
+                        Err(JobError::new(error.to_string()))
+                    }
+                }
+            })
         }))
     }
 
@@ -146,6 +150,13 @@ impl Unused {
     fn forget(mut self) {
         self.0 = None;
     }
+
+    /// Gives it back on a thread that has a reactor at work, such as a job's.
+    async fn give_back(mut self) {
+        if let Some((graph, node)) = self.0.take() {
+            told(&node, graph.make_read_only(&node).await);
+        }
+    }
 }
 
 impl Drop for Unused {
@@ -153,10 +164,14 @@ impl Drop for Unused {
         let Some((graph, node)) = self.0.take() else {
             return;
         };
-        if let Err(error) = on_this_thread(|reactor| reactor.block_on(graph.make_read_only(&node)))
-        {
-            log::error!("node '{node}': back to read-only: {error}");
-        }
+        let given = on_this_thread(|reactor| reactor.block_on(graph.make_read_only(&node)));
+        told(&node, given);
+    }
+}
+
+fn told(node: &str, given: crate::error::Result<()>) {
+    if let Err(error) = given {
+        log::error!("node '{node}': back to read-only: {error}");
     }
 }
 
@@ -276,12 +291,11 @@ mod tests {
         for name in ["top", "mid"] {
             std::fs::write(dir.join(name), memory.snapshot()).unwrap();
         }
-        // With two folders of 200 bytes it takes six names to be too long for a header.
-        let folder = dir.join("long".repeat(50)).join("path".repeat(50));
+        let folders = (0..6).map(|_| "long".repeat(50));
+        let folder = folders.fold(dir.to_owned(), |folder, name| folder.join(name));
         std::fs::create_dir_all(&folder).unwrap();
         std::fs::write(folder.join("base"), vec![7; 2 << 20]).unwrap();
-        let long = format!("{}/base", "./".repeat(400));
-        let path = folder.join(long);
+        let path = folder.join("base");
         let base = json!({"driver": "raw", "node-name": "base", "offset": SIZE, "size": SIZE,
             "file": {"driver": "file", "filename": path}});
         let mid = json!({"driver": "qcow2", "node-name": "mid", "backing": "base",

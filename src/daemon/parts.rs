@@ -142,3 +142,103 @@ fn close(node: &Node, alone: bool) -> Result<()> {
         ))
     })
 }
+
+#[cfg(test)]
+mod tests {
+    //! What would be caught: a thread and a ring for an image that nobody has written, an image
+    //! that is left out, and one that waits for jobs it has nothing to do with.
+
+    use std::path::PathBuf;
+    use std::sync::mpsc::channel;
+
+    use serde_json::json;
+
+    use super::super::monitors::Monitors;
+    use super::*;
+    use crate::chain::Layer;
+    use crate::config::{BlockdevOptions, Config, Dialect};
+    use crate::control::{Control, EventHub};
+    use crate::daemon::backend::DaemonBackend;
+    use crate::format::{Format, Raw};
+    use crate::job::{BodyFactory, JobError, JobSpec, Manager, ParkRunner, SystemClock};
+    use crate::storage::memory::MemoryStorage;
+
+    fn add(graph: &Graph, name: &str, backing: Option<&str>, read_only: bool) {
+        let options = json!({"driver": "raw", "node-name": name,
+            "file": {"driver": "file", "filename": "/disk"}});
+        let node = Node {
+            name: name.to_owned(),
+            driver: "raw",
+            layer: Arc::new(Layer {
+                name: name.to_owned(),
+                format: Format::Raw(Raw::new(512)),
+                storage: Arc::new(MemoryStorage::new(vec![0; 512])),
+                read_only,
+                discard: true,
+                copy_on_read: false,
+            }),
+            filename: PathBuf::from("/disk"),
+            backing: backing.map(str::to_owned),
+            file: None,
+            data_file: None,
+            options: BlockdevOptions::from_value(&options, Dialect::Json).unwrap(),
+            implicit: false,
+            fixed_read_only: false,
+        };
+        graph.add(node).unwrap();
+    }
+
+    /// A job that ends with an error after it has done `work`.
+    fn ends(work: impl FnOnce() + Send + 'static) -> BodyFactory {
+        Box::new(move || {
+            work();
+            Box::pin(std::future::ready(Err(JobError::new("there is no more"))))
+        })
+    }
+
+    #[test]
+    fn each_image_waits_for_its_own_users() {
+        let (graph, exports) = (Arc::new(Graph::default()), Arc::new(Exports::default()));
+        add(&graph, "base", None, true);
+        add(&graph, "top", Some("base"), false);
+        add(&graph, "other", None, false);
+        let hub = EventHub::new();
+        let runner = Arc::new(ParkRunner);
+        let manager = Manager::new(runner, Arc::new(SystemClock::new()), hub.sink());
+        let (stop, _stopped) = channel();
+        let backend = DaemonBackend::new(graph.clone(), exports.clone(), stop.clone());
+        let control = Control::new(Arc::new(backend), manager.clone());
+        let monitors = Monitors::start(&Config::default(), control, hub, &stop).unwrap();
+        let lease = manager.reserve(&["top".to_owned()], "stream").unwrap();
+        let (release, hang) = channel::<()>();
+        manager
+            .start(
+                JobSpec::stream("j"),
+                lease,
+                ends(move || assert!(hang.recv().is_err())),
+            )
+            .unwrap();
+        let running = Running {
+            manager: manager.clone(),
+            monitors,
+        };
+        let parts = of(&graph, &exports, Some(running));
+        let told: Vec<_> = parts
+            .iter()
+            .map(|part| (part.name.as_str(), part.after.join(", ")))
+            .collect();
+        let wanted = [
+            ("job 'j'", ""),
+            ("control sockets", "job 'j'"),
+            ("node 'top'", "job 'j'"),
+            ("node 'other'", ""),
+        ];
+        assert_eq!(told, wanted.map(|(name, after)| (name, after.to_owned())));
+        let late = manager.reserve(&["other".to_owned()], "stream").unwrap();
+        let refused = manager.start(JobSpec::stream("k"), late, ends(|| {})).err();
+        assert_eq!(refused.unwrap().0, "The daemon is shutting down");
+        drop(release);
+        let patience = super::super::ending::Patience::within(None);
+        super::super::ending::end(parts, patience).unwrap();
+    }
+}
