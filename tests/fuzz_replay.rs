@@ -3,7 +3,7 @@
 //!
 //! What would be caught: a find that comes back (panics, overflows, endless loops, writes far
 //! behind the end of an image, disks that do not hold what was written, refcounts that are wrong
-//! afterwards), and seeds that no longer open.
+//! afterwards, requests in flight that are lost or done twice), and seeds that no longer open.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![allow(clippy::indexing_slicing)]
@@ -130,6 +130,33 @@ fn qed_images_are_read() {
 #[test]
 fn options_are_parsed() {
     replay("options", fuzz::options);
+}
+
+/// The corpus, and random damage to it; a failure names the seed.
+#[test]
+fn inflight_regions_are_taken_over() {
+    replay("inflight", fuzz::inflight);
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/inflight");
+    let mut files: Vec<_> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    files.sort();
+    let first = std::env::var("STRATABLK_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or_else(rand::random::<u64>);
+    for seed in (0..2000).map(|round| first.wrapping_add(round)) {
+        let _named = Named(format!("random, STRATABLK_SEED={seed}"));
+        let mut random = StdRng::seed_from_u64(seed);
+        let file = &files[random.next_u32() as usize % files.len()];
+        let mut bytes = std::fs::read(file).unwrap();
+        for _ in 0..random.next_u32() % 6 {
+            let at = random.next_u32() as usize % bytes.len();
+            bytes[at] = [0, 1, 2, 0xff, random.next_u32() as u8][random.next_u32() as usize % 5];
+        }
+        fuzz::inflight(&bytes);
+    }
 }
 
 /// What would be caught: seeds that a fuzzer turns over in vain, since they are refused.

@@ -5,6 +5,7 @@
 
 pub mod check;
 pub mod image;
+pub mod inflight;
 pub mod options;
 pub mod read;
 pub mod recipe;
@@ -14,6 +15,7 @@ pub mod storage;
 pub mod write;
 
 pub use check::qcow2_check;
+pub use inflight::inflight;
 pub use options::options;
 pub use read::{qcow2_read, qed};
 pub use write::{qcow2_file, qcow2_write};

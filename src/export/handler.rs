@@ -21,6 +21,7 @@ use vhost::vhost_user::{Error as VhostError, Result, VhostUserBackendReqHandlerM
 use super::config::{self, Geometry};
 use super::event;
 use super::features;
+use super::inflight::{Again, Layout, Refusal, Region, RingKind};
 use super::limit::{Log, Topic};
 use super::memory::{GuestMemory, RegionInfo};
 use super::queue::{Kick, QueueSetup, Worker};
@@ -59,6 +60,8 @@ pub(super) struct Handler {
     /// The guest is told of a write cache, and has not switched it off.
     wce: bool,
     memory: Arc<GuestMemory>,
+    /// Where what is in flight is written, if the front-end has given such a region.
+    inflight: Option<Region>,
     vrings: Vec<Vring>,
 }
 
@@ -81,6 +84,7 @@ impl Handler {
             has_cache,
             wce: has_cache,
             memory: Arc::default(),
+            inflight: None,
         }
     }
 
@@ -92,6 +96,7 @@ impl Handler {
         }
         self.vrings.iter_mut().for_each(|v| *v = Vring::default());
         self.memory = Arc::default();
+        self.inflight = None;
     }
 
     fn write_through(&self) -> bool {
@@ -167,18 +172,61 @@ impl Handler {
                 "shared memory was taken away while in use",
             )));
         }
-        let ring =
+        let mut ring =
             SplitRing::new(memory, &at, vring.size, vring.base, event_idx).map_err(failed)?;
+        let (call, error) = (vring.call.clone(), vring.error.clone());
         let setup = QueueSetup {
+            again: self.take_over(index, &mut ring)?,
             ring,
             kick,
-            call: vring.call.clone(),
-            error: vring.error.clone(),
+            call,
+            error,
             write_through,
         };
         self.worker(index)?.start(setup).map_err(failed)?;
         self.vring(index)?.running = true;
         Ok(())
+    }
+
+    /// What a process that died has left of the queue to be done, the next request last.
+    fn take_over(&self, index: u32, ring: &mut SplitRing) -> Result<Vec<Again>> {
+        let region = u16::try_from(index)
+            .ok()
+            .and_then(|index| self.inflight.as_ref()?.queue(index));
+        let Some(region) = region else {
+            return Ok(Vec::new());
+        };
+        let mut again = ring.track(region).map_err(|refusal| {
+            let text = format!("the inflight region of queue {index} is not used: {refusal}");
+            self.refused(io::Error::new(io::ErrorKind::InvalidData, text))
+        })?;
+        if ring.region_is_lost() {
+            let text = format!("the inflight region of queue {index} was taken away");
+            return Err(self.refused(io::Error::other(text)));
+        }
+        if !again.is_empty() {
+            let count = again.len();
+            self.log.info(
+                Topic::Session,
+                format_args!("queue {index}: {count} requests were in flight and are done again"),
+            );
+        }
+        again.reverse();
+        Ok(again)
+    }
+
+    /// Where the parts of an inflight region are that the front-end speaks of.
+    fn layout(&self, inflight: &VhostUserInflight) -> Result<Layout> {
+        let most = self.vrings.len() as u16;
+        // No others are offered.
+        let kind = RingKind::Split;
+        let layout = Layout::new(kind, inflight.num_queues, inflight.queue_size);
+        layout
+            .and_then(|layout| match layout.queues() {
+                found if found > most => Err(Refusal::Queues { found, most }),
+                _ => Ok(layout),
+            })
+            .map_err(|refusal| self.refused(io::Error::new(io::ErrorKind::InvalidInput, refusal)))
     }
 
     /// Puts another memory table in the place of the present one, which queues may be using.
@@ -189,7 +237,7 @@ impl Handler {
         Ok(())
     }
 
-    /// The answer to a region that is not mapped.
+    /// The answer to a region that is not mapped or not used.
     fn refused(&self, error: io::Error) -> VhostError {
         self.log.warn(Topic::Session, format_args!("{error}"));
         failed(error)
@@ -250,6 +298,10 @@ impl VhostUserBackendReqHandlerMut for Handler {
         }
         self.acked = 0;
         self.wce = self.has_cache;
+        // A front-end may hand it over again for rings that begin anew.
+        if let Some(region) = self.inflight.take() {
+            region.clear();
+        }
         Ok(())
     }
 
@@ -461,12 +513,36 @@ impl VhostUserBackendReqHandlerMut for Handler {
         Err(unknown())
     }
 
-    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        Err(unknown())
+    /// A new region. It is used when the front-end hands it over.
+    fn get_inflight_fd(
+        &mut self,
+        inflight: &VhostUserInflight,
+    ) -> Result<(VhostUserInflight, File)> {
+        let layout = self.layout(inflight)?;
+        let file = Region::create(&layout).map_err(|error| self.refused(error))?;
+        let answer = VhostUserInflight {
+            mmap_size: layout.len() as u64,
+            mmap_offset: 0,
+            num_queues: layout.queues(),
+            queue_size: layout.size(),
+        };
+        Ok((answer, file))
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        Err(unknown())
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
+        let layout = self.layout(inflight)?;
+        let region = Region::map(layout, &file, inflight.mmap_offset, inflight.mmap_size)
+            .map_err(|error| self.refused(error))?;
+        self.stop_all()?;
+        self.log.info(
+            Topic::Session,
+            format_args!(
+                "what is in flight is kept in a region of the front-end's, for {} queues",
+                layout.queues()
+            ),
+        );
+        self.inflight = Some(region);
+        (0..self.vrings.len() as u32).try_for_each(|index| self.start_if_ready(index))
     }
 
     fn set_device_state_fd(

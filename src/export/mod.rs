@@ -22,6 +22,7 @@ mod config;
 mod event;
 mod features;
 mod handler;
+pub mod inflight;
 pub(crate) mod limit;
 pub mod memory;
 mod queue;

@@ -6,6 +6,10 @@
 //! once, when the queue starts, and each access is a load or a store.
 //!
 //! Nothing read from the ring is trusted: indices are reduced to the ring's size or refused.
+//!
+//! Whoever takes the ring over must know what was taken from it and not answered: that is in an
+//! inflight region, or else follows from the used index, since chains then come back in the order
+//! in which they were taken ([`inflight`](super::inflight)).
 
 use std::io;
 use std::sync::Arc;
@@ -16,6 +20,7 @@ use virtio_bindings::virtio_ring::{
     VRING_USED_F_NO_NOTIFY,
 };
 
+use super::inflight::{Again, Order, QueueRegion, Refusal, RingState, Tracker};
 use super::memory::GuestMemory;
 
 /// The descriptor continues with the one named by `next`.
@@ -71,6 +76,15 @@ pub struct RingAddresses {
 pub struct BrokenRing {
     ahead: u16,
     size: u16,
+}
+
+/// What a successor learns of the chains that were taken.
+#[derive(Debug)]
+enum Account {
+    /// They come back in order.
+    InOrder(Order),
+    /// They are in an inflight region.
+    Region(Tracker),
 }
 
 /// A table of descriptors in guest memory: the ring's own, or an indirect one.
@@ -152,6 +166,7 @@ pub struct SplitRing {
     /// The used index as the guest sees it.
     published: u16,
     event_idx: bool,
+    account: Account,
 }
 
 impl SplitRing {
@@ -191,12 +206,37 @@ impl SplitRing {
             force_signal: true,
             published: 0,
             event_idx,
+            account: Account::InOrder(Order::new(size)),
         };
         // Where we left off in the used ring, the ring itself says.
         ring.next_used = ring.used_u16(2).load(Ordering::Acquire);
         ring.published = ring.next_used;
         ring.signalled = ring.next_used;
         Ok(ring)
+    }
+
+    /// Lets an inflight region say what was taken, and from now on what is taken. The requests
+    /// that a predecessor left are to be carried out again, in this order; what is taken next
+    /// comes after them, whatever `base` was.
+    ///
+    /// # Errors
+    /// When the region cannot be believed.
+    pub fn track(&mut self, region: QueueRegion) -> Result<Vec<Again>, Refusal> {
+        let (tracker, again) = region.recover(RingState {
+            size: self.size,
+            used: self.published,
+            base: self.next_avail,
+        })?;
+        // No more than the ring has.
+        self.next_avail = self.published.wrapping_add(again.len() as u16);
+        self.account = Account::Region(tracker);
+        Ok(again)
+    }
+
+    /// Whether the inflight region was taken away, in part at least.
+    #[must_use]
+    pub fn region_is_lost(&self) -> bool {
+        matches!(&self.account, Account::Region(tracker) if tracker.is_lost())
     }
 
     /// Entries.
@@ -209,6 +249,12 @@ impl SplitRing {
     #[must_use]
     pub fn next_avail(&self) -> u16 {
         self.next_avail
+    }
+
+    /// The next entry of the used ring.
+    #[must_use]
+    pub fn next_used(&self) -> u16 {
+        self.next_used
     }
 
     /// The ring's own descriptor table.
@@ -244,21 +290,71 @@ impl SplitRing {
         self.avail_u16(2).load(Ordering::Relaxed) != self.next_avail
     }
 
-    /// Takes the head of the next chain, after [`SplitRing::available`] said that there is one.
-    pub fn take(&mut self) -> u16 {
+    /// The head of the next chain, after [`SplitRing::available`] said that there is one.
+    #[must_use]
+    pub fn peek(&self) -> u16 {
         let slot = usize::from(self.next_avail & (self.size - 1));
-        let head = self.avail_u16(4 + 2 * slot).load(Ordering::Relaxed);
+        self.avail_u16(4 + 2 * slot).load(Ordering::Relaxed)
+    }
+
+    /// Takes the next chain, which [`SplitRing::peek`] said to begin with `head` and which is not
+    /// under way already. False: it is none that can be taken, since it has been answered and not
+    /// shown, or there is no such descriptor.
+    #[must_use]
+    pub fn take(&mut self, head: u16) -> bool {
+        if head >= self.size {
+            return false;
+        }
+        match &mut self.account {
+            Account::InOrder(order) => {
+                if !order.take(head) {
+                    return false;
+                }
+            }
+            Account::Region(tracker) => tracker.take(head),
+        }
         self.next_avail = self.next_avail.wrapping_add(1);
-        head
+        true
     }
 
     /// Leaves the chain that was taken last where it was: it is the next one again.
-    pub fn put_back(&mut self) {
+    pub fn put_back(&mut self, head: u16) {
+        match &mut self.account {
+            Account::InOrder(order) => order.put_back(),
+            Account::Region(tracker) => tracker.put_back(head),
+        }
         self.next_avail = self.next_avail.wrapping_sub(1);
     }
 
-    /// Puts a chain into the used ring; [`SplitRing::publish`] shows it to the driver.
+    /// Puts a chain into the used ring, or lets it wait for those that were taken before it.
+    /// [`SplitRing::publish`] shows to the driver what is in the ring.
     pub fn put_used(&mut self, head: u16, len: u32) {
+        match &mut self.account {
+            Account::InOrder(order) => {
+                if !order.done(head, len) {
+                    return;
+                }
+            }
+            Account::Region(tracker) => tracker.answer(head),
+        }
+        self.write_used(head, len);
+        if matches!(&self.account, Account::InOrder(order) if order.has_waiting()) {
+            self.put_waiting();
+        }
+    }
+
+    /// Puts chains into the used ring that waited for the one that was put there last.
+    #[cold]
+    fn put_waiting(&mut self) {
+        while let Account::InOrder(order) = &mut self.account
+            && let Some((head, len)) = order.pop()
+        {
+            self.write_used(head, len);
+        }
+    }
+
+    #[inline(always)]
+    fn write_used(&mut self, head: u16, len: u32) {
         let slot = usize::from(self.next_used & (self.size - 1));
         let at: *mut UsedElement =
             std::ptr::with_exposed_provenance_mut(self.used + 4 + slot * size_of::<UsedElement>());
@@ -279,10 +375,21 @@ impl SplitRing {
 
     /// Shows the driver what has been used.
     pub fn publish(&mut self) {
-        if self.published != self.next_used {
-            self.published = self.next_used;
-            // Release: the elements and the data come before the index.
-            self.used_u16(2).store(self.published, Ordering::Release);
+        if self.published == self.next_used {
+            return;
+        }
+        let count = self.unpublished();
+        if let Account::Region(tracker) = &self.account {
+            tracker.before_publication();
+            if !tracker.is_alive() {
+                return;
+            }
+        }
+        self.published = self.next_used;
+        // Release: the elements and the data come before the index.
+        self.used_u16(2).store(self.published, Ordering::Release);
+        if let Account::Region(tracker) = &self.account {
+            tracker.after_publication(count, self.published);
         }
     }
 

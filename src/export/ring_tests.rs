@@ -1,7 +1,8 @@
 //! What would be caught: a signal or a kick too many or too few by an event index that is off by
 //! one, at any distance and where the 16-bit indices wrap; a look for chains that is left out
 //! after kicks were asked for; an entry in the wrong slot; an index that can be seen before it is
-//! published; a ring that forgets where it was.
+//! published; a ring that forgets where it was; a completion that overtakes another where the used
+//! index must say what was answered.
 
 use std::fs::File;
 use std::os::fd::FromRawFd;
@@ -90,6 +91,7 @@ impl Driver {
 
 fn use_chains(ring: &mut SplitRing, count: u16) {
     for head in 0..count {
+        assert!(ring.take(head % SIZE));
         ring.put_used(head % SIZE, 0);
     }
     ring.publish();
@@ -130,6 +132,7 @@ fn what_is_not_published_is_not_signalled_for() {
         let mut ring = driver.used_ring(5, event_idx);
         driver.set_used_event(5);
         assert!(!ring.needs_signal());
+        assert!(ring.take(3));
         ring.put_used(3, 0);
         assert!(!ring.needs_signal());
         assert_eq!((driver.get(USED + 2), ring.unpublished()), (5, 1));
@@ -150,6 +153,7 @@ fn without_event_indices_the_flag_decides() {
         use_chains(&mut ring, 1);
         assert_eq!(ring.needs_signal(), expected);
     }
+    driver.set_avail_index(ring.next_avail());
     ring.disable_kicks();
     assert_eq!(driver.get(USED), USED_NO_NOTIFY);
     assert!(!ring.enable_kicks());
@@ -184,8 +188,7 @@ fn a_kick_is_asked_for_at_the_next_entry_and_what_came_before_is_seen() {
             assert!(ring.has_available());
             assert!(ring.enable_kicks(), "two chains came, without a kick");
             assert_eq!(ring.available(), Ok(2));
-            ring.take();
-            ring.take();
+            assert!(ring.take(0) && ring.take(1));
             assert!(!ring.enable_kicks());
             if event_idx {
                 assert_eq!(driver.avail_event(), index.wrapping_add(2));
@@ -220,10 +223,9 @@ fn entries_go_round() {
             let at = index.wrapping_add(n);
             let slot = u64::from(at % SIZE);
             driver.put(AVAIL + 4 + 2 * slot, n % SIZE);
-            assert_eq!(
-                (ring.take(), ring.next_avail()),
-                (n % SIZE, at.wrapping_add(1))
-            );
+            assert_eq!(ring.peek(), n % SIZE);
+            assert!(ring.take(n % SIZE));
+            assert_eq!(ring.next_avail(), at.wrapping_add(1));
             ring.put_used(n % SIZE, 7);
             assert_eq!(driver.get(USED + 4 + 8 * slot), n % SIZE);
             assert_eq!(driver.get(USED + 8 + 8 * slot), 7);
@@ -231,6 +233,35 @@ fn entries_go_round() {
             ring.publish();
             assert_eq!(driver.get(USED + 2), at.wrapping_add(1));
         }
+    }
+}
+
+/// Without an inflight region the used index alone says what was answered.
+#[test]
+fn completions_are_shown_in_the_order_of_the_chains() {
+    let driver = Driver::new();
+    for index in interesting() {
+        let mut ring = driver.ring(index, true);
+        for head in [5, 2, 7] {
+            assert!(ring.take(head));
+        }
+        assert!(!ring.take(SIZE), "there is no such descriptor");
+        ring.put_used(7, 70);
+        ring.put_used(2, 20);
+        ring.publish();
+        assert_eq!(driver.get(USED + 2), index, "5 is not done");
+        assert!(!ring.take(7), "it has not been shown");
+        ring.put_used(5, 50);
+        assert_eq!(ring.unpublished(), 3);
+        ring.publish();
+        assert_eq!(driver.get(USED + 2), index.wrapping_add(3));
+        for (n, head) in [(0, 5), (1, 2), (2, 7)] {
+            let at = USED + 4 + 8 * u64::from(index.wrapping_add(n) % SIZE);
+            assert_eq!((driver.get(at), driver.get(at + 4)), (head, 10 * head));
+        }
+        assert!(ring.take(7));
+        ring.put_back(7);
+        assert_eq!(ring.next_avail(), index.wrapping_add(3));
     }
 }
 

@@ -2,21 +2,26 @@
 //!
 //! * [`mapping`]: which files are mapped, and how much of them;
 //! * [`sigbus`]: what becomes of an access when the file was cut short;
-//! * [`SharedMemory`]: words in such memory that the next process relies on.
+//! * [`SharedMemory`]: words in such memory that the next process relies on, and [`Records`] of
+//!   them for stores that are made for every request;
+//! * [`crash`]: bytes of it that are set when the process crashes.
 //!
 //! Guests' memory is read and written by the kernel and by the rings; what this process keeps for
 //! its successor goes through [`SharedMemory`] alone: each store there is a step after which the
 //! process may die. Tests end it at any of them, through a [`Gate`].
 
+pub mod crash;
 pub(crate) mod mapping;
 pub(crate) mod sigbus;
 
 use std::fs::File;
 use std::io;
+use std::marker::PhantomData;
 use std::ptr;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::Arc;
 #[cfg(debug_assertions)]
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use mapping::Mapping;
 
@@ -132,12 +137,40 @@ impl SharedMemory {
         }
     }
 
+    /// Whether the process still lives, as its [`Gate`] says: asked before a step that is no store
+    /// in here and that must not come after its end either. Costs nothing in release builds.
+    #[inline]
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        #[cfg(debug_assertions)]
+        return self.gate.get().is_none_or(|gate| gate.is_open());
+        #[cfg(not(debug_assertions))]
+        true
+    }
+
+    /// `count` records of `LEN` bytes from byte `at` on. `None`: they are not all within the
+    /// memory, or they are not aligned to 8.
+    #[must_use]
+    pub fn records<const LEN: usize>(
+        self: &Arc<Self>,
+        at: usize,
+        count: usize,
+    ) -> Option<Records<LEN>> {
+        const { assert!(LEN > 0 && LEN.is_multiple_of(8)) };
+        let end = LEN.checked_mul(count)?.checked_add(at)?;
+        let start = self.mapping.start().checked_add(at)?;
+        (end <= self.len && start.is_multiple_of(8)).then(|| Records {
+            memory: self.clone(),
+            start,
+            count,
+        })
+    }
+
     /// Stores a number at byte `at`, which must be within the memory and aligned: it is lost if it
     /// is not.
     #[inline]
     pub fn store<T: Word>(&self, at: usize, value: T, order: Ordering) {
-        #[cfg(debug_assertions)]
-        if self.gate.get().is_some_and(|gate| !gate.is_open()) {
+        if !self.is_alive() {
             return;
         }
         if let Some(place) = self.place::<T>(at) {
@@ -153,6 +186,78 @@ impl SharedMemory {
         let fits = inside && address.is_multiple_of(align_of::<T>());
         debug_assert!(fits, "byte {at} of {} of shared memory", self.len);
         fits.then(|| ptr::with_exposed_provenance_mut(address))
+    }
+}
+
+/// Records of `LEN` bytes in shared memory, one after the other, whose place was checked once.
+#[derive(Debug)]
+pub struct Records<const LEN: usize> {
+    memory: Arc<SharedMemory>,
+    start: usize,
+    count: usize,
+}
+
+impl<const LEN: usize> Records<LEN> {
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// The memory that they are in.
+    #[must_use]
+    pub fn memory(&self) -> &Arc<SharedMemory> {
+        &self.memory
+    }
+
+    /// The record at `index`, if there is one.
+    #[inline]
+    #[must_use]
+    pub fn get(&self, index: usize) -> Option<Record<'_, LEN>> {
+        (index < self.count).then(|| Record {
+            start: ptr::with_exposed_provenance_mut(self.start + index * LEN),
+            #[cfg(debug_assertions)]
+            memory: &self.memory,
+            _memory: PhantomData,
+        })
+    }
+}
+
+/// One of [`Records`].
+#[derive(Clone, Copy, Debug)]
+pub struct Record<'a, const LEN: usize> {
+    start: *mut u8,
+    #[cfg(debug_assertions)]
+    memory: &'a SharedMemory,
+    _memory: PhantomData<&'a SharedMemory>,
+}
+
+impl<const LEN: usize> Record<'_, LEN> {
+    /// The number at byte `AT` of the record.
+    #[inline]
+    #[must_use]
+    pub fn load<T: Word, const AT: usize>(self, order: Ordering) -> T {
+        // SAFETY: as for the store.
+        unsafe { T::load(self.place::<T, AT>(), order) }
+    }
+
+    /// Stores a number at byte `AT` of the record.
+    #[inline]
+    pub fn store<T: Word, const AT: usize>(self, value: T, order: Ordering) {
+        #[cfg(debug_assertions)]
+        if !self.memory.is_alive() {
+            return;
+        }
+        // SAFETY: the record is within the mapping, which lives as long as what this was borrowed
+        // from, and begins at a multiple of 8; `place` looked at the rest. Nobody of this process
+        // accesses the memory in another way.
+        unsafe { value.store(self.place::<T, AT>(), order) };
+    }
+
+    #[inline]
+    fn place<T: Word, const AT: usize>(self) -> *mut u8 {
+        const { assert!(AT + size_of::<T>() <= LEN && AT.is_multiple_of(align_of::<T>())) };
+        self.start.wrapping_add(AT)
     }
 }
 
@@ -213,6 +318,25 @@ mod tests {
             shared.store(at, 1u8, Ordering::Relaxed);
         }
         assert_eq!(shared.load::<u32>(0, Ordering::Relaxed), 0x0000_0101);
+    }
+
+    #[test]
+    fn records_are_where_they_were_checked_to_be() {
+        let shared = Arc::new(SharedMemory::map(&memory(4096), 0, 4096).unwrap());
+        let records = shared.records::<16>(4096 - 48, 3).unwrap();
+        records
+            .get(2)
+            .unwrap()
+            .store::<u64, 8>(5, Ordering::Relaxed);
+        assert_eq!(shared.load::<u64>(4096 - 8, Ordering::Relaxed), 5);
+        let record = records.get(2).unwrap();
+        assert_eq!(record.load::<u32, 8>(Ordering::Relaxed), 5);
+        assert!(records.get(3).is_none());
+        assert!(shared.records::<16>(4096 - 48, 4).is_none(), "too many");
+        assert!(shared.records::<16>(4, 1).is_none(), "not aligned");
+        shared.set_gate(Arc::new(Budget(AtomicU64::new(0))));
+        record.store::<u64, 8>(6, Ordering::Relaxed);
+        assert_eq!(record.load::<u64, 8>(Ordering::Relaxed), 5, "dead");
     }
 
     #[test]

@@ -98,6 +98,24 @@ impl Daemon {
         self.retry(|| Frontend::connect(socket, queues, size, memory))
     }
 
+    /// Connects a front-end that outlives the back-end, as soon as this one listens. With `track`
+    /// there is an inflight region.
+    pub fn connect_tracked(
+        &mut self,
+        socket: &Path,
+        queues: usize,
+        size: u16,
+        memory: usize,
+        track: bool,
+    ) -> Res<Frontend> {
+        self.retry(|| Frontend::connect_tracked(socket, queues, size, memory, track))
+    }
+
+    /// Lets a front-end go on, as soon as the back-end listens on `socket`.
+    pub fn reconnect(&mut self, frontend: &mut Frontend, socket: &Path) -> Res<()> {
+        self.retry(|| frontend.reconnect(socket))
+    }
+
     /// Connects to the control socket, as soon as the back-end listens there.
     pub fn qmp(&mut self, socket: &Path) -> Res<Qmp> {
         self.retry(|| Qmp::connect(socket))
@@ -143,6 +161,12 @@ impl Daemon {
         self.child.kill()?;
         self.child.wait()?;
         Ok(())
+    }
+
+    /// Ends it by `signal` and waits for its end.
+    pub fn end_by(&mut self, signal: i32) -> Res<ExitStatus> {
+        self.signal(signal)?;
+        self.wait_for_end()
     }
 
     /// Asks it to end with SIGTERM and waits; anything but exit code 0 is an error.

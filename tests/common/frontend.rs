@@ -4,15 +4,17 @@
 
 use super::Res;
 use super::memory::Memory;
-use std::io;
-use std::os::fd::AsRawFd;
+use super::tracked::Tracked;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use virtio_driver::virtqueue::{Virtqueue, VirtqueueLayout};
 use virtio_driver::{
-    EventFd, QueueNotifier, VhostUser, VirtioBlkConfig, VirtioBlkFeatureFlags, VirtioFeatureFlags,
-    VirtioTransport, iovec,
+    IovaTranslator, QueueNotifier, VhostUser, VirtioBlkConfig, VirtioBlkFeatureFlags,
+    VirtioFeatureFlags, VirtioTransport, iovec,
 };
 
 /// Request types of virtio-blk.
@@ -127,18 +129,26 @@ pub struct Done {
     pub status: u8,
 }
 
-type Transport = VhostUser<VirtioBlkConfig, Shared>;
+type Driver = VhostUser<VirtioBlkConfig, Shared>;
+
+/// What keeps the connection and the memory of the rings.
+enum Transport {
+    /// The crate's own.
+    Driver(Arc<Driver>),
+    /// One that can be connected again, and knows inflight regions.
+    Tracked(Box<Tracked>),
+}
 
 /// One virtqueue, used by one thread.
 pub struct Queue {
     ring: Virtqueue<'static, Shared>,
     kick: Box<dyn QueueNotifier>,
-    call: Arc<EventFd>,
+    call: File,
     tokens: Vec<Option<u64>>,
     in_flight: usize,
     memory: Arc<Memory>,
-    // Keeps the connection and the memory of the rings: dropped after `ring`, which lies in it.
-    _transport: Arc<Transport>,
+    // Keeps the memory of the rings: dropped after `ring`, which lies in it.
+    _transport: Arc<dyn Send + Sync>,
 }
 
 impl Queue {
@@ -241,7 +251,7 @@ impl Queue {
         self.ring.set_used_notif_enabled(false);
         // A back-end may have made the descriptor non-blocking, or not: poll before reading.
         if poll(&[self.call.as_raw_fd()], Duration::ZERO)? {
-            self.call.read()?;
+            self.call.read_exact(&mut [0; 8])?;
         }
         Ok(())
     }
@@ -338,7 +348,7 @@ pub struct Frontend {
     pub queues: Vec<Queue>,
     /// The shared memory for data.
     pub memory: Arc<Memory>,
-    transport: Arc<Transport>,
+    transport: Transport,
 }
 
 /// The features that a Linux guest would take.
@@ -372,24 +382,12 @@ impl Frontend {
         features: u64,
     ) -> Res<Self> {
         let path = path.to_str().ok_or("a socket path that is not text")?;
-        let mut transport = Transport::new(path, features)?;
+        let mut transport = Driver::new(path, features)?;
         let flags = VirtioFeatureFlags::from_bits_truncate(transport.get_features());
         let layout = VirtqueueLayout::new::<Shared>(queues, usize::from(size), flags)?;
         let base = transport.alloc_queue_mem(&layout)?.as_mut_ptr();
-        let mut rings = Vec::new();
-        for i in 0..queues {
-            // SAFETY: `alloc_queue_mem` gave `queues * end_offset` bytes, and each ring gets its
-            // own part. They stay mapped as long as the transport, which each queue keeps.
-            let part = unsafe {
-                std::slice::from_raw_parts_mut(base.add(i * layout.end_offset), layout.end_offset)
-            };
-            rings.push(Virtqueue::new(
-                transport.iova_translator(),
-                part,
-                size,
-                flags,
-            )?);
-        }
+        let translator = || transport.iova_translator();
+        let rings = rings(base, queues, size, flags, translator)?;
         transport.setup_queues(&rings)?;
         let memory = Arc::new(Memory::new(memory)?);
         transport.map_mem_region(memory.address(0), memory.len(), memory.raw_fd(), 0)?;
@@ -397,32 +395,128 @@ impl Frontend {
         let queues = rings
             .into_iter()
             .enumerate()
-            .map(|(i, ring)| Queue {
-                ring,
-                kick: transport.get_submission_notifier(i),
-                call: transport.get_completion_fd(i),
-                tokens: vec![None; usize::from(size)],
-                in_flight: 0,
-                memory: memory.clone(),
-                _transport: transport.clone(),
+            .map(|(i, ring)| {
+                Ok(Queue {
+                    ring,
+                    kick: transport.get_submission_notifier(i),
+                    call: duplicate(transport.get_completion_fd(i).as_raw_fd())?,
+                    tokens: vec![None; usize::from(size)],
+                    in_flight: 0,
+                    memory: memory.clone(),
+                    _transport: transport.clone(),
+                })
             })
-            .collect();
+            .collect::<Res<_>>()?;
         Ok(Frontend {
             queues,
             memory,
-            transport,
+            transport: Transport::Driver(transport),
         })
+    }
+
+    /// As [`Frontend::connect`], with a transport that outlives the back-end: see
+    /// [`Frontend::reconnect`]. With `track` there is an inflight region.
+    pub fn connect_tracked(
+        path: &Path,
+        queues: usize,
+        size: u16,
+        memory: usize,
+        track: bool,
+    ) -> Res<Self> {
+        // The crate gives the one translator that it has to those who are connected.
+        let text = path.to_str().ok_or("a socket path that is not text")?;
+        let driver = Driver::new(text, usual_features())?;
+        let translator = || driver.iova_translator();
+        let flags = VirtioFeatureFlags::from_bits_truncate(driver.get_features());
+        let layout = VirtqueueLayout::new::<Shared>(queues, usize::from(size), flags)?;
+        let place = Arc::new(Memory::new(queues * layout.end_offset)?);
+        let base = place.address(0) as *mut u8;
+        let rings = rings(base, queues, size, flags, translator)?;
+        let features = driver.get_features();
+        drop(driver);
+        let mut transport = Tracked::connect(path, features, track)?;
+        let memory = Arc::new(Memory::new(memory)?);
+        transport.share(place.clone());
+        transport.share(memory.clone());
+        transport.set_up(&rings)?;
+        let queues = rings
+            .into_iter()
+            .enumerate()
+            .map(|(i, ring)| {
+                Ok(Queue {
+                    ring,
+                    kick: transport.kick(i)?,
+                    call: duplicate(transport.call(i)?)?,
+                    tokens: vec![None; usize::from(size)],
+                    in_flight: 0,
+                    memory: memory.clone(),
+                    _transport: place.clone(),
+                })
+            })
+            .collect::<Res<_>>()?;
+        Ok(Frontend {
+            queues,
+            memory,
+            transport: Transport::Tracked(Box::new(transport)),
+        })
+    }
+
+    /// Goes on with the next back-end, which listens at `path`: with all that is in flight.
+    pub fn reconnect(&mut self, path: &Path) -> Res<()> {
+        self.tracked()?.reconnect(path)
+    }
+
+    /// The transport of a front-end that outlives its back-end.
+    pub fn tracked(&mut self) -> Res<&mut Tracked> {
+        match &mut self.transport {
+            Transport::Tracked(transport) => Ok(transport),
+            Transport::Driver(_) => Err("a front-end that cannot connect again".into()),
+        }
     }
 
     /// The configuration space.
     pub fn config(&self) -> Res<VirtioBlkConfig> {
-        Ok(self.transport.get_config()?)
+        match &self.transport {
+            Transport::Driver(transport) => Ok(transport.get_config()?),
+            Transport::Tracked(transport) => transport.config(),
+        }
     }
 
     /// The negotiated features.
     pub fn features(&self) -> u64 {
-        self.transport.get_features()
+        match &self.transport {
+            Transport::Driver(transport) => transport.get_features(),
+            Transport::Tracked(transport) => transport.features(),
+        }
     }
+}
+
+/// Rings in the memory at `base`.
+fn rings(
+    base: *mut u8,
+    queues: usize,
+    size: u16,
+    flags: VirtioFeatureFlags,
+    translator: impl Fn() -> Box<dyn IovaTranslator>,
+) -> Res<Vec<Virtqueue<'static, Shared>>> {
+    let layout = VirtqueueLayout::new::<Shared>(queues, usize::from(size), flags)?;
+    (0..queues)
+        .map(|i| {
+            // SAFETY: the callers have `queues * end_offset` bytes there, and each ring gets its
+            // own part. They stay mapped as long as what each queue keeps.
+            let part = unsafe {
+                std::slice::from_raw_parts_mut(base.add(i * layout.end_offset), layout.end_offset)
+            };
+            Ok(Virtqueue::new(translator(), part, size, flags)?)
+        })
+        .collect()
+}
+
+/// A descriptor of one's own for an eventfd.
+fn duplicate(fd: RawFd) -> Res<File> {
+    // SAFETY: the caller has it open.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    Ok(fd.try_clone_to_owned()?.into())
 }
 
 /// A piece of memory, as the rings take it.

@@ -13,6 +13,7 @@ pub mod memory;
 pub mod qmp;
 pub mod rng;
 pub mod stamp;
+pub mod tracked;
 
 /// The result of a step that may fail for a reason worth reading.
 pub type Res<T> = Result<T, Box<dyn std::error::Error + Send + Sync>>;

@@ -1,14 +1,16 @@
 //! A front-end and a driver by hand, for what no proper driver does.
 
+use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 use std::time::Instant;
 
 use vhost::vhost_user::message::{
-    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures,
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -51,6 +53,8 @@ pub struct Hand {
     pub call: EventFd,
     pub rings: usize,
     pub size: u16,
+    /// What is in flight, for the next device.
+    pub inflight: Option<(VhostUserInflight, File)>,
     avail: u16,
     used: u16,
 }
@@ -58,24 +62,7 @@ pub struct Hand {
 impl Hand {
     /// Connects and negotiates, and shares memory, but sets no queue up.
     pub fn connect(path: &Path, features: u64) -> Self {
-        let socket = UnixStream::connect(path).unwrap();
-        // A device that does not answer is a failure, and does not hang the test.
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
-        socket.set_write_timeout(Some(PATIENCE)).unwrap();
-        let mut front = Frontend::from_stream(socket.try_clone().unwrap(), 8);
-        front.set_owner().unwrap();
-        let offered = front.get_features().unwrap();
-        assert_eq!(features & !offered, 0, "not offered");
-        let protocol = front.get_protocol_features().unwrap();
-        let wanted = VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::CONFIG
-            | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::RESET_DEVICE
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
-        assert!(protocol.contains(wanted));
-        front.set_protocol_features(wanted).unwrap();
-        front.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-        front.set_features(features).unwrap();
+        let (socket, front) = negotiate(path, features);
         let memory = Shared::new(MEMORY);
         let hand = Self {
             front,
@@ -85,11 +72,58 @@ impl Hand {
             call: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
             rings: 0,
             size: SIZE,
+            inflight: None,
             avail: 0,
             used: 0,
         };
         hand.front.set_mem_table(&[hand.region()]).unwrap();
         hand
+    }
+
+    /// As [`Hand::connect`], with an inflight region for one queue.
+    pub fn connect_tracked(path: &Path, features: u64) -> Self {
+        let mut hand = Self::connect(path, features);
+        let wanted = VhostUserInflight::new(0, 0, 1, SIZE);
+        hand.inflight = Some(hand.front.get_inflight_fd(&wanted).unwrap());
+        hand.set_inflight().unwrap();
+        hand
+    }
+
+    /// Hands the inflight region over.
+    pub fn set_inflight(&mut self) -> vhost::Result<()> {
+        let (inflight, file) = self.inflight.as_ref().unwrap();
+        self.front.set_inflight_fd(inflight, file.as_raw_fd())
+    }
+
+    /// Loses the connection and gets another one, with nothing but the memory table and the
+    /// inflight region given to the device.
+    pub fn reconnect(&mut self, path: &Path, features: u64) {
+        self.socket.shutdown(std::net::Shutdown::Both).unwrap();
+        (self.socket, self.front) = negotiate(path, features);
+        if self.inflight.is_some() {
+            self.set_inflight().unwrap();
+        }
+        self.front.set_mem_table(&[self.region()]).unwrap();
+    }
+
+    /// A number of the inflight region, of 16 bits.
+    pub fn noted(&self, at: u64) -> u16 {
+        let mut bytes = [0; 2];
+        let (_, file) = self.inflight.as_ref().unwrap();
+        file.read_exact_at(&mut bytes, at).unwrap();
+        u16::from_ne_bytes(bytes)
+    }
+
+    /// Writes a number into the inflight region.
+    pub fn note(&self, at: u64, value: u16) {
+        let (_, file) = self.inflight.as_ref().unwrap();
+        file.write_all_at(&value.to_ne_bytes(), at).unwrap();
+    }
+
+    /// The used index in guest memory.
+    pub fn set_used_index(&mut self, index: u16) {
+        self.used = index;
+        self.index(USED, 2).store(index, Ordering::SeqCst);
     }
 
     /// Connects and sets queue 0 up.
@@ -123,12 +157,26 @@ impl Hand {
     }
 
     pub fn set_up(&mut self) {
-        self.front.set_vring_num(0, self.size).unwrap();
-        self.front.set_vring_base(0, self.avail).unwrap();
-        self.front.set_vring_addr(0, &self.rings()).unwrap();
-        self.front.set_vring_kick(0, &self.kick).unwrap();
-        self.front.set_vring_call(0, &self.call).unwrap();
-        self.front.set_vring_enable(0, true).unwrap();
+        self.try_set_up().unwrap();
+    }
+
+    /// Sets queue 0 up, and says that it goes on at available index `base`.
+    pub fn set_up_at(&mut self, base: u16) {
+        self.set_up_with(base).unwrap();
+    }
+
+    /// As [`Hand::set_up`], which the device may refuse.
+    pub fn try_set_up(&mut self) -> vhost::Result<()> {
+        self.set_up_with(self.avail)
+    }
+
+    fn set_up_with(&mut self, base: u16) -> vhost::Result<()> {
+        self.front.set_vring_num(0, self.size)?;
+        self.front.set_vring_base(0, base)?;
+        self.front.set_vring_addr(0, &self.rings())?;
+        self.front.set_vring_kick(0, &self.kick)?;
+        self.front.set_vring_call(0, &self.call)?;
+        self.front.set_vring_enable(0, true)
     }
 
     /// Lets both rings begin at `index`, before the queue is set up.
@@ -307,4 +355,28 @@ impl Hand {
             Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset),
         }
     }
+}
+
+/// Connects and negotiates.
+fn negotiate(path: &Path, features: u64) -> (UnixStream, Frontend) {
+    let socket = UnixStream::connect(path).unwrap();
+    // A device that does not answer is a failure, and does not hang the test.
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.set_write_timeout(Some(PATIENCE)).unwrap();
+    let mut front = Frontend::from_stream(socket.try_clone().unwrap(), 8);
+    front.set_owner().unwrap();
+    let offered = front.get_features().unwrap();
+    assert_eq!(features & !offered, 0, "not offered");
+    let protocol = front.get_protocol_features().unwrap();
+    let wanted = VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::RESET_DEVICE
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+    assert!(protocol.contains(wanted));
+    front.set_protocol_features(wanted).unwrap();
+    front.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    front.set_features(features).unwrap();
+    (socket, front)
 }

@@ -279,6 +279,36 @@ def test_fsync_then_kill(daemon, tmp_path, golden, boot):
     assert (tmp_path / "synced").read_bytes() == b"\x5b" * (20 * 64 * KIB)
 
 
+def test_daemon_is_killed_under_a_guest(daemon, tmp_path, boot, monkeypatch):
+    """QEMU hands over what was in flight, and the guest sees a pause and no error."""
+    job = """
+    hold ready
+    verify --name=w --filename=/dev/vda --size=24M --rw=randwrite || return 1
+    report verified yes
+    """
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(bytes(32 * MIB))
+    socket = tmp_path / "disk.sock"
+    words = blockdev(disk, "disk", format="raw") + export("disk", "disk", socket)
+    monkeypatch.setenv("STRATABLK_LOG", "info")
+    daemon.start(*words)
+    with boot(socket, job=job) as guest:
+        guest.held("ready")
+        guest.go()
+        for _ in range(3):
+            # In the middle of its writes, wherever that is.
+            qmp = daemon.qmp()
+            daemon.wait_ready(
+                lambda qmp=qmp: qmp.cmd("query-blockstats")[0]["stats"]["wr_operations"] > 20
+            )
+            daemon.kill()
+            daemon.start(*words)
+        assert guest.wait_done() == 0, guest.console()
+        assert guest.value("verified") == "yes"
+    assert "what is in flight is kept in a region" in daemon.read_log()
+    daemon.stop()
+
+
 def test_fstrim(daemon, tmp_path, golden, boot):
     """Deleted in the guest and trimmed: the image's clusters are free again."""
     job = """

@@ -19,6 +19,7 @@ use crate::chain::{Pieces, Source, View, ViewCache, with_room};
 use crate::error::{Error, Result};
 use crate::export::config::{MAX_DISCARD, MAX_WRITE_ZEROES};
 use crate::export::event::Bell;
+use crate::export::inflight::Again;
 use crate::export::limit::Topic;
 use crate::export::memory::{self, GuestMemory};
 use crate::export::request::{self, Kind, MAX_RANGES, Parsed, Status};
@@ -51,6 +52,8 @@ const TASK_CHUNK: u64 = 4 << 20;
 const MOST_BYTES: u64 = 64 << 20;
 /// A discard counts for a part of its length: it changes mappings and moves no data.
 const DISCARD_WEIGHT: u64 = 32;
+/// Crashes of the process with one request in flight, after which the request is not tried again.
+const MOST_CRASHES: u8 = 3;
 
 /// What a task reports when it has ended.
 pub(super) enum Done {
@@ -139,6 +142,8 @@ pub(super) struct Queue {
     /// before it was looked at.
     all_there: Option<usize>,
     slots: Vec<Slot>,
+    /// What a process that died has left to be done, the next one last.
+    again: Vec<Again>,
     in_flight: u32,
     /// What the requests in flight weigh together.
     weight: u64,
@@ -167,6 +172,7 @@ impl Queue {
             error: setup.error,
             write_through: setup.write_through,
             slots,
+            again: setup.again,
             in_flight: 0,
             weight: 0,
             room: MOST_BYTES,
@@ -177,8 +183,10 @@ impl Queue {
         }
     }
 
+    /// Requests that must be answered before the queue can be given back.
     pub(super) fn in_flight(&self) -> u32 {
-        self.in_flight
+        // No more than the ring has entries.
+        self.in_flight + self.again.len() as u32
     }
 
     /// Takes no more requests.
@@ -230,7 +238,7 @@ impl Queue {
         if self.all_there == Some(lost) {
             return false;
         }
-        if self.memory.is_lost() {
+        if self.memory.is_lost() || self.ring.region_is_lost() {
             return true;
         }
         self.all_there = Some(lost);
@@ -249,6 +257,9 @@ impl Queue {
 
     /// Takes what is available, up to a batch. True: there was something.
     pub(super) fn take_available(&mut self, context: &mut Context) -> bool {
+        if !self.again.is_empty() {
+            return self.take_again(context);
+        }
         if !self.takes_more() {
             return false;
         }
@@ -263,19 +274,60 @@ impl Queue {
         let view = context.views.get();
         let limits = context.limits(&view);
         for _ in 0..count {
-            let head = self.ring.take();
-            self.begin(context, head, &view, &limits);
+            self.take_next(context, &view, &limits);
             if !self.takes_more() {
                 break;
             }
-            self.show_some(context);
-            let queued = context.reactor.queued();
-            let under_way = context.reactor.in_flight().saturating_sub(queued);
-            if queued >= submit_together(under_way) {
-                context.reactor.submit();
-            }
+            self.go_on(context);
         }
         true
+    }
+
+    /// Carries out what a process that died has left, before anything is taken from the ring, and
+    /// also if nothing more is taken. True: there was some.
+    fn take_again(&mut self, context: &mut Context) -> bool {
+        if self.weight > self.room {
+            return false;
+        }
+        let view = context.views.get();
+        let limits = context.limits(&view);
+        for _ in 0..BATCH {
+            let Some(again) = self.again.pop() else {
+                break;
+            };
+            if !self.begin(context, again, &view, &limits) {
+                self.again.push(again);
+                break;
+            }
+            self.go_on(context);
+        }
+        true
+    }
+
+    /// Takes the next chain from the ring.
+    fn take_next(&mut self, context: &mut Context, view: &Rc<View>, limits: &Limits) {
+        let head = self.ring.peek();
+        let Some(slot) = self.slots.get(usize::from(head)) else {
+            return self.give_up(context, format_args!("no descriptor {head}"));
+        };
+        if slot.busy || !self.ring.take(head) {
+            return self.give_up(context, format_args!("chain {head} is there twice"));
+        }
+        let request = Again { head, crashes: 0 };
+        if !self.begin(context, request, view, limits) {
+            // Whoever takes the queue over finds it there.
+            self.ring.put_back(head);
+        }
+    }
+
+    /// Between two requests: shows and submits what is enough for that.
+    fn go_on(&mut self, context: &mut Context) {
+        self.show_some(context);
+        let queued = context.reactor.queued();
+        let under_way = context.reactor.in_flight().saturating_sub(queued);
+        if queued >= submit_together(under_way) {
+            context.reactor.submit();
+        }
     }
 
     /// Handles the completion of an operation of the fast path.
@@ -371,18 +423,25 @@ impl Queue {
     /// The ring cannot be believed any more: nothing is taken from it until it is reset.
     fn give_up(&mut self, context: &mut Context, why: std::fmt::Arguments<'_>) {
         self.closed = true;
+        // It is still marked for whoever comes after this.
+        self.again.clear();
         self.broken = true;
         context.warn(format_args!("a queue is broken and stops: {why}"));
         self.signal_error(context);
     }
 
-    fn begin(&mut self, context: &mut Context, head: u16, view: &Rc<View>, limits: &Limits) {
+    /// Begins with a request that was taken. False: there is no room for it now.
+    fn begin(
+        &mut self,
+        context: &mut Context,
+        request: Again,
+        view: &Rc<View>,
+        limits: &Limits,
+    ) -> bool {
+        let Again { head, crashes } = request;
         let Some(slot) = self.slots.get_mut(usize::from(head)) else {
-            return self.give_up(context, format_args!("no descriptor {head}"));
+            return true;
         };
-        if slot.busy {
-            return self.give_up(context, format_args!("chain {head} is there twice"));
-        }
         let parsed = request::parse(&self.ring, &self.memory, head, &mut slot.ranges);
         let (kind, status) = match parsed {
             Parsed::Request { kind, status } => (kind, status),
@@ -390,20 +449,20 @@ impl Queue {
                 context.stats.errors.add(1);
                 // SAFETY: the address was translated with `self.memory`.
                 unsafe { memory::store_byte(status, with as u8) };
-                return self.ring.put_used(head, 1);
+                self.ring.put_used(head, 1);
+                return true;
             }
             Parsed::Malformed => {
                 context.stats.errors.add(1);
                 context.warn(format_args!("a request has no place for its status"));
-                return self.ring.put_used(head, 0);
+                self.ring.put_used(head, 0);
+                return true;
             }
         };
         let weight = weigh(kind, slot.ranges.data_len());
         if self.weight > 0 && self.weight + weight > MOST_BYTES {
-            // It stays available. Whoever takes the queue over finds it there.
-            self.ring.put_back();
             self.room = MOST_BYTES.saturating_sub(weight);
-            return;
+            return false;
         }
         self.room = MOST_BYTES;
         self.weight += weight;
@@ -412,7 +471,19 @@ impl Queue {
         slot.view = Some(view.clone());
         self.in_flight += 1;
         if let Some(refusal) = self.refusal(context, kind, head, view) {
-            return self.complete(context, head, refusal);
+            self.complete(context, head, refusal);
+            return true;
+        }
+        if crashes >= MOST_CRASHES {
+            context.facts.log.error(
+                Topic::Disk,
+                format_args!(
+                    "a request was under way when the process crashed, {crashes} times in a row, \
+                     and is not tried again: {kind:?}"
+                ),
+            );
+            self.complete(context, head, Status::IoError);
+            return true;
         }
         match kind {
             Kind::In { offset } => self.transfer(context, head, offset, false, view, limits),
@@ -421,6 +492,7 @@ impl Queue {
             Kind::GetId => self.identify(context, head),
             Kind::Discard { .. } | Kind::WriteZeroes { .. } => self.spawn(context, head),
         }
+        true
     }
 
     /// Why a well-formed request is not carried out.

@@ -19,6 +19,7 @@ use std::thread::JoinHandle;
 
 use parking_lot::Mutex;
 
+use super::inflight::Again;
 use super::limit::Log;
 use super::memory::GuestMemory;
 use super::request::ID_LEN;
@@ -46,6 +47,8 @@ pub(super) struct QueueSetup {
     pub(super) error: Option<Arc<File>>,
     /// Every write is stable before it completes.
     pub(super) write_through: bool,
+    /// What a process that died has left to be done, the next one last.
+    pub(super) again: Vec<Again>,
 }
 
 /// Whether zeros that were found may give space back.

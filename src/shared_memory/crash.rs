@@ -1,0 +1,169 @@
+//! Bytes in shared memory that are set when the process crashes, so that its successor can tell a
+//! crash from a kill.
+//!
+//! A crash is a fault of the process's own: an access to no memory, an instruction that is none, an
+//! abort. A SIGKILL leaves no trace, nor does an end that was asked for.
+
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
+use std::sync::{Arc, Once};
+
+use super::SharedMemory;
+
+/// Bytes that can be watched at once: one for each queue of each export that is served.
+const PLACES: usize = 1024;
+
+static BYTES: [AtomicUsize; PLACES] = [const { AtomicUsize::new(0) }; PLACES];
+/// The handler is at work, and the process is about to end.
+static CRASHING: AtomicBool = AtomicBool::new(false);
+
+const SIGNALS: [libc::c_int; 6] = [
+    libc::SIGSEGV,
+    libc::SIGILL,
+    libc::SIGFPE,
+    libc::SIGABRT,
+    libc::SIGTRAP,
+    libc::SIGSYS,
+];
+
+/// What was in force before, as flags and address of the handler.
+struct Old {
+    action: AtomicUsize,
+    flags: AtomicUsize,
+}
+static OLD: [Old; SIGNALS.len()] = [const {
+    Old {
+        action: AtomicUsize::new(libc::SIG_DFL),
+        flags: AtomicUsize::new(0),
+    }
+}; SIGNALS.len()];
+
+/// A byte that is set to 1 at a crash, until this is dropped.
+#[derive(Debug)]
+pub struct CrashByte {
+    place: &'static AtomicUsize,
+    /// Kept mapped until nobody can write to it any more.
+    _memory: Arc<SharedMemory>,
+}
+
+impl CrashByte {
+    /// The byte at `at`. `None`: it is not in the memory, or too many are watched already, and
+    /// then this one stays as it is at a crash.
+    #[must_use]
+    pub fn new(memory: &Arc<SharedMemory>, at: usize) -> Option<Self> {
+        static INSTALLED: Once = Once::new();
+        INSTALLED.call_once(install);
+        if at >= memory.len() {
+            return None;
+        }
+        let address = memory.mapping.start().checked_add(at)?;
+        let place = BYTES.iter().find(|place| {
+            place
+                .compare_exchange(0, address, Ordering::SeqCst, Ordering::Relaxed)
+                .is_ok()
+        })?;
+        Some(Self {
+            place,
+            _memory: memory.clone(),
+        })
+    }
+}
+
+impl Drop for CrashByte {
+    fn drop(&mut self) {
+        self.place.store(0, Ordering::SeqCst);
+        // The handler reads the places after it has said that it is at work: either it does not
+        // find this one, or we learn of it here and leave the memory where it is.
+        while CRASHING.load(Ordering::SeqCst) {
+            std::thread::park();
+        }
+    }
+}
+
+fn install() {
+    for (signal, old) in SIGNALS.iter().zip(&OLD) {
+        // SAFETY: all-zero bytes are a valid sigaction.
+        let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+        // SAFETY: as above.
+        let mut before: libc::sigaction = unsafe { std::mem::zeroed() };
+        action.sa_sigaction = handle as *const () as usize;
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+        // SAFETY: no new action is given, and the structure is valid.
+        unsafe { libc::sigaction(*signal, ptr::null(), &raw mut before) };
+        old.flags.store(before.sa_flags as usize, Ordering::Relaxed);
+        old.action.store(before.sa_sigaction, Ordering::Release);
+        // SAFETY: the handler does only what a signal handler may: it reads and writes atomics and
+        // makes system calls.
+        let result = unsafe { libc::sigaction(*signal, &raw const action, ptr::null_mut()) };
+        if result < 0 {
+            let error = std::io::Error::last_os_error();
+            log::warn!("crashes by signal {signal} will not be noted: {error}");
+        }
+    }
+}
+
+extern "C" fn handle(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    CRASHING.store(true, Ordering::SeqCst);
+    set_all();
+    // SAFETY: the kernel passes a valid structure.
+    let sent = unsafe { (*info).si_code } <= 0;
+    // SAFETY: all-zero bytes are a valid sigaction: the default one.
+    let mut next: libc::sigaction = unsafe { std::mem::zeroed() };
+    // A fault is repeated on return, and seen by what was in force before. That may do nothing about
+    // a signal which was sent: it expects a fault.
+    if !sent && let Some((_, old)) = SIGNALS.iter().zip(&OLD).find(|(one, _)| **one == signal) {
+        next.sa_sigaction = old.action.load(Ordering::Acquire);
+        next.sa_flags = old.flags.load(Ordering::Relaxed) as libc::c_int;
+    }
+    // SAFETY: the structure is valid, with an empty mask.
+    unsafe { libc::sigaction(signal, &raw const next, ptr::null_mut()) };
+    if sent {
+        // It is delivered on return.
+        // SAFETY: no memory is passed.
+        unsafe { libc::raise(signal) };
+    }
+}
+
+/// Sets all bytes. May be called by signal handlers.
+fn set_all() {
+    for place in &BYTES {
+        let address = place.load(Ordering::SeqCst);
+        if address != 0 {
+            let byte: *mut u8 = ptr::with_exposed_provenance_mut(address);
+            // SAFETY: the byte is in a mapping that its owner keeps while it is in the table, and
+            // for ever if it was taken from the table after `CRASHING` was set.
+            unsafe { AtomicU8::from_ptr(byte) }.store(1, Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! What would be caught: a byte that is not set at a crash, one that is set elsewhere, and one
+    //! that is written to when its memory may have gone.
+
+    use std::fs::File;
+    use std::os::fd::FromRawFd;
+
+    use super::*;
+
+    #[test]
+    fn bytes_are_set_while_they_are_watched() {
+        // SAFETY: the name is a string, and the descriptor is new and ours.
+        let file =
+            unsafe { File::from_raw_fd(libc::memfd_create(c"crash".as_ptr(), libc::MFD_CLOEXEC)) };
+        file.set_len(4096).unwrap();
+        let memory = Arc::new(SharedMemory::map(&file, 0, 4096).unwrap());
+        let watched = [3, 4095].map(|at| CrashByte::new(&memory, at).unwrap());
+        drop(CrashByte::new(&memory, 8).unwrap());
+        assert!(CrashByte::new(&memory, 4096).is_none());
+        // Without a crash, since this process is to go on.
+        set_all();
+        let found = [2, 3, 4, 8, 4095].map(|at| memory.load::<u8>(at, Ordering::Relaxed));
+        assert_eq!(found, [0, 1, 0, 0, 1]);
+        drop(watched);
+        memory.store(3, 0u8, Ordering::Relaxed);
+        set_all();
+        assert_eq!(memory.load::<u8>(3, Ordering::Relaxed), 0);
+    }
+}
