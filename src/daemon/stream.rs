@@ -340,6 +340,7 @@ mod tests {
                 target: "top".into(),
                 base: None,
                 layers: vec!["top".into()],
+                backing_file: None,
                 compress,
             };
             let source = GraphSource::new(graph.clone(), Arc::default(), &spec, false).unwrap();

@@ -19,6 +19,8 @@ pub mod format;
 pub mod grace;
 #[path = "../../../../src/reactor/mod.rs"]
 pub mod reactor;
+// The exports, which look at more of it, are not here.
+#[allow(dead_code)]
 #[path = "../../../../src/shared_memory/mod.rs"]
 pub mod shared_memory;
 #[path = "../../../../src/storage/mod.rs"]
