@@ -10,12 +10,11 @@ use common::Res;
 use common::daemon::{Daemon, Program, Setup};
 use common::frontend::{OK, Op, PATIENCE};
 use common::images;
+use common::slow::Slow;
 use common::stamp::{self, SECTOR};
-use std::fs::{self, File};
+use std::fs;
 use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 const DISK: u64 = 8 << 20;
@@ -55,70 +54,6 @@ fn the_limit_of_descriptors_is_raised() -> Res<()> {
     daemon.stop()
 }
 
-/// A file whose server can be stopped, so that all that is done with the file hangs.
-struct Slow {
-    server: Child,
-    file: PathBuf,
-}
-
-impl Slow {
-    /// `None`: the machine has no file systems in user space.
-    fn mount(dir: &Path) -> Res<Option<Self>> {
-        let (image, file) = (dir.join("image"), dir.join("slow"));
-        File::create(&image)?.set_len(DISK)?;
-        File::create(&file)?;
-        let mut command = Command::new("qemu-storage-daemon");
-        // SAFETY: between fork and exec one system call is made, which touches no memory. A test
-        // that is killed must not leave the server behind.
-        unsafe {
-            command.pre_exec(|| {
-                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                Ok(())
-            });
-        }
-        let server = command
-            .arg("--blockdev")
-            .arg(format!(
-                "driver=file,node-name=f,filename={}",
-                image.display()
-            ))
-            .arg("--export")
-            .arg(format!(
-                "type=fuse,id=e,node-name=f,writable=on,mountpoint={}",
-                file.display()
-            ))
-            .stderr(Stdio::null())
-            .spawn()?;
-        let mut slow = Slow { server, file };
-        let deadline = Instant::now() + PATIENCE;
-        while fs::metadata(&slow.file)?.len() == 0 {
-            if slow.server.try_wait()?.is_some() {
-                return Ok(None);
-            }
-            assert!(Instant::now() < deadline, "it never mounts");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        Ok(Some(slow))
-    }
-
-    fn signal(&self, signal: i32) {
-        // SAFETY: the child has not been waited for, so that its id is its own.
-        unsafe { libc::kill(self.server.id() as i32, signal) };
-    }
-}
-
-impl Drop for Slow {
-    fn drop(&mut self) {
-        let _ = self.server.kill();
-        let _ = self.server.wait();
-        // Nobody else unmounts what the server has left behind.
-        if let Ok(file) = std::ffi::CString::new(self.file.as_os_str().as_encoded_bytes()) {
-            // SAFETY: the path is a string.
-            unsafe { libc::umount2(file.as_ptr(), libc::MNT_DETACH) };
-        }
-    }
-}
-
 /// Whether a thread of a process waits for the answer of a file system in user space.
 fn waits_for_file_system(pid: u32) -> Res<bool> {
     for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
@@ -135,7 +70,7 @@ fn waits_for_file_system(pid: u32) -> Res<bool> {
 fn an_export_that_hangs_costs_the_others_nothing_at_the_end() -> Res<()> {
     let dir = tempfile::tempdir()?;
     let (image, mut setup) = bed(dir.path())?;
-    let Some(slow) = Slow::mount(dir.path())? else {
+    let Some(slow) = Slow::mount(dir.path(), DISK)? else {
         eprintln!("skipped: no file systems in user space here");
         return Ok(());
     };
@@ -196,11 +131,11 @@ fn an_export_that_hangs_costs_the_others_nothing_at_the_end() -> Res<()> {
 fn a_job_that_hangs_costs_other_images_nothing_at_the_end() -> Res<()> {
     let dir = tempfile::tempdir()?;
     let (image, mut setup) = bed(dir.path())?;
-    let Some(slow) = Slow::mount(dir.path())? else {
+    let Some(slow) = Slow::mount(dir.path(), DISK)? else {
         eprintln!("skipped: no file systems in user space here");
         return Ok(());
     };
-    let base = File::options().write(true).open(&slow.file)?;
+    let base = fs::File::options().write(true).open(&slow.file)?;
     base.write_all_at(&[5; 1 << 20], 0)?;
     drop(base);
     let overlay = dir.path().join("overlay.qcow2");

@@ -118,6 +118,9 @@ impl Options {
 }
 
 fn main() -> ExitCode {
+    // What the start rows read in the log.
+    // SAFETY: there is one thread so far.
+    unsafe { std::env::set_var("STRATABLK_LOG", "info") };
     let options = Options::parse();
     match run(&options) {
         Ok(()) => ExitCode::SUCCESS,

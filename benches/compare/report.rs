@@ -81,6 +81,12 @@ pub struct StartSample {
     pub wakeups: f64,
     /// CPU seconds per million requests of a guest that sends 1000 each second.
     pub cpu: f64,
+    /// Milliseconds from a second start, right after a SIGKILL with requests in flight, to the end of
+    /// a front-end's handshake.
+    pub again: f64,
+    /// How many of them were spent waiting for the I/O of the killed process; NaN for a back-end
+    /// that does not.
+    pub fence: f64,
 }
 
 /// Everything that was measured.
@@ -333,9 +339,9 @@ impl Report {
     fn start_table(&self, text: &mut String, names: &[&'static str]) {
         let _ = writeln!(
             text,
-            "| row | ready after ms | MiB resident | wake-ups per second, idle | CPU s per \
-             million at 1000 IOPS | ratio |\n\
-             | --- | --- | --- | --- | --- | --- |"
+            "| row | ready after ms | again after a kill ms | of which fence ms | MiB resident | \
+             wake-ups per second, idle | CPU s per million at 1000 IOPS | ratio |\n\
+             | --- | --- | --- | --- | --- | --- | --- | --- |"
         );
         for row in rows(&self.start) {
             let of = |get: fn(&StartSample) -> f64| medians(&self.start, row, names, get);
@@ -343,8 +349,10 @@ impl Report {
             let best = better(&cpu, false);
             let _ = writeln!(
                 text,
-                "| {row} | {} | {} | {} | {} | {} |",
+                "| {row} | {} | {} | {} | {} | {} | {} | {} |",
                 cells(&of(|s| s.ready), 1),
+                cells(&of(|s| s.again), 1),
+                cells(&of(|s| s.fence), 0),
                 cells(&of(|s| s.resident), 1),
                 cells(&of(|s| s.wakeups), 1),
                 cells(&cpu, 0),

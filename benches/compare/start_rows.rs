@@ -33,6 +33,9 @@ pub fn rows() -> Vec<Row> {
 /// The size of the disk.
 const SIZE: u64 = 1 << 40;
 
+/// Requests in flight when it is killed.
+const IN_FLIGHT: u64 = 32;
+
 /// Requests each second of a guest that does little.
 const FEW: u32 = 1000;
 
@@ -106,14 +109,38 @@ fn run(
         next += Duration::from_secs(1) / FEW;
     }
     let cpu = daemon.cpu_time()?.saturating_sub(cpu);
-    drop(queues);
+    for number in 0..IN_FLIGHT {
+        queue.submit(&Op::read(number * 128, &[(0, 4096)]), number)?;
+    }
+    queue.kick()?;
+    daemon.kill()?;
+    let said = daemon.log().len();
+    let begin = Instant::now();
+    let mut daemon = setup.start(&variant.program, disks.dir(), Some(options.cpu_backend))?;
+    let frontend = daemon.connect(&setup.socket, 1, 256, 1 << 16)?;
+    let again = begin.elapsed();
+    let fence = daemon.log().get(said..).and_then(fenced);
+    drop((frontend, queues));
     variant.end(daemon)?;
     Ok(StartSample {
         ready: ready.as_secs_f64() * 1e3,
         resident,
         wakeups,
         cpu: cpu.as_secs_f64() * 1e6 / f64::from(requests.max(1)),
+        again: again.as_secs_f64() * 1e3,
+        fence: fence.unwrap_or(f64::NAN),
     })
+}
+
+/// How long the last start waited for the fence, in milliseconds, as it has said.
+fn fenced(log: &str) -> Option<f64> {
+    let serving = log.lines().rfind(|line| line.contains("serving after"))?;
+    serving
+        .rsplit("fence ")
+        .next()?
+        .strip_suffix(" ms")?
+        .parse()
+        .ok()
 }
 
 /// Resident memory in MiB.

@@ -82,6 +82,11 @@ struct Args {
           help_heading = help::PROCESS)]
     stop_timeout: Option<u32>,
 
+    /// How long to wait at the start until the I/O of a killed process that served the same
+    /// socket has ended
+    #[arg(long, value_name = "SECONDS", help_heading = help::PROCESS, default_value_t = 30)]
+    fence_timeout: u32,
+
     /// What to log: [[enable=]PATTERN][,events=FILE][,file=FILE]
     #[arg(short = 'T', long, value_name = "OPTIONS", help_heading = help::PROCESS)]
     trace: Vec<String>,
@@ -190,6 +195,7 @@ fn to_action(args: &Args) -> Result<Action, ConfigError> {
         )?,
         pidfile: args.pidfile.clone(),
         daemonize: args.daemonize,
+        fence_timeout: Duration::from_secs(args.fence_timeout.into()),
         trace: read_all("--trace", &args.trace, TRACE, TraceOptions::from_value)?,
         stop_timeout: args.stop_timeout.map(|s| Duration::from_secs(s.into())),
     };

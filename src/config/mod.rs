@@ -78,6 +78,8 @@ pub struct Config {
     pub pidfile: Option<PathBuf>,
     /// Go to the background when all is set up.
     pub daemonize: bool,
+    /// How long to wait for the end of a killed process's I/O.
+    pub fence_timeout: Duration,
     /// What to log.
     pub trace: Vec<TraceOptions>,
     /// How long the end may take before what is left is abandoned, if that was said.

@@ -1,11 +1,13 @@
 //! The daemon: puts the parts together as the configuration says, and takes them apart again.
 //!
-//! Set-up goes from the bottom to the top: nodes, exports, monitors. At the end each job, each export
-//! with all its requests, and the monitors, when clients have heard of the jobs, end side by side,
-//! and each image is closed clean when its users have ended (`ending`, `parts`).
+//! Set-up begins when the daemon before this one is gone (`fence`), and goes from the bottom to the
+//! top: nodes, exports, monitors. At the end each job, each export with all its requests, and the
+//! monitors, when clients have heard of the jobs, end side by side, and each image is closed clean
+//! when its users have ended (`ending`, `parts`).
 
 mod backend;
 mod ending;
+mod fence;
 mod guests;
 mod logging;
 mod monitors;
@@ -19,7 +21,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::future::LocalBoxFuture;
 use parking_lot::Mutex;
@@ -129,9 +131,10 @@ fn view(queue: &QueueStats) -> QueueView {
 /// Runs the daemon until it is told to end. Returns the process's exit code.
 #[must_use]
 pub fn run(config: &Config) -> u8 {
+    let began = Instant::now();
     logging::start(!config.trace.is_empty());
     process::raise_descriptor_limit();
-    match serve(config) {
+    match serve(config, began) {
         Ok(()) => 0,
         Err(error) => {
             eprintln!("stratablk: {error}");
@@ -140,19 +143,31 @@ pub fn run(config: &Config) -> u8 {
     }
 }
 
-fn serve(config: &Config) -> Result<()> {
+fn serve(config: &Config, began: Instant) -> Result<()> {
     let foreground = match config.daemonize {
         true => Some(process::daemonize().map_err(|e| during("going to the background", &e))?),
         false => None,
     };
     let (stop, stopped) = channel();
     watch_signals(&stop)?;
+    // Before anything is opened, and before the first ring is made.
+    let fences = fence::hold(&config.exports, None, config.fence_timeout, &stopped)?;
+    let Some(fences) = fences else {
+        return Ok(());
+    };
     let reactor = Reactor::for_this_thread().map_err(|e| during("starting", &e))?;
     let graph = Arc::new(Graph::default());
     let exports = Arc::new(Exports::default());
     let result = set_up(config, &reactor, &graph, &exports, &stop);
     let (result, running) = match result {
-        Ok(running) => (wait(config, &running, foreground, &stopped), Some(running)),
+        Ok(running) => {
+            log::info!(
+                "serving after {} ms, of which fence {} ms",
+                began.elapsed().as_millis(),
+                fences.waited.as_millis()
+            );
+            (wait(config, &running, foreground, &stopped), Some(running))
+        }
         Err(error) => (Err(error), None),
     };
     let (result, pid_file) = match result {
@@ -161,12 +176,17 @@ fn serve(config: &Config) -> Result<()> {
     };
     let patience = ending::Patience::within(config.stop_timeout);
     let ended = ending::end(parts::of(&graph, &exports, running), patience);
-    // Who waits for the file to go wants the images.
-    drop(pid_file);
     if ended.is_err() {
         // Whatever would be dropped here would be waited for.
         std::mem::forget((graph, exports));
+    } else {
+        drop((graph, exports));
+        if reactor.is_last_and_idle() {
+            fences.give_back();
+        }
     }
+    // Who waits for the file to go wants the images and the sockets.
+    drop(pid_file);
     match (result, ended) {
         (Err(first), Err(last)) => Err(Error::Invalid(format!("{first}; at the end: {last}"))),
         (result, ended) => result.and(ended),

@@ -12,6 +12,8 @@ use std::os::fd::AsRawFd;
 
 use io_uring::{IoUring, opcode};
 
+use crate::reactor::uring;
+
 /// How often a signal is tried that the kernel has no memory for.
 const TRIES: u32 = 1000;
 
@@ -40,7 +42,7 @@ impl Bell {
     /// Whatever `io_uring_setup(2)` reports.
     pub(super) fn new() -> io::Result<Self> {
         Ok(Self {
-            uring: IoUring::new(1)?,
+            uring: uring::build(&IoUring::builder(), 1)?,
             attached: false,
         })
     }

@@ -20,6 +20,7 @@ mod executor;
 mod op;
 mod remote;
 mod ring;
+pub mod uring;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
@@ -28,6 +29,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -44,6 +46,9 @@ use ring::Ring;
 const RING_ENTRIES: u32 = 512;
 /// Completions moved out of the ring at a time.
 const REAP_BATCH: usize = 64;
+
+/// Reactors that have not ended, or have left operations behind.
+static UNENDED: AtomicUsize = AtomicUsize::new(0);
 
 thread_local! {
     static CURRENT: RefCell<Option<Reactor>> = const { RefCell::new(None) };
@@ -68,6 +73,14 @@ struct Inner {
     completions: RefCell<VecDeque<Completion>>,
     /// Operations given to the ring whose completion has not been seen (watches excluded).
     in_flight: Cell<u32>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if self.in_flight.get() == 0 {
+            UNENDED.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
 }
 
 /// The reactor of the current thread. Clones name the same reactor.
@@ -107,6 +120,7 @@ impl Reactor {
                 in_flight: Cell::new(0),
             }),
         };
+        UNENDED.fetch_add(1, Ordering::SeqCst);
         reactor.arm_watch(reactor.inner.remote.fd(), Token::WAKE)?;
         CURRENT.set(Some(reactor.clone()));
         Ok(reactor)
@@ -145,6 +159,13 @@ impl Reactor {
     #[must_use]
     pub fn in_flight(&self) -> u32 {
         self.inner.in_flight.get()
+    }
+
+    /// Whether this is the only reactor of the process, and nothing is in flight that it or one
+    /// before it has begun.
+    #[must_use]
+    pub fn is_last_and_idle(&self) -> bool {
+        self.in_flight() == 0 && UNENDED.load(Ordering::SeqCst) == 1
     }
 
     /// Runs `future` to its end on this thread, serving the thread's other tasks meanwhile.

@@ -7,6 +7,8 @@ use std::time::Duration;
 use io_uring::types::{SubmitArgs, Timespec};
 use io_uring::{IoUring, squeue};
 
+use super::uring;
+
 /// An io_uring owned by one thread.
 pub(super) struct Ring {
     uring: IoUring,
@@ -20,21 +22,18 @@ pub(super) struct Ring {
 
 impl Ring {
     pub(super) fn new(entries: u32) -> io::Result<Self> {
-        let best = IoUring::builder()
-            .setup_single_issuer()
+        let mut plain = IoUring::builder();
+        plain.setup_cqsize(entries * 8);
+        let mut best = plain.clone();
+        best.setup_single_issuer()
             .setup_defer_taskrun()
-            .setup_taskrun_flag()
-            .setup_cqsize(entries * 8)
-            .build(entries);
-        let (uring, deferred) = match best {
+            .setup_taskrun_flag();
+        let (uring, deferred) = match uring::build(&best, entries) {
             Ok(uring) => (uring, true),
             // Kernels before 6.1 know none of the flags.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => (
-                IoUring::builder()
-                    .setup_cqsize(entries * 8)
-                    .build(entries)?,
-                false,
-            ),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                (uring::build(&plain, entries)?, false)
+            }
             Err(error) => {
                 return Err(io::Error::new(
                     error.kind(),

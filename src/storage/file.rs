@@ -84,7 +84,8 @@ impl FileStorage {
             syncs,
             fd: file.as_raw_fd(),
             limits: limits_of(&file, flags.direct, block_device),
-            in_line: is_memory(&file),
+            // The node of a device is in memory, and the device is not.
+            in_line: !block_device && is_memory(&file),
             name: path.display().to_string(),
             file,
             lock,

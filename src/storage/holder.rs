@@ -25,6 +25,13 @@ pub enum Holder {
         /// The name of its program, as the kernel has it.
         command: String,
     },
+    /// A process that has been killed, or has crashed, and is not gone.
+    Ending {
+        /// Its number.
+        pid: u32,
+        /// The name of its program, as the kernel has it.
+        command: String,
+    },
     /// None that could be found.
     Unknown {
         /// Whether every process could be looked at.
@@ -37,6 +44,10 @@ impl fmt::Display for Holder {
         match self {
             Self::Own => f.write_str("This process uses it itself, in another node"),
             Self::Process { pid, command } => write!(f, "Process {pid} ({command}) holds the lock"),
+            Self::Ending { pid, command } => write!(
+                f,
+                "Process {pid} ({command}), which has been killed and has not ended, holds the lock"
+            ),
             Self::Unknown { all_seen: true } => f.write_str(
                 "No process that runs here holds the lock: it is left over from one that was \
                  killed and whose last I/O has not ended, or held on another host or in another \
@@ -60,6 +71,7 @@ pub fn find(file: &File, byte: i64) -> Holder {
     };
     let own = std::process::id();
     let mut all_seen = !processes_are_hidden();
+    let mut ending = None;
     let Ok(processes) = fs::read_dir("/proc") else {
         return Holder::Unknown { all_seen: false };
     };
@@ -70,17 +82,19 @@ pub fn find(file: &File, byte: i64) -> Holder {
         let skip = (pid == own).then(|| file.as_raw_fd());
         match holds(&entry.path(), &wanted, byte, skip) {
             Ok(true) if pid == own => return Holder::Own,
-            Ok(true) if ends(&entry.path()) => {}
             Ok(true) => {
                 let command = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
                 let command = command.trim_end().to_owned();
-                return Holder::Process { pid, command };
+                if !ends(&entry.path()) {
+                    return Holder::Process { pid, command };
+                }
+                ending = Some(Holder::Ending { pid, command });
             }
             Ok(false) => {}
             Err(error) => all_seen &= error.kind() != io::ErrorKind::PermissionDenied,
         }
     }
-    Holder::Unknown { all_seen }
+    ending.unwrap_or(Holder::Unknown { all_seen })
 }
 
 /// Whether `/proc` may leave out processes of other users.
@@ -157,20 +171,40 @@ fn is_file(descriptor: &Path) -> bool {
     fs::read_link(descriptor).is_ok_and(|target: PathBuf| target.is_absolute())
 }
 
-/// Whether a process has been killed, and does nothing more than end.
+/// Whether a process does nothing more than end.
 fn ends(process: &Path) -> bool {
-    let status = fs::read_to_string(process.join("status")).unwrap_or_default();
-    is_ending(&status)
+    let read = |name| fs::read_to_string(process.join(name)).unwrap_or_default();
+    is_killed(&read("status")) || is_exiting(&read("stat"))
 }
 
-fn is_ending(status: &str) -> bool {
+/// Whether it is dead, has a signal that will kill it, or is writing its memory to a file after a
+/// crash.
+fn is_killed(status: &str) -> bool {
     let killed = 1_u64 << (libc::SIGKILL - 1);
     status.lines().any(|line| match line.split_once(':') {
         Some(("State", state)) => state.trim_start().starts_with(['Z', 'X']),
+        Some(("CoreDumping", dumping)) => dumping.trim() == "1",
         Some(("SigPnd" | "ShdPnd", set)) => {
             u64::from_str_radix(set.trim(), 16).is_ok_and(|set| set & killed != 0)
         }
         _ => false,
+    })
+}
+
+/// Whether it takes itself apart: the signal has been taken then, and the memory of a large guest is
+/// given back before the files are closed.
+fn is_exiting(stat: &str) -> bool {
+    const PF_EXITING: u32 = 4;
+    // Behind the name, which may hold anything: state, four numbers of other processes and of the
+    // terminal, its foreground group, and the flags.
+    let flags = stat
+        .rsplit(')')
+        .next()
+        .and_then(|rest| rest.split_whitespace().nth(6));
+    flags.is_some_and(|flags| {
+        flags
+            .parse::<u32>()
+            .is_ok_and(|flags| flags & PF_EXITING != 0)
     })
 }
 
@@ -248,8 +282,10 @@ mod tests {
             // SIGTERM: it may take its time, and is not dead.
             ("State:\tR (running)\nShdPnd:\t0000000000004000\n", false),
             ("Name:\tState: Z\nState:\tR (running)\n", false),
+            ("State:\tS (sleeping)\nCoreDumping:\t1\n", true),
+            ("State:\tS (sleeping)\nCoreDumping:\t0\n", false),
         ] {
-            assert_eq!(is_ending(status), ending, "{status:?}");
+            assert_eq!(is_killed(status), ending, "{status:?}");
         }
     }
 
@@ -274,6 +310,20 @@ mod tests {
         assert!(may_look_at_all(&status("000001ffffffffff")));
         assert!(!may_look_at_all(&status("0000000000000000")));
         assert!(!may_look_at_all("Name:\tx\n"));
+
+    fn a_process_that_takes_itself_apart_is_ending() {
+        for (stat, exiting) in [
+            ("17 (x) R 1 17 17 0 -1 4194560 100 0", false),
+            ("17 (x) R 1 17 17 0 -1 4194564 100 0", true),
+            ("17 (a) S 4 4) D 1 17 17 0 -1 4194564 100 0", true),
+            ("17 (a) S 4 4) S 4 4 4 4 4 4194560 4 4", false),
+            ("", false),
+        ] {
+            assert_eq!(is_exiting(stat), exiting, "{stat:?}");
+        }
+        let own = fs::read_to_string("/proc/self/stat").unwrap();
+        assert!(!is_exiting(&own), "{own}");
+        assert!(!ends(Path::new("/proc/self")));
     }
 
     #[test]

@@ -76,7 +76,7 @@ struct Patience;
 impl Patience {
     /// With a process that runs: it may be a tool that only looks, or a daemon that closes its images.
     const RUNNING: Duration = Duration::from_secs(1);
-    /// With nobody who could be seen.
+    /// With nobody who could be seen, or who only ends.
     const UNKNOWN: Duration = Duration::from_secs(3);
     /// The first pause; each is twice the one before.
     const FIRST_PAUSE: Duration = Duration::from_millis(5);
@@ -88,7 +88,7 @@ impl Patience {
             // It would not let go while we wait.
             Holder::Own => Duration::ZERO,
             Holder::Process { .. } => Self::RUNNING,
-            Holder::Unknown { .. } => Self::UNKNOWN,
+            Holder::Ending { .. } | Holder::Unknown { .. } => Self::UNKNOWN,
         }
     }
 }
@@ -320,7 +320,7 @@ fn advice(holder: &Holder, access: Access) -> &'static str {
         (Holder::Process { .. }, _) => {
             "let it end first, or read the image while it changes (force-share=on, -U)"
         }
-        (Holder::Unknown { .. }, _) => "wait for its end and try again",
+        (Holder::Ending { .. } | Holder::Unknown { .. }, _) => "wait for its end and try again",
     }
 }
 
@@ -480,6 +480,14 @@ mod tests {
                 UNSEEN,
                 Patience::UNKNOWN,
                 "left over from one that was killed",
+            ),
+            (
+                Holder::Ending {
+                    pid: 4711,
+                    command: "qemu-io".into(),
+                },
+                Patience::UNKNOWN,
+                "Process 4711 (qemu-io), which has been killed",
             ),
             (
                 Holder::Unknown { all_seen: false },

@@ -13,7 +13,7 @@
 pub mod buffer;
 pub mod fault;
 pub mod file;
-mod holder;
+pub(crate) mod holder;
 pub mod io;
 pub mod locking;
 pub mod memory;

@@ -105,6 +105,8 @@ TABLE = {
     ("docs/performance.md", "cargo bench --bench compare -- --output"): NotRun("an hour"),
     ("docs/performance.md", "cargo bench --bench compare -- --before"): NotRun("an hour"),
     ("docs/qmp.md", "block_stream device"): NotRun("a grammar; test_hmp.py sends such lines"),
+    ("docs/service.md", "install -m 755"): NotRun("needs systemd; test_service.py looks at the unit"),
+    ("docs/service.md", "serving after"): NotRun("a line of the log; tests/frontend_fence.rs looks for it"),
     ("docs/stratactl.md", "$ stratactl stats"): Output("stratactl stats", lines=1),
     ("docs/stratactl.md", "stratactl stream disk0 --base"): Run(
         before="stratactl quit\nwhile test -e /run/vm1.sock; do sleep 0.01; done\n" + SERVED,
