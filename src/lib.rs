@@ -2,7 +2,7 @@
 //!
 //! Each floor knows only those under it: [`daemon`] puts together [`export`] (the data path),
 //! [`control`] and [`job`] (the control path); under both are [`chain`], [`format`], [`storage`]
-//! and [`reactor`]. [`config`] is the command line, [`ctl`] the control tool.
+//! and [`reactor`]. [`state`] is what outlives the process, [`config`] is the command line, [`ctl`] the control tool.
 
 // Guests, clients and images decide what comes in here: nothing of it may end the process.
 #![cfg_attr(
@@ -28,5 +28,6 @@ pub mod job;
 pub mod reactor;
 pub mod sched;
 pub mod shared_memory;
+pub mod state;
 pub mod storage;
 pub mod sync;

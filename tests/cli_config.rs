@@ -143,6 +143,26 @@ fn one_disk_becomes_nodes_and_an_export() {
     assert_eq!(config.stop_timeout, Some(Duration::from_secs(300)));
 }
 
+/// Would catch a state that has another name after a restart, or one that leads out of its folder.
+#[test]
+fn the_state_is_called_after_the_first_export() {
+    let disk = ["--socket-path=/s", "--blk-file=/i.qcow2", "--state=/d"];
+    let state = |more: &[&str]| run(&[&disk, more].concat()).state.unwrap();
+    assert_eq!(
+        (state(&[]).dir, state(&[]).name),
+        (PathBuf::from("/d"), "disk0".to_owned())
+    );
+    assert_eq!(state(&["--state-name=vm-1.a"]).name, "vm-1.a");
+    assert_eq!(run(&disk[..2]).state, None);
+    for name in ["../x", "", ".x", "a/b", "a b"] {
+        let text = error(&[&disk[..], &[&format!("--state-name={name}")]].concat());
+        assert!(text.contains("--state-name"), "{text}");
+    }
+    let alone = ["--state-name=a", "--blk-file=/i", "--socket-path=/s"];
+    assert!(error(&alone).contains("--state"));
+    assert!(error(&["--state=/d"]).contains("--state-name"));
+}
+
 /// Would catch a cache mode with the wrong promise about stable data.
 #[test]
 fn cache_modes() {
@@ -509,6 +529,8 @@ fn help_is_complete() {
         "--pidfile",
         "--daemonize",
         "--stop-timeout",
+        "--state",
+        "--state-name",
         "--trace",
         "--version",
         "--help",

@@ -41,6 +41,16 @@ pub struct Node {
 }
 
 impl Node {
+    /// Its format, as a header would name it: a bare file is a raw disk.
+    #[must_use]
+    pub fn format_name(&self) -> &'static str {
+        match self.driver {
+            "qcow2" => "qcow2",
+            "qed" => "qed",
+            _ => "raw",
+        }
+    }
+
     /// The nodes under it, each with its role.
     fn children(&self) -> impl Iterator<Item = (&str, &'static str)> {
         // A filter has its child's chain, and one child.

@@ -23,6 +23,7 @@ mod descent;
 pub mod graph;
 mod open;
 mod read;
+pub mod recorded;
 pub mod resize;
 mod room;
 mod status;
@@ -44,6 +45,7 @@ use crate::sync::{self, ArcSwap};
 pub use below::{backing_options, layer_options};
 pub use copy::{Copied, Span};
 pub use graph::Graph;
+pub use recorded::{Recorded, RecordedLink, RecordedNode};
 pub use room::with_room;
 pub use status::Status;
 

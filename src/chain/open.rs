@@ -25,7 +25,7 @@ use futures_util::future::LocalBoxFuture;
 
 /// Who asked for a node.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Origin {
+pub(super) enum Origin {
     /// A user, by name.
     Named,
     /// It is written inside another node.
@@ -55,7 +55,7 @@ impl Graph {
         result
     }
 
-    fn open_node<'a>(
+    pub(super) fn open_node<'a>(
         &'a self,
         options: &'a BlockdevOptions,
         descent: &'a mut Descent,
@@ -212,7 +212,7 @@ impl Graph {
     }
 
     /// Opens what lies under the image in node `image`: what the options say, or what its header
-    /// names.
+    /// names; but first of all what is recorded.
     async fn open_below(
         &self,
         above: &BlockdevOptions,
@@ -221,6 +221,14 @@ impl Graph {
         named: Option<Backing>,
         descent: &mut Descent,
     ) -> Result<Option<String>> {
+        let driver = above.driver.name();
+        if let Some(link) = self.recorded_link(driver, image, named.as_ref(), descent)? {
+            let Some(below) = &link.below else {
+                return Ok(None);
+            };
+            let opened = self.open_recorded(above, image, wanted, below, descent);
+            return Ok(Some(opened.await?));
+        }
         match (wanted, named) {
             (BackingRef::None, _) | (BackingRef::Default, None) => Ok(None),
             (BackingRef::Node(node), _) => Ok(Some(self.open_ref(node, descent).await?)),

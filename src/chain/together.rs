@@ -15,6 +15,7 @@ use std::task::{Poll, Waker};
 use futures_util::future::join_all;
 
 use super::graph::Graph;
+use super::recorded::Recorded;
 use crate::config::BlockdevOptions;
 use crate::error::Result;
 
@@ -24,10 +25,12 @@ struct Together {
     places: HashMap<String, usize>,
     /// Whether the node of a place is open, or has failed; and who waits for that.
     nodes: RefCell<Vec<(bool, Vec<Waker>)>>,
+    /// What is recorded of their chains.
+    recorded: Recorded,
 }
 
 impl Together {
-    fn new(list: &[BlockdevOptions]) -> Self {
+    fn new(list: &[&BlockdevOptions], recorded: Recorded) -> Self {
         let mut places = HashMap::new();
         for (place, options) in list.iter().enumerate() {
             if let Some(name) = &options.node_name {
@@ -38,6 +41,7 @@ impl Together {
         Self {
             places,
             nodes: RefCell::new(nodes),
+            recorded,
         }
     }
 
@@ -83,6 +87,11 @@ impl Place {
         }
     }
 
+    /// What is recorded of chains.
+    pub(super) fn recorded(&self) -> Option<&Recorded> {
+        self.0.as_ref().map(|(together, _)| &together.recorded)
+    }
+
     /// Waits until all nodes before this one are open, or have failed.
     pub(super) async fn turn(&self) {
         if let Some((together, own)) = &self.0 {
@@ -97,7 +106,20 @@ impl Graph {
     /// # Errors
     /// As for [`Graph::open`], of the first that fails. No node is added then.
     pub async fn open_all(&self, list: &[BlockdevOptions]) -> Result<()> {
-        let together = Rc::new(Together::new(list));
+        self.open_recorded_all(list, Recorded::default()).await
+    }
+
+    /// As [`Graph::open_all`], with chains as they are recorded where that is something else.
+    ///
+    /// # Errors
+    /// As there; or an image was changed since by something else.
+    pub async fn open_recorded_all(
+        &self,
+        list: &[BlockdevOptions],
+        recorded: Recorded,
+    ) -> Result<()> {
+        let list = recorded.present(list);
+        let together = Rc::new(Together::new(&list, recorded));
         let opened = join_all(list.iter().enumerate().map(async |(place, options)| {
             let own = Place(Some((together.clone(), place)));
             let result = self.open_in(options, own).await;

@@ -5,11 +5,11 @@
 
 use super::disk::{self, DiskArgs};
 use super::error::ConfigError;
-use super::fields::Dialect;
+use super::fields::{Dialect, is_well_formed_id};
 use super::keyval::{self, Notation};
 use super::{
     Action, BlockdevOptions, ChardevOptions, Config, ExportOptions, MonitorOptions, ObjectOptions,
-    TraceOptions, check, help,
+    StateOptions, TraceOptions, check, help,
 };
 use clap::error::ErrorKind as ClapKind;
 use clap::{CommandFactory, FromArgMatches, Parser};
@@ -66,6 +66,16 @@ struct Args {
     /// Not supported: there is no NBD server
     #[arg(long, value_name = "OPTIONS", hide = true)]
     nbd_server: Option<String>,
+
+    /// Record jobs, chains and failed flushes in this folder, so that the next process goes on with
+    /// them. On a disk, not in memory; it must exist
+    #[arg(long, value_name = "DIR", help_heading = help::PROCESS)]
+    state: Option<PathBuf>,
+
+    /// What the daemon's own file in the --state folder is called; daemons that share a folder
+    /// need names of their own [default: the first export's id]
+    #[arg(long, value_name = "NAME", requires = "state", help_heading = help::PROCESS)]
+    state_name: Option<String>,
 
     /// Write the process id to this file when all is ready; removed at exit
     #[arg(long, value_name = "PATH", help_heading = help::PROCESS)]
@@ -198,11 +208,37 @@ fn to_action(args: &Args) -> Result<Action, ConfigError> {
         fence_timeout: Duration::from_secs(args.fence_timeout.into()),
         trace: read_all("--trace", &args.trace, TRACE, TraceOptions::from_value)?,
         stop_timeout: args.stop_timeout.map(|s| Duration::from_secs(s.into())),
+        state: None,
     };
     disk::add_disk(&mut config, &args.disk)?;
+    config.state = state_options(args, &config)?;
     disk::add_control_sockets(&mut config, &args.qmp)?;
     check::check(&config)?;
     Ok(Action::Run(config))
+}
+
+/// Where the state is recorded. It is called after the first export, which the supervisor's options
+/// name in any case.
+fn state_options(args: &Args, config: &Config) -> Result<Option<StateOptions>, ConfigError> {
+    let Some(dir) = &args.state else {
+        return Ok(None);
+    };
+    let name = match (&args.state_name, config.exports.first()) {
+        (Some(name), _) if !is_well_formed_id(name) => {
+            let expected = "letters, digits, '-', '.' and '_', beginning with a letter";
+            return Err(ConfigError::bad_value("--state-name", name, expected));
+        }
+        (Some(name), _) => name.clone(),
+        (None, Some(export)) => export.id.clone(),
+        (None, None) => {
+            let text = "--state: without an export, give the state a name (--state-name)";
+            return Err(ConfigError::other(text));
+        }
+    };
+    Ok(Some(StateOptions {
+        dir: dir.clone(),
+        name,
+    }))
 }
 
 const BLOCKDEV: Notation = Notation::implied("driver");

@@ -84,6 +84,17 @@ pub struct Config {
     pub trace: Vec<TraceOptions>,
     /// How long the end may take before what is left is abandoned, if that was said.
     pub stop_timeout: Option<Duration>,
+    /// Where to record what is to outlive the process.
+    pub state: Option<StateOptions>,
+}
+
+/// Where a daemon records what is to outlive it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StateOptions {
+    /// The folder, which daemons may share.
+    pub dir: PathBuf,
+    /// What the daemon's own files in it are called, before the ending.
+    pub name: String,
 }
 
 impl Config {

@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use crate::job::stream::StreamSource;
 use crate::job::{JobError, Refused};
+use crate::state::record::Work;
 
 pub use super::stats::{ExportStats, QueueStats};
 
@@ -34,10 +35,15 @@ pub trait Backend: Send + Sync {
         self.block_nodes().iter().any(|node| node.node_name == name)
     }
 
-    /// Gets ready to stream. The layers concerned are reserved for the job already, and stay as
-    /// they are until it ends. What can fail early (making a layer writable, a header without room
-    /// for the base's name) should fail here.
-    fn open_stream(&self, spec: &StreamSpec) -> Result<SourceFactory, Refused>;
+    /// What is recorded of a stream that is about to be made; `None` if nobody can go on with it.
+    fn work(&self, _spec: &StreamSpec) -> Result<Option<Work>, Refused> {
+        Ok(None)
+    }
+
+    /// Gets ready to stream, for the job called `job`. The layers concerned are reserved for the job
+    /// already, and stay as they are until it ends. What can fail early (making a layer writable, a
+    /// header without room for the base's name) should fail here.
+    fn open_stream(&self, spec: &StreamSpec, job: &str) -> Result<SourceFactory, Refused>;
 
     /// The flushes that have failed and stay failed, of the export's chain, top first.
     fn sync_errors(&self, export: &Export) -> Vec<SyncError>;

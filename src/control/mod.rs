@@ -27,3 +27,4 @@ pub use events::EventHub;
 pub use places::Limits;
 pub use server::{Endpoint, Server};
 pub use session::Control;
+pub use stream::stream_body;

@@ -455,9 +455,13 @@ impl Shared {
         activity: &Activity,
         item: Result<Value, String>,
     ) -> bool {
+        let negotiated = session.is_negotiated();
         // Without the wait for a client that does not read its answers: that one is idle.
         let reply = activity.during(|| session.handle(item));
         let connected = outbox.answer(&reply.value, session.is_negotiated());
+        if session.is_negotiated() && !negotiated {
+            self.control.jobs().tell();
+        }
         if reply.quit {
             outbox.drain(LAST_WORDS);
             self.control.quit();

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::json;
 
 use super::args::Args;
-use super::backend::{ChainView, LayerView, StreamSpec};
+use super::backend::{ChainView, LayerView, SourceFactory, StreamSpec};
 use super::commands::Done;
 use super::error::CommandError;
 use super::session::Control;
@@ -34,18 +34,25 @@ pub(super) fn block_stream(control: &Control, args: &Args) -> Done {
     if chain.layers.first().is_some_and(|layer| layer.read_only) {
         return Err(CommandError::generic("Block node is read-only"));
     }
-    let job = job_spec(args, &chain)?;
+    let job = JobSpec {
+        work: control.backend.work(&spec)?,
+        ..job_spec(args, &chain)?
+    };
     control.jobs.check_id(&job.id)?;
-    let source = control.backend.open_stream(&spec)?;
-    let backing_file = spec.backing_file;
-    let body: BodyFactory = Box::new(move || {
+    let source = control.backend.open_stream(&spec, &job.id)?;
+    let body = stream_body(source, spec.backing_file);
+    control.jobs.start(job, lease, body)?;
+    Ok(json!({}).into())
+}
+
+/// The body of a stream job.
+pub fn stream_body(source: SourceFactory, backing_file: Option<String>) -> BodyFactory {
+    Box::new(move || {
         let source = source();
         Box::pin(
             async move { Ok(Box::new(Stream::new(source.await?, backing_file)) as Box<dyn Body>) },
         )
-    });
-    control.jobs.start(job, lease, body)?;
-    Ok(json!({}).into())
+    })
 }
 
 fn check_conflicts(args: &Args) -> Result<(), CommandError> {

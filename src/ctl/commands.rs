@@ -122,6 +122,10 @@ fn stream(
         None => job_id(client, &args.device)?,
     };
     let job = job.as_str();
+    // What came before the answer to this tells of other jobs, of the same name perhaps: a daemon
+    // that was restarted tells how jobs of the one before ended.
+    client.execute("query-version", Value::Null)?;
+    client.queued_events();
     let began = Instant::now();
     client.execute("block-stream", stream_arguments(args, job))?;
     if args.wait {

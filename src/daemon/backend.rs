@@ -7,8 +7,9 @@ use std::sync::mpsc::Sender;
 
 use serde_json::{Value, json};
 
+use super::state::Recording;
 use super::stream::{GraphSource, check_base_name};
-use super::{Exports, on_this_thread, sync_errors};
+use super::{Exports, on_this_thread, state, sync_errors};
 use crate::chain::Graph;
 use crate::chain::graph::{Node, resolve};
 use crate::config::{DetectZeroes, Driver};
@@ -20,22 +21,32 @@ use crate::format::Format;
 use crate::format::qcow2;
 use crate::job::stream::StreamSource;
 use crate::job::{JobError, Refused};
+use crate::state::Store;
+use crate::state::record::{self, Work};
 
 /// Nodes and exports, for commands.
 pub struct DaemonBackend {
     graph: Arc<Graph>,
     exports: Arc<Exports>,
     quit: Sender<super::Call>,
+    /// Where jobs and failed flushes are recorded, if they are.
+    store: Option<Arc<Store>>,
 }
 
 impl DaemonBackend {
     /// The backend over what the daemon has.
     #[must_use]
-    pub fn new(graph: Arc<Graph>, exports: Arc<Exports>, quit: Sender<super::Call>) -> Self {
+    pub fn new(
+        graph: Arc<Graph>,
+        exports: Arc<Exports>,
+        quit: Sender<super::Call>,
+        store: Option<Arc<Store>>,
+    ) -> Self {
         Self {
             graph,
             exports,
             quit,
+            store,
         }
     }
 
@@ -94,8 +105,26 @@ impl Backend for DaemonBackend {
         })
     }
 
-    fn open_stream(&self, spec: &StreamSpec) -> Result<SourceFactory, Refused> {
-        let refused = |error: crate::error::Error| Refused(error.to_string());
+    fn work(&self, spec: &StreamSpec) -> Result<Option<Work>, Refused> {
+        if self.store.is_none() {
+            return Ok(None);
+        }
+        let record = |name: &str| state::node(&self.graph, &self.graph.node(name)?);
+        let base = spec
+            .base
+            .as_deref()
+            .map(record)
+            .transpose()
+            .map_err(refused)?;
+        Ok(Some(Work::Stream(record::Stream {
+            target: record(&spec.target).map_err(refused)?,
+            base,
+            backing_file: spec.backing_file.clone(),
+            compress: spec.compress,
+        })))
+    }
+
+    fn open_stream(&self, spec: &StreamSpec, job: &str) -> Result<SourceFactory, Refused> {
         check_base_name(&self.graph, spec).map_err(refused)?;
         let node = self.graph.node(&spec.target).map_err(refused)?;
         let restore = node.layer.read_only;
@@ -106,9 +135,11 @@ impl Backend for DaemonBackend {
         let unused = Unused(restore.then(|| (self.graph.clone(), spec.target.clone())));
         let (graph, exports) = (self.graph.clone(), self.exports.clone());
         let spec = spec.clone();
+        let store = self.store.clone();
+        let recording = store.map(|store| Recording::new(store, job));
         Ok(Box::new(move || {
             Box::pin(async move {
-                match GraphSource::new(graph, exports, &spec, restore) {
+                match GraphSource::new(graph, exports, &spec, restore, recording) {
                     Ok(source) => {
                         // From here on the source sees to it.
                         unused.forget();
@@ -133,13 +164,17 @@ impl Backend for DaemonBackend {
                 "Cannot find device='{device}' nor node-name='{device}'"
             )));
         };
-        sync_errors::clear(&self.graph, &node)
+        sync_errors::clear(&self.graph, &node, self.store.as_deref())
     }
 
     fn quit(&self) {
         // When nobody listens any more, the daemon is ending already.
         let _ = self.quit.send(super::Call::Stop);
     }
+}
+
+fn refused(error: crate::error::Error) -> Refused {
+    Refused(error.to_string())
 }
 
 /// A node that was made writable for a job that may not come to be. It is given back when this is
@@ -308,7 +343,7 @@ mod tests {
             reactor.block_on(graph.open(&options)).unwrap();
         }
         Reactor::leave_thread();
-        DaemonBackend::new(graph, Arc::default(), channel().0)
+        DaemonBackend::new(graph, Arc::default(), channel().0, None)
     }
 
     fn spec(target: &str, base: Option<&str>, backing_file: Option<String>) -> StreamSpec {
@@ -327,7 +362,10 @@ mod tests {
         let backend = backend(dir.path());
         let refused = |name: Option<String>| {
             let spec = spec("top", Some("base"), name);
-            backend.open_stream(&spec).err().map(|refused| refused.0)
+            backend
+                .open_stream(&spec, "job")
+                .err()
+                .map(|refused| refused.0)
         };
         let named = "The image of node 'top' could not name its new backing file, node 'base'";
         for (name, len) in [(None, None), (Some("x".repeat(1024)), Some(1024))] {
@@ -351,7 +389,9 @@ mod tests {
     fn a_layer_is_given_back_when_its_job_cannot_begin() {
         let dir = tempfile::tempdir().unwrap();
         let backend = backend(dir.path());
-        let make = backend.open_stream(&spec("mid", None, None)).unwrap();
+        let make = backend
+            .open_stream(&spec("mid", None, None), "job")
+            .unwrap();
         let is_read_only = || backend.graph.node("mid").unwrap().layer.read_only;
         assert!(!is_read_only());
         // So that the chain cannot be made any more.

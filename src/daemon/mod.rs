@@ -13,6 +13,7 @@ mod logging;
 mod monitors;
 mod parts;
 mod process;
+mod state;
 mod stream;
 mod sync_errors;
 
@@ -32,7 +33,7 @@ use crate::control::backend::{Export as ExportView, ExportStats, QueueStats as Q
 use crate::control::{Control, EventHub};
 use crate::error::{Error, Result};
 use crate::export::{Export, ExportConfig, QueueStats, SocketSource};
-use crate::job::{JobMain, JobRunner, Manager, SystemClock, Timer};
+use crate::job::{JobMain, JobRunner, Ledger, Manager, SystemClock, Timer};
 use crate::reactor::Reactor;
 
 use backend::DaemonBackend;
@@ -151,7 +152,12 @@ fn serve(config: &Config, began: Instant) -> Result<()> {
     let (stop, stopped) = channel();
     watch_signals(&stop)?;
     // Before anything is opened, and before the first ring is made.
-    let fences = fence::hold(&config.exports, None, config.fence_timeout, &stopped)?;
+    let fences = fence::hold(
+        &config.exports,
+        config.state.as_ref().map(|state| state.dir.as_path()),
+        config.fence_timeout,
+        &stopped,
+    )?;
     let Some(fences) = fences else {
         return Ok(());
     };
@@ -230,7 +236,10 @@ fn set_up(
     exports: &Arc<Exports>,
     stop: &Sender<Call>,
 ) -> Result<Running> {
-    reactor.block_on(graph.open_all(&config.blockdevs))?;
+    let store = state::open(config)?;
+    let recorded = state::recorded(store.as_ref());
+    reactor.block_on(graph.open_recorded_all(&config.blockdevs, recorded))?;
+    let plan = state::plan(config, graph, store.as_ref())?;
     for options in &config.exports {
         let export = start_export(config, options, reactor, graph)?;
         exports
@@ -239,16 +248,26 @@ fn set_up(
             .push((Arc::new(export), options.clone()));
     }
     end_with_last_front_end(config, exports, stop);
-    let backend = DaemonBackend::new(graph.clone(), exports.clone(), stop.clone());
+    let backend = Arc::new(DaemonBackend::new(
+        graph.clone(),
+        exports.clone(),
+        stop.clone(),
+        store.clone(),
+    ));
     let hub = EventHub::new();
-    sync_errors::report(graph, exports, &hub)?;
-    let manager = Manager::new(
+    sync_errors::report(graph, exports, &hub, store.clone())?;
+    let manager = Manager::recorded(
         Arc::new(ReactorRunner),
         Arc::new(SystemClock::new()),
         hub.sink(),
+        store.map(|store| store as Arc<dyn Ledger>),
     );
-    let control = Control::new(Arc::new(backend), manager.clone());
-    let monitors = Monitors::start(config, control, hub, stop)?;
+    state::go_on(plan, &manager, &*backend);
+    let control = Control::new(backend, manager.clone());
+    let monitors = Monitors::start(config, control, hub, stop).inspect_err(|_| {
+        // Before the images are closed.
+        manager.shut_down();
+    })?;
     Ok(Running { manager, monitors })
 }
 

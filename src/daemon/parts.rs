@@ -206,7 +206,7 @@ mod tests {
         let runner = Arc::new(ParkRunner);
         let manager = Manager::new(runner, Arc::new(SystemClock::new()), hub.sink());
         let (stop, _stopped) = channel();
-        let backend = DaemonBackend::new(graph.clone(), exports.clone(), stop.clone());
+        let backend = DaemonBackend::new(graph.clone(), exports.clone(), stop.clone(), None);
         let control = Control::new(Arc::new(backend), manager.clone());
         let monitors = Monitors::start(&Config::default(), control, hub, &stop).unwrap();
         let lease = manager.reserve(&["top".to_owned()], "stream").unwrap();

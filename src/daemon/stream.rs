@@ -5,16 +5,19 @@ use std::sync::Arc;
 
 use futures_util::future::LocalBoxFuture;
 
-use super::Exports;
 use super::guests::Guests;
+use super::state::Recording;
+use super::{Exports, state};
 
 use crate::chain::graph::{Node, resolve};
 use crate::chain::{Chain, Graph, Root, Span, Status, View, with_room};
+use crate::config::{BackingRef, Driver};
 use crate::control::backend::StreamSpec;
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::Backing;
 use crate::job::stream::{ChunkStatus, GuestLoad, JobIoError, StreamSource};
+use crate::state::record;
 
 /// A stream into one layer of a chain, down to a base.
 ///
@@ -30,6 +33,8 @@ pub struct GraphSource {
     /// Clusters are compressed where that makes them smaller.
     compress: bool,
     guests: Guests,
+    /// Where its result is recorded.
+    recording: Option<Recording>,
 }
 
 impl GraphSource {
@@ -43,6 +48,7 @@ impl GraphSource {
         exports: Arc<Exports>,
         spec: &StreamSpec,
         restore: bool,
+        recording: Option<Recording>,
     ) -> Result<Self> {
         Ok(Self {
             root: graph.root(&spec.target)?,
@@ -52,6 +58,7 @@ impl GraphSource {
             compress: spec.compress,
             restore,
             guests: Guests::new(exports),
+            recording,
         })
     }
 
@@ -95,7 +102,10 @@ impl GraphSource {
     }
 
     /// The order matters: everything copied is stable before the header changes, and the header
-    /// is stable before anybody hears of it.
+    /// is stable before anybody hears of it. What the header will say is recorded before, so that a
+    /// process that finds it knows that the stream has ended; and that it does say so is recorded
+    /// before the layers between are let go of, since what is discarded from then on must never be
+    /// read through to them.
     async fn end_stream(&self, backing_file: Option<String>) -> Result<()> {
         let chain = self.root.chain();
         let Format::Qcow2(image) = &chain.top().format else {
@@ -106,8 +116,62 @@ impl GraphSource {
             None => None,
             Some(base) => Some(backing(&self.graph, &self.target, base, backing_file)?),
         };
+        let Some(recording) = &self.recording else {
+            image.set_backing(backing.as_ref()).await?;
+            return self.graph.set_backing(&self.target, self.base.as_deref());
+        };
+        let mut commit = self.commit(backing.as_ref())?;
+        // A header that stays as it is tells nothing: then the record is what counts.
+        let shows = image.backing() != backing;
+        if shows {
+            recording.commit(&commit)?;
+        }
         image.set_backing(backing.as_ref()).await?;
-        self.graph.set_backing(&self.target, self.base.as_deref())
+        commit.done = true;
+        match recording.commit(&commit) {
+            Err(error) if shows => log::error!("a stream's end: {error}"),
+            result => result?,
+        }
+        self.graph.set_backing(&self.target, self.base.as_deref())?;
+        recording.forget_gone(&self.graph);
+        Ok(())
+    }
+
+    /// The stream's result, as it is recorded, where the header is to name `backing`.
+    fn commit(&self, backing: Option<&Backing>) -> Result<record::Commit> {
+        let nodes = self.graph.chain_nodes(&self.target)?;
+        let base = nodes
+            .iter()
+            .find(|node| Some(&node.name) == self.base.as_ref());
+        let target = self.graph.node(&self.target)?;
+        let below = base
+            .map(|base| state::below(&self.graph, base))
+            .transpose()?;
+        let by_header = match (backing, base) {
+            (Some(backing), Some(base)) => {
+                let whole = resolve(&target.filename, &backing.name) == base.filename
+                    && self.graph.is_whole_file(base)?;
+                whole || backing.name == self.graph.header_name(&base.name)?
+            }
+            (None, None) => true,
+            _ => false,
+        };
+        let by_options = match &target.options.driver {
+            Driver::Qcow2(options) => options.backing != BackingRef::Default,
+            _ => true,
+        };
+        let streamed = nodes.iter().skip(1);
+        let streamed = streamed.take_while(|node| Some(&node.name) != self.base.as_ref());
+        Ok(record::Commit {
+            link: record::Link {
+                node: state::node(&self.graph, &target)?,
+                header: backing.map(state::header),
+                below,
+                released: state::names_of(&self.graph, streamed),
+            },
+            keep: by_options || !by_header,
+            done: false,
+        })
     }
 }
 
@@ -128,7 +192,7 @@ fn backing(graph: &Graph, target: &str, base: &str, name: Option<String>) -> Res
     };
     Ok(Backing {
         name,
-        format: Some(format_name(node).to_owned()),
+        format: Some(node.format_name().to_owned()),
     })
 }
 
@@ -178,15 +242,6 @@ pub fn check_base_name(graph: &Graph, spec: &StreamSpec) -> Result<()> {
     })
 }
 
-/// The format of a node for a header: a bare file is a raw disk.
-fn format_name(node: &Node) -> &'static str {
-    match node.driver {
-        "qcow2" => "qcow2",
-        "qed" => "qed",
-        _ => "raw",
-    }
-}
-
 fn job_error(error: &Error) -> JobIoError {
     JobIoError {
         errno: error.errno(),
@@ -229,6 +284,13 @@ impl StreamSource for GraphSource {
             self.copy_range(offset, len)
                 .await
                 .map_err(|e| job_error(&e))
+        })
+    }
+
+    fn settle(&self) -> LocalBoxFuture<'_, std::result::Result<(), JobIoError>> {
+        Box::pin(async move {
+            let chain = self.root.chain();
+            chain.top().flush().await.map_err(|e| job_error(&e))
         })
     }
 
@@ -343,7 +405,8 @@ mod tests {
                 backing_file: None,
                 compress,
             };
-            let source = GraphSource::new(graph.clone(), Arc::default(), &spec, false).unwrap();
+            let source =
+                GraphSource::new(graph.clone(), Arc::default(), &spec, false, None).unwrap();
             let root = graph.root("top").unwrap();
             let buffer = AlignedBuf::copy_of(&[1; CLUSTER as usize]);
             let write = |at: u64| {

@@ -8,7 +8,7 @@ use std::sync::{Arc, Weak};
 
 use serde_json::json;
 
-use super::Exports;
+use super::{Exports, state};
 use crate::chain::graph::Node;
 use crate::chain::{Graph, Layer};
 use crate::control::backend::SyncError;
@@ -16,6 +16,7 @@ use crate::control::events::EventHub;
 use crate::error::{Error, Result, SyncFailure, errno_text};
 use crate::format::Format;
 use crate::job::{Event, Refused};
+use crate::state::Store;
 use crate::storage::Syncs;
 use crate::storage::syncs::on_failure;
 
@@ -29,11 +30,16 @@ pub(super) fn syncs_of(layer: &Layer) -> Vec<Arc<Syncs>> {
     }
 }
 
-/// Tells the clients of `hub` of failures, from now on.
+/// Tells the clients of `hub` of failures, from now on, and records them in `store`.
 ///
 /// # Errors
 /// When there can be no thread for it.
-pub fn report(graph: &Arc<Graph>, exports: &Arc<Exports>, hub: &Arc<EventHub>) -> Result<()> {
+pub fn report(
+    graph: &Arc<Graph>,
+    exports: &Arc<Exports>,
+    hub: &Arc<EventHub>,
+    store: Option<Arc<Store>>,
+) -> Result<()> {
     let (failures, failed) = channel();
     let (graph, exports) = (Arc::downgrade(graph), Arc::downgrade(exports));
     let hub = hub.clone();
@@ -41,6 +47,9 @@ pub fn report(graph: &Arc<Graph>, exports: &Arc<Exports>, hub: &Arc<EventHub>) -
         .name("sync-errors".into())
         .spawn(move || {
             for (syncs, failure) in failed {
+                if let Some(store) = &store {
+                    record(store, &failure);
+                }
                 for event in events(&graph, &exports, &syncs, &failure) {
                     hub.send(&event);
                 }
@@ -52,6 +61,19 @@ pub fn report(graph: &Arc<Graph>, exports: &Arc<Exports>, hub: &Arc<EventHub>) -
         let _ = failures.send((syncs.clone(), failure.clone()));
     });
     Ok(())
+}
+
+/// Records a failure: the next process does not know of it otherwise, and the kernel tells of it
+/// no more.
+fn record(store: &Store, failure: &SyncFailure) {
+    let failed = state::failed_sync(failure);
+    let recorded = store.change(|state| {
+        state.failed_syncs.retain(|other| other.file != failed.file);
+        state.failed_syncs.push(failed);
+    });
+    if let Err(error) = recorded {
+        log::error!("a failed flush is not known to the next process: {error}");
+    }
 }
 
 /// An event for each export whose flushes fail, or one without a device.
@@ -134,12 +156,24 @@ pub fn of(graph: &Graph, name: &str) -> Vec<SyncError> {
         .collect()
 }
 
-/// Lets the flushes of a node's image, and of those under it, be tried again.
+/// Lets the flushes of a node's image, and of those under it, be tried again, in the next process
+/// as well.
 ///
 /// # Errors
-/// When there is no such node, or none of these flushes has failed.
-pub fn clear(graph: &Graph, name: &str) -> std::result::Result<(), Refused> {
+/// When there is no such node, none of these flushes has failed, or that cannot be recorded.
+pub fn clear(graph: &Graph, name: &str, store: Option<&Store>) -> std::result::Result<(), Refused> {
     let all = chain_syncs(graph, name).map_err(|error| Refused(error.to_string()))?;
+    if let Some(store) = store {
+        let failed = all.iter().filter_map(|(_, syncs)| syncs.failure());
+        let failed: Vec<_> = failed
+            .map(|failure| state::failed_sync(&failure).file)
+            .collect();
+        store.change(|state| {
+            state
+                .failed_syncs
+                .retain(|mark| !failed.contains(&mark.file))
+        })?;
+    }
     let mut cleared = 0;
     for (node, syncs) in &all {
         if let Some(failure) = syncs.clear() {
@@ -226,7 +260,7 @@ mod tests {
         );
         let file = add(&graph, "file", "g", None);
         add(&graph, "raw", "disk", Some(&file));
-        report(&graph, &exports, &hub).unwrap();
+        report(&graph, &exports, &hub, None).unwrap();
         let client = Arc::new(Outbox::default());
         client.answer(&json!({"return": {}}), true);
         hub.add(&client, Box::new(|| {}));
@@ -259,13 +293,13 @@ mod tests {
             "reason": "Input/output error"});
         assert_eq!(event["data"], data);
 
-        let refused = clear(&graph, "other").unwrap_err().0;
+        let refused = clear(&graph, "other", None).unwrap_err().0;
         assert_eq!(refused, "No flush of node 'other' has failed");
-        assert!(clear(&graph, "nothing").is_err());
+        assert!(clear(&graph, "nothing", None).is_err());
         flush("disk").unwrap_err();
-        clear(&graph, "disk").unwrap();
+        clear(&graph, "disk", None).unwrap();
         flush("disk").unwrap();
-        clear(&graph, "disk").unwrap_err();
+        clear(&graph, "disk", None).unwrap_err();
         // One event for one failure.
         client.close();
         assert!(line.recv_timeout(Duration::from_secs(20)).is_err());

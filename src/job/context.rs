@@ -63,6 +63,11 @@ impl JobContext {
         self.job.lock().cancel
     }
 
+    /// Whether another process began the job, and may have done a part of it.
+    pub fn is_restored(&self) -> bool {
+        self.job.is_restored()
+    }
+
     /// Whether the job is to pause, or to end: time for a [`pause_point`](Self::pause_point), with
     /// nothing in flight.
     pub fn interrupted(&self) -> bool {
@@ -78,7 +83,8 @@ impl JobContext {
             {
                 let mut state = self.job.lock();
                 if state.cancel || !state.pause {
-                    if paused {
+                    // Nobody is told of a job that ends for now.
+                    if paused && !state.suspend {
                         state.idle = false;
                         self.job.set_status(&mut state, Status::Running);
                     }
@@ -188,19 +194,28 @@ impl JobContext {
             ErrorAction::Ignore => "ignore",
             ErrorAction::Stop => "stop",
         };
+        let io_status = match errno {
+            libc::ENOSPC => IoStatus::NoSpace,
+            _ => IoStatus::Failed,
+        };
+        let _turn = self.job.turn();
+        let stop = action == ErrorAction::Stop && !self.job.lock().cancel;
+        if stop {
+            // It stops in any case: unrecorded, it meets the error again in the next process.
+            self.job.record_anyway(|job| {
+                job.paused = true;
+                job.io_status = io_status;
+            });
+        }
         let mut state = self.job.lock();
         let operation = if is_write { "write" } else { "read" };
         self.job.emit(
             "BLOCK_JOB_ERROR",
             json!({"device": self.job.id(), "operation": operation, "action": name}),
         );
-        if action == ErrorAction::Stop && !state.cancel {
+        if stop && !state.cancel {
             state.pause = true;
-            state.io_status = if errno == libc::ENOSPC {
-                IoStatus::NoSpace
-            } else {
-                IoStatus::Failed
-            };
+            state.io_status = io_status;
             self.job.wake();
         }
         action

@@ -18,6 +18,8 @@ pub(super) enum Outcome {
     Completed,
     Cancelled,
     Failed(JobError),
+    /// Not ended: another process goes on with it.
+    Suspended,
 }
 
 /// Sees to it that a job does not stay listed as running when its thread dies.
@@ -68,22 +70,21 @@ pub(super) async fn drive(
             drop(body);
             outcome
         }
-        Err(_) if job.lock().cancel => Outcome::Cancelled,
-        Err(error) => Outcome::Failed(error),
+        Err(error) => given_up(&job).unwrap_or(Outcome::Failed(error)),
     };
     obituary.tell(outcome);
 }
 
 async fn live(job: &Job, context: &JobContext, body: &mut dyn Body) -> Outcome {
     let result = body.run(context).await;
-    if job.lock().cancel {
-        return Outcome::Cancelled;
+    if let Some(outcome) = given_up(job) {
+        return outcome;
     }
     if let Err(error) = result {
         return Outcome::Failed(error);
     }
-    if !wait_for_finalize(job).await {
-        return Outcome::Cancelled;
+    if let Some(outcome) = wait_for_finalize(job).await {
+        return outcome;
     }
     match body.commit(context).await {
         Ok(()) => Outcome::Completed,
@@ -91,20 +92,34 @@ async fn live(job: &Job, context: &JobContext, body: &mut dyn Body) -> Outcome {
     }
 }
 
-/// Goes through `waiting` and `pending`; false if the job was cancelled there.
-async fn wait_for_finalize(job: &Job) -> bool {
+/// How the job ends if it was told to.
+fn given_up(job: &Job) -> Option<Outcome> {
+    let state = job.lock();
+    match (state.cancel, state.suspend) {
+        (false, _) => None,
+        (true, false) => Some(Outcome::Cancelled),
+        (true, true) => Some(Outcome::Suspended),
+    }
+}
+
+/// Goes through `waiting` and `pending`; how the job ends if it was told to meanwhile.
+async fn wait_for_finalize(job: &Job) -> Option<Outcome> {
     {
-        let mut state = job.lock();
-        if state.cancel {
-            return false;
+        let _turn = job.turn();
+        if let Some(outcome) = given_up(job) {
+            return Some(outcome);
         }
+        if job.lock().pause {
+            job.record_anyway(|job| job.paused = false);
+        }
+        let mut state = job.lock();
         // A pause that came too late to be honoured must not show for ever.
         state.pause = false;
         job.set_status(&mut state, Status::Waiting);
         job.set_status(&mut state, Status::Pending);
         if job.spec().auto_finalize {
             state.committing = true;
-            return true;
+            return None;
         }
         job.emit(
             "BLOCK_JOB_PENDING",
@@ -113,14 +128,14 @@ async fn wait_for_finalize(job: &Job) -> bool {
     }
     loop {
         let listener = job.listen();
+        if let Some(outcome) = given_up(job) {
+            return Some(outcome);
+        }
         {
             let mut state = job.lock();
-            if state.cancel {
-                return false;
-            }
-            if state.finalize {
+            if state.finalize && !state.cancel {
                 state.committing = true;
-                return true;
+                return None;
             }
         }
         listener.await;

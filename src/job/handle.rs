@@ -7,25 +7,15 @@ use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Value, json};
 
 use super::context::Progress;
+use super::ledger::Ledger;
 use super::manager::Lease;
 use super::pacing::{Bucket, Grant, Ticket};
 use super::runner::Clock;
 use super::status::{IoStatus, Status, Verb};
 use super::{Event, EventSink, Refused};
+use crate::state::record::{self, Work};
 
-/// What a job does about an I/O error.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnError {
-    /// End with the error.
-    #[default]
-    Report,
-    /// Go on with the next range, and end with the error.
-    Ignore,
-    /// Pause; when resumed, try the range again.
-    Stop,
-    /// `Stop` when there is no space left, `Report` otherwise.
-    Enospc,
-}
+pub use crate::state::record::OnError;
 
 /// What a new job is to be.
 #[derive(Clone, Debug)]
@@ -44,6 +34,8 @@ pub struct JobSpec {
     pub auto_finalize: bool,
     /// Whether it disappears when it is over.
     pub auto_dismiss: bool,
+    /// What it does, for those who go on with it in another process: `None` if nobody can.
+    pub work: Option<Work>,
 }
 
 impl JobSpec {
@@ -57,7 +49,41 @@ impl JobSpec {
             on_error: OnError::Report,
             auto_finalize: true,
             auto_dismiss: true,
+            work: None,
         }
+    }
+
+    /// What a job is that was recorded.
+    pub(super) fn recorded(job: &record::Job) -> Self {
+        let Work::Stream(_) = &job.work;
+        Self {
+            len: job.len,
+            speed: job.speed,
+            on_error: job.on_error,
+            auto_finalize: job.auto_finalize,
+            auto_dismiss: job.auto_dismiss,
+            work: Some(job.work.clone()),
+            ..Self::stream(&job.id)
+        }
+    }
+
+    /// The record of a new job.
+    fn record(&self) -> Option<record::Job> {
+        Some(record::Job {
+            id: self.id.clone(),
+            work: self.work.clone()?,
+            len: self.len,
+            speed: self.speed,
+            on_error: self.on_error,
+            auto_finalize: self.auto_finalize,
+            auto_dismiss: self.auto_dismiss,
+            paused: false,
+            io_status: IoStatus::Ok,
+            cancelled: false,
+            finalized: false,
+            commit: None,
+            end: None,
+        })
     }
 }
 
@@ -143,6 +169,8 @@ pub(super) struct State {
     /// A client wants it to pause, or an error has made it.
     pub pause: bool,
     pub cancel: bool,
+    /// It is to end for now: another process goes on with it.
+    pub suspend: bool,
     /// The body is asleep: it waits for its speed limit or to be resumed.
     pub idle: bool,
     /// A client asked for the result to be put in force.
@@ -163,6 +191,13 @@ pub(super) struct State {
 pub struct Job {
     spec: JobSpec,
     state: Mutex<State>,
+    /// Held while something about the job that is recorded changes: first on the disk, and then,
+    /// with what it was checked against still true, in [`State`]. Taken before any other lock.
+    turn: Mutex<()>,
+    /// Where it is recorded.
+    ledger: Option<Arc<dyn Ledger>>,
+    /// Another process began it.
+    restored: bool,
     /// Told at every change the body or the driver may wait for.
     changed: Signal,
     clock: Arc<dyn Clock>,
@@ -172,14 +207,16 @@ pub struct Job {
 impl Job {
     pub(super) fn new(
         spec: JobSpec,
-        lease: Lease,
+        lease: Option<Lease>,
         clock: Arc<dyn Clock>,
         events: EventSink,
+        ledger: Option<Arc<dyn Ledger>>,
     ) -> Self {
         let state = State {
             status: Status::Created,
             pause: false,
             cancel: false,
+            suspend: false,
             idle: false,
             finalize: false,
             committing: false,
@@ -189,14 +226,77 @@ impl Job {
             io_status: IoStatus::Ok,
             error: None,
             bucket: Bucket::new(spec.speed, clock.now()),
-            lease: Some(lease),
+            lease,
         };
+        let ledger = ledger.filter(|_| spec.work.is_some());
         Self {
             spec,
             state: Mutex::new(state),
+            turn: Mutex::new(()),
+            ledger,
+            restored: false,
             changed: Signal::new(),
             clock,
             events,
+        }
+    }
+
+    /// A job that another process recorded as `from`.
+    pub(super) fn restored(
+        from: &record::Job,
+        lease: Option<Lease>,
+        clock: Arc<dyn Clock>,
+        events: EventSink,
+        ledger: Option<Arc<dyn Ledger>>,
+    ) -> Self {
+        let job = Self::new(JobSpec::recorded(from), lease, clock, events, ledger);
+        {
+            let mut state = job.lock();
+            state.pause = from.paused;
+            state.io_status = from.io_status;
+            state.finalize = from.finalized;
+        }
+        Self {
+            restored: true,
+            ..job
+        }
+    }
+
+    /// Whether another process began it.
+    pub(super) fn is_restored(&self) -> bool {
+        self.restored
+    }
+
+    /// Where it is recorded, if it is.
+    pub(super) fn ledger(&self) -> Option<&dyn Ledger> {
+        self.ledger.as_deref()
+    }
+
+    /// To be held while something that is recorded changes, and from before it is decided.
+    pub(super) fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock()
+    }
+
+    /// Records the job, which is new.
+    pub(super) fn record_new(&self) -> Result<(), Refused> {
+        match (self.ledger(), self.spec.record()) {
+            (Some(ledger), Some(record)) => ledger.add(record),
+            _ => Ok(()),
+        }
+    }
+
+    /// Records a change of the job, which is to happen after it. The caller has the turn.
+    pub(super) fn record(&self, mut change: impl FnMut(&mut record::Job)) -> Result<(), Refused> {
+        match self.ledger() {
+            Some(ledger) => ledger.change(&self.spec.id, &mut change),
+            None => Ok(()),
+        }
+    }
+
+    /// As [`record`](Self::record), of a change that happens in any case.
+    pub(super) fn record_anyway(&self, change: impl FnMut(&mut record::Job)) {
+        if let Err(error) = self.record(change) {
+            log::error!("job '{}' goes on unrecorded: {error}", self.spec.id);
         }
     }
 
@@ -249,23 +349,35 @@ impl Job {
 
     /// Makes the job pause at the next opportunity.
     pub fn pause(&self) -> Result<(), Refused> {
-        let mut state = self.lock();
-        self.check(&state, Verb::Pause)?;
-        if state.pause {
-            return Err(Refused("Job is already paused".to_owned()));
+        let _turn = self.turn();
+        {
+            let state = self.lock();
+            self.check(&state, Verb::Pause)?;
+            if state.pause {
+                return Err(Refused("Job is already paused".to_owned()));
+            }
         }
-        state.pause = true;
+        self.record(|job| job.paused = true)?;
+        self.lock().pause = true;
         self.wake();
         Ok(())
     }
 
     /// Lets a paused job go on.
     pub fn resume(&self) -> Result<(), Refused> {
-        let mut state = self.lock();
-        if !state.pause {
-            return Err(Refused("Can't resume a job that was not paused".to_owned()));
+        let _turn = self.turn();
+        {
+            let state = self.lock();
+            if !state.pause {
+                return Err(Refused("Can't resume a job that was not paused".to_owned()));
+            }
+            self.check(&state, Verb::Resume)?;
         }
-        self.check(&state, Verb::Resume)?;
+        self.record(|job| {
+            job.paused = false;
+            job.io_status = IoStatus::Ok;
+        })?;
+        let mut state = self.lock();
         state.pause = false;
         state.io_status = IoStatus::Ok;
         self.wake();
@@ -274,9 +386,11 @@ impl Job {
 
     /// Gives the job another speed limit, in force at once. 0 is none.
     pub fn set_speed(&self, speed: i64) -> Result<(), Refused> {
-        let mut state = self.lock();
-        self.check(&state, Verb::SetSpeed)?;
+        let _turn = self.turn();
+        self.check(&self.lock(), Verb::SetSpeed)?;
         let speed = checked_speed(speed)?;
+        self.record(|job| job.speed = speed)?;
+        let mut state = self.lock();
         state.bucket.set_speed(speed, self.clock.now());
         self.wake();
         Ok(())
@@ -285,12 +399,29 @@ impl Job {
     /// Makes the job give up. Only by `force` does that reach a paused job through the older
     /// command; see [`block_cancel`](Self::block_cancel).
     pub fn cancel(&self) -> Result<(), Refused> {
+        let _turn = self.turn();
+        self.check(&self.lock(), Verb::Cancel)?;
+        self.record(|job| job.cancelled = true)?;
         let mut state = self.lock();
-        self.check(&state, Verb::Cancel)?;
         state.cancel = true;
         state.pause = false;
         self.wake();
         Ok(())
+    }
+
+    /// Ends the job for now, if it is one that another process can go on with: nothing is told, and
+    /// the record stays. False if it is not.
+    pub(super) fn suspend(&self) -> bool {
+        if self.ledger.is_none() {
+            return false;
+        }
+        let mut state = self.lock();
+        if state.status.allows(Verb::Cancel) && !state.cancel {
+            state.cancel = true;
+            state.suspend = true;
+            self.wake();
+        }
+        true
     }
 
     /// Cancels as `block-job-cancel` does: without `force` a paused job is left alone.
@@ -312,15 +443,19 @@ impl Job {
 
     /// Puts the result of a pending job in force.
     pub fn finalize(&self) -> Result<(), Refused> {
-        let mut state = self.lock();
-        self.check(&state, Verb::Finalize)?;
-        if state.finalize || state.committing {
-            return Err(Refused(format!(
-                "Job '{}' is already being finalized",
-                self.spec.id
-            )));
+        let _turn = self.turn();
+        {
+            let state = self.lock();
+            self.check(&state, Verb::Finalize)?;
+            if state.finalize || state.committing {
+                return Err(Refused(format!(
+                    "Job '{}' is already being finalized",
+                    self.spec.id
+                )));
+            }
         }
-        state.finalize = true;
+        self.record(|job| job.finalized = true)?;
+        self.lock().finalize = true;
         self.wake();
         Ok(())
     }

@@ -8,9 +8,11 @@ use parking_lot::{Condvar, Mutex};
 
 use super::driver::{self, Obituary, Outcome};
 use super::handle::{Job, JobInfo, JobSpec};
+use super::ledger::Ledger;
 use super::runner::{Clock, JobRunner};
 use super::status::Status;
 use super::{BodyFactory, EventSink, JobError, JobMain, Refused};
+use crate::state::record;
 
 /// The nodes in use, each with the kind of the job that uses it.
 type Nodes = Arc<Mutex<HashMap<String, &'static str>>>;
@@ -38,6 +40,17 @@ pub struct Busy {
     pub index: usize,
     /// What kind of job holds it.
     pub kind: &'static str,
+}
+
+/// How a job ended whose end nobody was told of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Untold {
+    /// It has completed.
+    Completed,
+    /// It was cancelled.
+    Cancelled,
+    /// It failed, for this reason.
+    Failed(String),
 }
 
 #[derive(Default)]
@@ -89,12 +102,28 @@ pub struct Manager {
     runner: Arc<dyn JobRunner>,
     clock: Arc<dyn Clock>,
     events: EventSink,
+    /// Where jobs are recorded, if they are.
+    ledger: Option<Arc<dyn Ledger>>,
+    /// Jobs of an earlier process that have ended, and how, until somebody listens who can be told:
+    /// `None` from then on.
+    untold: Mutex<Option<Vec<(Arc<Job>, Outcome)>>>,
     myself: Weak<Manager>,
 }
 
 impl Manager {
     /// No jobs yet. They will be run by `runner`, and tell what happens to `events`.
     pub fn new(runner: Arc<dyn JobRunner>, clock: Arc<dyn Clock>, events: EventSink) -> Arc<Self> {
+        Self::recorded(runner, clock, events, None)
+    }
+
+    /// As [`new`](Self::new), with jobs that are recorded in `ledger`: those that can be gone on
+    /// with in another process.
+    pub fn recorded(
+        runner: Arc<dyn JobRunner>,
+        clock: Arc<dyn Clock>,
+        events: EventSink,
+        ledger: Option<Arc<dyn Ledger>>,
+    ) -> Arc<Self> {
         Arc::new_cyclic(|myself| Self {
             inner: Mutex::default(),
             started: Condvar::new(),
@@ -102,6 +131,8 @@ impl Manager {
             runner,
             clock,
             events,
+            ledger,
+            untold: Mutex::new(Some(Vec::new())),
             myself: myself.clone(),
         })
     }
@@ -155,20 +186,111 @@ impl Manager {
         body: BodyFactory,
     ) -> Result<Arc<Job>, Refused> {
         self.check_id(&spec.id)?;
-        let gone = || Refused("The daemon is shutting down".to_owned());
-        let manager = self.myself.upgrade().ok_or_else(gone)?;
-        let name = format!("job-{}", spec.id);
-        let (id, nodes) = (spec.id.clone(), lease.nodes.clone());
-        let job = Arc::new(Job::new(
+        let nodes = lease.nodes.clone();
+        let job = Job::new(
             spec,
+            Some(lease),
+            self.clock.clone(),
+            self.events.clone(),
+            self.ledger.clone(),
+        );
+        self.check_open()?;
+        // What is not recorded does not begin.
+        job.record_new()?;
+        let (id, ledger) = (job.id().to_owned(), self.ledger.clone());
+        let started = self.run(job, nodes, body);
+        if started.is_err()
+            && let Some(ledger) = ledger
+            && let Err(error) = ledger.remove(&id, false)
+        {
+            log::error!("job '{id}', which was not to be, stays recorded: {error}");
+        }
+        started
+    }
+
+    /// Goes on with a job that another process recorded as `from`.
+    pub fn restore(
+        &self,
+        from: &record::Job,
+        lease: Lease,
+        body: BodyFactory,
+    ) -> Result<Arc<Job>, Refused> {
+        self.check_id(&from.id)?;
+        let nodes = lease.nodes.clone();
+        self.run(self.restored(from, Some(lease)), nodes, body)
+    }
+
+    /// Lists a job again that another process recorded as `from`, and that is over: how it ended is
+    /// told to the first who listen ([`tell`](Self::tell)), or was told already.
+    pub fn restore_over(
+        &self,
+        from: &record::Job,
+        lease: Option<Lease>,
+        untold: Option<Untold>,
+    ) -> Result<(), Refused> {
+        self.check_id(&from.id)?;
+        let job = Arc::new(self.restored(from, lease));
+        {
+            let mut state = job.lock();
+            state.idle = true;
+            state.pause = false;
+            state.status = Status::Concluded;
+            if let Some(end) = &from.end {
+                (state.len, state.offset) = (end.len, end.offset);
+                state.progress.copied = end.copied;
+                state.progress.to_copy = end.copied;
+                state.error.clone_from(&end.error);
+            }
+        }
+        let outcome = match untold {
+            Some(Untold::Completed) => Some(Outcome::Completed),
+            Some(Untold::Cancelled) => Some(Outcome::Cancelled),
+            Some(Untold::Failed(text)) => Some(Outcome::Failed(JobError::new(text))),
+            None => None,
+        };
+        self.inner.lock().jobs.push(job.clone());
+        if let Some(outcome) = outcome {
+            self.conclude(&job, outcome);
+        }
+        Ok(())
+    }
+
+    fn restored(&self, from: &record::Job, lease: Option<Lease>) -> Job {
+        Job::restored(
+            from,
             lease,
             self.clock.clone(),
             self.events.clone(),
-        ));
+            self.ledger.clone(),
+        )
+    }
+
+    /// Somebody listens to events now: tells how jobs ended that ended while nobody did, because
+    /// the process ended as well.
+    pub fn tell(&self) {
+        let untold = self.untold.lock().take();
+        for (job, outcome) in untold.into_iter().flatten() {
+            self.conclude(&job, outcome);
+        }
+    }
+
+    fn check_open(&self) -> Result<(), Refused> {
+        match self.inner.lock().closed {
+            true => Err(shutting_down()),
+            false => Ok(()),
+        }
+    }
+
+    /// Runs a new job, which holds `nodes`, on a thread of its own.
+    fn run(&self, job: Job, nodes: Vec<String>, body: BodyFactory) -> Result<Arc<Job>, Refused> {
+        let manager = self.myself.upgrade().ok_or_else(shutting_down)?;
+        let name = format!("job-{}", job.id());
+        let id = job.id().to_owned();
+        let job = Arc::new(job);
         {
             let mut inner = self.inner.lock();
             if inner.closed {
-                return Err(gone());
+                return Err(shutting_down());
             }
             if inner.jobs.iter().any(|other| other.id() == job.id()) {
                 return Err(Refused(format!("Job ID '{}' already in use", job.id())));
@@ -229,12 +351,20 @@ impl Manager {
 
     /// Forgets a concluded job.
     pub fn dismiss(&self, id: &str) -> Option<Result<(), Refused>> {
-        let mut inner = self.inner.lock();
-        let job = inner.jobs.iter().find(|job| job.id() == id).cloned()?;
+        let job = self.job(id)?;
+        let _turn = job.turn();
+        // Somebody else may have had the turn before.
+        self.job(id).filter(|other| Arc::ptr_eq(other, &job))?;
         if let Err(refused) = job.check_dismiss() {
             return Some(Err(refused));
         }
-        Self::remove(&mut inner, &job);
+        if let Some(ledger) = job.ledger() {
+            let completed = job.lock().error.is_none();
+            if let Err(refused) = ledger.remove(id, completed) {
+                return Some(Err(refused));
+            }
+        }
+        Self::remove(&mut self.inner.lock(), &job);
         Some(Ok(()))
     }
 
@@ -247,6 +377,19 @@ impl Manager {
 
     /// Ends a job: tells how it ended, and forgets it unless it is to stay.
     pub(super) fn conclude(&self, job: &Arc<Job>, outcome: Outcome) {
+        if matches!(outcome, Outcome::Suspended) {
+            return;
+        }
+        let _turn = job.turn();
+        if job.is_restored()
+            && let Some(untold) = &mut *self.untold.lock()
+        {
+            // Whoever had begun it is on the way back, and would miss its end.
+            Self::wait_to_be_told(job, &outcome);
+            untold.push((job.clone(), outcome));
+            return;
+        }
+        Self::record_end(job, &outcome);
         let mut inner = self.inner.lock();
         {
             let mut state = job.lock();
@@ -266,6 +409,7 @@ impl Manager {
                     job.set_status(&mut state, Status::Aborting);
                     job.emit_end("BLOCK_JOB_COMPLETED", &state);
                 }
+                Outcome::Suspended => {}
             }
             job.set_status(&mut state, Status::Concluded);
         }
@@ -274,15 +418,68 @@ impl Manager {
         }
     }
 
-    /// Cancels all jobs, and takes no more. Returns those that have yet to end.
+    /// The state of a job that has ended, until its end is told.
+    fn wait_to_be_told(job: &Job, outcome: &Outcome) {
+        let mut state = job.lock();
+        state.idle = true;
+        state.pause = false;
+        // As while it ended: too late to be cancelled.
+        state.committing = true;
+        if matches!(outcome, Outcome::Completed) {
+            state.status = Status::Pending;
+            state.offset = state.len;
+        } else {
+            state.status = Status::Aborting;
+        }
+    }
+
+    /// Records how a job ended, before anybody is told: what is told is told once, and what was on
+    /// its way when the process ended is lost with the listeners' connections.
+    fn record_end(job: &Job, outcome: &Outcome) {
+        let Some(ledger) = job.ledger() else {
+            return;
+        };
+        let completed = matches!(outcome, Outcome::Completed);
+        let recorded = if job.spec().auto_dismiss {
+            ledger.remove(job.id(), completed)
+        } else {
+            let end = {
+                let state = job.lock();
+                record::End {
+                    error: match outcome {
+                        Outcome::Failed(error) => Some(error.text.clone()),
+                        _ => None,
+                    },
+                    len: state.len,
+                    offset: if completed { state.len } else { state.offset },
+                    copied: state.progress.copied,
+                }
+            };
+            job.record(|record| {
+                record.paused = false;
+                record.end = Some(end.clone());
+                if !completed {
+                    record.commit = None;
+                }
+            })
+        };
+        if let Err(error) = recorded {
+            log::error!("the end of job '{}' is not recorded: {error}", job.id());
+        }
+    }
+
+    /// Cancels all jobs, and takes no more. Returns those that have yet to end. Jobs that are
+    /// recorded are not cancelled: another process goes on with them.
     pub fn close(&self) -> Vec<EndingJob> {
         let mut inner = self.inner.lock();
         inner.closed = true;
         self.started
             .wait_while(&mut inner, |inner| inner.starting > 0);
         for job in &inner.jobs {
-            // A job that is over, or about to be, refuses; that is as good.
-            let _ = job.cancel();
+            if !job.suspend() {
+                // A job that is over, or about to be, refuses; that is as good.
+                let _ = job.cancel();
+            }
         }
         let mut ending: Vec<EndingJob> = Vec::new();
         for JobThread { id, nodes, thread } in std::mem::take(&mut inner.threads) {
@@ -305,4 +502,8 @@ impl Manager {
     pub fn shut_down(&self) {
         self.close().into_iter().for_each(EndingJob::wait);
     }
+}
+
+fn shutting_down() -> Refused {
+    Refused("The daemon is shutting down".to_owned())
 }

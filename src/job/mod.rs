@@ -13,23 +13,29 @@
 //! - [`context`]: one job as its body sees it
 //! - `driver`: takes a body through the states
 //! - [`manager`]: all jobs, and the nodes they hold
+//! - [`ledger`]: where jobs are recorded, so that another process can go on with them
 //! - [`pacing`]: the speed limit
 //! - [`runner`]: the thread a job runs on
 //! - [`stream`]: the stream job itself
 //! - `survey`: what is left to copy
+//! - `settle`: what was copied becomes stable while the job runs
 
 pub mod context;
 mod driver;
 pub mod handle;
+pub mod ledger;
 pub mod manager;
 pub mod pacing;
 pub mod runner;
+mod settle;
 pub mod status;
 pub mod stream;
 mod survey;
 
 #[cfg(test)]
 mod progress_tests;
+#[cfg(test)]
+mod recorded_tests;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -42,7 +48,8 @@ use serde_json::Value;
 
 pub use context::{ErrorAction, JobContext, Progress};
 pub use handle::{Job, JobInfo, JobSpec, OnError};
-pub use manager::{Busy, Lease, Manager};
+pub use ledger::Ledger;
+pub use manager::{Busy, Lease, Manager, Untold};
 pub use runner::{Clock, JobMain, JobRunner, ParkRunner, SystemClock, Timer};
 pub use status::{IoStatus, Status, Verb};
 

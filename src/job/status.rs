@@ -1,5 +1,7 @@
 //! The states of a job and what each allows.
 
+pub use crate::state::record::IoStatus;
+
 /// Where a job is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
@@ -94,18 +96,6 @@ impl Verb {
             Self::Dismiss => "dismiss",
         }
     }
-}
-
-/// How the last I/O of a job went.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum IoStatus {
-    /// No error that stopped the job.
-    #[default]
-    Ok,
-    /// The job stopped at an error.
-    Failed,
-    /// The job stopped because there was no space left.
-    NoSpace,
 }
 
 impl IoStatus {

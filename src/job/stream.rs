@@ -20,6 +20,7 @@ use futures_util::future::{self, Either, LocalBoxFuture};
 use futures_util::stream::FuturesUnordered;
 
 use super::context::{ErrorAction, Flow, JobContext};
+use super::settle::Settle;
 use super::survey::Survey;
 use super::{Body, JobError};
 
@@ -111,6 +112,11 @@ pub trait StreamSource {
     /// written in the meantime, more than `len` where clusters are larger.
     fn copy(&self, offset: u64, len: u64) -> LocalBoxFuture<'_, Result<u64, JobIoError>>;
 
+    /// Makes what was copied so far, and all mappings to it, stable.
+    fn settle(&self) -> LocalBoxFuture<'_, Result<(), JobIoError>> {
+        Box::pin(future::ready(Ok(())))
+    }
+
     /// Makes what was copied, and all mappings to it, stable; then makes the layer's header point
     /// at the base, under the name `backing_file` or, without one, its own; and when that is stable,
     /// puts the shorter chain in force. Nothing of it happens when this is not called.
@@ -145,15 +151,21 @@ impl Body for Stream {
             let source = self.source.as_ref();
             context.set_len(source.len());
             let survey = Survey::new(source, context);
+            let settle = Settle::new(source, context);
             let copying = pin!(async {
-                let result = Copier::new(source, context, &survey).run().await;
-                // What it has begun comes to its end.
+                let result = Copier::new(source, context, &survey, &settle).run().await;
+                // What they have begun comes to its end.
                 drop(survey.rest().await);
+                drop(settle.rest().await);
                 result
             });
-            match future::select(copying, pin!(survey.run())).await {
+            let (surveying, settling) = (pin!(survey.run()), pin!(settle.run()));
+            let beside = future::select(surveying, settling);
+            match future::select(copying, beside).await {
                 Either::Left((result, _)) => result,
-                Either::Right((never, _)) => match never {},
+                Either::Right((Either::Left((never, _)) | Either::Right((never, _)), _)) => {
+                    match never {}
+                }
             }
         })
     }
@@ -210,6 +222,7 @@ struct Copier<'a> {
     source: &'a dyn StreamSource,
     context: &'a JobContext,
     survey: &'a Survey<'a>,
+    settle: &'a Settle<'a>,
     /// All before it was begun or passed over.
     next: u64,
     /// What is known to need copying from `next` on.
@@ -230,11 +243,17 @@ struct Copier<'a> {
 }
 
 impl<'a> Copier<'a> {
-    fn new(source: &'a dyn StreamSource, context: &'a JobContext, survey: &'a Survey<'a>) -> Self {
+    fn new(
+        source: &'a dyn StreamSource,
+        context: &'a JobContext,
+        survey: &'a Survey<'a>,
+        settle: &'a Settle<'a>,
+    ) -> Self {
         Self {
             source,
             context,
             survey,
+            settle,
             next: 0,
             known: None,
             failed: VecDeque::new(),
@@ -248,6 +267,9 @@ impl<'a> Copier<'a> {
     }
 
     async fn run(&mut self) -> Result<(), JobError> {
+        if self.context.is_restored() {
+            self.pass_over().await;
+        }
         loop {
             // `stopping` by itself, too: the job may have been resumed before it got here.
             if self.fatal.is_some() || self.stopping || self.context.interrupted() {
@@ -256,6 +278,9 @@ impl<'a> Copier<'a> {
                     return Err(error);
                 }
                 let resting = self.survey.rest().await;
+                if !self.context.should_stop() {
+                    self.settle.now().await;
+                }
                 self.context.pause_point().await;
                 drop(resting);
                 if self.context.should_stop() {
@@ -289,6 +314,17 @@ impl<'a> Copier<'a> {
             }
         }
         self.ignored.take().map_or(Ok(()), Err)
+    }
+
+    /// Goes on to the first range that needs something, paused or not: to where the process came
+    /// that began the job.
+    async fn pass_over(&mut self) {
+        while !self.context.should_stop() && !self.stopping && self.fatal.is_none() {
+            match self.find_work().await {
+                Work::Moved => yield_now().await,
+                Work::Again(_) | Work::Next(_) | Work::None => return,
+            }
+        }
     }
 
     fn max_in_flight(&self) -> usize {
@@ -437,6 +473,7 @@ impl<'a> Copier<'a> {
         match result {
             Ok(moved) => {
                 ended(moved);
+                self.settle.copied();
                 if limited {
                     self.context.settle(range.len(), moved);
                 }

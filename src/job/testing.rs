@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 
 use super::stream::{ChunkStatus, GuestLoad, JobIoError, Stream, StreamSource, yield_now};
 use super::*;
+use crate::state::record::{self, State};
 
 pub const KIB: u64 = 1 << 10;
 pub const MIB: u64 = 1 << 20;
@@ -163,6 +164,16 @@ pub struct Disk {
     pub watched: Mutex<Option<Arc<Manager>>>,
     /// What it told.
     pub told: Mutex<Vec<Progress>>,
+    /// When what is told here happens.
+    pub clock: Mutex<Option<Arc<VirtualTime>>>,
+    /// Copies that ended, and (`true`) the times that they were made stable.
+    pub log: Mutex<Vec<(Duration, bool)>>,
+    /// How often it fails to make copies stable.
+    pub settle_faults: Mutex<u32>,
+    /// How often copies began to be made stable.
+    pub settling: Mutex<u32>,
+    /// While set, copies are not made stable but wait.
+    pub settle_gate: Mutex<bool>,
 }
 
 impl Disk {
@@ -201,7 +212,23 @@ impl Disk {
             looks: Mutex::default(),
             watched: Mutex::default(),
             told: Mutex::default(),
+            clock: Mutex::default(),
+            log: Mutex::default(),
+            settle_faults: Mutex::default(),
+            settling: Mutex::default(),
+            settle_gate: Mutex::default(),
         })
+    }
+
+    /// Notes that a copy has ended, or that all that did are stable.
+    fn note(&self, stable: bool) {
+        let now = self.clock.lock().as_ref().map(|clock| clock.now());
+        self.log.lock().push((now.unwrap_or_default(), stable));
+    }
+
+    pub fn set_settle_gate(&self, shut: bool) {
+        *self.settle_gate.lock() = shut;
+        self.gate_moved.notify(usize::MAX);
     }
 
     pub fn set_gate(&self, shut: bool) {
@@ -298,7 +325,32 @@ impl StreamSource for FakeSource {
             let mut needed = disk.needed.lock();
             let clusters = offset / disk.cluster..(offset + len).div_ceil(disk.cluster);
             let moved = clusters.filter(|cluster| needed.remove(cluster)).count() as u64;
+            disk.note(false);
             Ok(moved * disk.cluster)
+        })
+    }
+
+    fn settle(&self) -> LocalBoxFuture<'_, Result<(), JobIoError>> {
+        Box::pin(async move {
+            *self.0.settling.lock() += 1;
+            loop {
+                let moved = self.0.gate_moved.listen();
+                if !*self.0.settle_gate.lock() {
+                    break;
+                }
+                moved.await;
+            }
+            let mut faults = self.0.settle_faults.lock();
+            if *faults > 0 {
+                *faults -= 1;
+                return Err(JobIoError {
+                    errno: libc::EIO,
+                    write: true,
+                    text: "cannot settle".to_owned(),
+                });
+            }
+            self.0.note(true);
+            Ok(())
         })
     }
 
@@ -341,29 +393,65 @@ impl Bench {
         })
     }
 
+    /// A bench whose jobs are recorded, and those that wait for their speed limit wait for ever.
+    pub fn recorded(pages: &Arc<Pages>) -> Self {
+        let time = VirtualTime {
+            frozen: true,
+            ..VirtualTime::default()
+        };
+        Self::new_with(time, Some(pages.clone()))
+    }
+
     fn with(time: VirtualTime) -> Self {
+        Self::new_with(time, None)
+    }
+
+    fn new_with(time: VirtualTime, ledger: Option<Arc<dyn Ledger>>) -> Self {
         let time = Arc::new(time);
         let (sender, events) = mpsc::channel();
         let sink: EventSink = Arc::new(move |event| drop(sender.send(event)));
         let runner = Arc::new(VirtualRunner(time.clone()));
         Self {
-            manager: Manager::new(runner, time.clone(), sink),
+            manager: Manager::recorded(runner, time.clone(), sink, ledger),
             time,
             events,
         }
     }
 
     pub fn start(&self, spec: JobSpec, disk: &Arc<Disk>) -> Arc<Job> {
+        self.try_start(spec, disk).unwrap()
+    }
+
+    pub fn try_start(&self, spec: JobSpec, disk: &Arc<Disk>) -> Result<Arc<Job>, Refused> {
+        let lease = self.lease(&spec.id);
+        self.manager.start(spec, lease, self.body(disk))
+    }
+
+    /// Goes on with a recorded job.
+    pub fn restore(&self, from: &record::Job, disk: &Arc<Disk>) -> Arc<Job> {
+        let lease = self.lease(&from.id);
+        self.manager.restore(from, lease, self.body(disk)).unwrap()
+    }
+
+    fn lease(&self, id: &str) -> Lease {
+        self.manager.reserve(&[id.to_owned()], "stream").unwrap()
+    }
+
+    fn body(&self, disk: &Arc<Disk>) -> BodyFactory {
         let disk = disk.clone();
-        let lease = self
-            .manager
-            .reserve(std::slice::from_ref(&spec.id), "stream")
-            .unwrap();
-        let factory: BodyFactory = Box::new(move || {
+        *disk.clock.lock() = Some(self.time.clone());
+        Box::new(move || {
             let source = Box::new(FakeSource(disk));
             Box::pin(async move { Ok(Box::new(Stream::new(source, None)) as Box<dyn Body>) })
-        });
-        self.manager.start(spec, lease, factory).unwrap()
+        })
+    }
+
+    /// The events that have come and were not looked at.
+    pub fn events(&self) -> Vec<String> {
+        self.events
+            .try_iter()
+            .map(|event| describe(&event))
+            .collect()
     }
 
     /// Waits for the first event that is one of `wanted`.
@@ -401,5 +489,44 @@ pub fn describe(event: &Event) -> String {
         "JOB_STATUS_CHANGE" => member("status"),
         "BLOCK_JOB_ERROR" => format!("ERROR {} {}", member("operation"), member("action")),
         name => [name, &member("error")].join(" ").trim_end().to_owned(),
+    }
+}
+
+/// Records of jobs, as long as there is room for them.
+#[derive(Default)]
+pub struct Pages {
+    state: Mutex<State>,
+    full: Mutex<bool>,
+}
+
+impl Pages {
+    pub fn set_full(&self, full: bool) {
+        *self.full.lock() = full;
+    }
+
+    pub fn job(&self, id: &str) -> Option<record::Job> {
+        self.state.lock().job_mut(id).cloned()
+    }
+
+    fn write(&self, change: impl FnOnce(&mut State)) -> Result<(), Refused> {
+        if *self.full.lock() {
+            return Err(Refused("No room for the record".to_owned()));
+        }
+        change(&mut self.state.lock());
+        Ok(())
+    }
+}
+
+impl Ledger for Pages {
+    fn add(&self, job: record::Job) -> Result<(), Refused> {
+        self.write(|state| state.jobs.push(job))
+    }
+
+    fn change(&self, id: &str, change: &mut dyn FnMut(&mut record::Job)) -> Result<(), Refused> {
+        self.write(|state| change(state.job_mut(id).unwrap()))
+    }
+
+    fn remove(&self, id: &str, completed: bool) -> Result<(), Refused> {
+        self.write(|state| state.remove_job(id, completed))
     }
 }

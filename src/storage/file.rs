@@ -360,7 +360,8 @@ fn device_len(file: &File) -> io::Result<u64> {
     Ok(len)
 }
 
-fn is_memory(file: &File) -> bool {
+/// Whether a file or folder is in memory: it goes with the host.
+pub(crate) fn is_memory(file: &File) -> bool {
     // SAFETY: all-zero bytes are a valid statfs.
     let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: the call writes one statfs.

@@ -310,7 +310,9 @@ mod tests {
         assert!(may_look_at_all(&status("000001ffffffffff")));
         assert!(!may_look_at_all(&status("0000000000000000")));
         assert!(!may_look_at_all("Name:\tx\n"));
+    }
 
+    #[test]
     fn a_process_that_takes_itself_apart_is_ending() {
         for (stat, exiting) in [
             ("17 (x) R 1 17 17 0 -1 4194560 100 0", false),

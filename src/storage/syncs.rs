@@ -108,6 +108,18 @@ impl Syncs {
         syncs
     }
 
+    /// From now on the file named in `failure` has failed, as an earlier process found.
+    ///
+    /// # Errors
+    /// When it cannot be looked at: there is no such file, perhaps.
+    pub fn keep(failure: SyncFailure) -> io::Result<()> {
+        let metadata = std::fs::metadata(&failure.file)?;
+        // Kept in the registry by the failure itself.
+        let syncs = Self::of_file(&metadata, false);
+        syncs.state.lock().failure = Some(failure);
+        Ok(())
+    }
+
     /// Those of a storage. One that does not say which they are counts as a file of its own,
     /// written through the page cache.
     #[must_use]
@@ -378,5 +390,57 @@ mod tests {
         again.syncs().unwrap().clear().unwrap();
         synced(&again).unwrap();
         Reactor::leave_thread();
+    }
+
+    #[test]
+    fn a_failure_of_an_earlier_process_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        std::fs::write(&path, [0; 4096]).unwrap();
+        let reactor = Reactor::for_this_thread().unwrap();
+        let failure = SyncFailure {
+            file: path.display().to_string(),
+            errno: libc::EIO,
+            at: UNIX_EPOCH + Duration::from_secs(951_782_400),
+        };
+        Syncs::keep(failure.clone()).unwrap();
+        for direct in [false, true] {
+            let flags = OpenFlags {
+                writable: true,
+                direct,
+                ..OpenFlags::default()
+            };
+            let Ok(storage) = FileStorage::open(&path, flags) else {
+                // Not every file system has O_DIRECT.
+                assert!(direct);
+                continue;
+            };
+            let error = reactor.block_on(storage_io::sync(&storage)).unwrap_err();
+            assert!(error.to_string().contains("2000-02-29"), "{error}");
+            assert_eq!(storage.syncs().unwrap().failure(), Some(failure.clone()));
+        }
+        // Another test's file may have the same number.
+        let flags = OpenFlags::default();
+        let storage = FileStorage::open(&path, flags).unwrap();
+        storage.syncs().unwrap().clear().unwrap();
+        let missing = SyncFailure {
+            file: dir.path().join("missing").display().to_string(),
+            ..failure
+        };
+        Syncs::keep(missing).unwrap_err();
+        Reactor::leave_thread();
+    }
+
+    #[test]
+    fn the_time_is_told_in_utc() {
+        for (seconds, text) in [
+            (0, "1970-01-01 00:00:00 UTC"),
+            (951_782_400, "2000-02-29 00:00:00 UTC"),
+            (1_709_251_199, "2024-02-29 23:59:59 UTC"),
+            (1_795_424_733, "2026-11-23 09:05:33 UTC"),
+            (4_107_542_400, "2100-03-01 00:00:00 UTC"),
+        ] {
+            assert_eq!(utc(UNIX_EPOCH + Duration::from_secs(seconds)), text);
+        }
     }
 }

@@ -85,6 +85,7 @@ stratablk --daemonize --blk-file=vm1.qcow2 --socket-path=/run/vm1.sock --qmp=/ru
 SETUP = {
     "docs/command-line.md": CHAIN,
     "docs/qmp.md": CHAIN,
+    "docs/state.md": CHAIN,
     "docs/stratactl.md": CHAIN + SERVED,
 }
 
@@ -107,6 +108,7 @@ TABLE = {
     ("docs/qmp.md", "block_stream device"): NotRun("a grammar; test_hmp.py sends such lines"),
     ("docs/service.md", "install -m 755"): NotRun("needs systemd; test_service.py looks at the unit"),
     ("docs/service.md", "serving after"): NotRun("a line of the log; tests/frontend_fence.rs looks for it"),
+    ("docs/state.md", "stratactl image clear-error"): NotRun("no flush has failed; see test_state.py"),
     ("docs/stratactl.md", "$ stratactl stats"): Output("stratactl stats", lines=1),
     ("docs/stratactl.md", "stratactl stream disk0 --base"): Run(
         before="stratactl quit\nwhile test -e /run/vm1.sock; do sleep 0.01; done\n" + SERVED,

@@ -176,7 +176,7 @@ impl Backend for Shared {
         })
     }
 
-    fn open_stream(&self, spec: &StreamSpec) -> Result<SourceFactory, Refused> {
+    fn open_stream(&self, spec: &StreamSpec, _job: &str) -> Result<SourceFactory, Refused> {
         let source = FakeSource {
             daemon: self.0.clone(),
             spec: spec.clone(),

@@ -8,9 +8,11 @@
 //! - `map`: where the bytes of a disk are (`status`);
 //! - `resize`, `rebase`, `compare`, `snapshot`: the commands of these names;
 //! - `check`: consistency check and repair;
+//! - `clear_error`: a failed flush that a daemon has recorded;
 //! - `open`: opening images for all of them.
 
 mod check;
+mod clear_error;
 mod compare;
 mod create;
 mod describe;
@@ -65,6 +67,9 @@ pub enum ImageCommand {
     /// Look for contradictions and lost space in an image, and repair them
     #[command(after_help = check::HELP)]
     Check(check::CheckArgs),
+    /// Let flushes of a file be tried again that failed for a daemon which has ended
+    #[command(after_help = clear_error::HELP)]
+    ClearError(clear_error::ClearErrorArgs),
 }
 
 /// Carries out a command.
@@ -79,5 +84,6 @@ pub fn execute(args: ImageArgs, json: bool, out: &mut dyn Write) -> Result<(), F
         ImageCommand::Compare(args) => compare::run(&args, json, out),
         ImageCommand::Snapshot(args) => snapshot::run(&args, json, out),
         ImageCommand::Check(args) => check::run(&args, json, out),
+        ImageCommand::ClearError(args) => clear_error::run(&args, json, out),
     }
 }

@@ -1,0 +1,447 @@
+//! What the daemon records of its disks and jobs, and how the next one goes on with it.
+//!
+//! At the start what is recorded decides what lies under images ([`recorded`]), and is compared with
+//! the nodes that the command line has made ([`plan`]): a job or a chain of another image is
+//! nothing to guess about. Then jobs go on ([`go_on`]).
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, UNIX_EPOCH};
+
+use crate::chain::graph::Node;
+use crate::chain::{Graph, Recorded, RecordedLink, RecordedNode};
+use crate::config::{Config, StateOptions};
+use crate::control::backend::{Backend, StreamSpec};
+use crate::control::stream_body;
+use crate::error::{Error, Result};
+use crate::format::Format;
+use crate::format::qcow2::Backing;
+use crate::job::{Ledger, Manager, Refused, Untold};
+use crate::state::record::{self, State, Work};
+use crate::state::{self, StateError, Store};
+use crate::storage::Syncs;
+use crate::storage::syncs::SyncFailure;
+
+impl From<StateError> for Error {
+    fn from(error: StateError) -> Self {
+        Self::Invalid(error.to_string())
+    }
+}
+
+/// Opens the state that the configuration names, if it names one.
+///
+/// # Errors
+/// When it cannot be read, or belongs to another process.
+pub fn open(config: &Config) -> Result<Option<Arc<Store>>> {
+    let Some(StateOptions { dir, name }) = &config.state else {
+        return Ok(None);
+    };
+    let store = Store::open(dir, name)?;
+    for failed in &store.state().failed_syncs {
+        keep_failure(failed);
+    }
+    Ok(Some(Arc::new(store)))
+}
+
+/// A flush that failed for an earlier process has failed for this one.
+fn keep_failure(failed: &record::FailedSync) {
+    let failure = SyncFailure {
+        file: failed.file.clone(),
+        errno: failed.errno,
+        at: UNIX_EPOCH + Duration::from_secs(failed.at),
+    };
+    match Syncs::keep(failure.clone()) {
+        Ok(()) => log::error!("{failure}"),
+        // Not there: there is nothing to flush. The record stays, in case it comes back.
+        Err(error) => log::warn!("a failed flush is recorded of '{}': {error}", failed.file),
+    }
+}
+
+/// The record of a failed flush.
+pub fn failed_sync(failure: &SyncFailure) -> record::FailedSync {
+    let path = std::path::absolute(&failure.file).unwrap_or_else(|_| failure.file.clone().into());
+    let at = failure.at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    record::FailedSync {
+        file: path.display().to_string(),
+        errno: failure.errno,
+        at: at.as_secs(),
+    }
+}
+
+/// What is recorded of chains, for those who open images.
+pub fn recorded(store: Option<&Arc<Store>>) -> Recorded {
+    let Some(store) = store else {
+        return Recorded::default();
+    };
+    let state = store.state();
+    let commits = state.jobs.iter().filter_map(|job| job.commit.as_ref());
+    // A job's comes first: the same image's older link is not in force any more.
+    let links: Vec<(&record::Link, bool)> = commits
+        .map(|commit| (&commit.link, commit.done))
+        .chain(state.links.iter().map(|link| (link, true)))
+        .collect();
+    let mut superseded: HashSet<&str> = HashSet::new();
+    let mut released = HashSet::new();
+    let mut recorded = Vec::new();
+    for (link, certain) in &links {
+        // Unless it is not certain: then either may be in force, and the header tells.
+        if superseded.contains(link.node.file.as_str()) {
+            continue;
+        }
+        if *certain {
+            superseded.insert(&link.node.file);
+        }
+        released.extend(link.released.iter().cloned());
+        recorded.push(RecordedLink {
+            format: link.node.format.clone(),
+            file: link.node.file.clone(),
+            header: link.header.as_ref().map(backing),
+            certain: *certain,
+            below: link.below.as_ref().map(|below| RecordedNode {
+                name: below.node.name.clone(),
+                format: below.node.format.clone(),
+                file: below.node.file.clone(),
+                open_as: Backing {
+                    name: below.open_as.clone(),
+                    format: Some(below.node.format.clone()),
+                },
+            }),
+        });
+    }
+    Recorded {
+        place: store.path().display().to_string(),
+        links: recorded,
+        released,
+    }
+}
+
+fn backing(header: &record::Header) -> Backing {
+    Backing {
+        name: header.name.clone(),
+        format: header.format.clone(),
+    }
+}
+
+/// The record of what a header says.
+pub fn header(backing: &Backing) -> record::Header {
+    record::Header {
+        name: backing.name.clone(),
+        format: backing.format.clone(),
+    }
+}
+
+/// The record of a node.
+pub fn node(graph: &Graph, node: &Node) -> Result<record::Node> {
+    Ok(record::Node {
+        // Names that were made up may be other ones the next time.
+        name: Some(node.name.clone()).filter(|name| !name.starts_with('#')),
+        format: node.format_name().to_owned(),
+        file: graph.file_of(node)?,
+    })
+}
+
+/// The record of a node that lies under another one.
+pub fn below(graph: &Graph, below: &Node) -> Result<record::Below> {
+    Ok(record::Below {
+        node: node(graph, below)?,
+        open_as: graph.header_name(&below.name)?,
+    })
+}
+
+/// The names of nodes and of those that they alone are laid out in.
+pub fn names_of<'a>(graph: &Graph, nodes: impl Iterator<Item = &'a Node>) -> Vec<String> {
+    let mut names = Vec::new();
+    let mut next: Vec<Node> = nodes.cloned().collect();
+    while let Some(node) = next.pop() {
+        let under = [&node.file, &node.data_file];
+        let under = under.into_iter().flatten();
+        next.extend(under.filter_map(|name| graph.node(name).ok()));
+        if !node.name.starts_with('#') {
+            names.push(node.name);
+        }
+    }
+    names
+}
+
+/// Where a stream's result is recorded.
+#[derive(Clone)]
+pub struct Recording {
+    store: Arc<Store>,
+    job: String,
+}
+
+impl Recording {
+    /// For the job called `job`.
+    pub fn new(store: Arc<Store>, job: &str) -> Self {
+        Self {
+            store,
+            job: job.to_owned(),
+        }
+    }
+
+    /// Records what the result is, or that it is in force.
+    pub fn commit(&self, commit: &record::Commit) -> Result<()> {
+        let recorded = Ledger::change(&*self.store, &self.job, &mut |job| {
+            job.commit = Some(commit.clone());
+        });
+        recorded.map_err(|Refused(text)| Error::Invalid(text))
+    }
+
+    /// Forgets what lies under images that have left all chains.
+    pub fn forget_gone(&self, graph: &Graph) {
+        let nodes = graph.nodes();
+        let is_there = |link: &record::Link| {
+            let is_it = |node: &Node| graph.file_of(node).is_ok_and(|file| file == link.node.file);
+            nodes.iter().any(is_it)
+        };
+        let forgotten = self
+            .store
+            .change(|state| state.links.retain(|link| is_there(link)));
+        if let Err(error) = forgotten {
+            log::error!("a stream's end: {error}");
+        }
+    }
+}
+
+/// What becomes of a recorded job.
+enum Next {
+    /// It goes on.
+    GoOn(StreamSpec),
+    /// It is listed.
+    List(Option<Untold>),
+}
+
+/// The jobs to go on with.
+#[derive(Default)]
+pub struct Plan {
+    jobs: Vec<(record::Job, Option<String>, Next)>,
+}
+
+/// Compares what is recorded with the nodes there are, and finds out what becomes of the jobs.
+///
+/// # Errors
+/// What differs, and what to do about it.
+pub fn plan(config: &Config, graph: &Graph, store: Option<&Arc<Store>>) -> Result<Plan> {
+    let (Some(store), Some(options)) = (store, &config.state) else {
+        return Ok(Plan::default());
+    };
+    let state = store.state();
+    let differs = |what: String| {
+        let jobs: Vec<_> = state.jobs.iter().map(|job| job.id.as_str()).collect();
+        let jobs = match jobs.is_empty() {
+            true => String::new(),
+            false => format!(" and its jobs ({})", jobs.join(", ")),
+        };
+        Error::Invalid(format!(
+            "the command line does not fit what '{}' records: {what} (start with the options as \
+             they were, or remove that file to forget the chains{jobs}; look at the images' \
+             backing files first)",
+            store.path().display()
+        ))
+    };
+    let left_out: HashSet<&String> = state
+        .links
+        .iter()
+        .flat_map(|link| &link.released)
+        .filter(|name| graph.node(name).is_err())
+        .collect();
+    for link in &state.links {
+        // Let go of since, and gone with its file.
+        if link
+            .node
+            .name
+            .as_ref()
+            .is_some_and(|name| left_out.contains(name))
+        {
+            continue;
+        }
+        find(graph, &link.node).map_err(differs)?;
+    }
+    let mut plan = Plan::default();
+    for job in &state.jobs {
+        let (target, next) = next(graph, job).map_err(differs)?;
+        plan.jobs.push((job.clone(), target, next));
+    }
+    check_others(config, graph, options, store)?;
+    Ok(plan)
+}
+
+/// The node that a record means.
+fn find(graph: &Graph, wanted: &record::Node) -> std::result::Result<Node, String> {
+    let file_of = |node: &Node| graph.file_of(node).unwrap_or_default();
+    let is_it = |node: &&Node| {
+        node.format_name() == wanted.format && file_of(node) == wanted.file && node.driver != "file"
+    };
+    let nodes = graph.nodes();
+    let Some(name) = &wanted.name else {
+        let found = nodes.iter().find(is_it);
+        return found.cloned().ok_or_else(|| {
+            format!(
+                "no node is the {} image in '{}'",
+                wanted.format, wanted.file
+            )
+        });
+    };
+    let Ok(node) = graph.node(name) else {
+        let other = nodes.iter().find(is_it);
+        let other = other.map_or(String::new(), |node| format!("; '{}' is", node.name));
+        return Err(format!(
+            "there is no node '{name}', the {} image in '{}'{other}",
+            wanted.format, wanted.file
+        ));
+    };
+    let (format, file) = (node.format_name(), file_of(&node));
+    if file != wanted.file {
+        return Err(format!(
+            "node '{name}' is in '{file}', and was in '{}'",
+            wanted.file
+        ));
+    }
+    if format != wanted.format {
+        return Err(format!(
+            "node '{name}' is of format {format}, and was of format {}",
+            wanted.format
+        ));
+    }
+    Ok(node)
+}
+
+/// What becomes of a job, and the name of the node that it streams into.
+fn next(graph: &Graph, job: &record::Job) -> std::result::Result<(Option<String>, Next), String> {
+    let Work::Stream(stream) = &job.work;
+    let target = find(graph, &stream.target);
+    if job.end.is_some() && job.commit.is_none() {
+        // It changed nothing: there is nothing to compare.
+        return Ok((target.ok().map(|node| node.name), Next::List(None)));
+    }
+    let target = target.map_err(|what| format!("job '{}': {what}", job.id))?;
+    let name = Some(target.name.clone());
+    if job.end.is_some() {
+        return Ok((name, Next::List(None)));
+    }
+    if let Some(commit) = &job.commit
+        && header_of(&target) == commit.link.header
+    {
+        return Ok((name, Next::List(Some(Untold::Completed))));
+    }
+    if job.cancelled {
+        return Ok((name, Next::List(Some(Untold::Cancelled))));
+    }
+    let chain = graph
+        .chain_nodes(&target.name)
+        .map_err(|error| error.to_string())?;
+    let end = match &stream.base {
+        None => chain.len(),
+        Some(base) => chain
+            .iter()
+            .skip(1)
+            .position(|node| {
+                node.format_name() == base.format
+                    && graph.file_of(node).is_ok_and(|file| file == base.file)
+            })
+            .map(|at| at + 1)
+            .ok_or_else(|| {
+                format!(
+                    "job '{}': its base, the {} image in '{}', is not under node '{}'",
+                    job.id, base.format, base.file, target.name
+                )
+            })?,
+    };
+    let name_of = |node: &Node| node.name.clone();
+    let spec = StreamSpec {
+        target: target.name,
+        base: chain.get(end).map(name_of),
+        layers: chain.iter().take(end).map(name_of).collect(),
+        backing_file: stream.backing_file.clone(),
+        compress: stream.compress,
+    };
+    Ok((name, Next::GoOn(spec)))
+}
+
+fn header_of(node: &Node) -> Option<record::Header> {
+    match &node.layer.format {
+        Format::Qcow2(image) => image.backing().as_ref().map(header),
+        Format::Raw(_) | Format::Qed(_) => None,
+    }
+}
+
+/// Refuses to serve an image that another state of the folder has something to say about: under
+/// another name that would not be heard.
+fn check_others(
+    config: &Config,
+    graph: &Graph,
+    options: &StateOptions,
+    store: &Store,
+) -> Result<()> {
+    let others = state::others(&options.dir, &options.name)?;
+    if others.is_empty() {
+        return Ok(());
+    }
+    for export in config.exports.iter().filter(|export| export.writable) {
+        let top = graph.image_node(&export.node_name)?;
+        let file = graph.file_of(&top)?;
+        let concerns = |state: &State| {
+            let of_job = |job: &record::Job| {
+                let Work::Stream(stream) = &job.work;
+                stream.target.file == file && (job.end.is_none() || job.commit.is_some())
+            };
+            state.links.iter().any(|link| link.node.file == file) || state.jobs.iter().any(of_job)
+        };
+        if let Some((path, _)) = others.iter().find(|(_, state)| concerns(state)) {
+            let name = path.file_stem().unwrap_or_default().to_string_lossy();
+            return Err(Error::Invalid(format!(
+                "export '{}': '{}' records a job or the chain of '{file}', and this daemon's state \
+                 is '{}' (start it with --state-name={name}, or remove the former to forget it)",
+                export.id,
+                path.display(),
+                store.path().display()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Goes on with the jobs.
+pub fn go_on(plan: Plan, manager: &Arc<Manager>, backend: &dyn Backend) {
+    for (job, target, next) in plan.jobs {
+        let id = job.id.clone();
+        let result = match next {
+            Next::GoOn(spec) => restore(manager, backend, &job, &spec).or_else(|Refused(text)| {
+                let lease = lease_of(manager, target);
+                manager.restore_over(&job, lease, Some(Untold::Failed(text)))
+            }),
+            Next::List(untold) => {
+                let lease = lease_of(manager, target);
+                manager.restore_over(&job, lease, untold)
+            }
+        };
+        if let Err(error) = result {
+            log::error!("job '{id}', which is recorded: {error}");
+        }
+    }
+}
+
+fn lease_of(manager: &Manager, node: Option<String>) -> Option<crate::job::Lease> {
+    manager.reserve(node.as_slice(), "stream").ok()
+}
+
+fn restore(
+    manager: &Arc<Manager>,
+    backend: &dyn Backend,
+    job: &record::Job,
+    spec: &StreamSpec,
+) -> std::result::Result<(), Refused> {
+    let Work::Stream(stream) = &job.work;
+    let lease = manager.reserve(&spec.layers, "stream").map_err(|busy| {
+        let node = spec.layers.get(busy.index).map_or("", String::as_str);
+        Refused(format!(
+            "Node '{node}' is busy: block device is in use by block job: {}",
+            busy.kind
+        ))
+    })?;
+    let source = backend.open_stream(spec, &job.id)?;
+    let body = stream_body(source, stream.backing_file.clone());
+    manager.restore(job, lease, body)?;
+    log::info!("job '{}' goes on", job.id);
+    Ok(())
+}

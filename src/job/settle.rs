@@ -1,0 +1,78 @@
+//! What a job has copied becomes stable while the job runs: within five seconds, and before it
+//! pauses, whether or not a guest flushes. What a process that is killed had copied is not copied again
+//! then.
+//!
+//! It happens on the job's thread, beside the copies.
+
+use std::cell::Cell;
+use std::time::Duration;
+
+use async_lock::{Mutex, MutexGuard};
+use event_listener::Event as Signal;
+
+use super::context::JobContext;
+use super::stream::StreamSource;
+
+/// How long copies wait, at most. The rest of the five seconds is for making them stable.
+pub const PERIOD: Duration = Duration::from_secs(4);
+
+/// Makes the copies of a stream stable.
+pub(super) struct Settle<'a> {
+    source: &'a dyn StreamSource,
+    context: &'a JobContext,
+    /// There are copies that are not known to be stable.
+    unstable: Cell<bool>,
+    changed: Signal,
+    /// Held while they are made stable.
+    settling: Mutex<()>,
+}
+
+impl<'a> Settle<'a> {
+    pub fn new(source: &'a dyn StreamSource, context: &'a JobContext) -> Self {
+        Self {
+            source,
+            context,
+            unstable: Cell::new(false),
+            changed: Signal::new(),
+            settling: Mutex::new(()),
+        }
+    }
+
+    /// Makes copies stable from time to time, and is never done: it is dropped at the job's end.
+    pub async fn run(&self) -> std::convert::Infallible {
+        loop {
+            let changed = self.changed.listen();
+            if self.unstable.get() {
+                self.context.sleep(PERIOD).await;
+                self.now().await;
+            } else {
+                changed.await;
+            }
+        }
+    }
+
+    /// Something was copied.
+    pub fn copied(&self) {
+        if !self.unstable.replace(true) {
+            self.changed.notify(usize::MAX);
+        }
+    }
+
+    /// Makes what was copied stable. When that fails, it is tried again; the job hears of it at its
+    /// end, which needs it.
+    pub async fn now(&self) {
+        let _turn = self.settling.lock().await;
+        if !self.unstable.replace(false) {
+            return;
+        }
+        if let Err(error) = self.source.settle().await {
+            log::warn!("stream: what was copied is not stable yet: {error}");
+            self.copied();
+        }
+    }
+
+    /// Waits until nothing is under way. Nothing begins while what is returned is held.
+    pub async fn rest(&self) -> MutexGuard<'_, ()> {
+        self.settling.lock().await
+    }
+}

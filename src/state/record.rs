@@ -1,0 +1,204 @@
+//! What is recorded: plain data, in terms of images and not of the process that had them open.
+//!
+//! Each change of these types is a new version of the file's format (`text`).
+
+use serde::{Deserialize, Serialize};
+
+/// All that a daemon records.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct State {
+    /// What lies under images since streams have ended.
+    pub links: Vec<Link>,
+    /// The jobs, in the order of their making.
+    pub jobs: Vec<Job>,
+    /// Files that could not be made stable.
+    pub failed_syncs: Vec<FailedSync>,
+}
+
+/// A node, so that it is found again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Node {
+    /// Its name, if somebody gave it one.
+    pub name: Option<String>,
+    /// Its format.
+    pub format: String,
+    /// What its bytes are in: the path of a file, or a part of one in the form `json:…`.
+    pub file: String,
+}
+
+/// A node that lies under another one, so that it can be opened anew.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Below {
+    /// The node.
+    pub node: Node,
+    /// How an image's header would name it: a path, or `json:…`.
+    pub open_as: String,
+}
+
+/// What an image's header says of its backing file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Header {
+    /// The name.
+    pub name: String,
+    /// The format.
+    pub format: Option<String>,
+}
+
+/// What lies under an image, as the end of a stream has left it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Link {
+    /// The image.
+    pub node: Node,
+    /// What its header says since then.
+    pub header: Option<Header>,
+    /// What lies under it.
+    pub below: Option<Below>,
+    /// The names of nodes that were under it before: they need not exist any longer.
+    pub released: Vec<String>,
+}
+
+/// What a job does about an I/O error.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnError {
+    /// End with the error.
+    #[default]
+    Report,
+    /// Go on with the next range, and end with the error.
+    Ignore,
+    /// Pause; when resumed, try the range again.
+    Stop,
+    /// `Stop` when there is no space left, `Report` otherwise.
+    Enospc,
+}
+
+/// How the last I/O of a job went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IoStatus {
+    /// No error that stopped the job.
+    #[default]
+    Ok,
+    /// The job stopped at an error.
+    Failed,
+    /// The job stopped because there was no space left.
+    NoSpace,
+}
+
+/// A job.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Job {
+    /// Its name.
+    pub id: String,
+    /// What it does.
+    pub work: Work,
+    /// How much there was to do when it began, in bytes.
+    pub len: u64,
+    /// Its speed limit in bytes per second; 0 is none.
+    pub speed: u64,
+    /// What it does about errors.
+    pub on_error: OnError,
+    /// Whether its result is put in force without being asked.
+    pub auto_finalize: bool,
+    /// Whether it disappears when it is over.
+    pub auto_dismiss: bool,
+    /// It was told to pause, or an error made it.
+    pub paused: bool,
+    /// How its last I/O went.
+    pub io_status: IoStatus,
+    /// It was told to give up.
+    pub cancelled: bool,
+    /// It was told to put its result in force.
+    pub finalized: bool,
+    /// What its result is, from when that is about to be put in force.
+    pub commit: Option<Commit>,
+    /// How it ended, if it is over and waits to be dismissed.
+    pub end: Option<End>,
+}
+
+/// What a job does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "type")]
+pub enum Work {
+    /// It copies into an image what it takes from those below.
+    Stream(Stream),
+}
+
+/// A stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Stream {
+    /// The image streamed into.
+    pub target: Node,
+    /// The one to stop above; none for the whole chain.
+    pub base: Option<Node>,
+    /// What to write into the header, where the base's own name is not wanted.
+    pub backing_file: Option<String>,
+    /// Clusters are compressed where that makes them smaller.
+    pub compress: bool,
+}
+
+/// The result of a stream. It is in force as soon as the image's header says what stands here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Commit {
+    /// What lies under the image then.
+    pub link: Link,
+    /// The options of the image say otherwise: they have to be told when the job is gone, too.
+    pub keep: bool,
+    /// The header has been changed: what it says now is the result's.
+    pub done: bool,
+}
+
+/// How a job ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct End {
+    /// Why it failed.
+    pub error: Option<String>,
+    /// How much there was to do, in bytes.
+    pub len: u64,
+    /// How much of it was done.
+    pub offset: u64,
+    /// Bytes that were copied by the process that ended it.
+    pub copied: u64,
+}
+
+/// A file that could not be made stable. Flushes of it fail until an operator says otherwise.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct FailedSync {
+    /// The file's path.
+    pub file: String,
+    /// The system's error number.
+    pub errno: i32,
+    /// When that was, in seconds since 1970.
+    pub at: u64,
+}
+
+impl State {
+    /// The record of a job.
+    pub fn job_mut(&mut self, id: &str) -> Option<&mut Job> {
+        self.jobs.iter_mut().find(|job| job.id == id)
+    }
+
+    /// Forgets a job. What lies under the image of one that has `completed` stays recorded where
+    /// the image's options would say otherwise.
+    pub fn remove_job(&mut self, id: &str, completed: bool) {
+        let Some(at) = self.jobs.iter().position(|job| job.id == id) else {
+            return;
+        };
+        let job = self.jobs.remove(at);
+        if let Some(commit) = job.commit.filter(|_| completed) {
+            let file = &commit.link.node.file;
+            self.links.retain(|other| other.node.file != *file);
+            self.links.extend(commit.keep.then_some(commit.link));
+        }
+    }
+}
