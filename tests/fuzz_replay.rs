@@ -17,7 +17,7 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use rand::rngs::StdRng;
-use rand::{RngCore, SeedableRng};
+use rand::{Rng, RngCore, SeedableRng};
 
 /// Nobody asks for more at once: it is what QEMU reads of an image at most, with room for the
 /// vector that it becomes.
@@ -119,6 +119,30 @@ fn whole_files_are_read_and_written() {
     for seed in fuzz::seeds::qcow2() {
         let _named = Named(seed.name.to_owned());
         fuzz::qcow2_file(&seed.bytes);
+    }
+}
+
+/// The corpus, and random records; a failure names the seed.
+#[test]
+fn journals_are_adopted_or_refused() {
+    replay("qcow2_journal", fuzz::qcow2_journal);
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let first = std::env::var("STRATABLK_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or_else(rand::random::<u64>);
+    for seed in (0..200).map(|round| first.wrapping_add(round)) {
+        let _named = Named(format!("random, STRATABLK_SEED={seed}"));
+        let mut rng = StdRng::seed_from_u64(seed);
+        let mut records = vec![0; 1 + 13 * rng.random_range(0..12)];
+        rng.fill_bytes(&mut records);
+        // Mostly within small tables.
+        records
+            .iter_mut()
+            .skip(3)
+            .step_by(13)
+            .for_each(|byte| *byte = 0);
+        fuzz::qcow2_journal(&records);
     }
 }
 

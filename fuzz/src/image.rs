@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use stratablk::chain::{Chain, Layer, View};
 use stratablk::error::Result;
+use stratablk::format::qcow2::journal::Folder;
 use stratablk::format::{Format, Qcow2, Raw, qcow2};
 use stratablk::reactor::Reactor;
 use stratablk::storage::{AlignedBuf, IoBufs, Storage};
@@ -67,6 +68,18 @@ impl Files {
     /// # Errors
     /// What the engine says of it.
     pub async fn open(&self, how: How) -> Result<(Arc<Qcow2>, Arc<Chain>)> {
+        self.open_journaled(how, None).await
+    }
+
+    /// As [`Files::open`], with a folder for its journal.
+    ///
+    /// # Errors
+    /// What the engine says of it.
+    pub async fn open_journaled(
+        &self,
+        how: How,
+        journal: Option<Arc<Folder>>,
+    ) -> Result<(Arc<Qcow2>, Arc<Chain>)> {
         let storage = self.image.clone() as Arc<dyn Storage>;
         let header = qcow2::read_header(&*storage).await?;
         let data = header
@@ -76,6 +89,7 @@ impl Files {
             writable: how.writable,
             discard: how.discard,
             cache_bytes: if how.small_cache { 0 } else { 1 << 20 },
+            journal,
             ..qcow2::Options::default()
         };
         let image = Arc::new(Qcow2::open_with_data(storage, data, options).await?);

@@ -6,6 +6,7 @@
 pub mod check;
 pub mod image;
 pub mod inflight;
+pub mod journal;
 pub mod options;
 pub mod read;
 pub mod recipe;
@@ -16,6 +17,7 @@ pub mod write;
 
 pub use check::qcow2_check;
 pub use inflight::inflight;
+pub use journal::qcow2_journal;
 pub use options::options;
 pub use read::{qcow2_read, qed};
 pub use write::{qcow2_file, qcow2_write};

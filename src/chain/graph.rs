@@ -6,7 +6,7 @@
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 use parking_lot::Mutex;
 
@@ -14,6 +14,7 @@ use super::{Chain, Layer, Root};
 use crate::config::BlockdevOptions;
 use crate::error::{Error, Result};
 use crate::format::Format;
+use crate::format::qcow2::journal::Folder;
 
 /// A named layer, as of one moment.
 #[derive(Clone, Debug)]
@@ -67,6 +68,7 @@ impl Node {
 #[derive(Debug, Default)]
 pub struct Graph {
     state: Mutex<State>,
+    journals: OnceLock<Arc<Folder>>,
 }
 
 #[derive(Debug, Default)]
@@ -211,6 +213,15 @@ impl State {
 }
 
 impl Graph {
+    /// From now on the images that are opened have their journals in `folder`. Can be said once.
+    pub fn keep_journals(&self, folder: Arc<Folder>) {
+        let _ = self.journals.set(folder);
+    }
+
+    pub(super) fn journal(&self) -> Option<Arc<Folder>> {
+        self.journals.get().cloned()
+    }
+
     /// Adds a node.
     ///
     /// # Errors

@@ -175,7 +175,7 @@ impl Graph {
         // Together, so that the tables of all layers are on their way at once: a long chain opens
         // in the time of its headers.
         let (image, backing) = futures_util::join!(
-            Qcow2::open_parsed(storage, data, header, image_options(options, false)),
+            Qcow2::open_parsed(storage, data, header, self.image_options(options, false)),
             self.open_below(options, &file, &qcow2.backing, named, descent),
         );
         let (image, backing) = (image?, backing?);
@@ -341,7 +341,21 @@ fn storage_len(storage: &dyn Storage) -> Result<u64> {
         .map_err(|error| Error::io(Action::Read, storage.name(), 0, &error))
 }
 
-pub(super) fn image_options(options: &BlockdevOptions, writable: bool) -> qcow2::Options {
+impl Graph {
+    /// How the image of a node with these options is opened.
+    pub(super) fn image_options(
+        &self,
+        options: &BlockdevOptions,
+        writable: bool,
+    ) -> qcow2::Options {
+        qcow2::Options {
+            journal: self.journal(),
+            ..image_options(options, writable)
+        }
+    }
+}
+
+fn image_options(options: &BlockdevOptions, writable: bool) -> qcow2::Options {
     let cache_bytes = match &options.driver {
         Driver::Qcow2(qcow2) => qcow2.l2_cache_size.or(qcow2.cache_size),
         _ => None,
@@ -355,7 +369,9 @@ pub(super) fn image_options(options: &BlockdevOptions, writable: bool) -> qcow2:
             _ => options.discard == Discard::Unmap,
         },
         cache_bytes: cache_bytes.unwrap_or(qcow2::DEFAULT_CACHE_BYTES),
-        size: None,
+        // Who reads what others may be writing has been told that it may be out of date.
+        ignore_journal: options.force_share,
+        ..qcow2::Options::default()
     }
 }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::Layer;
 use super::graph::{Graph, Node};
-use super::open::{image_options, text};
+use super::open::text;
 use crate::config::Driver;
 use crate::error::{Error, Result};
 use crate::format::{Format, Qcow2};
@@ -76,7 +76,7 @@ impl Graph {
             for file in &files {
                 file.set_access(Access::Write).map_err(text)?;
             }
-            Qcow2::open_with_data(storage, data, image_options(&node.options, true)).await
+            Qcow2::open_with_data(storage, data, self.image_options(&node.options, true)).await
         }
         .await
         .map(|opened| opened.in_place_of(image));

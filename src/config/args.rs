@@ -9,7 +9,7 @@ use super::fields::{Dialect, is_well_formed_id};
 use super::keyval::{self, Notation};
 use super::{
     Action, BlockdevOptions, ChardevOptions, Config, ExportOptions, MonitorOptions, ObjectOptions,
-    StateOptions, TraceOptions, check, help,
+    StateOptions, TraceOptions, check, help, size,
 };
 use clap::error::ErrorKind as ClapKind;
 use clap::{CommandFactory, FromArgMatches, Parser};
@@ -80,6 +80,16 @@ struct Args {
     /// Write the process id to this file when all is ready; removed at exit
     #[arg(long, value_name = "PATH", help_heading = help::PROCESS)]
     pidfile: Option<PathBuf>,
+
+    /// Folder on a tmpfs for journals: writes that have completed outlive the daemon, however it
+    /// ends. The daemon that is started next needs the same folder
+    #[arg(long, value_name = "DIR", help_heading = help::PROCESS)]
+    journal: Option<PathBuf>,
+
+    /// Size of the journal of each image that is written, a power of two from 256K to 1G [default:
+    /// 256K to 4M, by the size of the image]
+    #[arg(long, value_name = "SIZE", requires = "journal", help_heading = help::PROCESS)]
+    journal_size: Option<String>,
 
     /// Go to the background when all is ready. The starting command then exits with 0, or with
     /// 1 when something failed
@@ -182,6 +192,15 @@ fn to_action(args: &Args) -> Result<Action, ConfigError> {
             "--nbd-server: exports over NBD are not supported",
         ));
     }
+    let journal_size = match &args.journal_size {
+        None => None,
+        Some(text) => Some(size::parse(text).ok_or_else(|| {
+            ConfigError::other(format!(
+                "--journal-size: '{text}' is no size (expected {})",
+                size::EXPECTED
+            ))
+        })?),
+    };
     let mut config = Config {
         objects: read_all("--object", &args.object, OBJECT, ObjectOptions::from_value)?,
         chardevs: read_all(
@@ -204,6 +223,8 @@ fn to_action(args: &Args) -> Result<Action, ConfigError> {
             MonitorOptions::from_value,
         )?,
         pidfile: args.pidfile.clone(),
+        journal: args.journal.clone(),
+        journal_size,
         daemonize: args.daemonize,
         fence_timeout: Duration::from_secs(args.fence_timeout.into()),
         trace: read_all("--trace", &args.trace, TRACE, TraceOptions::from_value)?,

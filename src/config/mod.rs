@@ -76,6 +76,10 @@ pub struct Config {
     pub monitors: Vec<MonitorOptions>,
     /// Written when all is set up, removed at exit.
     pub pidfile: Option<PathBuf>,
+    /// Folder on a tmpfs in which the journals of images are kept.
+    pub journal: Option<PathBuf>,
+    /// Bytes of each journal, if that was said.
+    pub journal_size: Option<u64>,
     /// Go to the background when all is set up.
     pub daemonize: bool,
     /// How long to wait for the end of a killed process's I/O.

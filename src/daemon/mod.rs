@@ -33,6 +33,7 @@ use crate::control::backend::{Export as ExportView, ExportStats, QueueStats as Q
 use crate::control::{Control, EventHub};
 use crate::error::{Error, Result};
 use crate::export::{Export, ExportConfig, QueueStats, SocketSource};
+use crate::format::qcow2::journal::Folder;
 use crate::job::{JobMain, JobRunner, Ledger, Manager, SystemClock, Timer};
 use crate::reactor::Reactor;
 
@@ -237,6 +238,7 @@ fn set_up(
     stop: &Sender<Call>,
 ) -> Result<Running> {
     let store = state::open(config)?;
+    keep_journals(config, graph)?;
     let recorded = state::recorded(store.as_ref());
     reactor.block_on(graph.open_recorded_all(&config.blockdevs, recorded))?;
     let plan = state::plan(config, graph, store.as_ref())?;
@@ -269,6 +271,19 @@ fn set_up(
         manager.shut_down();
     })?;
     Ok(Running { manager, monitors })
+}
+
+/// Has images keep journals, or says what they do without.
+fn keep_journals(config: &Config, graph: &Graph) -> Result<()> {
+    match &config.journal {
+        Some(folder) => graph.keep_journals(Folder::open(folder, config.journal_size)?),
+        None if config.exports.iter().any(|export| export.writable) => log::info!(
+            "without --journal, writes that a guest has not flushed are lost if this process is \
+             killed"
+        ),
+        None => {}
+    }
+    Ok(())
 }
 
 fn start_export(

@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::UNIX_EPOCH;
 
 use io_uring::{opcode, types};
 
@@ -324,6 +325,15 @@ impl Storage for FileStorage {
         let lock = self.lock.as_ref().map(ImageLock::another);
         let storage = Self::new(file, &path, flags, block_device, lock)?;
         Ok(Arc::new(storage))
+    }
+
+    fn identity(&self) -> Option<[u64; 2]> {
+        if self.block_device {
+            return None;
+        }
+        let metadata = self.file.metadata().ok()?;
+        let birth = metadata.created().ok()?.duration_since(UNIX_EPOCH).ok()?;
+        Some([metadata.ino(), u64::try_from(birth.as_nanos()).ok()?])
     }
 
     fn syncs(&self) -> Option<&Arc<Syncs>> {

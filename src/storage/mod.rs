@@ -154,6 +154,12 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
         ))
     }
 
+    /// What tells the file from a copy of it that has taken its place: inode and time of birth.
+    /// `None`: it is no file of its own, or there is no telling.
+    fn identity(&self) -> Option<[u64; 2]> {
+        None
+    }
+
     /// The syncs of the file that its bytes are in, shared with whoever else has it; a storage over
     /// another one has that one's. `None`: it has a file of its own, written through a page cache.
     fn syncs(&self) -> Option<&std::sync::Arc<Syncs>> {

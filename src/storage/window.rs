@@ -192,6 +192,10 @@ impl Storage for Window {
         self.inner.set_access(access)
     }
 
+    fn identity(&self) -> Option<[u64; 2]> {
+        self.inner.identity()
+    }
+
     fn syncs(&self) -> Option<&Arc<Syncs>> {
         Some(&self.syncs)
     }

@@ -5,6 +5,7 @@ use super::super::Failure;
 use super::open::{Images, probe};
 use crate::error::Error;
 use crate::format::qcow2::check::{self, Finding, Summary};
+use crate::format::qcow2::journal;
 use crate::storage::file::OpenFlags;
 use crate::storage::{Access, FileStorage, Storage};
 use clap::{Args, ValueEnum};
@@ -84,6 +85,10 @@ pub fn run(args: &CheckArgs, json: bool, out: &mut dyn Write) -> Result<(), Fail
         let file = args.file.display().to_string();
         let error = Error::unsupported(&file, format!("{format} images cannot be checked"));
         return Err(failed(error, EXIT_NO_CHECK));
+    }
+    if !args.force_share {
+        let adopted = images.run(journal::require_none(&storage));
+        adopted.map_err(|error| failed(error, EXIT_FAILED))?;
     }
     let mut report = |finding: Finding| {
         // Nothing can be done about a standard error that is closed.

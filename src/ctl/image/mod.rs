@@ -9,6 +9,7 @@
 //! - `resize`, `rebase`, `compare`, `snapshot`: the commands of these names;
 //! - `check`: consistency check and repair;
 //! - `clear_error`: a failed flush that a daemon has recorded;
+//! - `forget`: giving up a journal;
 //! - `open`: opening images for all of them.
 
 mod check;
@@ -16,6 +17,7 @@ mod clear_error;
 mod compare;
 mod create;
 mod describe;
+mod forget;
 mod info;
 mod map;
 mod open;
@@ -70,6 +72,9 @@ pub enum ImageCommand {
     /// Let flushes of a file be tried again that failed for a daemon which has ended
     #[command(after_help = clear_error::HELP)]
     ClearError(clear_error::ClearErrorArgs),
+    /// Give up the journal of an image: writes that completed and were not flushed
+    #[command(after_help = forget::HELP)]
+    ForgetJournal(forget::ForgetArgs),
 }
 
 /// Carries out a command.
@@ -85,5 +90,6 @@ pub fn execute(args: ImageArgs, json: bool, out: &mut dyn Write) -> Result<(), F
         ImageCommand::Snapshot(args) => snapshot::run(&args, json, out),
         ImageCommand::Check(args) => check::run(&args, json, out),
         ImageCommand::ClearError(args) => clear_error::run(&args, json, out),
+        ImageCommand::ForgetJournal(args) => forget::run(&args, json, out),
     }
 }

@@ -11,6 +11,7 @@ use super::Qcow2;
 use super::header::{
     AUTOCLEAR_BITMAPS, AUTOCLEAR_DATA_FILE_RAW, BITMAPS_EXT_LENGTH, EXT_BITMAPS, Header,
 };
+use super::journal;
 use super::numbers::{be, be32, be64};
 use crate::error::{Error, Result};
 use crate::storage::{self, Storage};
@@ -219,13 +220,17 @@ pub async fn list(storage: &dyn Storage, header: &Header) -> Result<Vec<Bitmap>>
 
 impl Qcow2 {
     /// Marks the bitmaps that track writes as out of date, and clears the autoclear bits that
-    /// stand for what is not maintained here. Stable when this returns.
+    /// stand for what is not maintained here. Stable when this returns. `journaled`: the image has a
+    /// journal, or is about to.
     ///
     /// # Errors
     /// When the directory or the header cannot be read or written.
-    pub(super) async fn invalidate_bitmaps(&self) -> Result<()> {
+    pub(super) async fn invalidate_bitmaps(&self, journaled: bool) -> Result<()> {
         let header = self.header();
         let mut keep = header.autoclear & AUTOCLEAR_DATA_FILE_RAW;
+        if journaled {
+            keep |= journal::AUTOCLEAR;
+        }
         if let Some(mut directory) = read_directory(&*self.storage, &header).await? {
             let count = header.bitmaps.map_or(0, |d| d.count);
             match parse(&directory, count) {

@@ -50,6 +50,26 @@ pub struct Flushing {
     pub(super) waiting: AtomicU64,
     /// Bytes of host clusters that have waited and been freed.
     pub(super) freed: AtomicU64,
+    /// Somebody flushes because the journal is half full.
+    relieving: AtomicBool,
+}
+
+/// The flush of a journal that is half full, until this is dropped.
+#[derive(Debug)]
+pub(super) struct Relieving<'a>(&'a AtomicBool);
+
+impl Flushing {
+    /// Undertakes to flush for a journal that is half full. `None`: somebody else does.
+    pub(super) fn try_relieve(&self) -> Option<Relieving<'_>> {
+        let busy = self.relieving.swap(true, Ordering::AcqRel);
+        (!busy).then(|| Relieving(&self.relieving))
+    }
+}
+
+impl Drop for Relieving<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
 }
 
 /// A piece of metadata on its way to the file.
@@ -66,6 +86,8 @@ struct Snapshot {
     l1: Vec<Piece>,
     l1_entries: BTreeSet<usize>,
     unmapped: Freed,
+    /// The journal's end at that instant.
+    tail: Option<u64>,
 }
 
 impl Qcow2 {
@@ -107,6 +129,22 @@ impl Qcow2 {
             self.await_grace().await;
         }
         self.give_back().await;
+        self.end_journal().await
+    }
+
+    /// Takes the journal out of the header, since everything is stable, and removes it. What
+    /// somebody changes afterwards is not recorded, and lost if nobody flushes it.
+    async fn end_journal(&self) -> Result<()> {
+        if !self.meta.lock().allocator.log().records() {
+            return Ok(());
+        }
+        let _turn = self.flush_turn().await;
+        while !self.meta.lock().allocator.log().is_empty() {
+            self.write_back().await?;
+        }
+        let patches = self.header().plan_journal(None)?;
+        self.patch_header(&patches).await?;
+        self.meta.lock().allocator.log_mut().end();
         Ok(())
     }
 
@@ -119,6 +157,7 @@ impl Qcow2 {
         self.restore_header().await?;
         self.release_freed().await;
         let mut snapshot = self.take_snapshot();
+        self.note_flushed(&mut snapshot);
         let result = self.write_snapshot(&snapshot).await;
         self.settle(&mut snapshot, result.is_ok());
         result
@@ -157,10 +196,25 @@ impl Qcow2 {
                     .map(|entry| entry.load(Ordering::Relaxed))
             }),
             unmapped: std::mem::take(&mut meta.unmapped),
+            tail: meta
+                .allocator
+                .log()
+                .tail()
+                .filter(|_| !meta.allocator.log().is_empty()),
             reftable_entries,
             l2,
             l2_slices,
             l1_entries,
+        }
+    }
+
+    /// Has the header say, with the refcounts, how far the journal is written when this flush has
+    /// succeeded: the head moves there after that. An image that says less than the head is an older
+    /// one that was put back.
+    fn note_flushed(&self, snapshot: &mut Snapshot) {
+        let Some(tail) = snapshot.tail else { return };
+        if let Some(patch) = self.header.lock().with_flushed(tail) {
+            snapshot.refcounts.push((patch.offset, patch.bytes));
         }
     }
 
@@ -221,6 +275,9 @@ impl Qcow2 {
                 meta.dirty_l1.append(&mut snapshot.l1_entries);
                 meta.unmapped.extend(unmapped);
                 return;
+            }
+            if let Some(tail) = snapshot.tail {
+                meta.allocator.log_mut().advance(tail);
             }
         }
         self.retire(unmapped);

@@ -223,7 +223,15 @@ impl Qcow2 {
         freed.append(&mut self.retired.released.lock());
         for (offset, len) in freed {
             let first = offset >> self.cluster_bits;
-            for cluster in first..first + (len >> self.cluster_bits) {
+            let end = first + (len >> self.cluster_bits);
+            for cluster in first..end {
+                if !self.meta.lock().allocator.log().admits_release() {
+                    // The next flush does: this one makes room for that.
+                    let rest = (end - cluster) << self.cluster_bits;
+                    let rest = (cluster << self.cluster_bits, rest);
+                    self.retired.released.lock().push(rest);
+                    break;
+                }
                 if self.options.discard {
                     self.discard_last(cluster).await;
                 }

@@ -8,6 +8,7 @@ mod edit;
 #[allow(clippy::unwrap_used, clippy::indexing_slicing)]
 mod tests;
 
+use super::journal::{self, Mark};
 use super::l2::Shape;
 use super::numbers::{be32, be64};
 use crate::error::{Error, Result};
@@ -147,6 +148,8 @@ pub struct Header {
     pub data_file: Option<String>,
     /// The persistent bitmaps, whether or not they are consistent.
     pub bitmaps: Option<BitmapDirectory>,
+    /// The journal that has what completed and was not flushed.
+    pub journal: Option<Mark>,
     /// Feature bits.
     pub incompatible: u64,
     /// Feature bits.
@@ -269,6 +272,7 @@ impl Header {
             snapshots_offset: be64(&raw, 64),
             data_file: None,
             bitmaps: None,
+            journal: None,
             incompatible: v3(72),
             compatible: v3(80),
             autoclear: v3(88),
@@ -287,6 +291,7 @@ impl Header {
         header.parse_backing()?;
         header.parse_data_file()?;
         header.parse_bitmaps()?;
+        header.journal = header.extension(journal::EXTENSION).and_then(Mark::parse);
         let used = header.raw.iter().rposition(|&byte| byte != 0);
         header.raw.truncate(used.map_or(0, |last| last + 1));
         header.raw.shrink_to_fit();

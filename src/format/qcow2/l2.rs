@@ -6,6 +6,7 @@
 //! directory holds atomic pointers to slices, and entries of two words are guarded by a sequence
 //! count, since both must come from the same instant.
 
+use super::journal::Recorded;
 use crate::format::Compressed;
 use crate::sync::{
     atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence},
@@ -431,8 +432,8 @@ impl Slice {
         }
     }
 
-    /// Sets entry `index`. The caller keeps other writers out.
-    pub fn set(&self, index: usize, words: Words) {
+    /// Sets entry `index`, of which there is a record. The caller keeps other writers out.
+    pub fn set(&self, index: usize, words: Words, _: &Recorded) {
         let store = |at: usize, value, order| {
             if let Some(word) = self.words.get(at) {
                 word.store(value, order);

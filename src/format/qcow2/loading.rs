@@ -45,15 +45,12 @@ impl Qcow2 {
         let buffer = storage::io::fetch(&*self.storage, offset, bytes).await?;
         let slice = Slice::from_bytes(&buffer, self.shape.extended);
         let mut meta = self.meta.lock();
-        for (index, words) in slice.entries().enumerate() {
-            let cluster = number * self.slice_entries() + index as u64;
-            if let Some(what) = self.fault(&meta, cluster, words) {
-                let at = offset + index as u64 * self.shape.entry_bytes();
-                return Err(Error::corrupt(
-                    self.storage.name(),
-                    format!("at {at:#x}: {what}"),
-                ));
-            }
+        if let Some((cluster, what)) = self.first_fault(&meta, number, &slice) {
+            let at = offset + self.place(cluster).1 as u64 * self.shape.entry_bytes();
+            return Err(Error::corrupt(
+                self.storage.name(),
+                format!("at {at:#x}: {what}"),
+            ));
         }
         if !self.directory.set(number, Some(Arc::new(slice))) {
             return Err(Error::corrupt(
@@ -64,6 +61,19 @@ impl Qcow2 {
         meta.loaded.push_back(number);
         self.evict(&mut meta);
         Ok(())
+    }
+
+    /// The first guest cluster of a slice whose entry is wrong, and what is wrong with it.
+    pub(super) fn first_fault(
+        &self,
+        meta: &Meta,
+        number: u64,
+        slice: &Slice,
+    ) -> Option<(u64, String)> {
+        let clusters = number * self.slice_entries()..;
+        clusters
+            .zip(slice.entries())
+            .find_map(|(cluster, words)| Some((cluster, self.fault(meta, cluster, words)?)))
     }
 
     /// What is wrong with the entry of a guest cluster, as far as can be told without reading on.

@@ -13,6 +13,7 @@
 //! * `reserve`: space behind the end of the file, ahead of the writes;
 //! * `flush`: what reaches the disk in which order;
 //! * `freed`: clusters that wait to be free;
+//! * [`journal`]: what completed and is not flushed, for the next process;
 //! * [`create`]: making images;
 //! * `resize`: another size, and space allocated ahead;
 //! * `inspect`: what tools tell of an image;
@@ -35,6 +36,7 @@ mod freed;
 pub mod header;
 mod inflate;
 mod inspect;
+pub mod journal;
 pub mod l2;
 mod loading;
 pub mod luks;
@@ -77,7 +79,7 @@ pub use update::{Clear, Target};
 pub const DEFAULT_CACHE_BYTES: u64 = 32 << 20;
 
 /// How to open an image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Options {
     /// It will be written.
     pub writable: bool,
@@ -88,6 +90,11 @@ pub struct Options {
     /// Treat the disk as one of this size, whatever the header says: to prepare an image before
     /// its header names the new size. The L1 table must be long enough.
     pub size: Option<u64>,
+    /// Where the journal of an image that is written is kept, and where that of one is whose process
+    /// was killed.
+    pub journal: Option<Arc<journal::Folder>>,
+    /// Read the image as its last flush left it, even if a journal has what completed since.
+    pub ignore_journal: bool,
 }
 
 impl Default for Options {
@@ -97,6 +104,8 @@ impl Default for Options {
             discard: false,
             cache_bytes: DEFAULT_CACHE_BYTES,
             size: None,
+            journal: None,
+            ignore_journal: false,
         }
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::claims::Claims;
 use super::header::{self, Header};
+use super::journal::Adoption;
 use super::numbers::words;
 use super::refcount::{Allocator, Geometry};
 use super::slice_entries;
@@ -48,26 +49,30 @@ impl Qcow2 {
         options: Options,
     ) -> Result<Self> {
         let data = check_data_file(&header, &*storage, data)?;
-        check_writable(&header, &*storage, data.as_ref(), options)?;
+        check_writable(&header, &*storage, data.as_ref(), &options)?;
         header.check_refcount_table()?;
+        // Before anything is written, or relied on.
+        let mut adoption = Adoption::find(&header, &*storage, &options)?;
         if options.writable && header.incompatible & header::INCOMPATIBLE_DIRTY != 0 {
             check::repair_dirty(&*storage).await?;
             header = read_header(&*storage).await?;
         }
         let cluster = 1u64 << header.cluster_bits;
-        let l1 = read_table(&*storage, header.l1_offset, u64::from(header.l1_size)).await?;
-        let table = if options.writable {
+        let mut l1 = read_table(&*storage, header.l1_offset, u64::from(header.l1_size)).await?;
+        let mut table = if options.writable {
             let entries = u64::from(header.reftable_clusters) * cluster / 8;
             read_table(&*storage, header.reftable_offset, entries).await?
         } else {
             // Whoever only reads does not ask who refers to what.
             Vec::new()
         };
-        metadata::check_tables(&header, &l1, &table, storage.name())?;
         let len = storage
             .len()
             .map_err(|error| Error::io(Action::Read, storage.name(), 0, &error))?;
         let end = len.div_ceil(cluster).max(1);
+        let tables = (&mut *l1, &mut *table);
+        let end = adoption.put_over(&header, &*storage, tables, end)?;
+        metadata::check_tables(&header, &l1, &table, storage.name())?;
         let metadata = if options.writable {
             metadata::Clusters::new(&header, &l1, &table, end, storage.name())?
         } else {
@@ -129,9 +134,19 @@ impl Qcow2 {
             header: Mutex::new(header),
             storage,
         };
-        if options.writable {
-            image.invalidate_bitmaps().await?;
+        let adopted = adoption.is_live();
+        if image.options.writable {
+            image.adopt_refcounts(&adoption).await?;
+            let journaled = adopted || image.options.journal.is_some();
+            image.invalidate_bitmaps(journaled).await?;
             image.find_end().await?;
+        }
+        image.adopt_mapping(adoption).await?;
+        if image.options.writable
+            && !adopted
+            && let Some(folder) = image.options.journal.clone()
+        {
+            image.begin_journal(&folder).await?;
         }
         Ok(image)
     }
@@ -193,7 +208,7 @@ fn check_writable(
     header: &Header,
     storage: &dyn Storage,
     data: Option<&DataFile>,
-    options: Options,
+    options: &Options,
 ) -> Result<()> {
     for storage in [Some(storage), data.map(|data| &*data.storage)]
         .into_iter()

@@ -21,6 +21,7 @@ use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::ops::Range;
 
+use super::journal::Log;
 use super::metadata::{Clusters, Kind};
 
 /// Bytes of metadata that are loaded and written at a time.
@@ -120,6 +121,8 @@ pub struct Allocator {
     part: Option<Range<u64>>,
     /// The image's own clusters, which are never handed out, whatever their refcount.
     metadata: Clusters,
+    /// The image's journal, which has the changes of refcounts in order with all others.
+    log: Log,
 }
 
 impl Allocator {
@@ -149,7 +152,23 @@ impl Allocator {
             unseen: std::iter::once(0..end).collect(),
             part: None,
             metadata,
+            log: Log::default(),
         }
+    }
+
+    /// From now on changes are recorded in `log`.
+    pub(super) fn set_log(&mut self, log: Log) {
+        self.log = log;
+    }
+
+    /// The journal of the image's changes.
+    pub(super) fn log(&self) -> &Log {
+        &self.log
+    }
+
+    /// The journal of the image's changes, to record one.
+    pub(super) fn log_mut(&mut self) -> &mut Log {
+        &mut self.log
     }
 
     /// The image's own clusters.
@@ -206,11 +225,21 @@ impl Allocator {
     }
 
     fn set(&mut self, cluster: u64, value: u64) -> Result<(), Need> {
-        let no = self.slice_of(cluster);
-        let slice = self.slices.get_mut(&no).ok_or(Need::Slice(no))?;
-        let index = (cluster % self.geometry.per_slice()) as usize;
-        put(slice, self.geometry.refcount_order, index, value);
-        self.dirty_slices.insert(no);
+        self.set_run(cluster..cluster + 1, value)
+    }
+
+    /// Sets refcounts: the one place that does, but for new blocks, which are zeros.
+    fn set_run(&mut self, clusters: Range<u64>, value: u64) -> Result<(), Need> {
+        let (first, count) = (clusters.start, clusters.end - clusters.start);
+        for cluster in clusters {
+            let no = self.slice_of(cluster);
+            let slice = self.slices.get_mut(&no).ok_or(Need::Slice(no))?;
+            let index = (cluster % self.geometry.per_slice()) as usize;
+            put(slice, self.geometry.refcount_order, index, value);
+            self.dirty_slices.insert(no);
+        }
+        // Nobody sees refcounts without the lock that is held.
+        self.log.refcounts(first, count, value);
         Ok(())
     }
 
@@ -345,9 +374,7 @@ impl Allocator {
             return Ok(None);
         }
         debug_assert!(count <= wanted);
-        for cluster in range.start..range.start + count {
-            self.set(cluster, 1)?;
-        }
+        self.set_run(range.start..range.start + count, 1)?;
         Ok(Some(self.allocation(range.start, count)))
     }
 
@@ -388,9 +415,7 @@ impl Allocator {
                 Some(0) if !self.may_use(start) => self.frontier += 1,
                 Some(0) => {
                     let count = self.run_of_free(start, wanted)?;
-                    for cluster in start..start + count {
-                        self.set(cluster, 1)?;
-                    }
+                    self.set_run(start..start + count, 1)?;
                     self.frontier = start + count;
                     return Ok(self.allocation(start, count));
                 }
@@ -435,10 +460,17 @@ impl Allocator {
     /// Makes `cluster` the block number `index`. Unless it is `fresh`, all of it is written:
     /// whatever was there must go.
     fn place_block(&mut self, index: usize, cluster: u64, fresh: bool) {
+        let offset = cluster << self.geometry.cluster_bits;
         if let Some(entry) = self.table.get_mut(index) {
-            *entry = cluster << self.geometry.cluster_bits;
+            *entry = offset;
         }
         self.metadata.add(cluster, Kind::RefcountBlock);
+        self.log.block(index as u64, offset);
+        self.insert_block(index, fresh);
+    }
+
+    /// Puts the slices of the block number `index` into memory, full of zeros.
+    fn insert_block(&mut self, index: usize, fresh: bool) {
         self.dirty_table.insert(index);
         let per_block = self.geometry.slices_per_block();
         let first = index as u64 * per_block;
@@ -451,6 +483,30 @@ impl Allocator {
                 self.dirty_slices.insert(no);
             }
         }
+    }
+
+    /// The block number `index`, which the table names, is all zeros, whatever the disk has.
+    pub(super) fn adopt_block(&mut self, index: usize) {
+        self.insert_block(index, false);
+    }
+
+    /// The slice `no`, which has been loaded, is to be changed and to be written.
+    pub(super) fn hold_slice(&mut self, no: u64) {
+        self.dirty_slices.insert(no);
+    }
+
+    /// Gives clusters the refcount that a journal says.
+    ///
+    /// # Errors
+    /// [`Need::Slice`].
+    pub(super) fn adopt_refcounts(&mut self, clusters: Range<u64>, value: u64) -> Result<(), Need> {
+        debug_assert!(!self.log.records(), "adopted refcounts are in the journal");
+        self.set_run(clusters, value)
+    }
+
+    /// Sizes that follow from the header.
+    pub(super) fn geometry(&self) -> Geometry {
+        self.geometry
     }
 
     /// Whether `cluster` has one reference left, which is about to be taken off. From then on

@@ -136,26 +136,21 @@ impl Qcow2 {
                 self.unmap_clusters(from, to - from).await?;
             }
         }
-        // Stable together: where the L1 entry is gone, nobody looks at the table's entries.
-        {
-            let mut meta = self.meta.lock();
-            for index in start.div_ceil(coverage)..tables {
-                self.drop_table(&mut meta, index);
-            }
+        // What is still to be written of a table goes with it: where the L1 entry is gone, nobody
+        // looks at the table's entries.
+        for index in start.div_ceil(coverage)..tables {
+            self.change(|meta| self.drop_table(meta, index)).await?;
         }
         self.flush().await
     }
 
     /// Takes an L2 table without entries out of the L1 table.
     fn drop_table(&self, meta: &mut super::Meta, index: u64) {
-        let Some(entry) = self.l1.get(index as usize) else {
-            return;
-        };
-        let table = entry.swap(0, Ordering::AcqRel) & l2::OFFSET;
+        let table = self.l1_entry(index) & l2::OFFSET;
         if table == 0 {
             return;
         }
-        meta.dirty_l1.insert(index as usize);
+        self.set_l1(meta, index, 0);
         self.note_unmapped(meta, [(table, self.cluster_size())]);
         let slices = self.table_entries() / self.slice_entries();
         for number in index * slices..(index + 1) * slices {

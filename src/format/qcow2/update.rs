@@ -7,7 +7,8 @@
 use super::claims::Claim;
 use super::freed::FLUSHES_TO_FREE;
 use super::header::SECTOR;
-use super::l2::{self, Descriptor, State, Words};
+use super::journal::Admission;
+use super::l2::{self, Descriptor, Slice, State, Words};
 use super::metadata::Kind;
 use super::refcount::{Allocation, Allocator, Need};
 use super::{Meta, Qcow2};
@@ -17,6 +18,11 @@ use crate::sync::atomic::Ordering;
 
 use std::cell::Cell;
 use std::ops::Range;
+
+use arrayvec::ArrayVec;
+
+/// Entries that have a record together: old and new ones.
+type Entries = ArrayVec<(Words, Words), 32>;
 
 /// What becomes of clusters that hold nothing but zeros, or nothing of worth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -180,8 +186,12 @@ impl Qcow2 {
         let mut flushes = 0;
         loop {
             let table_len = self.meta.lock().allocator.table().len();
-            let need = match self.with_refcounts(&mut step).await? {
+            let need = match self.change(|meta| step(&mut meta.allocator)).await? {
                 Ok(value) => return Ok(value),
+                Err(Need::Slice(number)) => {
+                    self.load_refcounts(number).await?;
+                    continue;
+                }
                 // Whoever made it longer in the meantime has done so for us too.
                 Err(Need::Table) => match self.grow_reftable(table_len).await? {
                     Ok(()) => continue,
@@ -211,7 +221,34 @@ impl Qcow2 {
         self.meta.lock().allocator.raise_limit(clusters)
     }
 
+    /// Changes metadata, when the journal has room for the record of it: waits for a flush if not.
+    /// The caller does not hold the flush lock.
+    ///
+    /// # Errors
+    /// When that flush fails, or the journal's memory is lost; nothing has been changed then.
+    pub(super) async fn change<T>(&self, change: impl FnOnce(&mut Meta) -> T) -> Result<T> {
+        loop {
+            {
+                let mut meta = self.meta.lock();
+                match meta.allocator.log().admission() {
+                    Admission::Granted => return Ok(change(&mut meta)),
+                    Admission::Lost => return Err(self.lost_journal()),
+                    Admission::Full => {}
+                }
+            }
+            self.flush().await?;
+        }
+    }
+
+    fn lost_journal(&self) -> Error {
+        Error::Invalid(format!(
+            "{}: the journal's memory has been taken away (its file was cut short): nothing is              allocated or freed any more, since a kill would lose it; flush, and open the image anew",
+            self.storage.name()
+        ))
+    }
+
     /// Takes a step of the allocator, loading the refcounts that it needs; says what else it lacks.
+    /// It allocates nothing.
     pub(super) async fn with_refcounts<T>(
         &self,
         mut step: impl FnMut(&mut Allocator) -> std::result::Result<T, Need>,
@@ -258,13 +295,21 @@ impl Qcow2 {
         }
     }
 
-    /// Takes one reference off a host cluster. When that fails, the next flush tries again; false.
+    /// Takes one reference off a host cluster. When that fails, or the journal has no room for it,
+    /// the next flush tries again: this is a part of flushes, and cannot wait for one. Says whether
+    /// it was taken off.
     pub(super) async fn release(&self, cluster: u64) -> bool {
         let released = self
-            .with_refcounts(|allocator| allocator.release(cluster))
+            .with_refcounts(|allocator| {
+                if !allocator.log().admits_release() {
+                    return Ok(false);
+                }
+                allocator.release(cluster).map(|()| true)
+            })
             .await;
         match released {
-            Ok(Ok(())) => return true,
+            Ok(Ok(true)) => return true,
+            Ok(Ok(false)) => self.release_later(cluster),
             Ok(Err(need)) => log::error!("freeing a cluster: {}", self.lacking(need)),
             Err(error) => {
                 log::warn!("freeing a cluster, to be tried again: {error}");
@@ -431,27 +476,45 @@ impl Qcow2 {
         let table = self.allocate(1).await?;
         // Stable before the L1 entry, like everything that is written before a flush begins.
         let written = match old {
-            0 if table.fresh => self.reach(table.offset).await,
-            0 => storage::io::zero(&*self.storage, table.offset, self.cluster_size(), false)
-                .await
-                .map_err(|error| self.io_error(Action::Write, table.offset, &error)),
+            0 => self.clear_table(&table).await,
             old => self.copy_table(old, table.offset).await,
         };
         if let Err(error) = written {
             self.give_up(table).await;
             return Err(error);
         }
-        let mut meta = self.meta.lock();
-        if let Some(entry) = self.l1.get(index as usize) {
-            entry.store(table.offset | l2::COPIED, Ordering::Release);
-            meta.dirty_l1.insert(index as usize);
+        let linked = self.change(|meta| {
+            self.set_l1(meta, index, table.offset | l2::COPIED);
             meta.allocator
                 .add_metadata(table.offset >> self.cluster_bits, Kind::L2);
             if old != 0 {
-                self.note_unmapped(&mut meta, [(old, self.cluster_size())]);
+                self.note_unmapped(meta, [(old, self.cluster_size())]);
             }
+        });
+        let linked = linked.await;
+        if linked.is_err() {
+            self.give_up(table).await;
         }
-        Ok(())
+        linked
+    }
+
+    /// Sets an L1 entry: the one place that does. What the table is to hold has been written.
+    pub(super) fn set_l1(&self, meta: &mut Meta, index: u64, value: u64) {
+        if let Some(entry) = self.l1.get(index as usize) {
+            meta.allocator.log_mut().l1(index, value);
+            entry.store(value, Ordering::Release);
+            meta.dirty_l1.insert(index as usize);
+        }
+    }
+
+    /// Makes a new table read as zeros.
+    async fn clear_table(&self, table: &Allocation) -> Result<()> {
+        if !table.fresh {
+            storage::io::zero(&*self.storage, table.offset, self.cluster_size(), false)
+                .await
+                .map_err(|error| self.io_error(Action::Write, table.offset, &error))?;
+        }
+        self.reach(table.offset).await
     }
 
     /// Sees to it that the file reaches over a cluster behind its end. An L1 entry may be stable
@@ -491,9 +554,9 @@ impl Qcow2 {
     ) -> Result<()> {
         while *at < end {
             self.prepare(*at >> self.cluster_bits).await?;
-            let mut meta = self.meta.lock();
             // It does nothing when the slice was forgotten since: that is done again then.
-            self.modify_slice(&mut meta, at, end, &change)?;
+            self.change(|meta| self.modify_slice(meta, at, end, &change))
+                .await??;
         }
         self.relieve().await
     }
@@ -513,30 +576,65 @@ impl Qcow2 {
         let Some(slice) = slice.as_ref() else {
             return Ok(());
         };
-        for index in first..self.slice_entries() as usize {
-            if *at >= end {
-                break;
-            }
-            let cluster = *at >> self.cluster_bits;
-            let next = end.min((cluster + 1) << self.cluster_bits);
-            let units = self.units(*at, next);
-            let old = slice.get(index);
-            let part = units.end - units.start < self.shape.units();
-            if part && matches!(self.shape.state(old, 0), State::Compressed { .. }) {
-                return Err(Error::Invalid(format!(
-                    "{}: a part of a compressed cluster cannot be changed",
-                    self.storage.name()
-                )));
-            }
-            let new = change(cluster, units, old);
-            if new != old {
-                slice.set(index, new);
-                meta.dirty_slices.insert(number);
+        let last = self.slice_entries() as usize;
+        let mut index = first;
+        while index < last && *at < end {
+            let mut entries = Entries::new();
+            let begin = (index, *at >> self.cluster_bits);
+            let mut result = Ok(());
+            while index < last && *at < end && !entries.is_full() {
+                let cluster = *at >> self.cluster_bits;
+                let next = end.min((cluster + 1) << self.cluster_bits);
+                let units = self.units(*at, next);
+                let old = slice.get(index);
+                let part = units.end - units.start < self.shape.units();
+                if part && matches!(self.shape.state(old, 0), State::Compressed { .. }) {
+                    result = Err(Error::Invalid(format!(
+                        "{}: a part of a compressed cluster cannot be changed",
+                        self.storage.name()
+                    )));
+                    break;
+                }
+                let new = change(cluster, units, old);
+                // Now: what is chosen next depends on what waits to be freed.
                 self.unmap(meta, old, new);
+                entries.push((old, new));
+                *at = next;
+                index += 1;
             }
-            *at = next;
+            self.set_entries(meta, slice, number, begin, &entries);
+            result?;
         }
         Ok(())
+    }
+
+    /// Sets entries of a slice, from `begin` on (index and guest cluster): the one place that does.
+    fn set_entries(
+        &self,
+        meta: &mut Meta,
+        slice: &Slice,
+        number: u64,
+        begin: (usize, u64),
+        entries: &[(Words, Words)],
+    ) {
+        let differs = |(old, new): &(Words, Words)| old != new;
+        let (Some(first), Some(last)) = (
+            entries.iter().position(differs),
+            entries.iter().rposition(differs),
+        ) else {
+            return;
+        };
+        let Some(changed) = entries.get(first..=last) else {
+            return;
+        };
+        let log = meta.allocator.log_mut();
+        let recorded = log.mapping(begin.1 + first as u64, changed, self.shape.extended);
+        for (index, (old, new)) in (begin.0 + first..).zip(changed) {
+            if new != old {
+                slice.set(index, *new, &recorded);
+            }
+        }
+        meta.dirty_slices.insert(number);
     }
 
     /// The units of a cluster that `[start, end)` touches, which lies within it.
@@ -563,6 +661,9 @@ impl Qcow2 {
             }
             Descriptor::None | Descriptor::Zero(None) => None,
         };
+        if old == new {
+            return;
+        }
         let (old_host, new_host) = (host(old), host(new));
         if let Some(freed) = old_host
             && old_host != new_host
@@ -577,13 +678,23 @@ impl Qcow2 {
         }
     }
 
-    /// Writes metadata back when more of it is changed than should be.
+    /// Writes metadata back when more of it is changed than should be, or when the journal is half
+    /// full: then one request does it, and the others go on as long as there is room.
     async fn relieve(&self) -> Result<()> {
-        let dirty = {
+        let (dirty, half_full, lost) = {
             let meta = self.meta.lock();
-            meta.dirty_slices.len() + meta.allocator.dirty()
+            let dirty = meta.dirty_slices.len() + meta.allocator.dirty();
+            let log = meta.allocator.log();
+            (dirty, log.is_half_full(), log.is_lost())
         };
+        if lost {
+            // What has just been changed may have no record.
+            return Err(self.lost_journal());
+        }
         if dirty > self.dirty_limit() {
+            return self.flush().await;
+        }
+        if half_full && let Some(_turn) = self.flushing.try_relieve() {
             return self.flush().await;
         }
         Ok(())

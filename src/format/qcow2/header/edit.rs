@@ -4,6 +4,7 @@
 //! force refers to is touched by the last patch alone, and that is one sector, which a disk writes
 //! as a whole.
 
+use super::super::journal::{self, Mark};
 use super::super::numbers::{be32, be64, put};
 use super::{
     Backing, BitmapDirectory, EXT_BACKING_FORMAT, EXT_BITMAPS, EXT_END, EXT_FEATURE_NAMES,
@@ -39,17 +40,7 @@ impl Header {
             None => (0, 0),
             Some(Backing { name, .. }) => {
                 let at = self.room_for_name(&sector, name.len())?;
-                put(&mut sector, at, name.as_bytes());
-                let first = at / SECTOR * SECTOR;
-                let last = (at + name.len()).next_multiple_of(SECTOR);
-                if let Some(bytes) = sector.get(first.max(SECTOR)..last)
-                    && !bytes.is_empty()
-                {
-                    patches.push(Patch {
-                        offset: first.max(SECTOR) as u64,
-                        bytes: bytes.to_vec(),
-                    });
-                }
+                patches.extend(place_name(&mut sector, at, name));
                 (at as u64, name.len() as u32)
             }
         };
@@ -121,6 +112,83 @@ impl Header {
         bytes.copy_from_slice(&before);
         give_room(&mut extensions);
         self.write_extensions(bytes, &extensions)
+    }
+
+    /// The changes that make the header name a journal, and set the autoclear bit that says so, or
+    /// take both away. As with [`Header::plan_backing`], the last one is one sector.
+    ///
+    /// # Errors
+    /// When there is no room.
+    pub fn plan_journal(&self, mark: Option<Mark>) -> Result<Vec<Patch>> {
+        let mut extensions = self.extensions.clone();
+        extensions.retain(|extension| extension.kind != journal::EXTENSION);
+        extensions.extend(mark.map(|mark| Extension {
+            kind: journal::EXTENSION,
+            data: mark.to_bytes(),
+        }));
+        let fits = self.plan_extensions(&extensions, mark.is_some());
+        fits.or_else(|_| {
+            give_room(&mut extensions);
+            self.plan_extensions(&extensions, mark.is_some())
+        })
+    }
+
+    /// The changes to other extensions, with the backing file's name out of their way.
+    fn plan_extensions(&self, extensions: &[Extension], journaled: bool) -> Result<Vec<Patch>> {
+        let mut bytes = self.whole();
+        let padded = |list: &[Extension]| list.iter().map(Extension::padded_len).sum::<usize>();
+        let end = |list: &[Extension]| self.header_length + padded(list) + 8;
+        // What was there goes, unless it is the name.
+        let name = self.backing.as_ref().map(|backing| &*backing.name);
+        let name_at = be64(&self.raw, 8) as usize;
+        let old_end = end(&self.extensions);
+        let stop = if name.is_some() {
+            name_at.min(old_end)
+        } else {
+            old_end
+        };
+        if let Some(rest) = bytes.get_mut(end(extensions)..stop.min(SECTOR)) {
+            rest.fill(0);
+        }
+        self.write_extensions(&mut bytes, extensions)?;
+        let mut patches = Vec::new();
+        if let Some(name) = name
+            && name_at < end(extensions)
+        {
+            let at = self.room_for_name(&bytes, name.len())?;
+            patches.extend(place_name(&mut bytes, at, name));
+            put(&mut bytes, 8, &(at as u64).to_be_bytes());
+        }
+        let autoclear = match journaled {
+            true => self.autoclear | journal::AUTOCLEAR,
+            false => self.autoclear & !journal::AUTOCLEAR,
+        };
+        put(&mut bytes, 88, &autoclear.to_be_bytes());
+        bytes.truncate(SECTOR);
+        patches.push(Patch { offset: 0, bytes });
+        Ok(patches)
+    }
+
+    /// The first sector, naming another position of the journal, which the header has from now on.
+    /// `None`: there is no journal.
+    pub fn with_flushed(&mut self, flushed: u64) -> Option<Patch> {
+        let mark = Mark {
+            flushed,
+            ..self.journal?
+        };
+        let mut at = self.header_length;
+        for extension in &mut self.extensions {
+            if extension.kind == journal::EXTENSION {
+                extension.data = mark.to_bytes();
+                put(&mut self.raw, at + 8, &extension.data);
+                self.journal = Some(mark);
+                break;
+            }
+            at += extension.padded_len();
+        }
+        let mut bytes = self.raw.clone();
+        bytes.resize(SECTOR, 0);
+        Some(Patch { offset: 0, bytes })
     }
 
     fn write_extensions(&self, bytes: &mut [u8], extensions: &[Extension]) -> Result<()> {
@@ -257,6 +325,18 @@ impl Header {
         }
         Self::parse(raw, &self.file)
     }
+}
+
+/// Puts a backing file's name at `at`. Returns the change behind the first sector, if there is one.
+fn place_name(bytes: &mut [u8], at: usize, name: &str) -> Option<Patch> {
+    put(bytes, at, name.as_bytes());
+    let first = (at / SECTOR * SECTOR).max(SECTOR);
+    let last = (at + name.len()).next_multiple_of(SECTOR);
+    let behind = bytes.get(first..last).filter(|bytes| !bytes.is_empty())?;
+    Some(Patch {
+        offset: first as u64,
+        bytes: behind.to_vec(),
+    })
 }
 
 /// What names the features is for messages alone, and is given up where the rest would otherwise

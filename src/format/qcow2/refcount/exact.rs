@@ -84,9 +84,7 @@ impl Allocator {
             // They are written whole.
             self.place_block(index, cluster, false);
         }
-        for cluster in start..first + count {
-            self.set(cluster, 1)?;
-        }
+        self.set_run(start..first + count, 1)?;
         // Both in one, since what is behind the first is fresh if that is.
         let all = self.allocation(start, first + count - start);
         Ok(Ok(Allocation {

@@ -1,0 +1,58 @@
+//! `forget-journal`: the image as its last flush left it.
+
+use super::super::Failure;
+use super::open::Images;
+use crate::error::{Error, Result};
+use crate::format::qcow2::journal;
+use crate::storage::file::OpenFlags;
+use crate::storage::{Access, FileStorage, Storage};
+use clap::Args;
+use serde_json::json;
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+/// What stands below the options in `--help`.
+pub const HELP: &str = "\
+A daemon that was started with --journal and was killed leaves writes in the journal that its guest
+saw complete. The next daemon with the same --journal takes them over; until then the image is not
+used. This command is for a journal that is gone, or that the image no longer goes with, as after
+another program has written it or an older copy was put back. The image is sound as it is; what the
+guest wrote since its last flush is lost. A guest that still runs must be ended.";
+
+/// Options of `forget-journal`.
+#[derive(Debug, Args)]
+pub struct ForgetArgs {
+    /// The image
+    file: PathBuf,
+    /// Print nothing but errors
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+/// Carries out `forget-journal`.
+pub fn run(args: &ForgetArgs, json: bool, out: &mut dyn Write) -> std::result::Result<(), Failure> {
+    let storage = open(args)?;
+    let images = Images::new()?;
+    let forgotten = images.run(journal::forget(&storage))?;
+    if json {
+        writeln!(out, "{}", json!({"forgotten": forgotten}))?;
+    } else if !args.quiet {
+        let what = match forgotten {
+            true => "The journal is given up.",
+            false => "The image has no journal.",
+        };
+        writeln!(out, "{what}")?;
+    }
+    Ok(())
+}
+
+fn open(args: &ForgetArgs) -> Result<FileStorage> {
+    let flags = OpenFlags {
+        writable: true,
+        ..OpenFlags::default()
+    };
+    let busy = |error: io::Error| Error::Busy(error.to_string());
+    let storage = FileStorage::open(&args.file, flags).map_err(busy)?;
+    storage.set_access(Access::Write).map_err(busy)?;
+    Ok(storage)
+}

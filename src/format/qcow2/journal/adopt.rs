@@ -1,0 +1,540 @@
+//! The next process's part: the journal is put over what the disk has, in memory.
+//!
+//! It takes two looks at the records. The first one, before there is an image, checks each of them
+//! and finds which count: those of a table come to nothing where a later record says that the table
+//! is new. It gives the L1 and the refcount table their last entries, so that whoever looks at these
+//! next (what is metadata, where the file ends) sees them as they were. The second one, with the
+//! image, loads the slices that are named, sets refcounts and mappings in order, and checks the
+//! slices as those are checked that come from the disk.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use futures_util::future::try_join_all;
+
+use super::super::header::Header;
+use super::super::l2::{self, Descriptor, Slice, Words};
+use super::super::refcount::{Geometry, Need};
+use super::super::{Meta, Options, Qcow2};
+use super::file::{self, Folder, Identity};
+use super::log::{Log, Ring};
+use super::mark::{Mark, Verdict};
+use super::record::{self, Record};
+use crate::error::{Action, Error, Result};
+use crate::storage::{self, Storage};
+
+/// Slices that are loaded together.
+const PARALLEL: usize = 64;
+
+/// What an image has for a journal when it is opened.
+#[derive(Debug, Default)]
+pub(in super::super) struct Adoption {
+    found: Option<Found>,
+}
+
+/// A journal that is live, checked as far as it can be without the image.
+#[derive(Debug)]
+struct Found {
+    ring: Ring,
+    file: String,
+    records: Vec<Record>,
+    /// By index in the L1 table: the last record of it.
+    tables: BTreeMap<u64, usize>,
+    /// By index in the refcount table: the last record of it.
+    blocks: BTreeMap<u64, usize>,
+    /// Behind the last host cluster that has a reference, or is a block.
+    end: u64,
+}
+
+impl Adoption {
+    /// Looks for the journal of the image in `storage`, and says whether the image can be opened.
+    ///
+    /// # Errors
+    /// When the journal is live and cannot be adopted, or somebody has written the image meanwhile;
+    /// says what to do.
+    pub(in super::super) fn find(
+        header: &Header,
+        storage: &dyn Storage,
+        options: &Options,
+    ) -> Result<Self> {
+        let name = storage.name();
+        let mark = match Verdict::of(header)? {
+            Verdict::None => return Ok(Self::default()),
+            Verdict::Void => {
+                if options.writable {
+                    log::info!(
+                        "{name}: the machine has been started anew since the image was in use: \
+                         what was flushed counts"
+                    );
+                }
+                return Ok(Self::default());
+            }
+            Verdict::Foreign if options.writable => {
+                return Err(refused(
+                    name,
+                    "another program has written the image after the process that had it was \
+                     killed; writes that had completed and were not flushed are lost",
+                ));
+            }
+            Verdict::Foreign => return Ok(Self::default()),
+            Verdict::Live(mark) => mark,
+        };
+        if options.ignore_journal && !options.writable {
+            return Ok(Self::default());
+        }
+        let Some(folder) = &options.journal else {
+            return Err(live(name));
+        };
+        let ring = folder
+            .find(mark.nonce, identity(storage))
+            .map_err(|error| refused(name, &error.to_string()))?
+            .ok_or_else(|| {
+                let path = folder.file(mark.nonce);
+                let what = format!(
+                    "the process that had the image was killed, and its journal {} is not there",
+                    path.display()
+                );
+                refused(name, &what)
+            })?;
+        let found = Found::read(ring, header, mark).map_err(|what| refused(name, &what))?;
+        Ok(Self { found: Some(found) })
+    }
+
+    /// Whether there is something to adopt.
+    pub(in super::super) fn is_live(&self) -> bool {
+        self.found.is_some()
+    }
+
+    /// Checks the records against the image's tables, and gives these their last entries. `table` is
+    /// empty where the image is only read. Returns the end, in clusters, of what the file of `end`
+    /// clusters is to hold.
+    ///
+    /// # Errors
+    /// At the first record that contradicts the image.
+    pub(in super::super) fn put_over(
+        &mut self,
+        header: &Header,
+        storage: &dyn Storage,
+        (l1, table): (&mut [u64], &mut [u64]),
+        end: u64,
+    ) -> Result<u64> {
+        let Some(found) = &mut self.found else {
+            return Ok(end);
+        };
+        let len = storage
+            .len()
+            .map_err(|error| Error::io(Action::Read, storage.name(), 0, &error))?;
+        found
+            .put_over(header, l1, table, len)
+            .map_err(|what| refused(storage.name(), &what))?;
+        Ok(end.max(found.end))
+    }
+}
+
+impl Found {
+    fn read(ring: Ring, header: &Header, mark: Mark) -> std::result::Result<Self, String> {
+        let file = ring.path().display().to_string();
+        let words = ring.words();
+        if ring.is_lost() {
+            return Err(format!("{file}: it was cut short"));
+        }
+        let (head, tail) = (ring.head(), ring.tail());
+        if mark.flushed < head {
+            return Err(format!(
+                "the image is older than its journal {file}: position {} (expected at least \
+                 {head}): it has been restored from a copy",
+                mark.flushed
+            ));
+        }
+        if mark.flushed > tail {
+            return Err(format!(
+                "the image is newer than its journal {file}: position {} (expected at most {tail})",
+                mark.flushed
+            ));
+        }
+        let records = record::parse(&words, head, ring.seed(), header.shape().extended)
+            .map_err(|what| format!("{file}: {what}"))?;
+        Ok(Self {
+            ring,
+            file,
+            records,
+            tables: BTreeMap::new(),
+            blocks: BTreeMap::new(),
+            end: 0,
+        })
+    }
+
+    fn put_over(
+        &mut self,
+        header: &Header,
+        l1: &mut [u64],
+        table: &mut [u64],
+        len: u64,
+    ) -> std::result::Result<(), String> {
+        let bounds = Bounds::new(header, l1.len(), table.len(), len);
+        for (at, record) in self.records.iter().enumerate() {
+            if let Some(what) = bounds.fault(record) {
+                return Err(format!("{}: record {at}: {what}", self.file));
+            }
+            match *record {
+                Record::L1 { index, value } => {
+                    self.tables.insert(index, at);
+                    put(l1, index, value);
+                }
+                Record::Block { index, offset } => {
+                    self.blocks.insert(index, at);
+                    self.end = self.end.max((offset >> header.cluster_bits) + 1);
+                    put(table, index, offset);
+                }
+                Record::Refcounts {
+                    first,
+                    count,
+                    value,
+                } if value > 0 => self.end = self.end.max(first + count),
+                Record::Mapping { .. } | Record::Refcounts { .. } => {}
+            }
+        }
+        // What is in force belongs to tables that are there.
+        let per_table = bounds.per_table;
+        for (at, record) in self.records.iter().enumerate() {
+            let lacking = match record {
+                Record::Mapping { first, entries } => (*first..*first + entries.len() as u64)
+                    .map(|cluster| cluster / per_table)
+                    .find(|index| {
+                        let entry = l1.get(*index as usize).copied().unwrap_or_default();
+                        let owned = entry & l2::COPIED != 0 && entry & l2::OFFSET != 0;
+                        !owned && !is_void(&self.tables, *index, at)
+                    })
+                    .map(|index| format!("L2 table {index} is not there, or not the image's own")),
+                Record::Refcounts { first, count, .. } if !table.is_empty() => {
+                    let per_block = bounds.geometry.per_block();
+                    (first / per_block..=(first + count - 1) / per_block)
+                        .find(|index| {
+                            table.get(*index as usize) == Some(&0)
+                                && !is_void(&self.blocks, *index, at)
+                        })
+                        .map(|index| format!("refcount block {index} is not there"))
+                }
+                _ => None,
+            };
+            if let Some(what) = lacking {
+                return Err(format!("{}: record {at}: {what}", self.file));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether record number `at` of a table's contents was before the table became a new one.
+fn is_void(last: &BTreeMap<u64, usize>, index: u64, at: usize) -> bool {
+    last.get(&index).is_some_and(|new| *new > at)
+}
+
+fn put(table: &mut [u64], index: u64, value: u64) {
+    if let Some(entry) = table.get_mut(index as usize) {
+        *entry = value;
+    }
+}
+
+/// What records may say in an image.
+struct Bounds<'a> {
+    header: &'a Header,
+    geometry: Geometry,
+    guest_clusters: u64,
+    per_table: u64,
+    l1_entries: u64,
+    /// 0: the image is only read, and nobody looks at refcounts.
+    table_entries: u64,
+    /// Bytes of the file.
+    len: u64,
+}
+
+impl<'a> Bounds<'a> {
+    fn new(header: &'a Header, l1_entries: usize, table_entries: usize, len: u64) -> Self {
+        let cluster = 1u64 << header.cluster_bits;
+        Self {
+            header,
+            geometry: Geometry {
+                cluster_bits: header.cluster_bits,
+                refcount_order: header.refcount_order,
+            },
+            guest_clusters: header.size.div_ceil(cluster),
+            per_table: cluster / header.shape().entry_bytes(),
+            l1_entries: l1_entries as u64,
+            table_entries: table_entries as u64,
+            len,
+        }
+    }
+
+    /// What is wrong with a record, as far as can be told from itself.
+    fn fault(&self, record: &Record) -> Option<String> {
+        let cluster = 1u64 << self.header.cluster_bits;
+        let is_place =
+            |offset: u64| offset != 0 && offset.is_multiple_of(cluster) && offset >> 56 == 0;
+        match record {
+            Record::Mapping { first, entries } => {
+                let end = first.checked_add(entries.len() as u64);
+                if entries.is_empty() || end.is_none_or(|end| end > self.guest_clusters) {
+                    return Some(format!(
+                        "{} L2 entries from guest cluster {first} on (expected at most {})",
+                        entries.len(),
+                        self.guest_clusters
+                    ));
+                }
+                entries.iter().find_map(|words| self.fault_of_entry(*words))
+            }
+            Record::Refcounts {
+                first,
+                count,
+                value,
+            } => {
+                let most = self.geometry.max_refcount();
+                let end = first.checked_add(*count);
+                let covered = self.table_entries * self.geometry.per_block();
+                let outside = end.is_none_or(|end| self.table_entries > 0 && end > covered);
+                (*count == 0 || outside || *value > most).then(|| {
+                    format!(
+                        "refcount {value} of {count} clusters from {first} on (expected at most \
+                         {most}, below cluster {covered})"
+                    )
+                })
+            }
+            Record::L1 { index, value } => {
+                let offset = value & l2::OFFSET;
+                let entry = *value == 0 || (is_place(offset) && *value == offset | l2::COPIED);
+                let inside = *value == 0
+                    || offset
+                        .checked_add(cluster)
+                        .is_some_and(|end| end <= self.len);
+                (*index >= self.l1_entries || !entry || !inside)
+                    .then(|| format!("L1 entry {index}: {value:#018x}"))
+            }
+            Record::Block { index, offset } => {
+                let outside = self.table_entries > 0 && *index >= self.table_entries;
+                (outside || !is_place(*offset))
+                    .then(|| format!("refcount block {index} at {offset:#x}"))
+            }
+        }
+    }
+
+    /// What is wrong with an entry: its data was written before it was recorded.
+    fn fault_of_entry(&self, words: Words) -> Option<String> {
+        let shape = self.header.shape();
+        if let Some(what) = shape.fault(words) {
+            return Some(what);
+        }
+        let offset = match shape.descriptor(words.descriptor) {
+            Descriptor::Host(host) | Descriptor::Zero(Some(host)) => host.offset,
+            Descriptor::Compressed { offset, .. } => offset,
+            Descriptor::None | Descriptor::Zero(None) => return None,
+        };
+        (!shape.data_file && offset >= self.len).then(|| {
+            format!(
+                "L2 entry {:#018x} points at {offset:#x}, behind the end of the file ({:#x})",
+                words.descriptor, self.len
+            )
+        })
+    }
+}
+
+impl Qcow2 {
+    /// Adopts the refcounts: before anybody looks at them.
+    ///
+    /// # Errors
+    /// When some cannot be read.
+    pub(in super::super) async fn adopt_refcounts(&self, adoption: &Adoption) -> Result<()> {
+        let Some(found) = adoption.found.as_ref().filter(|_| self.options.writable) else {
+            return Ok(());
+        };
+        let geometry = {
+            let mut meta = self.meta.lock();
+            for &index in found.blocks.keys() {
+                meta.allocator.adopt_block(index as usize);
+            }
+            meta.dirty_l1
+                .extend(found.tables.keys().map(|index| *index as usize));
+            meta.allocator.geometry()
+        };
+        let per_block = geometry.per_block();
+        // In order; the parts of a run that lie in a block which came later are void.
+        let mut runs = Vec::new();
+        for (at, record) in found.records.iter().enumerate() {
+            let Record::Refcounts {
+                first,
+                count,
+                value,
+            } = *record
+            else {
+                continue;
+            };
+            let mut start = first;
+            while start < first + count {
+                let end = (first + count).min((start / per_block + 1) * per_block);
+                if !is_void(&found.blocks, start / per_block, at) {
+                    runs.push((start..end, value));
+                }
+                start = end;
+            }
+        }
+        let slices: BTreeSet<u64> = {
+            let meta = self.meta.lock();
+            let slices = runs.iter().flat_map(|(clusters, _)| {
+                meta.allocator.slice_of(clusters.start)..=meta.allocator.slice_of(clusters.end - 1)
+            });
+            slices.collect()
+        };
+        let slices: Vec<u64> = slices.into_iter().collect();
+        for some in slices.chunks(PARALLEL) {
+            try_join_all(some.iter().map(|&number| async move {
+                self.load_refcounts(number).await?;
+                self.meta.lock().allocator.hold_slice(number);
+                Ok::<_, Error>(())
+            }))
+            .await?;
+        }
+        let mut meta = self.meta.lock();
+        for (clusters, value) in runs {
+            meta.allocator
+                .adopt_refcounts(clusters, value)
+                .map_err(|need: Need| self.lacking(need))?;
+        }
+        Ok(())
+    }
+
+    /// Adopts the mapping, when it is known what is metadata and where the file ends; and goes on
+    /// with the journal, if the image is written.
+    ///
+    /// # Errors
+    /// When a part of the mapping cannot be read, or an entry contradicts the image.
+    pub(in super::super) async fn adopt_mapping(&self, adoption: Adoption) -> Result<()> {
+        let Some(found) = adoption.found else {
+            return Ok(());
+        };
+        let per_table = self.table_entries();
+        let mut changes: BTreeMap<u64, Vec<(usize, Words)>> = BTreeMap::new();
+        for (at, record) in found.records.iter().enumerate() {
+            let Record::Mapping { first, entries } = record else {
+                continue;
+            };
+            for (cluster, words) in (*first..).zip(entries) {
+                if !is_void(&found.tables, cluster / per_table, at) {
+                    let (number, index) = self.place(cluster);
+                    changes.entry(number).or_default().push((index, *words));
+                }
+            }
+        }
+        let numbers: Vec<u64> = changes.keys().copied().collect();
+        for some in numbers.chunks(PARALLEL) {
+            let loaded = some.iter().map(|&number| async move {
+                Ok::<_, Error>((number, self.fetch_slice(number).await?))
+            });
+            for (number, slice) in try_join_all(loaded).await? {
+                for (index, words) in changes.remove(&number).unwrap_or_default() {
+                    slice.set(index, words, &super::Recorded::adopted());
+                }
+                self.hold(number, slice, &found.file)?;
+            }
+        }
+        if self.options.writable {
+            log::info!(
+                "{}: the journal has {} changes that were not flushed; they are taken over",
+                self.storage.name(),
+                found.records.len()
+            );
+            self.meta.lock().allocator.set_log(Log::of(found.ring));
+        }
+        Ok(())
+    }
+
+    async fn fetch_slice(&self, number: u64) -> Result<Slice> {
+        let offset = self.slice_offset(number).unwrap_or_default();
+        let bytes = self.slice_bytes() as usize;
+        let buffer = storage::io::fetch(&*self.storage, offset, bytes).await?;
+        Ok(Slice::from_bytes(&buffer, self.shape.extended))
+    }
+
+    /// Keeps a slice in memory until it is written; for good, where nothing is.
+    fn hold(&self, number: u64, slice: Slice, journal: &str) -> Result<()> {
+        let mut meta = self.meta.lock();
+        if let Some((cluster, what)) = self.first_fault(&meta, number, &slice) {
+            let what = format!("{journal}: guest cluster {cluster}: {what}");
+            return Err(refused(self.storage.name(), &what));
+        }
+        self.directory.set(number, Some(Arc::new(slice)));
+        let Meta {
+            loaded,
+            dirty_slices,
+            writing,
+            ..
+        } = &mut *meta;
+        loaded.push_back(number);
+        match self.options.writable {
+            true => dirty_slices.insert(number),
+            false => writing.insert(number),
+        };
+        Ok(())
+    }
+
+    /// Begins a journal for an image that has none, and says so in its header.
+    ///
+    /// # Errors
+    /// When there is no room for it, in the folder or in the header.
+    pub(in super::super) async fn begin_journal(&self, folder: &Folder) -> Result<()> {
+        if self.shape.version < 3 {
+            log::warn!(
+                "{}: an image of version 2 has no journal: what has not been flushed is lost when \
+                 the process is killed ('qemu-img amend -o compat=1.1' makes it version 3)",
+                self.storage.name()
+            );
+            return Ok(());
+        }
+        let mark = Mark {
+            nonce: file::nonce()?,
+            flushed: 0,
+            boot: folder.boot(),
+        };
+        let clusters = self.size.div_ceil(self.cluster_size());
+        let patches = self.header().plan_journal(Some(mark))?;
+        let ring = folder.create(mark.nonce, identity(&*self.storage), clusters)?;
+        let path = ring.path().to_owned();
+        // The machine's end voids the journal, so that nothing waits for the disk: unless the name
+        // of the backing file moves, which must be there before the header says where.
+        let named = match patches.as_slice() {
+            [one] => self.name_journal(one).await,
+            _ => self.patch_header(&patches).await,
+        };
+        if let Err(error) = named {
+            file::remove(&path);
+            return Err(error);
+        }
+        self.meta.lock().allocator.set_log(Log::of(ring));
+        Ok(())
+    }
+
+    async fn name_journal(&self, patch: &super::super::header::Patch) -> Result<()> {
+        let patched = self.header().patched(std::slice::from_ref(patch))?;
+        self.write_at(patch.offset, &patch.bytes).await?;
+        *self.header.lock() = patched;
+        Ok(())
+    }
+}
+
+/// Which file the image is in, as far as it can be told from a copy.
+fn identity(storage: &dyn Storage) -> Identity {
+    storage.identity().unwrap_or_default()
+}
+
+pub(super) fn live(image: &str) -> Error {
+    refused(
+        image,
+        "the process that had the image was killed, and its journal has writes that completed and \
+         were not flushed (expected a daemon with the same '--journal' folder)",
+    )
+}
+
+fn refused(image: &str, what: &str) -> Error {
+    Error::Invalid(format!(
+        "{image}: {what}. To do without what the journal has, and take the image as it was at a \
+         flush: 'stratactl image forget-journal'"
+    ))
+}

@@ -1,0 +1,297 @@
+//! The folder of the journals, and its files.
+//!
+//! A file is made in full, and every page of it touched, before anybody relies on it: a page that
+//! tmpfs has no room for later would be a SIGBUS in the midst of a change.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+#[cfg(debug_assertions)]
+use std::sync::OnceLock;
+use std::sync::atomic::Ordering;
+
+use super::log::{LEAST_WORDS, RING, Ring};
+use super::record::{finish, mix};
+use crate::error::{Error, Result, errno_text};
+#[cfg(debug_assertions)]
+use crate::shared_memory::Gate;
+use crate::shared_memory::SharedMemory;
+
+/// "STRAJRNL", and the version of what follows.
+const MAGIC: u64 = u64::from_be_bytes(*b"STRAJRNL");
+const VERSION: u64 = 1;
+
+/// The file's first words, by their place.
+const MAGIC_AT: usize = 0;
+const FIELDS: [usize; 8] = [8, 16, 24, 32, 40, 48, 56, 64];
+const CHECK_AT: usize = 72;
+
+const PAGE: usize = 4096;
+
+/// Bytes of a ring, unless an option says otherwise: between these two, by the image's size.
+const LEAST_BYTES: u64 = 8 * LEAST_WORDS;
+const MOST_BYTES: u64 = 4 << 20;
+/// The largest ring that can be asked for.
+const LIMIT_BYTES: u64 = 1 << 30;
+/// What a first write to each cluster records, and as much again for the flush under way.
+const BYTES_OF_CLUSTER: u64 = 2 * 48;
+
+/// 16 bytes that nobody else has: a nonce, or the kernel's number of this boot.
+pub(super) type Id = [u64; 2];
+
+/// A folder on a tmpfs with the journals of images, one file each.
+#[derive(Debug)]
+pub struct Folder {
+    path: PathBuf,
+    /// Bytes of each new journal, if that was said.
+    size: Option<u64>,
+    boot: Id,
+    #[cfg(debug_assertions)]
+    gate: OnceLock<Arc<dyn Gate>>,
+}
+
+/// Which bytes a journal is about, as far as they can be told from a copy: inode and time of birth.
+/// Zeros where there is no such thing, as for a block device.
+pub type Identity = [u64; 2];
+
+impl Folder {
+    /// The folder `path`, which must be on a tmpfs. Its new journals have `size` bytes, a power of
+    /// two; without one, what suits the image.
+    ///
+    /// # Errors
+    /// When it is no such folder, or the size is none that a journal can have.
+    pub fn open(path: &Path, size: Option<u64>) -> Result<Arc<Self>> {
+        let fits =
+            |size: &u64| (LEAST_BYTES..=LIMIT_BYTES).contains(size) && size.is_power_of_two();
+        if let Some(size) = size.filter(|size| !fits(size)) {
+            return Err(Error::Invalid(format!(
+                "a journal of {size} bytes (expected a power of two from {LEAST_BYTES} to \
+                 {LIMIT_BYTES})"
+            )));
+        }
+        let failed = |error| explain(path, "opening the journal folder", &error);
+        let folder = File::open(path).map_err(failed)?;
+        if !folder.metadata().map_err(failed)?.is_dir() || !is_tmpfs(&folder).map_err(failed)? {
+            return Err(Error::Invalid(format!(
+                "{}: journals must be in a folder on a tmpfs, as /run and /dev/shm are: on another \
+                 file system a change of the mapping could wait for a disk",
+                path.display()
+            )));
+        }
+        Ok(Arc::new(Self {
+            path: path.to_owned(),
+            size,
+            boot: boot()?,
+            #[cfg(debug_assertions)]
+            gate: OnceLock::new(),
+        }))
+    }
+
+    /// From now on stores to the journals that are opened take place only while `gate` is open. Can
+    /// be said once.
+    #[cfg(debug_assertions)]
+    pub fn set_gate(&self, gate: Arc<dyn Gate>) {
+        let _ = self.gate.set(gate);
+    }
+
+    pub(super) fn boot(&self) -> Id {
+        self.boot
+    }
+
+    /// Where the journal with this nonce is.
+    #[must_use]
+    pub fn file(&self, nonce: [u64; 2]) -> PathBuf {
+        self.path
+            .join(format!("{:016x}{:016x}.journal", nonce[0], nonce[1]))
+    }
+
+    /// Makes a journal for an image with `clusters` guest clusters.
+    ///
+    /// # Errors
+    /// When there is no room for it; nothing is left of it then.
+    pub(super) fn create(&self, nonce: Id, identity: Identity, clusters: u64) -> Result<Ring> {
+        let bytes = self.size.unwrap_or_else(|| suitable(clusters));
+        let path = self.file(nonce);
+        let made = self.make(&path, nonce, identity, bytes);
+        if made.is_err() {
+            remove(&path);
+        }
+        made.map_err(|error| {
+            let what = format!("making a journal of {bytes} bytes");
+            explain(&path, &what, &error)
+        })
+    }
+
+    fn make(&self, path: &Path, nonce: Id, identity: Identity, bytes: u64) -> io::Result<Ring> {
+        let file = options().create_new(true).open(path)?;
+        let len = RING as u64 + bytes;
+        allocate(&file, len)?;
+        let memory = SharedMemory::map(&file, 0, len)?;
+        for page in (0..memory.len()).step_by(PAGE) {
+            memory.store(page, 0u64, Ordering::Relaxed);
+        }
+        let words = bytes / 8;
+        let fields = fields(nonce, self.boot, words, identity);
+        for (at, field) in FIELDS.into_iter().zip(fields) {
+            memory.store(at, field, Ordering::Relaxed);
+        }
+        memory.store(CHECK_AT, check(fields), Ordering::Relaxed);
+        memory.store(MAGIC_AT, MAGIC, Ordering::Release);
+        if memory.is_lost() {
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
+        Ok(self.ring(memory, path, words, nonce))
+    }
+
+    fn ring(&self, memory: SharedMemory, path: &Path, words: u64, nonce: Id) -> Ring {
+        #[cfg(debug_assertions)]
+        if let Some(gate) = self.gate.get() {
+            memory.set_gate(gate.clone());
+        }
+        Ring::new(memory, path.to_owned(), words, seed_of(nonce))
+    }
+
+    /// Opens the journal with this nonce. `None`: there is none.
+    ///
+    /// # Errors
+    /// When it is not ours, or contradicts itself.
+    pub(super) fn find(&self, nonce: Id, identity: Identity) -> Result<Option<Ring>> {
+        let path = self.file(nonce);
+        let file = match options().open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(explain(&path, "opening the journal", &error)),
+        };
+        let refused = |what: &str| Err(Error::Invalid(format!("{}: {what}", path.display())));
+        let failed = |error| explain(&path, "opening the journal", &error);
+        let metadata = file.metadata().map_err(failed)?;
+        // SAFETY: asks for a number.
+        let user = unsafe { libc::geteuid() };
+        if !metadata.is_file() || metadata.uid() != user || metadata.mode() & 0o077 != 0 {
+            return refused("not a journal of this user's that nobody else can write");
+        }
+        let len = metadata.len();
+        let words = len.saturating_sub(RING as u64) / 8;
+        if !words.is_power_of_two() || words < LEAST_WORDS || len > RING as u64 + LIMIT_BYTES {
+            return refused("not a journal: its length is wrong");
+        }
+        let memory = SharedMemory::map(&file, 0, len).map_err(failed)?;
+        let found = FIELDS.map(|at| memory.load::<u64>(at, Ordering::Relaxed));
+        let expected = fields(nonce, self.boot, words, identity);
+        let same = |range: std::ops::Range<usize>| found.get(range.clone()) == expected.get(range);
+        if memory.load::<u64>(MAGIC_AT, Ordering::Acquire) != MAGIC
+            || memory.load::<u64>(CHECK_AT, Ordering::Relaxed) != check(found)
+            || !same(0..6)
+        {
+            return refused("not a journal of this image, of this boot and in this format");
+        }
+        if !same(6..8) {
+            return refused(
+                "the journal is that of another file: the image has been copied, or restored",
+            );
+        }
+        let ring = self.ring(memory, &path, words, nonce);
+        if ring.head() > ring.tail() || ring.tail() - ring.head() > words {
+            return refused("the journal contradicts itself: its records end before they begin");
+        }
+        Ok(Some(ring))
+    }
+}
+
+/// Removes a journal's file.
+pub(super) fn remove(path: &Path) {
+    if let Err(error) = std::fs::remove_file(path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        log::warn!("{}: removing the journal: {error}", path.display());
+    }
+}
+
+/// 16 bytes by chance.
+pub(super) fn nonce() -> Result<Id> {
+    let mut bytes = [0u8; 16];
+    // SAFETY: the call writes that many bytes.
+    let count = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+    if count != 16 {
+        let error = io::Error::last_os_error();
+        return Err(Error::Invalid(format!("a number for a journal: {error}")));
+    }
+    Ok(id(u128::from_ne_bytes(bytes)))
+}
+
+/// The kernel's number of this boot.
+pub(super) fn boot() -> Result<Id> {
+    const FILE: &str = "/proc/sys/kernel/random/boot_id";
+    let failed = |what: String| Error::Invalid(format!("{FILE}: {what}"));
+    let text = std::fs::read_to_string(FILE).map_err(|error| failed(error.to_string()))?;
+    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    u128::from_str_radix(&digits, 16)
+        .map(id)
+        .map_err(|_| failed(format!("no number of this boot: '{}'", text.trim())))
+}
+
+fn id(number: u128) -> Id {
+    [(number >> 64) as u64, number as u64]
+}
+
+/// What the checksums of the records begin with in the journal that has this nonce.
+#[must_use]
+pub fn seed_of(nonce: [u64; 2]) -> u64 {
+    let [one, two] = nonce;
+    mix(one, two)
+}
+
+fn fields(nonce: Id, boot: Id, words: u64, identity: Identity) -> [u64; 8] {
+    let [inode, birth] = identity;
+    [
+        VERSION, nonce[0], nonce[1], boot[0], boot[1], words, inode, birth,
+    ]
+}
+
+fn check(fields: [u64; 8]) -> u64 {
+    finish(fields.into_iter().fold(MAGIC, mix))
+}
+
+fn suitable(clusters: u64) -> u64 {
+    let wanted = clusters.saturating_mul(BYTES_OF_CLUSTER);
+    wanted.clamp(LEAST_BYTES, MOST_BYTES).next_power_of_two()
+}
+
+fn options() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options
+        .read(true)
+        .write(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC);
+    options
+}
+
+fn allocate(file: &File, len: u64) -> io::Result<()> {
+    let len = libc::off_t::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
+    // SAFETY: no memory is passed.
+    match unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, len) } {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
+
+fn is_tmpfs(file: &File) -> io::Result<bool> {
+    // SAFETY: all-zero bytes are a valid statfs.
+    let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the call writes one statfs.
+    if unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut stat) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(stat.f_type == libc::TMPFS_MAGIC)
+}
+
+fn explain(path: &Path, what: &str, error: &io::Error) -> Error {
+    let text = error
+        .raw_os_error()
+        .map_or_else(|| error.to_string(), errno_text);
+    Error::Invalid(format!("{}: {what}: {text}", path.display()))
+}
