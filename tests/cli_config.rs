@@ -447,7 +447,7 @@ fn mistakes_are_told_with_place_and_remedy() {
     assert!(error(&["--blockdef", "x"]).contains("--blockdev"));
     assert!(error(&["--pidfile"]).contains("--pidfile"));
     for time in ["0", "-1", "1.5", "90s", "4294967296"] {
-        let error = error(&["--stop-timeout", time]);
+        let error = error(&[&format!("--stop-timeout={time}")]);
         assert!(
             error.contains("--stop-timeout") && error.contains(time),
             "{error}"

@@ -43,7 +43,7 @@ const MEMORY: usize = SERIAL + 4096;
 const OLD: u64 = 7;
 /// What the guest writes, the same everywhere: the server of qemu-storage-daemon 10.0 takes the data
 /// of one write for that of another that is in flight with it.
-const NEW: [u8; LEN] = [0xdd; LEN];
+static NEW: [u8; LEN] = [0xdd; LEN];
 
 fn fence(socket: &Path) -> PathBuf {
     let mut name = socket.as_os_str().to_owned();
@@ -214,8 +214,8 @@ fn outlived(dir: &Path, hanging: &Hanging, setup: &Setup, at: &Path, next: &Setu
     }
     assert_eq!(guest.queues[0].run(&Op::read(0, &data))?, OK);
     let log = next_daemon.log();
-    let serving = log.lines().filter(|line| line.contains("serving after"));
-    let line = serving.last().ok_or("it does not say when it serves")?;
+    let line = log.lines().rfind(|line| line.contains("serving after"));
+    let line = line.ok_or("it does not say when it serves")?;
     let fenced = line.rsplit("fence ").next().unwrap_or_default();
     assert!(!fenced.starts_with("0 "), "{line}");
     assert!(log.contains("fence: waited"), "{log}");

@@ -42,7 +42,7 @@ fn record(input: &mut Input<'_>, cluster: u64, end: u64) -> Record {
     let offset = match how & 3 {
         0 => value,
         1 => value % end.max(1) * cluster,
-        _ => value % end.max(1) * cluster | 1 << 63,
+        _ => (value % end.max(1) * cluster) | (1 << 63),
     };
     match kind & 3 {
         0 => Record::Mapping {

@@ -6,11 +6,11 @@
 //! wins over the options, as long as the image's header is as the stream has left it.
 
 use std::collections::HashSet;
-use std::path::Path;
 
 use super::below::backing_options;
+use super::descent::Descent;
 use super::graph::{Graph, Node};
-use super::open::{Descent, Origin};
+use super::open::Origin;
 use crate::config::{BackingRef, BlockRef, BlockdevOptions, Driver, FileOptions};
 use crate::error::{Error, Result};
 use crate::format::qcow2::Backing;

@@ -13,6 +13,7 @@ use crate::chain::{Graph, Recorded, RecordedLink, RecordedNode};
 use crate::config::{Config, StateOptions};
 use crate::control::backend::{Backend, StreamSpec};
 use crate::control::stream_body;
+use crate::error::SyncFailure;
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::Backing;
@@ -20,7 +21,6 @@ use crate::job::{Ledger, Manager, Refused, Untold};
 use crate::state::record::{self, State, Work};
 use crate::state::{self, StateError, Store};
 use crate::storage::Syncs;
-use crate::storage::syncs::SyncFailure;
 
 impl From<StateError> for Error {
     fn from(error: StateError) -> Self {

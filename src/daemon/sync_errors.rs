@@ -326,10 +326,10 @@ mod tests {
             ("base", "memory")
         );
         assert!(!error.no_space && error.description.contains("stratactl clear-sync-error"));
-        clear(&graph, "top").unwrap();
+        clear(&graph, "top", None).unwrap();
         flush().unwrap();
         assert_eq!(of(&graph, "top"), []);
-        let refused = clear(&graph, "top").unwrap_err().0;
+        let refused = clear(&graph, "top", None).unwrap_err().0;
         assert_eq!(refused, "No flush of node 'top' has failed");
         Reactor::leave_thread();
     }

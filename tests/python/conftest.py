@@ -17,7 +17,10 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "contrib"))
 
+import guest as testbed  # noqa: E402
 from harness.daemon import Daemon, default_control, default_daemon  # noqa: E402
+from harness.guests import COMMON  # noqa: E402
+from harness.images import qemu_img, run  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -114,3 +117,33 @@ def small_disk(tmp_path):
     disk = SmallDisk(tmp_path / "small")
     yield disk
     disk.close()
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory):
+    """A golden image: ext4 with 48 MB of files, made once for all tests."""
+    folder = tmp_path_factory.mktemp("golden")
+    testbed.make_tree(folder / "tree", 48)
+    raw, image = folder / "golden.raw", folder / "golden.qcow2"
+    run("mke2fs", "-q", "-t", "ext4", "-E", "root_owner=0:0", "-d", folder / "tree", raw, "128M")
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", raw, image)
+    shutil.rmtree(folder / "tree")
+    image.chmod(0o444)
+    return image
+
+
+@pytest.fixture
+def boot(tmp_path):
+    """Boot guests that do not outlive the test."""
+    running = []
+
+    def boot(*sockets, job, queues=1):
+        folder = tmp_path / f"guest{len(running)}"
+        folder.mkdir()
+        guest = testbed.Guest(sockets, COMMON + job, folder, queues)
+        running.append(guest)
+        return guest
+
+    yield boot
+    for guest in running:
+        guest.kill()

@@ -67,6 +67,7 @@ class Output:
 
 RANDOM_SEEDS = NotRun("whole steps of contrib/test, an example of a name, and a loop for hours")
 FUZZING = NotRun("needs a fuzzer's build, a find of it, or hours")
+KILLS = NotRun("twenty minutes; each of these runs is in contrib/test, with fewer kills")
 
 CHAIN = """
 head -c 16M /dev/urandom > golden.raw
@@ -130,6 +131,9 @@ TABLE = {
     ("docs/testing.md", "fuzzer=fuzz/target"): FUZZING,
     ("docs/testing.md", "$fuzzer -merge=1"): FUZZING,
     ("docs/testing.md", "contrib/test costs"): NotRun("a step of contrib/test"),
+    ("docs/testing.md", "contrib/test kills"): KILLS,
+    ("docs/recovery.md", "contrib/test kills"): KILLS,
+    ("docs/recovery.md", "STRATABLK_DAEMON=qemu"): KILLS,
     ("docs/testing.md", "STRATABLK_ROUNDS=50"): NotRun("minutes, and an example of a seed"),
 }
 

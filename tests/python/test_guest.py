@@ -6,16 +6,14 @@ Each job script is a shell script; `report` and `hold` come from guest.py.
 """
 
 import hashlib
-import os
 import shutil
-import subprocess
 
 import pytest
 
-import guest as testbed
 from harness import images
 from harness.daemon import blockdev, export
-from harness.images import KIB, MIB, qemu_img, run
+from harness.guests import file_system_is_good, overlay, stop_and_judge
+from harness.images import KIB, MIB, run
 from harness.scene import serve
 
 # A TCG guest on a busy machine is slow; this only ends what hangs.
@@ -24,84 +22,6 @@ pytestmark = [pytest.mark.guest, pytest.mark.timeout(300)]
 # So slow that a stream of the golden image takes minutes: longer than the guest
 # is given for its work.
 SLOW = 256 * KIB
-
-# Shell functions that most jobs use.
-COMMON = r"""
-fresh() { sync; echo 3 >/proc/sys/vm/drop_caches; }
-files_are_right() {
-    fresh
-    (cd /mnt && md5sum -c MD5SUMS) >/tmp/sums 2>&1 && report files "$1" right && return 0
-    grep -v OK /tmp/sums | head -n 5
-    report files "$1" WRONG
-    return 1
-}
-verify() {
-    fio --bs=4k-64k --direct=1 --ioengine=libaio --iodepth=16 --verify=crc32c --do_verify=1 \
-        --verify_fatal=1 --randseed=11 --output=/tmp/fio.out "$@" && return 0
-    tail -n 20 /tmp/fio.out
-    return 1
-}
-"""
-
-
-@pytest.fixture(scope="session")
-def golden(tmp_path_factory):
-    """A golden image: ext4 with 48 MB of files, made once for all tests."""
-    folder = tmp_path_factory.mktemp("golden")
-    testbed.make_tree(folder / "tree", 48)
-    raw, image = folder / "golden.raw", folder / "golden.qcow2"
-    run("mke2fs", "-q", "-t", "ext4", "-E", "root_owner=0:0", "-d", folder / "tree", raw, "128M")
-    qemu_img("convert", "-f", "raw", "-O", "qcow2", raw, image)
-    shutil.rmtree(folder / "tree")
-    image.chmod(0o444)
-    return image
-
-
-@pytest.fixture
-def boot(tmp_path):
-    """Boot guests that do not outlive the test."""
-    running = []
-
-    def boot(*sockets, job, queues=1):
-        folder = tmp_path / f"guest{len(running)}"
-        folder.mkdir()
-        guest = testbed.Guest(sockets, COMMON + job, folder, queues)
-        running.append(guest)
-        return guest
-
-    yield boot
-    for guest in running:
-        guest.kill()
-
-
-def file_system_is_good(image):
-    raw = images.flatten(image)
-    done = subprocess.run(["e2fsck", "-fn", raw], capture_output=True, text=True)
-    os.unlink(raw)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def leans_on_nothing(top, base):
-    """Put the base back under a copy: nothing may shine through."""
-    copy = shutil.copy(top, f"{top}.with-base")
-    qemu_img("rebase", "-u", "-f", "qcow2", "-b", base, "-F", "qcow2", copy)
-    done = qemu_img("compare", "-f", "qcow2", "-F", "qcow2", top, copy, allowed=(0, 1))
-    assert done.returncode == 0, done.stdout
-    os.unlink(copy)
-
-
-def stop_and_judge(daemon, top, base):
-    """The end of most tests: the overlay alone is the guest's whole disk."""
-    daemon.stop()
-    assert images.backing(top) is None
-    images.check(top)
-    leans_on_nothing(top, base)
-    file_system_is_good(top)
-
-
-def overlay(tmp_path, golden, **options):
-    return images.create(tmp_path / "overlay.qcow2", backing=str(golden), **options)
-
 
 WORK = """
 mount -t ext4 /dev/vda /mnt || return 1

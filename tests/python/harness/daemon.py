@@ -30,6 +30,20 @@ def export(node, name, socket, writable=True, queues=None):
     return ["--export", ",".join(words)]
 
 
+def lasting_words(binary, memory, state):
+    """The words that keep completed writes and jobs beyond a process, as far as it knows them.
+
+    `memory` is a folder on a tmpfs, `state` one on a disk.
+    """
+    known = subprocess.run([str(binary), "--help"], capture_output=True, text=True).stdout
+    words = []
+    if "--journal" in known:
+        words += ["--journal", str(memory)]
+    if "--state" in known:
+        words += ["--state", str(state)]
+    return words
+
+
 class Daemon:
     """One process, its control socket, and a log to look into."""
 
