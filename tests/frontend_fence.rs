@@ -180,7 +180,8 @@ fn leave_in_flight(frontend: &mut Frontend, writes: bool) -> Res<()> {
 fn outlived(dir: &Path, hanging: &Hanging, setup: &Setup, at: &Path, next: &Setup) -> Res<()> {
     let program = Program::under_test();
     let mut daemon = setup.start(&program, dir, None)?;
-    let mut frontend = daemon.connect(at, 1, QUEUE, MEMORY)?;
+    // With an inflight region, without which answers come in the order of the requests.
+    let mut frontend = daemon.connect_tracked(at, 1, QUEUE, MEMORY, true)?;
     // What has to be read before it is.
     let data = [(0, LEN)];
     assert_eq!(frontend.queues[0].run(&Op::read(0, &data))?, OK);

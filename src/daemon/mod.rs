@@ -155,7 +155,11 @@ fn serve(config: &Config, began: Instant) -> Result<()> {
     // Before anything is opened, and before the first ring is made.
     let fences = fence::hold(
         &config.exports,
-        config.state.as_ref().map(|state| state.dir.as_path()),
+        config
+            .state
+            .as_ref()
+            .map(|state| state.dir.join(&state.name))
+            .as_deref(),
         config.fence_timeout,
         &stopped,
     )?;

@@ -328,6 +328,7 @@ impl SplitRing {
 
     /// Puts a chain into the used ring, or lets it wait for those that were taken before it.
     /// [`SplitRing::publish`] shows to the driver what is in the ring.
+    #[inline(always)]
     pub fn put_used(&mut self, head: u16, len: u32) {
         match &mut self.account {
             Account::InOrder(order) => {

@@ -253,7 +253,7 @@ fn count(
         daemon.display().to_string(),
     ];
     args.extend(setup.args());
-    if matches!(disk, Disk::Journaled) {
+    if matches!(case.disk, Disk::Journaled) {
         args.push(format!("--journal={}", memory.path().display()));
     }
     // What `env` executes has its process id, and so has what valgrind does.

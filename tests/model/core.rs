@@ -9,6 +9,7 @@ use std::task::{Context, Waker};
 use stratablk_model::chain::{Chain, Layer, Root, ViewCache};
 use stratablk_model::disk::Disk;
 use stratablk_model::format::qcow2::claims::Claims;
+use stratablk_model::format::qcow2::journal::Recorded;
 use stratablk_model::format::qcow2::l2::{Slice, Words};
 use stratablk_model::format::{Format, Raw};
 use stratablk_model::grace::{EraCache, Grace, Users};
@@ -160,7 +161,7 @@ fn words_of_an_entry_change_together() {
                 descriptor: value,
                 bitmap: value,
             };
-            slice.set(1, words);
+            slice.set(1, words, &Recorded::of_no_image());
         }
         readers.into_iter().for_each(|t| t.join().unwrap());
     });

@@ -285,6 +285,8 @@ impl Queue {
 
     /// Carries out what a process that died has left, before anything is taken from the ring, and
     /// also if nothing more is taken. True: there was some.
+    #[cold]
+    #[inline(never)]
     fn take_again(&mut self, context: &mut Context) -> bool {
         if self.weight > self.room {
             return false;
@@ -430,7 +432,17 @@ impl Queue {
         self.signal_error(context);
     }
 
+    /// Puts back a chain with which nothing is to be done.
+    #[cold]
+    #[inline(never)]
+    fn answer_at_once(&mut self, head: u16, len: u32) {
+        self.ring.put_used(head, len);
+    }
+
     /// Begins with a request that was taken. False: there is no room for it now.
+    // Said where the compiler would not: what a request costs is counted, and calls of such length
+    // with as many arguments are a tenth of it.
+    #[inline(always)]
     fn begin(
         &mut self,
         context: &mut Context,
@@ -449,13 +461,13 @@ impl Queue {
                 context.stats.errors.add(1);
                 // SAFETY: the address was translated with `self.memory`.
                 unsafe { memory::store_byte(status, with as u8) };
-                self.ring.put_used(head, 1);
+                self.answer_at_once(head, 1);
                 return true;
             }
             Parsed::Malformed => {
                 context.stats.errors.add(1);
                 context.warn(format_args!("a request has no place for its status"));
-                self.ring.put_used(head, 0);
+                self.answer_at_once(head, 0);
                 return true;
             }
         };
@@ -486,8 +498,10 @@ impl Queue {
             return true;
         }
         match kind {
-            Kind::In { offset } => self.transfer(context, head, offset, false, view, limits),
-            Kind::Out { offset } => self.transfer(context, head, offset, true, view, limits),
+            Kind::In { offset } | Kind::Out { offset } => {
+                let write = matches!(kind, Kind::Out { .. });
+                self.transfer(context, head, offset, write, view, limits);
+            }
             Kind::Flush => self.flushes.join(head),
             Kind::GetId => self.identify(context, head),
             Kind::Discard { .. } | Kind::WriteZeroes { .. } => self.spawn(context, head),
@@ -515,6 +529,7 @@ impl Queue {
     }
 
     /// Reads or writes by the chain's plan, or else by a task.
+    #[inline(always)]
     fn transfer(
         &mut self,
         context: &mut Context,
@@ -551,6 +566,7 @@ impl Queue {
     }
 
     /// All operations of a request have ended.
+    #[inline(always)]
     fn settle(&mut self, context: &mut Context, head: u16) {
         let complete = self
             .slots
@@ -564,6 +580,7 @@ impl Queue {
     }
 
     /// A request has been carried out; a change may have to become stable first.
+    #[inline(always)]
     fn carried_out(&mut self, context: &mut Context, head: u16) {
         let changes = self.slots.get(usize::from(head)).is_some_and(|slot| {
             matches!(

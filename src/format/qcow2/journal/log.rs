@@ -39,6 +39,13 @@ pub(in super::super) enum Admission {
 pub struct Recorded(());
 
 impl Recorded {
+    /// Of an entry that belongs to no image: for tests of slices alone.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn of_no_image() -> Self {
+        Self(())
+    }
+
     /// Of an entry that comes out of a journal, for a slice that nobody sees yet.
     pub(super) fn adopted() -> Self {
         Self(())
