@@ -412,7 +412,7 @@ class Page:
 
 def mentioned(text):
     """Files, tests and benches that a block names."""
-    for path in re.findall(r"(?<![\w/.-])(?:contrib|tests|docs|fuzz)/[\w./-]*\w", text):
+    for path in re.findall(r"(?<![\w/.-])(?:contrib|tests|docs|fuzz)/[\w./@-]*\w", text):
         # What a build or a run makes is not there yet.
         if not re.match(r"fuzz/(target|artifacts|corpus/.*what-it-is-about)", path):
             yield path

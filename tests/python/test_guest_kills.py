@@ -203,7 +203,8 @@ def test_a_guest_survives_any_number_of_kills(daemon, tmp_path, golden, boot, rn
         stream.finish()
         guest.go()
         assert guest.wait_done(timeout=2 * PATIENCE) == 0, guest.console()
-    stop_and_judge(daemon, top, golden)
+    # What requests had allocated and not yet mapped is lost to the image: clusters, no data.
+    stop_and_judge(daemon, top, golden, leaks=True)
     if KILLS >= 100:
         own = sorted(pause for pause, _ in killed.pauses)
         assert statistics.median(own) <= MEDIAN, "the pauses above"

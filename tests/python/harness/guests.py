@@ -42,11 +42,11 @@ def leans_on_nothing(top, base):
     os.unlink(copy)
 
 
-def stop_and_judge(daemon, top, base):
+def stop_and_judge(daemon, top, base, leaks=False):
     """The end of most tests: the overlay alone is the guest's whole disk."""
     daemon.stop()
     assert images.backing(top) is None
-    images.check(top)
+    images.check(top, leaks=leaks)
     leans_on_nothing(top, base)
     file_system_is_good(top)
 
