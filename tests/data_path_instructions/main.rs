@@ -50,22 +50,22 @@ const FEW: usize = 16;
 /// Rounds of the longer run: 2048 requests more.
 const MANY: usize = FEW + 64;
 /// What a request may cost, in percent of what it did when the table was written. Another compiler
-/// or C library makes a few percent; the counting itself makes less than one.
-const ALLOWED: u64 = 112;
+/// or C library can make as much; the counting itself makes less than one.
+const ALLOWED: u64 = 103;
 
 /// What a request cost when this was written (Rust 1.95). Who makes it cheaper writes the new figure
 /// here, so that it stays so; who makes it dearer says in the commit what for.
 const TABLE: [Case; 10] = [
-    case(Disk::Raw, Kind::Read, 1159),
-    case(Disk::Raw, Kind::Write, 1152),
-    tracked(Disk::Raw, Kind::Read, 1159),
-    tracked(Disk::Raw, Kind::Write, 1152),
-    case(Disk::Qcow2, Kind::Read, 1450),
-    case(Disk::Qcow2, Kind::Write, 1450),
-    case(Disk::Overlay, Kind::Read, 1554),
-    case(Disk::Chain, Kind::Read, 3012),
-    case(Disk::Empty, Kind::Allocate, 99999),
-    case(Disk::Journaled, Kind::Allocate, 99999),
+    case(Disk::Raw, Kind::Read, 1298),
+    case(Disk::Raw, Kind::Write, 1302),
+    tracked(Disk::Raw, Kind::Read, 1298),
+    tracked(Disk::Raw, Kind::Write, 1302),
+    case(Disk::Qcow2, Kind::Read, 1586),
+    case(Disk::Qcow2, Kind::Write, 1594),
+    case(Disk::Overlay, Kind::Read, 1691),
+    case(Disk::Chain, Kind::Read, 3147),
+    case(Disk::Empty, Kind::Allocate, 13161),
+    case(Disk::Journaled, Kind::Allocate, 13350),
 ];
 
 /// What a journal may cost a write that allocates, in instructions.
