@@ -18,7 +18,7 @@ fn action(args: &[&str]) -> Action {
 
 fn run(args: &[&str]) -> Config {
     match action(args) {
-        Action::Run(config) => config,
+        Action::Run(config) => *config,
         other => panic!("{args:?}: {other:?}"),
     }
 }

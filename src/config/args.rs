@@ -235,7 +235,7 @@ fn to_action(args: &Args) -> Result<Action, ConfigError> {
     config.state = state_options(args, &config)?;
     disk::add_control_sockets(&mut config, &args.qmp)?;
     check::check(&config)?;
-    Ok(Action::Run(config))
+    Ok(Action::Run(Box::new(config)))
 }
 
 /// Where the state is recorded. It is called after the first export, which the supervisor's options

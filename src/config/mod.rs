@@ -51,7 +51,7 @@ pub const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-f
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
     /// Serve.
-    Run(Config),
+    Run(Box<Config>),
     /// Print [`CAPABILITIES`] and exit with 0.
     PrintCapabilities,
     /// Print this text and exit with 0.

@@ -92,6 +92,9 @@ impl EndingJob {
     }
 }
 
+/// A job, and how it ended.
+type Ended = (Arc<Job>, Outcome);
+
 /// The jobs of the process.
 pub struct Manager {
     /// Held while a job ends and its end is told, so that whoever learns of it finds it gone.
@@ -106,7 +109,7 @@ pub struct Manager {
     ledger: Option<Arc<dyn Ledger>>,
     /// Jobs of an earlier process that have ended, and how, until somebody listens who can be told:
     /// `None` from then on.
-    untold: Mutex<Option<Vec<(Arc<Job>, Outcome)>>>,
+    untold: Mutex<Option<Vec<Ended>>>,
     myself: Weak<Manager>,
 }
 

@@ -94,14 +94,13 @@ impl Ring {
             descriptors.push(self.free.swap_remove(chosen));
         }
         let head = *descriptors.first()?;
-        let indirect = table.map(|at| {
+        let indirect = table.inspect(|&at| {
             let list = Piece {
                 at,
                 len: 16 * pieces.len(),
                 device_writes: false,
             };
             self.describe(self.at + 16 * usize::from(head), list, INDIRECT, 0);
-            at
         });
         for (i, &piece) in pieces.iter().enumerate() {
             let next = match indirect {

@@ -5,6 +5,8 @@
 //! left for later; queues that disturb one another; a region that is believed though it cannot be
 //! true, and a reader of it that runs away.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64};
