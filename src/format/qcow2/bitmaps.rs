@@ -231,6 +231,11 @@ impl Qcow2 {
         if journaled {
             keep |= journal::AUTOCLEAR;
         }
+        if header.bitmaps.is_some() {
+            // A process that was killed may have marked them, and its mark may be in the page cache
+            // alone: it would be taken for what a power cut leaves.
+            self.barrier().await?;
+        }
         if let Some(mut directory) = read_directory(&*self.storage, &header).await? {
             let count = header.bitmaps.map_or(0, |d| d.count);
             match parse(&directory, count) {
