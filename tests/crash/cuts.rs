@@ -1,20 +1,23 @@
-//! Power cuts: every state that one may leave is opened and read, and its references counted.
+//! Power cuts and kills: every state that one may leave is opened and read, and its references
+//! counted.
 //!
 //! What would be caught: a pointer that reaches the disk before what it points at, references
 //! taken off too early, clusters used again too early, flushed data lost, a torn header, a
 //! snapshot that is written to, a stream whose base is let go of before the copy is stable, an
 //! image that cannot be written any more after a cut.
 //!
-//! `STRATABLK_CRASH_STATES` is how many states of each disk are judged (all there are, if there
-//! are fewer), `STRATABLK_CRASH_QEMU=all` has `qemu-img check` judge each of them, and
-//! `STRATABLK_SEED` repeats a run.
+//! `STRATABLK_CRASH_STATES` is how many states of each disk are judged after power cuts, and how
+//! many after kills (all there are, if there are fewer), `STRATABLK_CRASH_QEMU=all` has `qemu-img
+//! check` judge each of them, and `STRATABLK_SEED` repeats a run.
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use stratablk::reactor::Reactor;
 
 use crate::disk::{Below, Disk, Recipe, read_all, write};
+use crate::journals::usage;
 use crate::judge::Judge;
+use crate::landing::{Start, visit_kills};
 use crate::machine::{Counted, Effect, Event, Fault, Machine};
 use crate::qcow2::Image;
 use crate::states::visit;
@@ -57,14 +60,14 @@ fn a_flush_while_the_first_write_to_a_table_is_under_way() {
     machine.run(&reactor, &mut rng);
 }
 
-/// Guests work on a disk, and a stream if `stream`; then the machine stops at every instant.
-/// Returns the image as it was before and after the work.
+/// Guests work on a disk, and a stream if `stream`; then the machine stops at every instant, and
+/// the process is killed at every instant. Returns the image as it was before and after the work.
 pub fn cuts(recipe: Recipe, stream: bool, operations: usize) -> (Vec<u8>, Vec<u8>) {
     cuts_with(seed(), recipe, stream, operations, None)
 }
 
 /// As [`cuts`], on storage that fails for a while if there is a `fault`.
-fn cuts_with(
+pub fn cuts_with(
     seed: u64,
     recipe: Recipe,
     stream: bool,
@@ -76,7 +79,8 @@ fn cuts_with(
     let dir = tempfile::tempdir().unwrap();
     let disk = Disk::make(dir.path(), recipe);
     let reactor = Reactor::for_this_thread().unwrap();
-    let machine = Machine::new(&disk.files);
+    let machine = disk.machine();
+    let mut start = machine.left();
     let history = {
         let _alone = alone();
         let opened = reactor.block_on(disk.open(&machine, true)).unwrap();
@@ -87,11 +91,18 @@ fn cuts_with(
             seed,
             Box::new(move || clock.now()),
         );
-        work.compress.set(recipe.compress);
-        work.from.set(recipe.from);
-        work.grain.set(recipe.grain());
+        work.adopt(&recipe);
         let may_be_full = recipe.storage.device.is_some();
         work.strict.set(fault.is_none() && !may_be_full);
+        if recipe.used > 0 {
+            // As long as it lasts.
+            machine.fail(fault.map(|fault| Fault {
+                until: usize::MAX,
+                ..fault
+            }));
+            fill(&reactor, &machine, &work, recipe.used);
+            start = machine.left();
+        }
         machine.fail(fault);
         if stream {
             work.spawn_stream(&reactor, 3);
@@ -126,18 +137,50 @@ fn cuts_with(
         disk: &disk,
         reactor,
         history,
+        start: Start {
+            files: &start.0,
+            journals: start.1.as_ref(),
+            from: 0,
+        },
     };
-    let budget = number_from("STRATABLK_CRASH_STATES").unwrap_or(recipe.states);
+    let given = number_from("STRATABLK_CRASH_STATES");
     let each = std::env::var("STRATABLK_CRASH_QEMU").is_ok_and(|value| value == "all");
     // Fewer of few.
-    let sample = SAMPLES as f64 / budget.max(SAMPLES * 60) as f64;
-    let (total, judged) = visit(&disk.files, &log, budget, &mut rng, |state, rng| {
-        let thorough = rng.random_bool(sample);
+    let sample = |budget: usize| SAMPLES as f64 / budget.max(SAMPLES * 60) as f64;
+    // Where the log begins later, it is not known what was stable then.
+    if recipe.used == 0 {
+        let budget = given.unwrap_or(recipe.states);
+        let (total, judged) = visit(&disk.files, &log, budget, &mut rng, |state, rng| {
+            let thorough = rng.random_bool(sample(budget));
+            judge.judge(&state, thorough, each || thorough);
+        });
+        println!("{} events, {judged} of {total} states", log.len());
+        assert!(judged * 2 > budget.min(total), "{judged} of {total} states");
+    }
+    let budget = given.unwrap_or(recipe.kills);
+    let (total, judged) = visit_kills(judge.start, &log, budget, &mut rng, |state, rng| {
+        let thorough = rng.random_bool(sample(budget));
         judge.judge(&state, thorough, each || thorough);
+        if thorough {
+            judge.succeed(&state, &log, rng);
+        }
     });
-    println!("{} events, {judged} of {total} states", log.len());
+    println!("{judged} of {total} states after a kill");
     assert!(judged * 2 > budget.min(total), "{judged} of {total} states");
     (disk.files[0].clone(), machine.bytes(0))
+}
+
+/// Changes the mapping until so much of the journal is used, out of the log.
+fn fill(reactor: &Reactor, machine: &Machine, work: &Work, percent: u64) {
+    const STEP: usize = 64;
+    machine.be_quiet(true);
+    let used = || usage(&machine.left().1?);
+    let mut starts = (0..work.from.get()).step_by(STEP).cycle();
+    while used().is_some_and(|(used, words)| used * 100 < words * percent) {
+        let start = starts.next().unwrap();
+        reactor.block_on(work.fill(start, STEP));
+    }
+    machine.be_quiet(false);
 }
 
 #[test]

@@ -6,16 +6,20 @@ use std::sync::Arc;
 
 use stratablk::chain::{Chain, Layer, View, with_room};
 use stratablk::error::Result;
+use stratablk::format::qcow2::journal::Folder;
 use stratablk::format::{Format, Qcow2, Raw, qcow2};
 use stratablk::reactor::Reactor;
 use stratablk::storage::{AlignedBuf, IoBufs, Storage};
 
 use crate::history::{SECTOR, fill, stamp_of};
+use crate::journals::Left;
 use crate::machine::{Machine, Traits};
 use crate::support::{create, create_over, run};
 
 /// States judged by default, of each disk: all there are of most.
 const STATES: usize = 6000;
+/// Those that kills leave, where nothing but the files outlives the process.
+const KILLS: usize = 600;
 
 /// What lies under the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +56,14 @@ pub struct Recipe {
     pub storage: Traits,
     /// States judged by default of each power cut.
     pub states: usize,
+    /// States judged by default of each kill.
+    pub kills: usize,
+    /// The image has a journal.
+    pub journaled: bool,
+    /// How full the journal is when guests begin, in percent.
+    pub used: u64,
+    /// What is read from below is kept.
+    pub copy_on_read: bool,
 }
 
 impl Recipe {
@@ -70,6 +82,10 @@ impl Recipe {
             compress: false,
             storage: Traits::FILE,
             states: STATES,
+            kills: KILLS,
+            journaled: false,
+            used: 0,
+            copy_on_read: false,
         }
     }
 
@@ -236,13 +252,24 @@ impl Disk {
         1 + usize::from(self.recipe.data_file)
     }
 
+    /// A machine with the disk, and a folder for its journal if it has one.
+    pub fn machine(&self) -> Machine {
+        let machine = Machine::new(&self.files);
+        if self.recipe.journaled {
+            machine.keep_journals(&Left::new());
+        }
+        machine
+    }
+
     /// Opens the image on a machine.
     pub async fn open(&self, machine: &Machine, writable: bool) -> Result<Opened> {
         if self.recipe.reserves {
             machine.allow_reserving();
         }
         machine.behave(self.recipe.storage);
-        self.open_files(|index| machine.file(index), writable).await
+        let journal = machine.journals();
+        self.open_with(|index| machine.file(index), journal, writable)
+            .await
     }
 
     /// Opens the image, and what its header says is below.
@@ -251,29 +278,45 @@ impl Disk {
         file: impl Fn(usize) -> Arc<dyn Storage>,
         writable: bool,
     ) -> Result<Opened> {
+        self.open_with(file, None, writable).await
+    }
+
+    async fn open_with(
+        &self,
+        file: impl Fn(usize) -> Arc<dyn Storage>,
+        journal: Option<Arc<Folder>>,
+        writable: bool,
+    ) -> Result<Opened> {
         let options = qcow2::Options {
             writable,
             discard: true,
             cache_bytes: self.recipe.cache_bytes,
+            journal,
             ..qcow2::Options::default()
         };
         let data = self.recipe.data_file.then(|| file(1));
         let image = Qcow2::open_with_data(file(0), data, options).await?;
         let image = Arc::new(image);
-        let mut layers = vec![layer(
-            Format::Qcow2(image.clone()),
-            image.data_storage().clone(),
-            !writable,
-        )];
+        let top = Layer {
+            copy_on_read: self.recipe.copy_on_read && writable,
+            ..layer(
+                Format::Qcow2(image.clone()),
+                image.data_storage().clone(),
+                !writable,
+            )
+        };
+        let mut layers = vec![Arc::new(top)];
         if image.backing().is_some() {
             let mut at = self.below();
             if self.recipe.below == Below::Qcow2 {
                 let middle = Qcow2::open(file(at), qcow2::Options::default()).await?;
-                layers.push(layer(Format::Qcow2(Arc::new(middle)), file(at), true));
+                let middle = layer(Format::Qcow2(Arc::new(middle)), file(at), true);
+                layers.push(Arc::new(middle));
                 at += 1;
             }
             let size = (self.recipe.sectors * SECTOR) as u64;
-            layers.push(layer(Format::Raw(Raw::new(size)), file(at), true));
+            let base = layer(Format::Raw(Raw::new(size)), file(at), true);
+            layers.push(Arc::new(base));
         }
         let chain = Arc::new(Chain::new(layers)?);
         Ok(Opened { image, chain })
@@ -297,15 +340,15 @@ impl Disk {
     }
 }
 
-fn layer(format: Format, storage: Arc<dyn Storage>, read_only: bool) -> Arc<Layer> {
-    Arc::new(Layer {
+fn layer(format: Format, storage: Arc<dyn Storage>, read_only: bool) -> Layer {
+    Layer {
         name: "layer".into(),
         format,
         storage,
         read_only,
         discard: true,
         copy_on_read: false,
-    })
+    }
 }
 
 /// Everything that the guest sees; `None` for a torn sector.

@@ -19,6 +19,7 @@ use stratablk::storage::{Storage, Syncs, Window};
 
 use crate::disk::{Below, Disk, Recipe, read_all};
 use crate::judge::Judge;
+use crate::landing::Start;
 use crate::machine::Counted::{self, Changes, Reads};
 use crate::machine::{Fault, Machine};
 use crate::qcow2::Image;
@@ -166,16 +167,13 @@ impl Bench {
         let files: Vec<_> = (0..self.disk.files.len())
             .map(|i| machine.stable(i))
             .collect();
-        let state = State {
-            cut: machine.now(),
-            kept: Kept::Nothing,
-            files,
-        };
+        let state = State::after_cut(machine.now(), Kept::Nothing, files);
         let judge = Judge {
             seed: self.seed,
             disk: &self.disk,
             reactor: Reactor::for_this_thread().unwrap(),
             history: work.history.borrow().clone(),
+            start: Start::of(&self.disk.files),
         };
         drop(alone);
         judge.judge(&state, false, false);

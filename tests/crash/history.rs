@@ -37,7 +37,8 @@ pub struct History {
     sectors: Vec<Vec<usize>>,
     /// Of each successful flush: how many notes there were when it began, and the time at its end.
     flushes: Vec<(usize, usize)>,
-    notes: usize,
+    /// The time of each note.
+    notes: Vec<usize>,
     /// From this time on the image stands alone: it names no backing file.
     pub alone_from: Option<usize>,
 }
@@ -59,7 +60,7 @@ impl History {
     ///
     /// An operation that failed never ends: its effect is uncertain for ever.
     pub fn note(&mut self, now: usize, report: Report) -> usize {
-        self.notes += 1;
+        self.notes.push(now);
         match report {
             Report::Began { start, len, change } => {
                 let number = self.operations.len();
@@ -74,7 +75,7 @@ impl History {
                 }
                 return number;
             }
-            Report::Ended(number) => self.operations[number].ended = self.notes - 1,
+            Report::Ended(number) => self.operations[number].ended = self.notes.len() - 1,
             Report::Flushed(began) => self.flushes.push((began, now)),
             Report::Alone => self.alone_from = Some(now),
         }
@@ -83,7 +84,31 @@ impl History {
 
     /// How many notes there are.
     pub fn notes(&self) -> usize {
-        self.notes
+        self.notes.len()
+    }
+
+    /// So many notes there were after `cut` events: what had completed when the process was killed.
+    pub fn notes_at(&self, cut: usize) -> usize {
+        self.notes.partition_point(|&at| at <= cut)
+    }
+
+    /// What is known after a kill at `cut`: of what began until then, the first `settled` notes
+    /// are certain. All else is uncertain until it is written again.
+    pub fn after_kill(&self, settled: usize, cut: usize) -> Self {
+        let mut after = self.clone();
+        after.notes.truncate(self.notes_at(cut));
+        after.flushes.retain(|(_, ended)| *ended <= cut);
+        after.alone_from = self.alone_from.filter(|at| *at <= cut);
+        for operation in &mut after.operations {
+            if operation.ended >= settled {
+                operation.ended = usize::MAX;
+            }
+        }
+        let began = |number: &usize| self.operations[*number].began <= cut;
+        for sector in &mut after.sectors {
+            sector.retain(began);
+        }
+        after
     }
 
     /// So many notes are certainly stable when the machine stops after `cut` events.
@@ -92,14 +117,14 @@ impl History {
         ended.map(|(began, _)| *began).max().unwrap_or(0)
     }
 
-    /// What a sector may hold then, when the first `stable` notes are.
-    pub fn after_cut(&self, sector: usize, stable: usize, cut: usize) -> Vec<u32> {
-        self.possible(sector, stable, cut)
+    /// What a sector may hold then, when the first `settled` notes are certain.
+    pub fn after_cut(&self, sector: usize, settled: usize, cut: usize) -> Vec<u32> {
+        self.possible(sector, settled, cut)
     }
 
     /// What a sector may read as now, if nothing in flight touches it.
     pub fn visible(&self, sector: usize) -> Vec<u32> {
-        self.possible(sector, self.notes, usize::MAX)
+        self.possible(sector, self.notes.len(), usize::MAX)
     }
 
     /// What ended in the first `settled` notes is certain; what began before `cut` is possible.

@@ -5,9 +5,11 @@ use stratablk::reactor::Reactor;
 use crate::bitmaps::{AUTO, Bitmap, IN_USE, bitmaps};
 use crate::disk::{Disk, read_all, write};
 use crate::history::{History, SECTOR, stamp_of};
+use crate::journals::{Left, age};
+use crate::landing::Start;
 use crate::machine::Machine;
 use crate::qcow2::{Image, Sector};
-use crate::states::State;
+use crate::states::{End, State};
 use crate::{alone, together};
 
 /// What is known of a disk, and what it is compared with.
@@ -16,6 +18,8 @@ pub struct Judge<'a> {
     pub disk: &'a Disk,
     pub reactor: Reactor,
     pub history: History,
+    /// Where the log begins.
+    pub start: Start<'a>,
 }
 
 impl Judge<'_> {
@@ -37,12 +41,46 @@ impl Judge<'_> {
             Ok(())
         });
         if let Err(what) = result {
-            panic!(
-                "STRATABLK_SEED={}: {:?}: cut after event {}, kept {:?} of what was not stable: \
-                 {what}",
-                self.seed, self.disk.recipe, state.cut, state.kept
-            );
+            panic!("{}: {what}", self.context(state));
         }
+    }
+
+    /// What this is about, for messages.
+    pub fn context(&self, state: &State) -> String {
+        format!(
+            "STRATABLK_SEED={}: {:?}: {:?} after event {}, of what was not {} there is {:?}",
+            self.seed,
+            self.disk.recipe,
+            state.end,
+            state.cut,
+            match state.end {
+                End::PowerCut => "stable",
+                End::Kill => "done",
+            },
+            state.kept,
+        )
+    }
+
+    /// So many notes of the history are certain after the state's end.
+    pub fn settled(&self, state: &State) -> usize {
+        match state.end {
+            End::Kill if state.journals.is_some() => self.history.notes_at(state.cut),
+            _ => self.history.stable_at(state.cut),
+        }
+    }
+
+    /// The machine for the next process: after a power cut no journal is left.
+    fn machine(&self, state: &State) -> Machine {
+        let mut files = state.files.clone();
+        let nothing = self.disk.recipe.journaled.then(Left::new);
+        if state.end == End::PowerCut {
+            age(&mut files[0]);
+        }
+        let machine = Machine::new(&files);
+        if let Some(left) = state.journals.as_ref().or(nothing.as_ref()) {
+            machine.keep_journals(left);
+        }
+        machine
     }
 
     /// The metadata is consistent, and snapshots are what they were.
@@ -71,8 +109,10 @@ impl Judge<'_> {
 
     /// Every sector reads as something it may hold.
     fn readable(&self, state: &State) -> Result<Vec<u32>, String> {
-        let machine = Machine::new(&state.files);
-        let opened = self.reactor.block_on(self.disk.open(&machine, false));
+        let machine = self.machine(state);
+        // Nothing is read of an image before its journal is adopted.
+        let adopts = self.disk.recipe.journaled;
+        let opened = self.reactor.block_on(self.disk.open(&machine, adopts));
         let opened = opened.map_err(|error| error.to_string())?;
         if opened.image.backing().is_some()
             && self.history.alone_from.is_some_and(|at| at <= state.cut)
@@ -80,9 +120,9 @@ impl Judge<'_> {
             return Err("the stream has ended, but the header names a base".into());
         }
         let seen = read_all(&self.reactor, &opened.chain).map_err(|error| error.to_string())?;
-        let stable = self.history.stable_at(state.cut);
+        let settled = self.settled(state);
         for (sector, &stamp) in seen.iter().enumerate() {
-            let allowed = self.history.after_cut(sector, stable, state.cut);
+            let allowed = self.history.after_cut(sector, settled, state.cut);
             if !stamp.is_some_and(|stamp| allowed.contains(&stamp)) {
                 return Err(format!(
                     "sector {sector} reads as stamp {stamp:x?}, allowed are {allowed:x?}"
@@ -101,7 +141,7 @@ impl Judge<'_> {
     fn usable(&self, state: &State, seen: &[u32]) -> Result<(), String> {
         let text = |error: stratablk::error::Error| error.to_string();
         let leaks = Image::new(&state.files[0])?.check()?;
-        let machine = Machine::new(&state.files);
+        let machine = self.machine(state);
         let opened = self.reactor.block_on(self.disk.open(&machine, true));
         let opened = opened.map_err(text)?;
         let mut expected = seen.to_vec();
@@ -128,7 +168,8 @@ impl Judge<'_> {
         let files: Vec<_> = (0..state.files.len()).map(|i| machine.bytes(i)).collect();
         let after = Image::new(&files[0])?.check()?;
         self.sound(&files)?;
-        if after > leaks {
+        // What the first process had taken out of the mapping is not freed by the next one.
+        if after > leaks && state.journals.is_none() {
             return Err(format!(
                 "{leaks} clusters leaked, {after} after work went on"
             ));

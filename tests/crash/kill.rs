@@ -23,8 +23,9 @@ use stratablk::storage::{Access, FileStorage, Limits, Op, Storage, Submission};
 use crate::disk::{Below, Disk, Recipe};
 use crate::history::{Change, History};
 use crate::judge::Judge;
+use crate::landing::Start;
 use crate::machine::Traits;
-use crate::states::{Kept, State};
+use crate::states::{End, Kept, State};
 use crate::workload::{Report, Work};
 use crate::{number_from, seed};
 
@@ -385,11 +386,11 @@ impl Executioner {
             disk: &self.disk,
             reactor: Reactor::for_this_thread().unwrap(),
             history,
+            start: Start::of(&self.disk.files),
         };
         let state = State {
-            cut: now,
-            kept: Kept::Killed,
-            files,
+            end: End::Kill,
+            ..State::after_cut(now, Kept::All, files)
         };
         let qemu = self.kills.is_multiple_of(QEMU);
         judge.judge(&state, qemu, qemu);

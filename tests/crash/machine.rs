@@ -14,9 +14,14 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use rand::Rng;
 use rand::rngs::StdRng;
+use stratablk::format::qcow2::journal::Folder;
 use stratablk::reactor::{Reactor, Token};
+use stratablk::shared_memory::Gate;
 use stratablk::storage::fault::Uneven;
 use stratablk::storage::{IoBufs, Limits, Op, Storage, Submission, Syncs};
+
+use crate::journals::{Journals, Left, Store};
+use crate::states::State as Ended;
 
 /// What kind of storage the files of a machine are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,6 +82,8 @@ pub enum Event {
         id: usize,
         effect: Effect,
     },
+    /// The process has changed a journal.
+    Stored(Store),
 }
 
 /// What counts for a fault.
@@ -145,6 +152,9 @@ struct State {
     traits: Traits,
     uneven: Option<Uneven>,
     cache: Option<Cache>,
+    journals: Option<Journals>,
+    /// Nothing comes into the log.
+    quiet: bool,
 }
 
 /// What a page cache holds, and the disks under it.
@@ -213,6 +223,8 @@ impl Machine {
             traits: Traits::FILE,
             uneven: None,
             cache: None,
+            journals: None,
+            quiet: false,
         };
         Self {
             state: Arc::new(Mutex::new(state)),
@@ -231,6 +243,54 @@ impl Machine {
             syncs: files.iter().map(|_| Syncs::new(true)).collect(),
             ..machine
         }
+    }
+
+    /// The machine after a kill, for the next process: with what is left, and the log so far.
+    pub fn after_kill(state: &Ended, log: &[Event]) -> Self {
+        let machine = Self::new(&state.files);
+        {
+            let mut inner = machine.state.lock();
+            inner.log = log[..state.cut].to_vec();
+            inner.log.extend_from_slice(&state.landings);
+            let ids = inner.log.iter().map(|event| match event {
+                Event::Issued { id, .. } => id + 1,
+                _ => 0,
+            });
+            inner.next = ids.max().unwrap_or(0);
+        }
+        if let Some(left) = &state.journals {
+            machine.keep_journals(left);
+        }
+        machine
+    }
+
+    /// Has a folder for journals, with these in it.
+    pub fn keep_journals(&self, left: &Left) {
+        self.state.lock().journals = Some(Journals::new(left));
+    }
+
+    /// From now on nothing comes into the log; or again everything.
+    pub fn be_quiet(&self, quiet: bool) {
+        let mut state = self.state.lock();
+        if let Some(journals) = state.journals.as_mut().filter(|_| !quiet) {
+            journals.look();
+        }
+        state.quiet = quiet;
+    }
+
+    /// What the files and the journals hold.
+    pub fn left(&self) -> (Vec<Vec<u8>>, Option<Left>) {
+        let state = self.state.lock();
+        let journals = state.journals.as_ref().map(Journals::left);
+        (state.files.clone(), journals)
+    }
+
+    /// The folder for journals, if there is one. What the process stores there comes into the log.
+    pub fn journals(&self) -> Option<Arc<Folder>> {
+        let path = self.state.lock().journals.as_ref()?.path().to_owned();
+        let folder = Folder::open(&path, None).unwrap();
+        folder.set_gate(Arc::new(Tap(self.clone())));
+        Some(folder)
     }
 
     /// What a file holds when a machine with a page cache stops.
@@ -277,11 +337,15 @@ impl Machine {
 
     /// Events so far: the time.
     pub fn now(&self) -> usize {
-        self.state.lock().log.len()
+        let mut state = self.state.lock();
+        state.note_stores();
+        state.log.len()
     }
 
     pub fn log(&self) -> Vec<Event> {
-        self.state.lock().log.clone()
+        let mut state = self.state.lock();
+        state.note_stores();
+        state.log.clone()
     }
 
     pub fn bytes(&self, file: usize) -> Vec<u8> {
@@ -379,7 +443,40 @@ impl Machine {
     }
 }
 
+/// Is asked before each store to a journal: what the one before has stored comes into the log.
+struct Tap(Machine);
+
+impl std::fmt::Debug for Tap {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the machine's log")
+    }
+}
+
+impl Gate for Tap {
+    fn is_open(&self) -> bool {
+        self.0.state.lock().note_stores();
+        true
+    }
+}
+
 impl State {
+    /// Adds what was stored since the last event to the log.
+    fn note_stores(&mut self) {
+        if self.quiet {
+            return;
+        }
+        let stores = self.journals.as_mut().map(Journals::look);
+        let stores = stores.into_iter().flatten();
+        self.log.extend(stores.map(Event::Stored));
+    }
+
+    fn push(&mut self, event: Event) {
+        self.note_stores();
+        if !self.quiet {
+            self.log.push(event);
+        }
+    }
+
     fn verdict(&mut self, file: usize, effect: &Effect) -> Option<i32> {
         let counts = |fault: &Fault| fault.file == file && fault.of.has(effect);
         let fault = self.fault.filter(counts)?;
@@ -443,7 +540,7 @@ impl State {
         let id = self.next;
         self.next += 1;
         if *effect != Effect::Read {
-            self.log.push(Event::Issued {
+            self.push(Event::Issued {
                 id,
                 file,
                 effect: effect.clone(),
@@ -455,7 +552,7 @@ impl State {
     fn perform(&mut self, pending: Pending) -> io::Result<u32> {
         if let Some(errno) = pending.interrupted {
             let (id, effect) = (pending.id, Effect::Read);
-            self.log.push(Event::Failed { id, effect });
+            self.push(Event::Failed { id, effect });
             return Err(io::Error::from_raw_os_error(errno));
         }
         if let Some(errno) = pending.fault {
@@ -475,7 +572,7 @@ impl State {
                 }
             }
             let id = pending.id;
-            self.log.push(Event::Failed { id, effect });
+            self.push(Event::Failed { id, effect });
             return Err(io::Error::from_raw_os_error(errno));
         }
         let result = match &pending.effect {
@@ -498,7 +595,7 @@ impl State {
                 effect => cache.add(pending.file, effect),
             }
         }
-        self.log.push(Event::Done { id: pending.id });
+        self.push(Event::Done { id: pending.id });
         Ok(result)
     }
 }
@@ -594,7 +691,7 @@ impl Storage for File {
         if let Some(cache) = &mut state.cache {
             cache.add(self.index, &effect);
         }
-        state.log.push(Event::Done { id });
+        state.push(Event::Done { id });
         Ok(())
     }
 

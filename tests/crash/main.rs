@@ -14,18 +14,23 @@ mod faults;
 mod freed;
 mod held;
 mod history;
+mod journals;
 mod judge;
 mod kill;
+mod killed;
+mod landing;
 mod machine;
 mod neighbour;
 mod punch;
 mod qcow2;
+mod raw;
 mod resize;
 mod room;
 mod short;
 mod slices;
 mod slow;
 mod states;
+mod successor;
 #[allow(dead_code)]
 #[path = "../engine/support.rs"]
 mod support;

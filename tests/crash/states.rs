@@ -1,4 +1,4 @@
-//! Every state in which a cut may leave a machine's files.
+//! Every state in which a power cut may leave a machine's files. What a kill leaves: `landing`.
 //!
 //! What a finished barrier covered is stable; one that failed covered nothing. Of everything else
 //! that had been issued any sectors may have reached the disk, in any order. At every barrier, when
@@ -13,6 +13,7 @@ use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 
 use crate::history::SECTOR;
+use crate::journals::Left;
 use crate::machine::{Effect, Event, apply};
 
 /// What of the operations that are not stable has reached the disk.
@@ -26,16 +27,43 @@ pub enum Kept {
     /// All, but of this one only some sectors.
     Torn(usize),
     Random,
-    /// The process was killed: what the files hold.
-    Killed,
 }
 
-/// The machine after a cut.
+/// How a run ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The machine stops.
+    PowerCut,
+    /// The process is killed: the machine goes on.
+    Kill,
+}
+
+/// What is left when a run has ended.
 pub struct State {
-    /// Events before the cut.
+    pub end: End,
+    /// Events before the end.
     pub cut: usize,
+    /// What became of the operations that were not stable, or under way if it is a kill.
     pub kept: Kept,
     pub files: Vec<Vec<u8>>,
+    /// The journals, if there may be any.
+    pub journals: Option<Left>,
+    /// What happened between the kill and the next process.
+    pub landings: Vec<Event>,
+}
+
+impl State {
+    /// What is left after a power cut.
+    pub fn after_cut(cut: usize, kept: Kept, files: Vec<Vec<u8>>) -> Self {
+        Self {
+            end: End::PowerCut,
+            cut,
+            kept,
+            files,
+            journals: None,
+            landings: Vec::new(),
+        }
+    }
 }
 
 #[derive(Clone)]
@@ -113,6 +141,7 @@ impl Walker {
                 }
                 Point::Same
             }
+            Event::Stored(_) => Point::Same,
         }
     }
 
@@ -156,7 +185,7 @@ impl Walker {
         for loose in order {
             let file = &mut files[loose.file];
             match kept {
-                Kept::Nothing | Kept::Killed => {}
+                Kept::Nothing => {}
                 Kept::Only(id) if id != loose.id => {}
                 Kept::Without(id) if id == loose.id => {}
                 Kept::Torn(id) if id == loose.id => tear(file, &loose.effect, 0.5, rng),
@@ -170,30 +199,36 @@ impl Walker {
 
 /// Applies some sectors of an operation.
 fn tear(file: &mut Vec<u8>, effect: &Effect, share: f64, rng: &mut StdRng) {
+    for part in parts(effect, share, rng) {
+        apply(file, &part);
+    }
+}
+
+/// Some sectors of an operation, each as an operation by itself.
+pub fn parts(effect: &Effect, share: f64, rng: &mut StdRng) -> Vec<Effect> {
     match effect {
-        Effect::Write { offset, bytes } => {
-            for (index, sector) in bytes.chunks(SECTOR).enumerate() {
-                if rng.random_bool(share) {
-                    let offset = offset + (index * SECTOR) as u64;
-                    let bytes = sector.to_vec();
-                    apply(file, &Effect::Write { offset, bytes });
+        Effect::Write { offset, bytes } => bytes
+            .chunks(SECTOR)
+            .enumerate()
+            .filter(|_| rng.random_bool(share))
+            .map(|(index, sector)| Effect::Write {
+                offset: offset + (index * SECTOR) as u64,
+                bytes: sector.to_vec(),
+            })
+            .collect(),
+        &(Effect::Zero { offset, len } | Effect::Punch { offset, len }) => (offset..offset + len)
+            .step_by(SECTOR)
+            .filter(|_| rng.random_bool(share))
+            .map(|at| {
+                let len = (SECTOR as u64).min(offset + len - at);
+                match effect {
+                    Effect::Zero { .. } => Effect::Zero { offset: at, len },
+                    _ => Effect::Punch { offset: at, len },
                 }
-            }
-        }
-        Effect::Zero { offset, len } | Effect::Punch { offset, len } => {
-            for at in (*offset..offset + len).step_by(SECTOR) {
-                if rng.random_bool(share) {
-                    let (offset, len) = (at, (SECTOR as u64).min(offset + len - at));
-                    let part = match effect {
-                        Effect::Zero { .. } => Effect::Zero { offset, len },
-                        _ => Effect::Punch { offset, len },
-                    };
-                    apply(file, &part);
-                }
-            }
-        }
-        other if rng.random_bool(share) => apply(file, other),
-        _ => {}
+            })
+            .collect(),
+        other if rng.random_bool(share) => vec![other.clone()],
+        _ => Vec::new(),
     }
 }
 
@@ -221,20 +256,37 @@ pub fn visit(
     log: &[Event],
     budget: usize,
     rng: &mut StdRng,
+    judge: impl FnMut(State, &mut StdRng),
+) -> (usize, usize) {
+    visit_from(0, start, log, budget, rng, judge)
+}
+
+/// As [`visit`], with the states alone that come with the events from number `from` on.
+pub fn visit_from(
+    from: usize,
+    start: &[Vec<u8>],
+    log: &[Event],
+    budget: usize,
+    rng: &mut StdRng,
     mut judge: impl FnMut(State, &mut StdRng),
 ) -> (usize, usize) {
     let mut walker = Walker::new(start);
     let mut total = 0;
     for (now, event) in log.iter().enumerate() {
         let point = walker.step(now, event);
-        let count = walker.states(&point).len();
-        total += count + if count > 0 { RANDOM } else { 0 };
+        if now >= from {
+            let count = walker.states(&point).len();
+            total += count + if count > 0 { RANDOM } else { 0 };
+        }
     }
     let share = (budget as f64 / total as f64).min(1.0);
     let mut walker = Walker::new(start);
     let mut judged = 0;
     for (now, event) in log.iter().enumerate() {
         let point = walker.step(now, event);
+        if now < from {
+            continue;
+        }
         let mut states = walker.states(&point);
         if !states.is_empty() {
             states.extend([Kept::Random; RANDOM]);
@@ -242,8 +294,7 @@ pub fn visit(
         for kept in states {
             if walker.concerns_header(kept) || rng.random_bool(share) {
                 let files = walker.build(kept, rng);
-                let cut = now + 1;
-                judge(State { cut, kept, files }, rng);
+                judge(State::after_cut(now + 1, kept, files), rng);
                 judged += 1;
             }
         }

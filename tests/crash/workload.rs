@@ -12,6 +12,7 @@ use stratablk::format::Format;
 use stratablk::reactor::{Reactor, yield_now};
 use stratablk::storage::{AlignedBuf, IoBufs};
 
+use crate::disk::Recipe;
 use crate::history::{Change, History, SECTOR, fill, stamp_of};
 
 /// What a guest asks for.
@@ -99,6 +100,18 @@ impl Work {
         })
     }
 
+    /// Takes what the recipe says of requests and copies.
+    pub fn adopt(&self, recipe: &Recipe) {
+        self.compress.set(recipe.compress);
+        self.from.set(recipe.from);
+        self.grain.set(recipe.grain());
+    }
+
+    /// The stamps from this one on have not been written yet.
+    pub fn stamp_from(&self, stamp: u32) {
+        self.stamp.set(stamp);
+    }
+
     fn view(&self) -> Rc<View> {
         if let Some(kept) = &*self.kept.borrow()
             && self.rng.borrow_mut().random_bool(0.4)
@@ -132,6 +145,14 @@ impl Work {
                 work.operate(kind).await;
             }
         });
+    }
+
+    /// Has some of the sectors that guests leave alone written and cleared, many at once: many
+    /// changes of the mapping in little time.
+    pub async fn fill(&self, start: usize, len: usize) {
+        for kind in [Kind::Write, Kind::Unmap] {
+            self.operate_on(kind, start, len).await;
+        }
     }
 
     /// The job: copies everything in `tasks` tasks; the last one to end lets go of the base.
@@ -247,6 +268,11 @@ impl Work {
             yield_now().await;
             return;
         };
+        self.operate_on(kind, start, len).await;
+        self.busy.borrow_mut()[start..start + len].fill(false);
+    }
+
+    async fn operate_on(&self, kind: Kind, start: usize, len: usize) {
         let change = match kind {
             Kind::Write => {
                 let stamp = self.stamp.get();
@@ -263,8 +289,29 @@ impl Work {
             && let Some(number) = number
         {
             self.note(Report::Ended(number));
+            if kind == Kind::Discard && self.rng.borrow_mut().random() {
+                self.see_zeros(start, len).await;
+            }
         }
-        self.busy.borrow_mut()[start..start + len].fill(false);
+    }
+
+    /// Looks what a discard has left: whoever has seen zeros never sees old bytes again.
+    async fn see_zeros(&self, start: usize, len: usize) {
+        let mut buffer = AlignedBuf::zeroed(len * SECTOR);
+        buffer.fill(1);
+        // SAFETY: `buffer` outlives the operation.
+        let bufs = unsafe { IoBufs::of(&buffer, 0, len * SECTOR) };
+        let read = self.view().read((start * SECTOR) as u64, bufs).await;
+        if !self.judge(Kind::Read, read) {
+            return;
+        }
+        for (start, sector) in (start..).zip(buffer.chunks(SECTOR)) {
+            if stamp_of(sector) == Some(0) {
+                let (len, change) = (1, Change::Zero);
+                let number = self.note(Report::Began { start, len, change });
+                self.note(Report::Ended(number));
+            }
+        }
     }
 
     /// Copies a range from the layers below, as a job does.

@@ -16,6 +16,8 @@
 mod core;
 mod engine;
 mod held;
+#[cfg(debug_assertions)]
+mod killed;
 #[allow(dead_code)]
 #[path = "../crash/qcow2.rs"]
 mod qcow2;
