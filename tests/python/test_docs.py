@@ -132,6 +132,7 @@ TABLE = {
     ("docs/testing.md", "$fuzzer -merge=1"): FUZZING,
     ("docs/testing.md", "contrib/test costs"): NotRun("a step of contrib/test"),
     ("docs/testing.md", "contrib/test kills"): KILLS,
+    ("docs/testing.md", "contrib/test crash"): NotRun("hours"),
     ("docs/recovery.md", "contrib/test kills"): KILLS,
     ("docs/recovery.md", "STRATABLK_DAEMON=qemu"): KILLS,
     ("docs/testing.md", "STRATABLK_ROUNDS=50"): NotRun("minutes, and an example of a seed"),
