@@ -181,7 +181,7 @@ pub fn run(
     setup.queues = row.shape.queues;
     let mut daemon = setup.start(&variant.program, disks.dir(), Some(options.cpu_backend))?;
     let memory = load::memory_for(row.shape);
-    let frontend = daemon.connect(&setup.socket, row.shape.queues, 256, memory)?;
+    let frontend = variant.connect(&mut daemon, &setup, memory)?;
     // The same places for every back-end of a round.
     let seed = 1 + round as u64;
     let poll = row.poll || options.poll;

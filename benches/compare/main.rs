@@ -53,6 +53,10 @@ struct Options {
     /// Another binary of stratablk, an older one for example: measured beside this one as "before"
     #[arg(long)]
     before: Option<PathBuf>,
+    /// Also measure this daemon with a journal and an inflight region, as "kept": what completes
+    /// outlives it
+    #[arg(long)]
+    kept: bool,
     /// Folder for the images of the tmpfs rows ("none" leaves them out)
     #[arg(long, default_value = "/dev/shm")]
     dir_tmpfs: PathBuf,
@@ -153,7 +157,10 @@ fn run(options: &Options) -> Res<()> {
         return Ok(());
     }
     machine::require(&["fio", "qemu-img", "qemu-storage-daemon"])?;
-    let variants = variants::wanted(&options.only, options.before.as_deref());
+    let journals = options.kept.then(|| tempfile::tempdir_in("/dev/shm"));
+    let journals = journals.transpose()?;
+    let folder = journals.as_ref().map(tempfile::TempDir::path);
+    let variants = variants::wanted(&options.only, folder, options.before.as_deref());
     let mut report = report::Report::new(machine::describe(&variants)?);
     common::daemon::pin_this_thread(options.cpu_frontend)?;
     let testbed = guest_rows::prepare(options, &mut report);

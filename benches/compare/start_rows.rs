@@ -11,7 +11,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// One row: so many empty layers, of a terabyte each.
+/// One row: so many empty layers, of a terabyte each. A daemon that keeps a journal has changes of the
+/// mapping in it when it is killed, as many as fill one of the usual size.
 #[derive(Clone, Copy, Debug)]
 pub struct Row {
     layers: usize,
@@ -36,6 +37,15 @@ const SIZE: u64 = 1 << 40;
 /// Requests in flight when it is killed.
 const IN_FLIGHT: u64 = 32;
 
+/// Bytes of a journal that is not flushed before it has as much as a full one of the usual size.
+const JOURNAL: u64 = 8 << 20;
+
+/// First writes to clusters that fill half of it: each takes 48 bytes.
+const CHANGES: u64 = JOURNAL / 2 / 48 - 1000;
+
+/// 64 KiB.
+const SECTORS_OF_CLUSTER: u64 = 128;
+
 /// Requests each second of a guest that does little.
 const FEW: u32 = 1000;
 
@@ -57,7 +67,7 @@ pub fn measure(
                 variants.iter(),
                 report,
                 Report::add_start,
-                |variant| run(options, variant, &disks, &layers),
+                |variant| run(options, variant, &disks, &layers, round as u64),
             );
         }
     }
@@ -83,11 +93,15 @@ fn run(
     variant: &Variant,
     disks: &Disks,
     layers: &[(PathBuf, &'static str)],
+    round: u64,
 ) -> Res<StartSample> {
-    let setup = variant.setup(disks.dir(), layers, false);
+    let mut setup = variant.setup(disks.dir(), layers, false);
+    if variant.journals.is_some() {
+        setup.extra.push(format!("--journal-size={JOURNAL}"));
+    }
     let begin = Instant::now();
     let mut daemon = setup.start(&variant.program, disks.dir(), Some(options.cpu_backend))?;
-    let frontend = daemon.connect(&setup.socket, 1, 256, 1 << 16)?;
+    let frontend = variant.connect(&mut daemon, &setup, 1 << 16)?;
     let ready = begin.elapsed();
     let resident = resident(&daemon)?;
     let mut queues = frontend.queues;
@@ -109,6 +123,12 @@ fn run(
         next += Duration::from_secs(1) / FEW;
     }
     let cpu = daemon.cpu_time()?.saturating_sub(cpu);
+    if variant.journals.is_some() {
+        // Where no round before has written.
+        for number in round * CHANGES..(round + 1) * CHANGES {
+            queue.run(&Op::write(number * SECTORS_OF_CLUSTER, &[(0, 4096)]))?;
+        }
+    }
     for number in 0..IN_FLIGHT {
         queue.submit(&Op::read(number * 128, &[(0, 4096)]), number)?;
     }
@@ -117,7 +137,7 @@ fn run(
     let said = daemon.log().len();
     let begin = Instant::now();
     let mut daemon = setup.start(&variant.program, disks.dir(), Some(options.cpu_backend))?;
-    let frontend = daemon.connect(&setup.socket, 1, 256, 1 << 16)?;
+    let frontend = variant.connect(&mut daemon, &setup, 1 << 16)?;
     let again = begin.elapsed();
     let fence = daemon.log().get(said..).and_then(fenced);
     drop((frontend, queues));

@@ -100,7 +100,7 @@ fn run(
 ) -> Res<StreamSample> {
     let setup = variant.setup(disks.dir(), &disks.layers(Disk::Overlay)?, true);
     let mut daemon = setup.start(&variant.program, disks.dir(), Some(options.cpu_backend))?;
-    let frontend = daemon.connect(&setup.socket, 1, 256, load::memory_for(SHAPE))?;
+    let frontend = variant.connect(&mut daemon, &setup, load::memory_for(SHAPE))?;
     let socket = setup.qmp.as_ref().ok_or("no control socket")?;
     let mut qmp = daemon.qmp(socket)?;
     let mut load = Load::new(

@@ -2,6 +2,7 @@
 
 use crate::common::Res;
 use crate::common::daemon::{Daemon, Program, Setup};
+use crate::common::frontend::Frontend;
 use crate::report::Report;
 use std::cell::Cell;
 use std::os::unix::process::ExitStatusExt;
@@ -23,6 +24,9 @@ pub struct Variant {
     pub poll_max_ns: Option<u32>,
     /// It is measured in the rows about raw images only.
     pub raw_only: bool,
+    /// Its images have a journal in this folder, and its front-end an inflight region: what
+    /// completes outlives it.
+    pub journals: Option<PathBuf>,
     /// How many of its processes died of a signal when they were asked to end.
     pub died: Rc<Cell<usize>>,
 }
@@ -31,8 +35,8 @@ pub struct Variant {
 pub const UNDER_TEST: &str = "stratablk";
 
 /// All of them, or those whose name contains one of `words`. The first is the one under test; the
-/// last, if given, is another binary of it.
-pub fn wanted(words: &[String], before: Option<&Path>) -> Vec<Variant> {
+/// last, if given, are the same with a journal in the folder `journals`, and another binary of it.
+pub fn wanted(words: &[String], journals: Option<&Path>, before: Option<&Path>) -> Vec<Variant> {
     let stratablk = |name, program| Variant {
         name,
         program,
@@ -40,6 +44,7 @@ pub fn wanted(words: &[String], before: Option<&Path>) -> Vec<Variant> {
         iothread: false,
         poll_max_ns: None,
         raw_only: false,
+        journals: None,
         died: Rc::default(),
     };
     let reference = |name, aio| Variant {
@@ -49,6 +54,7 @@ pub fn wanted(words: &[String], before: Option<&Path>) -> Vec<Variant> {
         iothread: true,
         poll_max_ns: None,
         raw_only: false,
+        journals: None,
         died: Rc::default(),
     };
     let polling = |name, poll_max_ns| Variant {
@@ -63,8 +69,13 @@ pub fn wanted(words: &[String], before: Option<&Path>) -> Vec<Variant> {
         polling("qsd-native, poll 0", 0),
         polling("qsd-native, poll 1 ms", 1_000_000),
     ];
+    let kept = journals.map(|folder| Variant {
+        journals: Some(folder.into()),
+        ..stratablk("kept", Program::under_test())
+    });
     let before = before.map(|path| stratablk("before", Program { path: path.into() }));
     all.into_iter()
+        .chain(kept)
         .chain(before)
         .filter(|v| words.is_empty() || words.iter().any(|word| v.name.contains(word.as_str())))
         .collect()
@@ -82,7 +93,19 @@ impl Variant {
         if !job {
             setup.qmp = None;
         }
+        if let Some(folder) = &self.journals {
+            setup.extra.push(format!("--journal={}", folder.display()));
+        }
         setup
+    }
+
+    /// Connects a front-end to the export of `daemon`.
+    pub fn connect(&self, daemon: &mut Daemon, setup: &Setup, memory: usize) -> Res<Frontend> {
+        const SIZE: u16 = 256;
+        match self.journals {
+            None => daemon.connect(&setup.socket, setup.queues, SIZE, memory),
+            Some(_) => daemon.connect_tracked(&setup.socket, setup.queues, SIZE, memory, true),
+        }
     }
 
     /// Ends `daemon` after it was measured.
