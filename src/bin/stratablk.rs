@@ -5,12 +5,16 @@ use std::process::ExitCode;
 
 use stratablk::config::{self, Action};
 
+/// The exit status for a command line that is wrong, and will be so at the next start: supervisors
+/// can tell it from what may get better.
+const USAGE: u8 = 2;
+
 fn main() -> ExitCode {
     let action = match config::parse(std::env::args_os()) {
         Ok(action) => action,
         Err(error) => {
             eprintln!("stratablk: {error}");
-            return ExitCode::FAILURE;
+            return ExitCode::from(USAGE);
         }
     };
     match action {

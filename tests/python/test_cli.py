@@ -258,6 +258,13 @@ class TestMistakes:
     def test_ours(self, daemon, tmp_path, case):
         self.check(daemon, tmp_path, *OUR_MISTAKES[case])
 
+    @ONLY_OURS
+    def test_the_status_tells_what_cannot_get_better(self, daemon, tmp_path):
+        """A supervisor tries again what may be there the next time."""
+        one_disk = [f"--socket-path={tmp_path}/s", f"--blk-file={tmp_path}/a.raw"]
+        assert run(daemon, *one_disk, "--bogus").returncode == 2
+        assert run(daemon, *one_disk).returncode == 1, "there is no image yet"
+
 
 @pytest.mark.parametrize("word", ["--help", "-h", "--version", "-V"])
 def test_help_and_version(daemon, word):

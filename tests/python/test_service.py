@@ -29,6 +29,7 @@ def test_the_settings_that_a_restart_needs(unit):
     service = unit["Service"]
     assert unit["Unit"]["StartLimitIntervalSec"] == "0"
     assert (service["Restart"], service["RestartSec"]) == ("always", "0")
+    assert service["RestartPreventExitStatus"] == "2"
     assert service["RuntimeDirectoryPreserve"] == "yes"
     assert service["EnvironmentFile"] == "/etc/stratablk/%i.conf"
     # What the daemon is told is what systemd makes.
