@@ -33,6 +33,7 @@ use crate::control::backend::{Export as ExportView, ExportStats, QueueStats as Q
 use crate::control::{Control, EventHub};
 use crate::error::{Error, Result};
 use crate::export::{Export, ExportConfig, QueueStats, SocketSource};
+use crate::format::Format;
 use crate::format::qcow2::journal::Folder;
 use crate::job::{JobMain, JobRunner, Ledger, Manager, SystemClock, Timer};
 use crate::reactor::Reactor;
@@ -242,7 +243,9 @@ fn set_up(
     stop: &Sender<Call>,
 ) -> Result<Running> {
     let store = state::open(config)?;
-    keep_journals(config, graph)?;
+    if let Some(folder) = &config.journal {
+        graph.keep_journals(Folder::open(folder, config.journal_size)?);
+    }
     let recorded = state::recorded(store.as_ref());
     reactor.block_on(graph.open_recorded_all(&config.blockdevs, recorded))?;
     let plan = state::plan(config, graph, store.as_ref())?;
@@ -253,6 +256,7 @@ fn set_up(
             .lock()
             .push((Arc::new(export), options.clone()));
     }
+    warn_without_journal(config, exports);
     end_with_last_front_end(config, exports, stop);
     let backend = Arc::new(DaemonBackend::new(
         graph.clone(),
@@ -277,17 +281,20 @@ fn set_up(
     Ok(Running { manager, monitors })
 }
 
-/// Has images keep journals, or says what they do without.
-fn keep_journals(config: &Config, graph: &Graph) -> Result<()> {
-    match &config.journal {
-        Some(folder) => graph.keep_journals(Folder::open(folder, config.journal_size)?),
-        None if config.exports.iter().any(|export| export.writable) => log::info!(
-            "without --journal, writes that a guest has not flushed are lost if this process is \
-             killed"
-        ),
-        None => {}
+/// Says, once, what images do without a journal.
+fn warn_without_journal(config: &Config, exports: &Exports) {
+    let has_mapping = |export: &Export| {
+        let chain = export.root().chain();
+        let top = chain.top();
+        !top.read_only && matches!(top.format, Format::Qcow2(_))
+    };
+    let mut exports = exports.list.lock().clone().into_iter();
+    if config.journal.is_none() && exports.any(|(one, how)| how.writable && has_mapping(&one)) {
+        log::warn!(
+            "without --journal, writes to qcow2 images that a guest has not flushed are lost if \
+             this process is killed"
+        );
     }
-    Ok(())
 }
 
 fn start_export(
