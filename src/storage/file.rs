@@ -332,8 +332,11 @@ impl Storage for FileStorage {
             return None;
         }
         let metadata = self.file.metadata().ok()?;
-        let birth = metadata.created().ok()?.duration_since(UNIX_EPOCH).ok()?;
-        Some([metadata.ino(), u64::try_from(birth.as_nanos()).ok()?])
+        // Not every file system has it.
+        let birth = metadata.created().ok();
+        let birth = birth.and_then(|birth| birth.duration_since(UNIX_EPOCH).ok());
+        let birth = birth.and_then(|birth| u64::try_from(birth.as_nanos()).ok());
+        Some([metadata.ino(), birth.unwrap_or_default()])
     }
 
     fn syncs(&self) -> Option<&Arc<Syncs>> {

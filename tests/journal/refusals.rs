@@ -50,6 +50,15 @@ impl Place {
         }
     }
 
+    /// Opens the image in another boot.
+    fn open_in_boot(&self, boot: [u64; 2]) -> Result<Process> {
+        self.open_with(qcow2::Options {
+            writable: true,
+            journal: Some(Folder::of_boot(self.dir.path(), None, boot).unwrap()),
+            ..Default::default()
+        })
+    }
+
     fn folder(&self) -> Arc<Folder> {
         Folder::open(self.dir.path(), None).unwrap()
     }
@@ -111,7 +120,8 @@ impl Place {
             ..OpenFlags::default()
         };
         let storage = FileStorage::open(&self.path, flags).unwrap();
-        assert!(self.reactor.block_on(journal::forget(&storage)).unwrap());
+        let forgotten = self.reactor.block_on(journal::forget(&storage));
+        assert!(forgotten.unwrap().is_some());
     }
 
     /// Changes bytes of the image's header.
@@ -260,15 +270,101 @@ fn an_older_copy_in_the_image_s_place_is_refused() {
 #[test]
 fn after_a_power_cut_the_journal_is_void() {
     let place = killed();
-    place.change_header(|bytes| {
-        let at = position_of_mark(bytes);
-        bytes[at + 30] ^= 1;
-    });
-    let process = place.open().unwrap();
+    fs::remove_file(place.journal()).unwrap();
+    let process = place.open_in_boot([7, 9]).unwrap();
     assert_eq!((process.read(1), process.read(2)), (1, 0));
     process.write(2, 7).unwrap();
     drop(process);
-    assert_eq!(place.open().unwrap().read(2), 7);
+    assert_eq!(place.open_in_boot([7, 9]).unwrap().read(2), 7);
+}
+
+/// A container has another number each time that it is started; the host's memory stays.
+#[test]
+fn a_journal_that_is_there_is_taken_over_whatever_the_boot() {
+    let place = killed();
+    let process = place.open_in_boot([7, 9]).unwrap();
+    assert_eq!((process.read(1), process.read(2)), (1, 2));
+    process.write(3, 3).unwrap();
+    process.flush();
+    process.write(4, 4).unwrap();
+    drop(process);
+    let process = place.open_in_boot([7, 10]).unwrap();
+    assert_eq!((process.read(3), process.read(4)), (3, 4));
+}
+
+/// The mark is the last thing in the header of an image without a backing file, and zeros at the
+/// header's end are cut off in memory.
+#[test]
+fn a_boot_whose_number_ends_in_zeros_is_like_any_other() {
+    for boot in [[1, 0x7c00], [1 << 56, 0], [0, 0]] {
+        let place = Place::new("compat=1.1");
+        let process = place.open_in_boot(boot).unwrap();
+        for round in 1..4 {
+            process.write(round, round as u8).unwrap();
+            process.flush();
+        }
+        process.write(4, 4).unwrap();
+        drop(process);
+        let process = place.open_in_boot(boot).unwrap();
+        assert_eq!((process.read(3), process.read(4)), (3, 4), "{boot:?}");
+    }
+}
+
+#[test]
+fn a_journal_has_one_process_also_where_images_have_no_locks() {
+    let place = killed();
+    let reader = || {
+        place.open_with(qcow2::Options {
+            journal: Some(place.folder()),
+            ..Default::default()
+        })
+    };
+    let both = (reader().unwrap(), reader().unwrap());
+    drop(both);
+    let process = place.open().unwrap();
+    for other in [place.open(), reader()] {
+        let text = other.err().expect("it was opened").to_string();
+        assert!(text.contains("is in use"), "{text}");
+        assert!(!text.contains("forget-journal"), "{text}");
+    }
+    process.write(3, 3).unwrap();
+    drop(process);
+    assert_eq!(place.open().unwrap().read(3), 3);
+}
+
+#[test]
+fn an_image_whose_header_has_no_room_for_the_mark_is_served_without_a_journal() {
+    let place = Place::new("compat=1.1");
+    let name = format!("{}.raw", "b".repeat(246));
+    let below = in_dir(&place.dir, &name);
+    fs::write(&below, vec![5; SIZE as usize]).unwrap();
+    let name = format!("{}{name}", "./".repeat(50));
+    create_over(
+        &place.path,
+        "compat=1.1,cluster_size=512",
+        Path::new(&name),
+        "raw",
+    );
+    let process = place.open().unwrap();
+    assert!(process.image.header().journal.is_none());
+    process.write(1, 1).unwrap();
+    process.flush();
+    drop(process);
+    check(&place.path, true);
+    let info = run("qemu-img", &["info", place.path.to_str().unwrap()]);
+    assert!(info.contains(&name), "{info}");
+}
+
+/// Of a later version, for example.
+#[test]
+fn a_mark_of_another_form_is_refused() {
+    let place = killed();
+    place.change_header(|bytes| {
+        let at = position_of_mark(bytes);
+        bytes[at - 1] = 48;
+    });
+    let text = place.open().err().expect("it was opened").to_string();
+    assert!(text.contains("version that is not known"), "{text}");
 }
 
 #[test]

@@ -35,13 +35,22 @@ pub fn run(args: &ForgetArgs, json: bool, out: &mut dyn Write) -> std::result::R
     let images = Images::new()?;
     let forgotten = images.run(journal::forget(&storage))?;
     if json {
-        writeln!(out, "{}", json!({"forgotten": forgotten}))?;
+        let file = forgotten.map(|mark| mark.file_name());
+        writeln!(
+            out,
+            "{}",
+            json!({"forgotten": file.is_some(), "file": file})
+        )?;
     } else if !args.quiet {
-        let what = match forgotten {
-            true => "The journal is given up.",
-            false => "The image has no journal.",
-        };
-        writeln!(out, "{what}")?;
+        match forgotten {
+            Some(mark) => writeln!(
+                out,
+                "The journal is given up. If the daemon's journal folder still has its file, {}, \
+                 that can be removed.",
+                mark.file_name()
+            )?,
+            None => writeln!(out, "The image has no journal.")?,
+        }
     }
     Ok(())
 }

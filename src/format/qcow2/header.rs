@@ -577,7 +577,7 @@ impl Header {
         Error::corrupt(&self.file, what)
     }
 
-    fn unsupported(&self, what: impl Into<String>) -> Error {
+    pub(super) fn unsupported(&self, what: impl Into<String>) -> Error {
         Error::unsupported(&self.file, what)
     }
 }

@@ -180,6 +180,9 @@ impl Header {
         for extension in &mut self.extensions {
             if extension.kind == journal::EXTENSION {
                 extension.data = mark.to_bytes();
+                let end = at + 8 + extension.data.len();
+                // Zeros at its end are not kept.
+                self.raw.resize(self.raw.len().max(end), 0);
                 put(&mut self.raw, at + 8, &extension.data);
                 self.journal = Some(mark);
                 break;

@@ -58,7 +58,7 @@ impl Adoption {
         options: &Options,
     ) -> Result<Self> {
         let name = storage.name();
-        let mark = match Verdict::of(header)? {
+        let mark = match Verdict::of(header, options.journal.as_deref())? {
             Verdict::None => return Ok(Self::default()),
             Verdict::Void => {
                 if options.writable {
@@ -86,8 +86,11 @@ impl Adoption {
             return Err(live(name));
         };
         let ring = folder
-            .find(mark.nonce, identity(storage))
-            .map_err(|error| refused(name, &error.to_string()))?
+            .find(&mark, identity(storage), options.writable)
+            .map_err(|error| match error {
+                Error::Busy(what) => Error::Busy(format!("{name}: {what}")),
+                error => refused(name, &error.to_string()),
+            })?
             .ok_or_else(|| {
                 let path = folder.file(mark.nonce);
                 let what = format!(
@@ -494,7 +497,16 @@ impl Qcow2 {
             boot: folder.boot(),
         };
         let clusters = self.size.div_ceil(self.cluster_size());
-        let patches = self.header().plan_journal(Some(mark))?;
+        let patches = match self.header().plan_journal(Some(mark)) {
+            Ok(patches) => patches,
+            Err(error) => {
+                log::warn!(
+                    "{error}: it has no journal, and what has not been flushed is lost when the \
+                     process is killed (a shorter name of the backing file would make room)"
+                );
+                return Ok(());
+            }
+        };
         let ring = folder.create(mark.nonce, identity(&*self.storage), clusters)?;
         let path = ring.path().to_owned();
         // The machine's end voids the journal, so that nothing waits for the disk: unless the name

@@ -3,7 +3,7 @@
 //! A file is made in full, and every page of it touched, before anybody relies on it: a page that
 //! tmpfs has no room for later would be a SIGBUS in the midst of a change.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -14,6 +14,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
 
 use super::log::{LEAST_WORDS, RING, Ring};
+use super::mark::Mark;
 use super::record::{finish, mix};
 use crate::error::{Error, Result, errno_text};
 #[cfg(debug_assertions)]
@@ -64,6 +65,15 @@ impl Folder {
     /// # Errors
     /// When it is no such folder, or the size is none that a journal can have.
     pub fn open(path: &Path, size: Option<u64>) -> Result<Arc<Self>> {
+        Self::of_boot(path, size, boot()?)
+    }
+
+    /// As [`Folder::open`], as though the kernel's number of this boot were `boot`: for tests.
+    ///
+    /// # Errors
+    /// As [`Folder::open`].
+    #[doc(hidden)]
+    pub fn of_boot(path: &Path, size: Option<u64>, boot: [u64; 2]) -> Result<Arc<Self>> {
         let fits =
             |size: &u64| (LEAST_BYTES..=LIMIT_BYTES).contains(size) && size.is_power_of_two();
         if let Some(size) = size.filter(|size| !fits(size)) {
@@ -84,7 +94,7 @@ impl Folder {
         Ok(Arc::new(Self {
             path: path.to_owned(),
             size,
-            boot: boot()?,
+            boot,
             #[cfg(debug_assertions)]
             gate: OnceLock::new(),
         }))
@@ -104,8 +114,7 @@ impl Folder {
     /// Where the journal with this nonce is.
     #[must_use]
     pub fn file(&self, nonce: [u64; 2]) -> PathBuf {
-        self.path
-            .join(format!("{:016x}{:016x}.journal", nonce[0], nonce[1]))
+        self.path.join(file_name(nonce))
     }
 
     /// Makes a journal for an image with `clusters` guest clusters.
@@ -127,6 +136,7 @@ impl Folder {
 
     fn make(&self, path: &Path, nonce: Id, identity: Identity, bytes: u64) -> io::Result<Ring> {
         let file = options().create_new(true).open(path)?;
+        claim(&file, true)?;
         let len = RING as u64 + bytes;
         allocate(&file, len)?;
         let memory = SharedMemory::map(&file, 0, len)?;
@@ -143,28 +153,44 @@ impl Folder {
         if memory.is_lost() {
             return Err(io::Error::from_raw_os_error(libc::ENOSPC));
         }
-        Ok(self.ring(memory, path, words, nonce))
+        Ok(self.ring(memory, file, path, words, nonce))
     }
 
-    fn ring(&self, memory: SharedMemory, path: &Path, words: u64, nonce: Id) -> Ring {
+    fn ring(&self, memory: SharedMemory, file: File, path: &Path, words: u64, nonce: Id) -> Ring {
         #[cfg(debug_assertions)]
         if let Some(gate) = self.gate.get() {
             memory.set_gate(gate.clone());
         }
-        Ring::new(memory, path.to_owned(), words, seed_of(nonce))
+        Ring::new(memory, file, path.to_owned(), words, seed_of(nonce))
     }
 
-    /// Opens the journal with this nonce. `None`: there is none.
+    /// Opens the journal that an image names, to go on with it or to read it alone. `None`: there is
+    /// none.
     ///
     /// # Errors
-    /// When it is not ours, or contradicts itself.
-    pub(super) fn find(&self, nonce: Id, identity: Identity) -> Result<Option<Ring>> {
-        let path = self.file(nonce);
+    /// When it is not ours, or contradicts itself; [`Error::Busy`] when another process has it.
+    pub(super) fn find(
+        &self,
+        mark: &Mark,
+        identity: Identity,
+        writable: bool,
+    ) -> Result<Option<Ring>> {
+        let path = self.file(mark.nonce);
         let file = match options().open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(explain(&path, "opening the journal", &error)),
         };
+        // Before anything is read: who has it may be writing.
+        if let Err(error) = claim(&file, writable) {
+            return Err(match error {
+                TryLockError::WouldBlock => Error::Busy(format!(
+                    "its journal {} is in use: a process that has the image open goes on with it",
+                    path.display()
+                )),
+                TryLockError::Error(error) => explain(&path, "locking the journal", &error),
+            });
+        }
         let refused = |what: &str| Err(Error::Invalid(format!("{}: {what}", path.display())));
         let failed = |error| explain(&path, "opening the journal", &error);
         let metadata = file.metadata().map_err(failed)?;
@@ -180,7 +206,7 @@ impl Folder {
         }
         let memory = SharedMemory::map(&file, 0, len).map_err(failed)?;
         let found = FIELDS.map(|at| memory.load::<u64>(at, Ordering::Relaxed));
-        let expected = fields(nonce, self.boot, words, identity);
+        let expected = fields(mark.nonce, mark.boot, words, identity);
         let same = |range: std::ops::Range<usize>| found.get(range.clone()) == expected.get(range);
         if memory.load::<u64>(MAGIC_AT, Ordering::Acquire) != MAGIC
             || memory.load::<u64>(CHECK_AT, Ordering::Relaxed) != check(found)
@@ -193,11 +219,25 @@ impl Folder {
                 "the journal is that of another file: the image has been copied, or restored",
             );
         }
-        let ring = self.ring(memory, &path, words, nonce);
+        let ring = self.ring(memory, file, &path, words, mark.nonce);
         if ring.head() > ring.tail() || ring.tail() - ring.head() > words {
             return refused("the journal contradicts itself: its records end before they begin");
         }
         Ok(Some(ring))
+    }
+}
+
+pub(super) fn file_name([one, two]: Id) -> String {
+    format!("{one:016x}{two:016x}.journal")
+}
+
+/// Takes the lock that keeps other processes from a journal, for as long as the file is open: image
+/// locks can be switched off.
+fn claim(file: &File, writable: bool) -> std::result::Result<(), TryLockError> {
+    if writable {
+        file.try_lock()
+    } else {
+        file.try_lock_shared()
     }
 }
 

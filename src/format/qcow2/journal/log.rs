@@ -1,5 +1,6 @@
 //! The ring: records are appended under the lock of an image's metadata, one at a time.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
@@ -61,6 +62,8 @@ pub(in super::super) struct Log(Option<Box<Ring>>);
 #[derive(Debug)]
 pub(super) struct Ring {
     memory: SharedMemory,
+    /// Has the lock by which the journal is ours.
+    _file: File,
     path: PathBuf,
     /// Words, less one; a power of two of them.
     mask: u64,
@@ -73,12 +76,19 @@ pub(super) struct Ring {
 
 impl Ring {
     /// The ring in `memory`, of which the file's header has been checked.
-    pub(super) fn new(memory: SharedMemory, path: PathBuf, words: u64, seed: u64) -> Self {
+    pub(super) fn new(
+        memory: SharedMemory,
+        file: File,
+        path: PathBuf,
+        words: u64,
+        seed: u64,
+    ) -> Self {
         Self {
             mask: words - 1,
             head: memory.load(HEAD_AT, Ordering::Acquire),
             tail: memory.load(TAIL_AT, Ordering::Acquire),
             memory,
+            _file: file,
             path,
             seed,
             overrun: false,

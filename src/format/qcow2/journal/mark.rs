@@ -3,9 +3,10 @@
 //! | header | boot | what happened | whoever writes | whoever reads |
 //! | --- | --- | --- | --- | --- |
 //! | no extension | | closed clean, or never had one | goes on | goes on |
-//! | extension, bit | another | a power cut | goes on: what was flushed counts | goes on |
+//! | one of another length, bit | | a version that is not known has it | refuses | refuses |
+//! | extension, bit | another, and there is no such file | a power cut | goes on: what was flushed counts | goes on |
 //! | extension, no bit | another | a power cut | goes on | goes on |
-//! | extension, bit | this | killed: the journal is live | adopts it, or refuses | adopts it, or refuses |
+//! | extension, bit | this; or there is its file, and so the memory that it is in | killed: the journal is live | adopts it, or refuses | adopts it, or refuses |
 //! | extension, no bit | this | another program has written since | refuses | goes on |
 //!
 //! The image itself is sound in all of these. What is refused is to go on as if nothing were
@@ -16,7 +17,7 @@ use super::super::header::{Header, Patch};
 use super::super::numbers::{be64, put};
 use super::super::read_header;
 use super::adopt;
-use super::file::{self, Id};
+use super::file::{self, Folder, file_name};
 use crate::error::{Error, Result};
 use crate::storage::{self, Storage};
 
@@ -50,6 +51,12 @@ impl Mark {
         })
     }
 
+    /// What the journal's file is called in the folder of the journals.
+    #[must_use]
+    pub fn file_name(&self) -> String {
+        file_name(self.nonce)
+    }
+
     /// The extension's data.
     #[must_use]
     pub fn to_bytes(self) -> Vec<u8> {
@@ -77,25 +84,33 @@ pub(in super::super) enum Verdict {
 }
 
 impl Verdict {
-    /// Of an image with this header.
+    /// Of an image with this header, if journals are in `folder`. What is in that outlives no boot:
+    /// a container has another number each time that it is started, and its host goes on.
     ///
     /// # Errors
-    /// When the kernel does not tell which boot this is.
-    pub(in super::super) fn of(header: &Header) -> Result<Self> {
+    /// When the kernel does not tell which boot this is, or a later version wrote the mark.
+    pub(in super::super) fn of(header: &Header, folder: Option<&Folder>) -> Result<Self> {
+        let bit = header.autoclear & AUTOCLEAR != 0;
         let Some(mark) = header.journal else {
+            if bit && header.extension(EXTENSION).is_some() {
+                return Err(header.unsupported(
+                    "the image has a journal of a version that is not known (expected a daemon of \
+                     the version that was killed)",
+                ));
+            }
             return Ok(Self::None);
         };
-        let bit = header.autoclear & AUTOCLEAR != 0;
-        Ok(match (mark.boot == this_boot()?, bit) {
+        let this = match folder {
+            Some(folder) => folder.boot(),
+            None => file::boot()?,
+        };
+        let is_there = folder.is_some_and(|folder| folder.file(mark.nonce).exists());
+        Ok(match (is_there || mark.boot == this, bit) {
             (false, _) => Self::Void,
             (true, true) => Self::Live(mark),
             (true, false) => Self::Foreign,
         })
     }
-}
-
-fn this_boot() -> Result<Id> {
-    file::boot()
 }
 
 /// Refuses an image whose journal is live, to whoever would look at more of it than its header.
@@ -104,22 +119,22 @@ fn this_boot() -> Result<Id> {
 /// The journal is live; or the header cannot be read.
 pub async fn require_none(storage: &dyn Storage) -> Result<()> {
     let header = read_header(storage).await?;
-    match Verdict::of(&header)? {
+    match Verdict::of(&header, None)? {
         Verdict::Live(_) => Err(adopt::live(storage.name())),
         Verdict::None | Verdict::Void | Verdict::Foreign => Ok(()),
     }
 }
 
 /// Takes the mark out of an image's header, and so gives up what its journal may have: a user's
-/// word. False: there was none. The image must not be open.
+/// word. Returns what was in it; `None`: there was none. The image must not be open.
 ///
 /// # Errors
 /// When the header has no room for the change, or cannot be read or written.
-pub async fn forget(storage: &dyn Storage) -> Result<bool> {
+pub async fn forget(storage: &dyn Storage) -> Result<Option<Mark>> {
     let header = read_header(storage).await?;
-    if header.journal.is_none() {
-        return Ok(false);
-    }
+    let Some(mark) = header.journal else {
+        return Ok(None);
+    };
     for Patch { offset, bytes } in header.plan_journal(None)? {
         let failed = |error| Error::io(crate::error::Action::Write, storage.name(), offset, &error);
         let bytes = storage::AlignedBuf::copy_of(&bytes);
@@ -128,5 +143,5 @@ pub async fn forget(storage: &dyn Storage) -> Result<bool> {
             .map_err(failed)?;
         storage::io::sync(storage).await.map_err(failed)?;
     }
-    Ok(true)
+    Ok(Some(mark))
 }
