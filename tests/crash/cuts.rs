@@ -80,7 +80,7 @@ pub fn cuts_with(
     let disk = Disk::make(dir.path(), recipe);
     let reactor = Reactor::for_this_thread().unwrap();
     let machine = disk.machine();
-    let mut start = machine.left();
+    let (mut start, mut made) = (machine.left(), 0);
     let history = {
         let _alone = alone();
         let opened = reactor.block_on(disk.open(&machine, true)).unwrap();
@@ -101,7 +101,7 @@ pub fn cuts_with(
                 ..fault
             }));
             fill(&reactor, &machine, &work, recipe.used);
-            start = machine.left();
+            (start, made) = (machine.left(), machine.now());
         }
         machine.fail(fault);
         if stream {
@@ -140,7 +140,8 @@ pub fn cuts_with(
         start: Start {
             files: &start.0,
             journals: start.1.as_ref(),
-            from: 0,
+            made,
+            from: made,
         },
     };
     let given = number_from("STRATABLK_CRASH_STATES");

@@ -196,3 +196,37 @@ fn flushes_that_fail() {
         }
     }
 }
+
+/// A disk whose journal has `used` percent of its words in use when guests begin.
+fn filled(used: u64) -> Recipe {
+    Recipe {
+        used,
+        from: 512,
+        ..journaled("cluster_size=4k", 1024)
+    }
+}
+
+/// A failure of the barriers of the image from one of them on, for so many.
+fn no_barriers(count: usize) -> Fault {
+    Fault {
+        file: 0,
+        of: Counted::Barriers,
+        from: 0,
+        until: count,
+        errno: libc::EIO,
+    }
+}
+
+/// What would be caught, too: a flush that takes away what came while it was under way.
+#[test]
+fn a_journal_that_is_half_full() {
+    cuts(filled(49), false, 120);
+}
+
+/// Flushes that fail have left no more room than the largest change takes. What would be caught, too:
+/// a change that fails because the flush of a journal that is half full has; one that goes on
+/// without room.
+#[test]
+fn a_journal_that_is_full() {
+    cuts_with(seed(), filled(74), false, 120, Some(no_barriers(3)));
+}

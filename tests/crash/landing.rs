@@ -29,11 +29,20 @@ struct Walker {
     pending: Vec<Pending>,
     /// A number that no operation has.
     next: usize,
+    /// So many of the next events are in the files already.
+    made: usize,
 }
 
 impl Walker {
     /// Goes on by an event; returns what is to be looked at behind it.
     fn step(&mut self, event: &Event) -> Vec<Kept> {
+        if self.made > 0 {
+            self.made -= 1;
+            if let Event::Issued { id, .. } = event {
+                self.next = self.next.max(id + 1);
+            }
+            return Vec::new();
+        }
         let mut stored = false;
         match event {
             Event::Issued { id, file, effect } => {
@@ -140,6 +149,8 @@ pub struct Start<'a> {
     pub files: &'a [Vec<u8>],
     /// There may be journals, and these are there.
     pub journals: Option<&'a Left>,
+    /// So many events are in the files and the journals already.
+    pub made: usize,
     /// The first event behind which there is a kill.
     pub from: usize,
 }
@@ -150,6 +161,7 @@ impl<'a> Start<'a> {
         Self {
             files,
             journals: None,
+            made: 0,
             from: 0,
         }
     }
@@ -160,6 +172,7 @@ impl<'a> Start<'a> {
             journals: self.journals.cloned(),
             pending: Vec::new(),
             next: 0,
+            made: self.made,
         }
     }
 }

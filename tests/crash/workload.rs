@@ -148,9 +148,9 @@ impl Work {
     }
 
     /// Has some of the sectors that guests leave alone written and cleared, many at once: many
-    /// changes of the mapping in little time.
+    /// changes of the mapping in little time. No cluster is freed, or a flush would have to come.
     pub async fn fill(&self, start: usize, len: usize) {
-        for kind in [Kind::Write, Kind::Unmap] {
+        for kind in [Kind::Write, Kind::Zero] {
             self.operate_on(kind, start, len).await;
         }
     }
