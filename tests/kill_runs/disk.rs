@@ -20,15 +20,18 @@ use std::time::{Duration, Instant};
 const SIZE: u64 = 32 << 20;
 /// A request type that there is not.
 const UNKNOWN: u32 = 77;
-/// How long nothing may be answered before the rest counts as never answered: with an inflight
-/// region, and without one, where it is to be expected.
-const PATIENCE: [Duration; 2] = [Duration::from_secs(15), Duration::from_secs(1)];
+/// How long nothing may be answered before the rest counts as never answered.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// The same of the reference, where it is to be expected.
+const PATIENCE_WITH_REFERENCE: Duration = Duration::from_secs(1);
 
 /// What is left out for the back-end under test.
 #[derive(Clone, Copy)]
 pub struct Abilities {
     /// Write-zeroes requests.
     pub zeroes: bool,
+    /// How long an answer is waited for.
+    pub patience: Duration,
 }
 
 impl Abilities {
@@ -36,6 +39,11 @@ impl Abilities {
     pub fn of(program: &Program) -> Self {
         Abilities {
             zeroes: !program.is_reference(),
+            patience: if program.is_reference() {
+                PATIENCE_WITH_REFERENCE
+            } else {
+                PATIENCE
+            },
         }
     }
 }
@@ -64,7 +72,7 @@ pub struct Disk {
     model: Model,
     writes: Owner,
     abilities: Abilities,
-    begin: Begin,
+    variant: Variant,
     /// The last kill, until something was answered after it.
     pub died: Option<Instant>,
     /// The last connection, likewise.
@@ -112,7 +120,7 @@ impl Disk {
             std::fs::remove_file(&top)?;
             images::create(&top, SIZE, &options, backing)?;
         }
-        let driver = choose_driver(variant.queues, variant.begin, rng);
+        let driver = choose_driver(variant, rng);
         let cluster = match format {
             "qcow2" => Some(cluster_size(&top)?),
             _ => None,
@@ -126,7 +134,7 @@ impl Disk {
             model: Model::new(&chain.owners),
             writes: 1,
             abilities,
-            begin: variant.begin,
+            variant,
             died: None,
             connected: None,
             answers: 0,
@@ -365,7 +373,7 @@ impl Disk {
 
     /// Waits until nothing is in flight. What is never answered is counted, and the guest reboots.
     pub fn drain(&mut self, tally: &mut Tally, rng: &mut Rng) -> Res<State> {
-        let patience = PATIENCE[usize::from(!self.guest.has_region())];
+        let patience = self.abilities.patience;
         let mut last = Instant::now();
         self.take_answers(tally);
         while self.guest.in_flight() > 0 {
@@ -450,7 +458,7 @@ impl Disk {
 
     /// The guest begins anew. Nobody answers what it had in flight.
     pub fn reboot(&mut self, rng: &mut Rng) -> Res<()> {
-        let driver = choose_driver(self.guest.queues(), self.begin, rng);
+        let driver = choose_driver(self.variant, rng);
         self.broken = false;
         for request in self.guest.reboot(driver)? {
             match request.kind {
@@ -509,15 +517,16 @@ fn bytes_of(request: &Request) -> Vec<u8> {
     bytes
 }
 
-fn choose_driver(queues: usize, begin: Begin, rng: &mut Rng) -> Driver {
+fn choose_driver(variant: Variant, rng: &mut Rng) -> Driver {
     let indirect = rng.one_in(2);
     Driver {
-        queues,
+        queues: variant.queues,
+        region: variant.region,
         // A ring may be smaller than what the back-end was told that a queue can be.
         ring: if indirect && rng.one_in(2) { 64 } else { 128 },
         indirect,
         event_idx: !rng.one_in(4),
-        index: match begin {
+        index: match variant.begin {
             Begin::Zero => 0,
             Begin::Anywhere => rng.below(1 << 16) as u16,
             Begin::BeforeTheWrap => 65_400 + rng.below(130) as u16,

@@ -85,6 +85,8 @@ pub struct Driver {
     pub event_idx: bool,
     /// Where the rings begin.
     pub index: u16,
+    /// Its VMM knows inflight regions.
+    pub region: bool,
 }
 
 struct Queue {
@@ -174,11 +176,6 @@ impl Guest {
         self.queues.iter().map(Queue::in_flight).sum()
     }
 
-    /// Whether a back-end keeps account of the requests in flight.
-    pub fn has_region(&self) -> bool {
-        self.region.is_some()
-    }
-
     /// Whether a back-end is connected, as far as the front-end knows.
     pub fn is_linked(&self) -> bool {
         self.link.as_ref().is_some_and(|link| link.complete)
@@ -218,7 +215,7 @@ impl Guest {
         let features = self.features() & offered;
         let protocol = front.get_protocol_features()?;
         front.set_features(features)?;
-        if protocol.contains(Protocol::INFLIGHT_SHMFD) {
+        if self.driver.region && protocol.contains(Protocol::INFLIGHT_SHMFD) {
             if self.region.is_none() {
                 let asked = VhostUserInflight::new(0, 0, self.queues.len() as u16, DESCRIPTORS);
                 self.region = Some(front.get_inflight_fd(&asked)?);

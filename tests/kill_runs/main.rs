@@ -74,9 +74,14 @@ fn run(kills: u64) -> Res<()> {
         let share = kills * (image + 1) / (count * rounds) - kills * image / (count * rounds);
         let mut rng = Rng::new(rng.next());
         let mut scene = Scene::new(&program, **variant, &mut rng)?;
-        scene
-            .run(share, &mut tally, &mut rng)
-            .map_err(|e| format!("STRATABLK_SEED={seed}, {}: {e}", variant.name))?;
+        if let Err(error) = scene.run(share, &mut tally, &mut rng) {
+            let error = format!("STRATABLK_SEED={seed}, {}: {error}", variant.name);
+            if !program.is_reference() {
+                return Err(error.into());
+            }
+            println!("  given up: {error}");
+            tally.given_up += 1;
+        }
     }
     tally.print(&program.path.display().to_string());
     if !tally.is_clean() && !program.is_reference() {

@@ -34,6 +34,8 @@ pub struct Tally {
     pub corrupt: u64,
     /// Images with more leaked clusters than the kills explain.
     pub excessive_leaks: u64,
+    /// Disks with which it could not go on: a back-end that ends by itself, or answers no more.
+    pub given_up: u64,
 
     /// Kills.
     pub kills: u64,
@@ -73,7 +75,7 @@ impl Tally {
     }
 
     /// All that a correct back-end does not do.
-    fn faults(&self) -> [(&'static str, u64); 12] {
+    fn faults(&self) -> [(&'static str, u64); 13] {
         [
             ("completed writes lost", self.lost.len() as u64),
             ("wrong sectors", self.wrong_sectors),
@@ -87,6 +89,7 @@ impl Tally {
             ("jobs lost", self.lost_jobs),
             ("images with errors", self.corrupt),
             ("images with too many leaks", self.excessive_leaks),
+            ("disks given up", self.given_up),
         ]
     }
 

@@ -51,6 +51,8 @@ pub struct Variant {
     pub reboots: u64,
     /// Where the rings begin.
     pub begin: Begin,
+    /// The front-end knows inflight regions.
+    pub region: bool,
 }
 
 const PLAIN: Variant = Variant {
@@ -66,6 +68,7 @@ const PLAIN: Variant = Variant {
     bursts: 8,
     reboots: 0,
     begin: Begin::Zero,
+    region: true,
 };
 
 /// All of them, in the order of the rotation.
@@ -91,6 +94,12 @@ pub const VARIANTS: &[Variant] = &[
         name: "indices that wrap",
         begin: Begin::BeforeTheWrap,
         layers: &["cluster_size=4k", "cluster_size=64k", "raw"],
+        ..PLAIN
+    },
+    Variant {
+        name: "no inflight region",
+        region: false,
+        begin: Begin::Anywhere,
         ..PLAIN
     },
     Variant {
