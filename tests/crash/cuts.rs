@@ -181,6 +181,8 @@ fn fill(reactor: &Reactor, machine: &Machine, work: &Work, percent: u64) {
         let start = starts.next().unwrap();
         reactor.block_on(work.fill(start, STEP));
     }
+    let failures = work.failures.borrow();
+    assert!(failures.is_empty(), "there was room: {failures:?}");
     machine.be_quiet(false);
 }
 
