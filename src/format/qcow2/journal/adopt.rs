@@ -16,10 +16,12 @@ use super::super::header::Header;
 use super::super::l2::{self, Descriptor, Slice, Words};
 use super::super::refcount::{Geometry, Need};
 use super::super::{Meta, Options, Qcow2};
-use super::file::{self, Folder, Identity};
+use super::file::{Folder, Identity};
+use super::ids;
 use super::log::{Log, Ring};
-use super::mark::{Mark, Verdict};
+use super::mark::Mark;
 use super::record::{self, Record};
+use super::verdict::{Verdict, live, refused};
 use crate::error::{Action, Error, Result};
 use crate::storage::{self, Storage};
 
@@ -492,7 +494,7 @@ impl Qcow2 {
             return Ok(());
         }
         let mark = Mark {
-            nonce: file::nonce()?,
+            nonce: ids::nonce()?,
             flushed: 0,
             boot: folder.boot(),
         };
@@ -516,7 +518,7 @@ impl Qcow2 {
             _ => self.patch_header(&patches).await,
         };
         if let Err(error) = named {
-            file::remove(&path);
+            ids::remove(&path);
             return Err(error);
         }
         self.meta.lock().allocator.set_log(Log::of(ring));
@@ -534,19 +536,4 @@ impl Qcow2 {
 /// Which file the image is in, as far as it can be told from a copy.
 fn identity(storage: &dyn Storage) -> Identity {
     storage.identity().unwrap_or_default()
-}
-
-pub(super) fn live(image: &str) -> Error {
-    refused(
-        image,
-        "the process that had the image was killed, and its journal has writes that completed and \
-         were not flushed (expected a daemon with the same '--journal' folder)",
-    )
-}
-
-fn refused(image: &str, what: &str) -> Error {
-    Error::Invalid(format!(
-        "{image}: {what}. To do without what the journal has, and take the image as it was at a \
-         flush: 'stratactl image forget-journal'"
-    ))
 }

@@ -250,7 +250,7 @@ impl Log {
     /// Ends the journal: the image's header names it no longer.
     pub(in super::super) fn end(&mut self) {
         if let Some(ring) = self.0.take() {
-            super::file::remove(&ring.path);
+            super::ids::remove(&ring.path);
         }
     }
 

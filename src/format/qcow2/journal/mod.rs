@@ -9,7 +9,7 @@
 //! * [`record`]: what a record says, and its checksum;
 //! * `log`: the ring that records are appended to;
 //! * [`file`](mod@file): the folder and its files;
-//! * `mark`: what the image's header says of its journal, and what is to be thought of that;
+//! * `mark`: what the image's header says of its journal, and `verdict`: what follows from that;
 //! * `adopt`: the next process's part.
 //!
 //! # Layout
@@ -89,13 +89,16 @@
 
 mod adopt;
 pub mod file;
+mod ids;
 mod log;
 mod mark;
 pub mod record;
+mod verdict;
 
 pub(super) use adopt::Adoption;
 pub use file::{Folder, seed_of};
 pub use log::Recorded;
 pub(super) use log::{Admission, Log};
-pub use mark::{AUTOCLEAR, EXTENSION, Mark, forget, require_none};
+pub use mark::{AUTOCLEAR, EXTENSION, Mark};
 pub use record::{Record, encode};
+pub use verdict::{forget, require_none};
