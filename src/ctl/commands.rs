@@ -2,9 +2,9 @@
 
 use super::args::{Cli, Command, SOCKET_VARIABLE, StreamArgs};
 use super::client::Client;
-use super::tracker::{Tracker, merge};
+use super::tracker::Tracker;
 use super::watch::watch;
-use super::{Failure, image, info, stats, units};
+use super::{Failure, image, info, jobs, stats};
 use crate::config::is_well_formed_id;
 use serde_json::{Map, Value, json};
 use std::io::Write;
@@ -21,7 +21,7 @@ pub fn execute(cli: Cli, out: &mut dyn Write) -> Result<(), Failure> {
     let json = cli.json;
     let client = &mut client;
     match cli.command {
-        Command::Jobs { watch: false } => list_jobs(client, json, out),
+        Command::Jobs { watch: false } => jobs::list(client, json, out),
         Command::Jobs { watch: true } => {
             watch(client, Tracker::new(None, Instant::now()), json, out)
         }
@@ -201,76 +201,4 @@ fn stream_arguments(args: &StreamArgs, job: &str) -> Value {
         }
     }
     Value::Object(map)
-}
-
-/// The jobs that there are, in one list.
-pub fn query_jobs(client: &mut Client) -> Result<(Value, Value), Failure> {
-    let jobs = client.execute("query-jobs", Value::Null)?;
-    let block_jobs = client.execute("query-block-jobs", Value::Null)?;
-    Ok((jobs, block_jobs))
-}
-
-fn list_jobs(client: &mut Client, json: bool, out: &mut dyn Write) -> Result<(), Failure> {
-    let (jobs, block_jobs) = query_jobs(client)?;
-    if json {
-        writeln!(out, "{}", Value::Array(merge(&jobs, &block_jobs)))?;
-        return Ok(());
-    }
-    write_jobs(&jobs, &block_jobs, out)
-}
-
-/// A table of the jobs.
-pub fn write_jobs(jobs: &Value, block_jobs: &Value, out: &mut dyn Write) -> Result<(), Failure> {
-    let mut tracker = Tracker::new(None, Instant::now());
-    tracker.poll(jobs, block_jobs, &[], Instant::now());
-    if tracker.jobs().is_empty() {
-        writeln!(out, "No active jobs")?;
-        return Ok(());
-    }
-    let mut rows = vec![
-        [
-            "JOB", "TYPE", "STATUS", "COPIED", "TO COPY", "", "AT", "OF", "LIMIT", "ERROR",
-        ]
-        .map(String::from),
-    ];
-    for job in tracker.jobs() {
-        rows.push([
-            job.id.clone(),
-            job.kind.clone(),
-            job.state(),
-            job.data
-                .map_or_else(String::new, |data| units::bytes(data.copied)),
-            job.data.map_or_else(String::new, |data| {
-                let more = if data.is_final { "" } else { "+" };
-                format!("{}{more}", units::bytes(data.to_copy))
-            }),
-            job.percent(),
-            units::bytes(job.offset),
-            units::bytes(job.len),
-            units::limit(job.speed),
-            job.error.clone().unwrap_or_default(),
-        ]);
-    }
-    write_table(&rows, out)
-}
-
-/// Columns as wide as their widest cell; the first row is their heads.
-pub fn write_table<const N: usize>(
-    rows: &[[String; N]],
-    out: &mut dyn Write,
-) -> Result<(), Failure> {
-    let mut widths = [0; N];
-    for row in rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = cell.chars().count().max(*width);
-        }
-    }
-    for row in rows {
-        let mut line = String::new();
-        for (width, cell) in widths.iter().zip(row) {
-            line.push_str(&format!("{cell:<width$}  "));
-        }
-        writeln!(out, "{}", line.trim_end())?;
-    }
-    Ok(())
 }

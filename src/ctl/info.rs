@@ -2,7 +2,7 @@
 
 use super::Failure;
 use super::client::Client;
-use super::commands::{query_jobs, write_jobs};
+use super::jobs;
 use super::tracker::merge;
 use super::units;
 use serde_json::{Value, json};
@@ -16,7 +16,7 @@ pub fn show(client: &mut Client, json: bool, out: &mut dyn Write) -> Result<(), 
     let version = client.execute("query-version", Value::Null)?;
     let exports = client.execute("query-block-exports", Value::Null)?;
     let nodes = client.execute("query-named-block-nodes", Value::Null)?;
-    let (jobs, block_jobs) = query_jobs(client)?;
+    let (jobs, block_jobs) = jobs::query(client)?;
     let overview = Overview::new(&exports, &nodes);
     if json {
         let value = json!({
@@ -32,7 +32,7 @@ pub fn show(client: &mut Client, json: bool, out: &mut dyn Write) -> Result<(), 
     overview.write(out)?;
     writeln!(out, "Jobs:")?;
     let mut table = Vec::new();
-    write_jobs(&jobs, &block_jobs, &mut table)?;
+    jobs::write(&jobs, &block_jobs, &mut table)?;
     for line in String::from_utf8_lossy(&table).lines() {
         writeln!(out, "  {line}")?;
     }

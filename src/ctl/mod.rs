@@ -9,6 +9,7 @@
 //! - `commands`: what each command sends and prints;
 //! - `tracker`: what is known of running jobs, from polls and events;
 //! - `watch`: showing it until they end;
+//! - `jobs`: asking for jobs, and their table;
 //! - `info`: the overview with its trees of layers;
 //! - `image`: tools for image files, which need no daemon;
 //! - `units`: sizes, rates and times as people write them.
@@ -18,7 +19,9 @@ pub mod client;
 mod commands;
 mod image;
 mod info;
+mod jobs;
 mod stats;
+mod table;
 mod tracker;
 mod units;
 mod watch;

@@ -2,7 +2,7 @@
 
 use super::Failure;
 use super::client::Client;
-use super::commands::write_table;
+use super::table::write_table;
 use super::units;
 use serde_json::Value;
 use std::io::Write;

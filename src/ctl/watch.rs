@@ -6,7 +6,7 @@
 
 use super::Failure;
 use super::client::{Client, Event};
-use super::commands::query_jobs;
+use super::jobs;
 use super::tracker::{Job, Tracker};
 use super::units;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -34,7 +34,7 @@ pub fn watch(
         Box::new(Lines::new(false))
     };
     loop {
-        let (jobs, block_jobs) = query_jobs(client)?;
+        let (jobs, block_jobs) = jobs::query(client)?;
         let events = client.queued_events();
         for text in events.iter().filter_map(error_text) {
             display.note(&text, out)?;
