@@ -5,66 +5,11 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use super::args::{Arg, Args, Kind};
-use super::backend::SyncError;
+use super::backend::{Backend, SyncError};
+use super::command::{Answer, Command, Control, Done, NEGOTIATE, Returns, command, version};
 use super::error::{CommandError, ErrorClass};
-use super::session::Control;
 use super::{hmp, schema, stream};
-use crate::job::Job;
-
-/// The command that ends the negotiation.
-pub(super) const NEGOTIATE: &str = "qmp_capabilities";
-
-/// What a command gives back.
-#[derive(Debug, PartialEq)]
-pub struct Answer {
-    /// For the client.
-    pub value: Value,
-    /// The daemon is to end once the answer is out.
-    pub quit: bool,
-}
-
-impl From<Value> for Answer {
-    fn from(value: Value) -> Self {
-        Self { value, quit: false }
-    }
-}
-
-/// What a command gives back if it works out.
-pub(super) type Done = Result<Answer, CommandError>;
-
-/// A command.
-pub(super) struct Command {
-    pub name: &'static str,
-    pub args: &'static [Arg],
-    /// What `query-qmp-schema` says about what it gives back.
-    pub returns: Returns,
-    pub run: fn(&Control, &Args) -> Done,
-}
-
-/// What a command gives back, roughly.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Returns {
-    Nothing,
-    Object,
-    List,
-    Text,
-    /// A list of jobs, told in full.
-    BlockJobs,
-}
-
-const fn command(
-    name: &'static str,
-    args: &'static [Arg],
-    returns: Returns,
-    run: fn(&Control, &Args) -> Done,
-) -> Command {
-    Command {
-        name,
-        args,
-        returns,
-        run,
-    }
-}
+use crate::job::{Job, Manager};
 
 const CAPABILITIES: Kind = Kind::EnumList("QMPCapability", &["oob"]);
 const ON_ERROR: Kind = Kind::Enum(
@@ -105,11 +50,11 @@ const STREAM: &[Arg] = &[
 
 /// All commands, in the order in which `query-commands` lists them.
 #[rustfmt::skip]
-pub(super) static COMMANDS: &[Command] = &[
+static COMMANDS: &[Command] = &[
     command(NEGOTIATE, &[Arg::optional("enable", CAPABILITIES)], Returns::Nothing, negotiate),
     command("query-version", NO_ARGS, Returns::Object, |_, _| Ok(version().into())),
-    command("query-commands", NO_ARGS, Returns::List, |_, _| Ok(schema::commands().into())),
-    command("query-qmp-schema", NO_ARGS, Returns::List, |_, _| Ok(schema::schema().into())),
+    command("query-commands", NO_ARGS, Returns::List, |c, _| Ok(schema::commands(c.commands).into())),
+    command("query-qmp-schema", NO_ARGS, Returns::List, |c, _| Ok(schema::schema(c.commands).into())),
     command("quit", NO_ARGS, Returns::Nothing, |_, _| Ok(Answer { value: json!({}), quit: true })),
     command("human-monitor-command",
         &[Arg::required("command-line", Kind::Str), Arg::optional("cpu-index", Kind::Int)],
@@ -144,22 +89,11 @@ pub(super) static COMMANDS: &[Command] = &[
     command("block_job_cancel", CANCEL, Returns::Nothing, block_job_cancel),
 ];
 
-/// The command of this name.
-pub(super) fn find(name: &str) -> Option<&'static Command> {
-    COMMANDS.iter().find(|command| command.name == name)
-}
-
-/// Our version, in the form that clients of QEMU know.
-pub(super) fn version() -> Value {
-    let number = |text: &str| text.parse::<u32>().unwrap_or_default();
-    json!({
-        "qemu": {
-            "major": number(env!("CARGO_PKG_VERSION_MAJOR")),
-            "minor": number(env!("CARGO_PKG_VERSION_MINOR")),
-            "micro": number(env!("CARGO_PKG_VERSION_PATCH")),
-        },
-        "package": concat!("stratablk-", env!("CARGO_PKG_VERSION")),
-    })
+impl Control {
+    /// Commands that act on `backend` and `jobs`.
+    pub fn new(backend: Arc<dyn Backend>, jobs: Arc<Manager>) -> Arc<Self> {
+        Arc::new(Self::with(backend, jobs, COMMANDS))
+    }
 }
 
 fn nothing() -> Done {
@@ -261,7 +195,7 @@ fn no_job() -> CommandError {
 }
 
 /// The job that the older commands call `device`.
-pub(super) fn block_job(control: &Control, id: &str) -> Result<Arc<Job>, CommandError> {
+fn block_job(control: &Control, id: &str) -> Result<Arc<Job>, CommandError> {
     control.jobs.job(id).ok_or_else(|| no_block_job(id))
 }
 

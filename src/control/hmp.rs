@@ -9,9 +9,8 @@ use serde_json::{Map, Value};
 
 use super::args::Args;
 use super::backend::{BlockNode, Export, SyncError};
-use super::commands::{Answer, Done};
+use super::command::{Answer, Control, Done};
 use super::error::CommandError;
-use super::session::Control;
 
 /// What a word of a command line is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,14 +1,15 @@
 //! The control socket: QMP, and what of HMP it carries.
 //!
 //! A [`Server`] accepts clients and gives each a thread. A client's bytes become JSON values in
-//! [`wire`], a [`session`] negotiates and checks them, [`commands`] holds what can be asked for, and
-//! [`backend`] is the door to the rest of the daemon. Events go out through an [`EventHub`] to all
-//! clients. `docs/qmp.md` is the manual.
+//! [`wire`], a [`session`] negotiates and checks them, [`commands`] holds the table of what can be
+//! asked for, and [`backend`] is the door to the rest of the daemon. Events go out through an
+//! [`EventHub`] to all clients. `docs/qmp.md` is the manual.
 //!
 //! Wherever it can be observed, names, texts and order are those of qemu-storage-daemon.
 
 pub mod args;
 pub mod backend;
+mod command;
 pub mod commands;
 mod error;
 pub mod events;
@@ -22,9 +23,9 @@ mod stream;
 pub mod wire;
 
 pub use backend::{Backend, BlockNode, ChainView, Export, LayerView, StreamSpec, SyncError};
+pub use command::{Answer, Control};
 pub use error::{CommandError, ErrorClass};
 pub use events::EventHub;
 pub use places::Limits;
 pub use server::{Endpoint, Server};
-pub use session::Control;
 pub use stream::stream_body;

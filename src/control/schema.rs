@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::args::{Arg, Kind};
-use super::commands::{COMMANDS, Returns};
+use super::command::{Command, Returns};
 
 /// Each event with its members and their types.
 const EVENTS: &[(&str, &[(&str, &str)])] = &[
@@ -71,8 +71,8 @@ const BLOCK_JOB: &[(&str, &str)] = &[
 ];
 
 /// The value of `query-commands`.
-pub(super) fn commands() -> Value {
-    COMMANDS
+pub(super) fn commands(table: &[Command]) -> Value {
+    table
         .iter()
         .map(|command| json!({"name": command.name}))
         .collect()
@@ -80,10 +80,10 @@ pub(super) fn commands() -> Value {
 
 /// The value of `query-qmp-schema`: arguments in full, answers by their outermost type only, but
 /// for those that have members which QEMU's have not.
-pub(super) fn schema() -> Value {
+pub(super) fn schema(table: &[Command]) -> Value {
     let mut entries = builtins();
     let mut enums: Map<String, Value> = Map::new();
-    for command in COMMANDS {
+    for command in table {
         let arguments = format!("{}-arg", command.name);
         let returns = match command.returns {
             Returns::Nothing => "empty",

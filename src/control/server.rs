@@ -21,10 +21,11 @@ use serde_json::{Value, json};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::command::Control;
 use super::error::CommandError;
 use super::events::{EventHub, Outbox, line_of};
 use super::places::{Activity, Client, Limits, Places};
-use super::session::{Control, Session};
+use super::session::Session;
 use super::wire::{Decoder, Pool};
 
 /// How long the last words to a client may take at the end.

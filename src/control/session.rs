@@ -2,55 +2,10 @@
 
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
 
-use super::args::Args;
-use super::backend::Backend;
-use super::commands;
+use super::command::{Answer, Control, NEGOTIATE, version};
 use super::error::CommandError;
-use crate::job::Manager;
-
-/// What commands act on; shared by all clients.
-pub struct Control {
-    pub(super) backend: Arc<dyn Backend>,
-    pub(super) jobs: Arc<Manager>,
-    /// Held while a job is being made, so that two of them see each other's nodes.
-    pub(super) starting: Mutex<()>,
-}
-
-impl Control {
-    /// Commands that act on `backend` and `jobs`.
-    pub fn new(backend: Arc<dyn Backend>, jobs: Arc<Manager>) -> Arc<Self> {
-        Arc::new(Self {
-            backend,
-            jobs,
-            starting: Mutex::new(()),
-        })
-    }
-
-    /// The jobs.
-    pub fn jobs(&self) -> &Arc<Manager> {
-        &self.jobs
-    }
-
-    /// Ends the daemon.
-    pub fn quit(&self) {
-        self.backend.quit();
-    }
-
-    /// Carries out a command, as a negotiated client would have it done.
-    pub fn execute(
-        &self,
-        name: &str,
-        arguments: Map<String, Value>,
-    ) -> Result<commands::Answer, CommandError> {
-        let command = commands::find(name).ok_or_else(|| {
-            CommandError::not_found(format!("The command {name} has not been found"))
-        })?;
-        (command.run)(self, &Args::check(command.args, arguments)?)
-    }
-}
 
 /// What comes of a request.
 #[derive(Debug)]
@@ -84,7 +39,7 @@ impl Session {
 
     /// What a client is met with.
     pub fn greeting() -> Value {
-        json!({"QMP": {"version": commands::version(), "capabilities": []}})
+        json!({"QMP": {"version": version(), "capabilities": []}})
     }
 
     /// Whether the client takes events and all commands.
@@ -109,17 +64,17 @@ impl Session {
         Reply { value, quit }
     }
 
-    fn execute(&mut self, value: Value) -> Result<commands::Answer, CommandError> {
+    fn execute(&mut self, value: Value) -> Result<Answer, CommandError> {
         let Request { command, arguments } = read_request(value)?;
         if self.negotiated {
-            if command == commands::NEGOTIATE {
+            if command == NEGOTIATE {
                 return Err(CommandError::not_found(
                     "Capabilities negotiation is already complete, command ignored",
                 ));
             }
             return self.control.execute(&command, arguments);
         }
-        if command != commands::NEGOTIATE {
+        if command != NEGOTIATE {
             return Err(CommandError::not_found(
                 "Expecting capabilities negotiation with 'qmp_capabilities'",
             ));

@@ -6,9 +6,8 @@ use serde_json::json;
 
 use super::args::Args;
 use super::backend::{ChainView, LayerView, SourceFactory, StreamSpec};
-use super::commands::Done;
+use super::command::{Control, Done};
 use super::error::CommandError;
-use super::session::Control;
 use crate::job::handle::checked_speed;
 use crate::job::stream::Stream;
 use crate::job::{Body, BodyFactory, JobSpec, Lease, OnError};
