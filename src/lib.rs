@@ -2,7 +2,8 @@
 //!
 //! Each floor knows only those under it: [`daemon`] puts together [`export`] (the data path),
 //! [`control`] and [`job`] (the control path); under both are [`chain`], [`format`], [`storage`]
-//! and [`reactor`]. [`state`] is what outlives the process, [`config`] is the command line, [`ctl`] the control tool.
+//! and [`reactor`]. [`state`] is what outlives the process, [`config`] is the command line, [`ctl`]
+//! the control tool; both have [`options`] in common with the control socket.
 
 // Guests, clients and images decide what comes in here: nothing of it may end the process.
 #![cfg_attr(
@@ -25,6 +26,7 @@ pub mod export;
 pub mod format;
 pub mod grace;
 pub mod job;
+pub mod options;
 pub mod reactor;
 pub mod sched;
 pub mod shared_memory;

@@ -6,9 +6,10 @@ use proptest::prelude::*;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use stratablk::config::{
-    Action, Aio, BackingRef, BlockRef, BlockdevOptions, CacheOptions, Config, DetectZeroes,
-    Dialect, Discard, Driver, ExportOptions, ObjectOptions, OverlapCheck, SocketAddress, parse,
+use stratablk::config::{Action, Config, parse};
+use stratablk::options::{
+    Aio, BackingRef, BlockRef, BlockdevOptions, CacheOptions, DetectZeroes, Dialect, Discard,
+    Driver, ExportOptions, ObjectOptions, OverlapCheck, SocketAddress,
 };
 
 fn action(args: &[&str]) -> Action {

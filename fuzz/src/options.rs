@@ -1,10 +1,11 @@
 //! What users and clients write: options, in both notations, and the bytes of a QMP connection.
 
-use stratablk::config::{
-    self, BlockdevOptions, ChardevOptions, Dialect, ExportOptions, MonitorOptions, ObjectOptions,
-    keyval, size,
-};
+use stratablk::config;
 use stratablk::control::wire::Decoder;
+use stratablk::options::{
+    BlockdevOptions, ChardevOptions, Dialect, ExportOptions, MonitorOptions, ObjectOptions, keyval,
+    size,
+};
 
 fn all_options(value: &serde_json::Value, dialect: Dialect) {
     let _ = BlockdevOptions::from_value(value, dialect);

@@ -9,13 +9,13 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::graph::{Graph, Node, resolve};
-use crate::config::{
-    AutoOptions, BackingRef, BlockRef, BlockdevOptions, Dialect, Driver, Qcow2Options, QedOptions,
-    RawOptions,
-};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::Backing;
+use crate::options::{
+    AutoOptions, BackingRef, BlockRef, BlockdevOptions, Dialect, Driver, Qcow2Options, QedOptions,
+    RawOptions,
+};
 
 /// Drivers of nodes that lead out of this machine.
 const REMOTE: &[&str] = &[

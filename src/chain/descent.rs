@@ -12,8 +12,8 @@ use std::path::Path;
 
 use super::graph::{Graph, Node};
 use super::together::Place;
-use crate::config::{BlockRef, BlockdevOptions, Driver, RawOptions};
 use crate::error::{Error, Result};
+use crate::options::{BlockRef, BlockdevOptions, Driver, RawOptions};
 
 /// Layers that a chain may have.
 const MAX_DEPTH: usize = 200;
@@ -219,7 +219,7 @@ mod tests {
     //! other that are taken for one, or the other way round.
 
     use super::*;
-    use crate::config::BlockRef;
+    use crate::options::BlockRef;
 
     fn raw(offset: u64, size: Option<u64>) -> RawOptions {
         RawOptions {

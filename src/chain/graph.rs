@@ -11,10 +11,10 @@ use std::sync::{Arc, OnceLock, Weak};
 use parking_lot::Mutex;
 
 use super::{Chain, Layer, Root};
-use crate::config::BlockdevOptions;
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::journal::Folder;
+use crate::options::BlockdevOptions;
 
 /// A named layer, as of one moment.
 #[derive(Clone, Debug)]

@@ -12,13 +12,13 @@ use super::below::{backing_options, file_named};
 use super::descent::{Descent, WHOLE, behind};
 use super::graph::{Graph, Node, filter_layer};
 use super::together::Place;
-use crate::config::{
-    AutoOptions, BackingRef, BlockRef, BlockdevOptions, Discard, Driver, FileOptions, Locking,
-    Qcow2Options, QedOptions, RawOptions,
-};
 use crate::error::{Action, Error, Result};
 use crate::format::qcow2::{self, Backing};
 use crate::format::{Format, Qcow2, Qed, Raw, probe};
+use crate::options::{
+    AutoOptions, BackingRef, BlockRef, BlockdevOptions, Discard, Driver, FileOptions, Locking,
+    Qcow2Options, QedOptions, RawOptions,
+};
 use crate::storage::file::OpenFlags;
 use crate::storage::{FileStorage, Storage, Window};
 use futures_util::future::LocalBoxFuture;

@@ -11,9 +11,9 @@ use super::below::backing_options;
 use super::descent::Descent;
 use super::graph::{Graph, Node};
 use super::open::Origin;
-use crate::config::{BackingRef, BlockRef, BlockdevOptions, Driver, FileOptions};
 use crate::error::{Error, Result};
 use crate::format::qcow2::Backing;
+use crate::options::{BackingRef, BlockRef, BlockdevOptions, Driver, FileOptions};
 
 /// What is recorded of chains.
 #[derive(Clone, Debug, Default)]

@@ -16,8 +16,8 @@ use futures_util::future::join_all;
 
 use super::graph::Graph;
 use super::recorded::Recorded;
-use crate::config::BlockdevOptions;
 use crate::error::Result;
+use crate::options::BlockdevOptions;
 
 /// Nodes that are being opened together, known by their places in the list.
 struct Together {
@@ -145,7 +145,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
-    use crate::config::Dialect;
+    use crate::options::Dialect;
     use crate::reactor::Reactor;
     use serde_json::{Value, json};
 

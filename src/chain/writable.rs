@@ -10,9 +10,9 @@ use std::sync::Arc;
 use super::Layer;
 use super::graph::{Graph, Node};
 use super::open::text;
-use crate::config::Driver;
 use crate::error::{Error, Result};
 use crate::format::{Format, Qcow2};
+use crate::options::Driver;
 use crate::storage::{Access, Storage, Window};
 
 impl Graph {

@@ -1,15 +1,14 @@
 //! The words of the command line themselves.
 //!
 //! clap splits the line, says what an option is for and finds misspelt ones; the values of the
-//! structured options are read here with [`keyval`](super::keyval) or as JSON.
+//! structured options are read here with [`keyval`] or as JSON.
 
 use super::disk::{self, DiskArgs};
-use super::error::ConfigError;
-use super::fields::{Dialect, is_well_formed_id};
-use super::keyval::{self, Notation};
-use super::{
-    Action, BlockdevOptions, ChardevOptions, Config, ExportOptions, MonitorOptions, ObjectOptions,
-    StateOptions, TraceOptions, check, help, size,
+use super::{Action, Config, StateOptions, check, help};
+use crate::options::keyval::{self, Notation};
+use crate::options::{
+    BlockdevOptions, ChardevOptions, ConfigError, Dialect, ExportOptions, MonitorOptions,
+    ObjectOptions, TraceOptions, is_well_formed_id, size,
 };
 use clap::error::ErrorKind as ClapKind;
 use clap::{CommandFactory, FromArgMatches, Parser};

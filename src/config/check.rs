@@ -1,8 +1,9 @@
 //! Whether the parts of a configuration fit together.
 
-use super::blockdev::{BlockRef, BlockdevOptions, Driver};
-use super::error::{ConfigError, closest};
-use super::{Config, SocketAddress};
+use super::Config;
+use crate::options::SocketAddress;
+use crate::options::{BlockRef, BlockdevOptions, Driver};
+use crate::options::{ConfigError, closest};
 use std::collections::HashSet;
 
 /// Refuses names that are given twice and references to what does not exist.

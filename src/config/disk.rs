@@ -3,12 +3,13 @@
 //! The disk becomes what the other dialect would have said: a file node inside a format node,
 //! and an export of it.
 
-use super::blockdev::{
+use super::{Config, help};
+use crate::options::ConfigError;
+use crate::options::{
     AutoOptions, BlockRef, BlockdevOptions, CacheOptions, Discard, Driver, Qcow2Options, RawOptions,
 };
-use super::error::ConfigError;
-use super::export::{check_serial, check_socket_path};
-use super::{ChardevOptions, Config, ExportOptions, MonitorOptions, SocketAddress, help};
+use crate::options::{ChardevOptions, ExportOptions, MonitorOptions, SocketAddress};
+use crate::options::{check_serial, check_socket_path};
 use clap::ValueEnum;
 use std::path::{Path, PathBuf};
 

@@ -7,40 +7,20 @@
 //!   one disk and are translated into the lists of the other dialect;
 //! - qemu-storage-daemon's `--blockdev`, `--export`, `--chardev`, `--monitor`, `--object`.
 //!
-//! The structured options go through three steps, of which the control socket shares the last:
-//! text to a JSON value ([`keyval`], or JSON itself), and the value to typed options
-//! ([`BlockdevOptions::from_value`] and its siblings), strictly, with an error that names the
-//! word at fault.
+//! How structured options are written and read is the part of [`crate::options`].
 //!
 //! What comes out of [`parse`] hangs together: names are unique and whatever is referred to has
 //! been defined. Whether files exist and can be opened is for the daemon to find out.
 
 mod args;
-mod blockdev;
-mod blockdev_read;
 mod check;
 mod disk;
-mod error;
-mod export;
-mod fields;
 mod help;
-pub mod keyval;
-mod object;
-pub mod size;
 
+use crate::options::{
+    BlockdevOptions, ChardevOptions, ExportOptions, MonitorOptions, ObjectOptions, TraceOptions,
+};
 pub use args::parse;
-pub use blockdev::{
-    Aio, AutoOptions, BackingRef, BlockRef, BlockdevOptions, CacheOptions, CopyOnReadOptions,
-    DRIVERS, DetectZeroes, Discard, Driver, FileOptions, Locking, OverlapCheck, Qcow2Options,
-    QedOptions, RawOptions,
-};
-pub use error::{ConfigError, ErrorKind};
-pub use export::{ExportOptions, MAX_SERIAL, SocketAddress};
-pub use fields::{Dialect, is_well_formed_id};
-pub use object::{
-    ChardevOptions, IothreadOptions, MonitorOptions, OBJECT_TYPES, ObjectOptions, TraceOptions,
-};
-
 use std::path::PathBuf;
 use std::time::Duration;
 

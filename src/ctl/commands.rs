@@ -5,7 +5,7 @@ use super::client::Client;
 use super::tracker::Tracker;
 use super::watch::watch;
 use super::{Failure, image, info, jobs, stats};
-use crate::config::is_well_formed_id;
+use crate::options::is_well_formed_id;
 use serde_json::{Map, Value, json};
 use std::io::Write;
 use std::path::PathBuf;

@@ -1,6 +1,6 @@
 //! Sizes, rates and times as people write and read them.
 
-use crate::config::size;
+use crate::options::size;
 use std::time::Duration;
 
 /// Reads a rate in bytes per second: `512K`, `20M`, `1G`, or `0` and `unlimited` for no limit.

@@ -12,7 +12,6 @@ use super::stream::{GraphSource, check_base_name};
 use super::{Exports, on_this_thread, state, sync_errors};
 use crate::chain::Graph;
 use crate::chain::graph::{Node, resolve};
-use crate::config::{DetectZeroes, Driver};
 use crate::control::backend::{
     Backend, Backing, BlockNode, ChainView, Export, ExportStats, LayerView, SourceFactory,
     StreamSpec, SyncError,
@@ -21,6 +20,7 @@ use crate::format::Format;
 use crate::format::qcow2;
 use crate::job::stream::StreamSource;
 use crate::job::{JobError, Refused};
+use crate::options::{DetectZeroes, Driver};
 use crate::state::Store;
 use crate::state::record::{self, Work};
 
@@ -305,8 +305,8 @@ mod tests {
     use std::sync::mpsc::channel;
 
     use super::*;
-    use crate::config::{BlockdevOptions, Dialect};
     use crate::format::qcow2::create::{CreateOptions, create};
+    use crate::options::{BlockdevOptions, Dialect};
     use crate::reactor::Reactor;
     use crate::storage::memory::MemoryStorage;
 

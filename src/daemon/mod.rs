@@ -28,7 +28,7 @@ use futures_util::future::LocalBoxFuture;
 use parking_lot::Mutex;
 
 use crate::chain::Graph;
-use crate::config::{Config, DetectZeroes, ExportOptions, ObjectOptions, SocketAddress};
+use crate::config::Config;
 use crate::control::backend::{Export as ExportView, ExportStats, QueueStats as QueueView};
 use crate::control::{Control, EventHub};
 use crate::error::{Error, Result};
@@ -36,6 +36,7 @@ use crate::export::{Export, ExportConfig, QueueStats, SocketSource};
 use crate::format::Format;
 use crate::format::qcow2::journal::Folder;
 use crate::job::{JobMain, JobRunner, Ledger, Manager, SystemClock, Timer};
+use crate::options::{DetectZeroes, ExportOptions, ObjectOptions, SocketAddress};
 use crate::reactor::Reactor;
 
 use backend::DaemonBackend;

@@ -7,9 +7,10 @@ use std::sync::mpsc::{Receiver, Sender};
 use parking_lot::Mutex;
 
 use super::{Call, during, inherited};
-use crate::config::{ChardevOptions, Config, SocketAddress};
+use crate::config::Config;
 use crate::control::{Control, Endpoint, EventHub, Server};
 use crate::error::Result;
+use crate::options::{ChardevOptions, SocketAddress};
 
 /// The running control sockets.
 pub struct Monitors {

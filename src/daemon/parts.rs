@@ -156,11 +156,12 @@ mod tests {
     use super::super::monitors::Monitors;
     use super::*;
     use crate::chain::Layer;
-    use crate::config::{BlockdevOptions, Config, Dialect};
+    use crate::config::Config;
     use crate::control::{Control, EventHub};
     use crate::daemon::backend::DaemonBackend;
     use crate::format::{Format, Raw};
     use crate::job::{BodyFactory, JobError, JobSpec, Manager, ParkRunner, SystemClock};
+    use crate::options::{BlockdevOptions, Dialect};
     use crate::storage::memory::MemoryStorage;
 
     fn add(graph: &Graph, name: &str, backing: Option<&str>, read_only: bool) {

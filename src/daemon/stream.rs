@@ -11,12 +11,12 @@ use super::{Exports, state};
 
 use crate::chain::graph::{Node, resolve};
 use crate::chain::{Chain, Graph, Root, Span, Status, View, with_room};
-use crate::config::{BackingRef, Driver};
 use crate::control::backend::StreamSpec;
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::Backing;
 use crate::job::stream::{ChunkStatus, GuestLoad, JobIoError, StreamSource};
+use crate::options::{BackingRef, Driver};
 use crate::state::record;
 
 /// A stream into one layer of a chain, down to a base.
@@ -327,10 +327,10 @@ mod tests {
 
     use super::*;
     use crate::chain::Layer;
-    use crate::config::{BlockdevOptions, Dialect};
     use crate::format::Raw;
     use crate::format::qcow2::create::{CreateOptions, create};
     use crate::format::qcow2::{Options, Qcow2};
+    use crate::options::{BlockdevOptions, Dialect};
     use crate::reactor::Reactor;
     use crate::storage::memory::MemoryStorage;
     use crate::storage::{AlignedBuf, IoBufs, Storage};

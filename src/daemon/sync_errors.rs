@@ -201,9 +201,9 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use crate::config::{BlockdevOptions, Dialect};
     use crate::control::events::Outbox;
     use crate::format::Raw;
+    use crate::options::{BlockdevOptions, Dialect};
     use crate::reactor::Reactor;
     use crate::storage::fault::FaultStorage;
     use crate::storage::memory::MemoryStorage;

@@ -13,9 +13,9 @@ use rand::rngs::StdRng;
 use serde_json::json;
 use stratablk::chain::graph::Node;
 use stratablk::chain::{Chain, Graph, Span, View};
-use stratablk::config::{BlockdevOptions, Dialect};
 use stratablk::error::Result;
 use stratablk::format::{Format, Place, Qcow2};
+use stratablk::options::{BlockdevOptions, Dialect};
 use stratablk::reactor::Reactor;
 use stratablk::storage::{AlignedBuf, IoBufs};
 

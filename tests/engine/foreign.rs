@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 use stratablk::chain::{Graph, View};
-use stratablk::config::{AutoOptions, BlockRef, BlockdevOptions, Dialect, Driver};
 use stratablk::format::Format;
 use stratablk::format::qcow2::Backing;
+use stratablk::options::{AutoOptions, BlockRef, BlockdevOptions, Dialect, Driver};
 use stratablk::reactor::Reactor;
 
 use crate::support::*;

@@ -13,8 +13,8 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
 use stratablk::chain::{Graph, View};
-use stratablk::config::{AutoOptions, BlockRef, BlockdevOptions, Dialect, Driver};
 use stratablk::error::Result;
+use stratablk::options::{AutoOptions, BlockRef, BlockdevOptions, Dialect, Driver};
 use stratablk::reactor::Reactor;
 use stratablk::storage::{AlignedBuf, IoBufs};
 

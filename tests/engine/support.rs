@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use serde_json::json;
 use stratablk::chain::{Chain, Graph, Layer, Root, View};
-use stratablk::config::{BlockdevOptions, Dialect};
 use stratablk::format::{Format, Qcow2, qcow2};
+use stratablk::options::{BlockdevOptions, Dialect};
 use stratablk::reactor::Reactor;
 use stratablk::storage::memory::MemoryStorage;
 use stratablk::storage::{AlignedBuf, IoBufs, Storage};

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 use stratablk::chain::{Graph, View};
-use stratablk::config::{BlockdevOptions, Dialect};
+use stratablk::options::{BlockdevOptions, Dialect};
 use stratablk::reactor::Reactor;
 use stratablk::storage::{AlignedBuf, IoBufs};
 

@@ -6,8 +6,8 @@
 
 use serde_json::{Value, json};
 use stratablk::chain::Graph;
-use stratablk::config::{BlockdevOptions, Dialect};
 use stratablk::error::Result;
+use stratablk::options::{BlockdevOptions, Dialect};
 use stratablk::reactor::Reactor;
 
 use crate::support::*;

@@ -9,8 +9,8 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::config::Dialect;
 use crate::format::qcow2::create::{CreateOptions, create};
+use crate::options::Dialect;
 use crate::reactor::Reactor;
 use crate::storage::FileStorage;
 use crate::storage::file::OpenFlags;

@@ -1,10 +1,10 @@
 //! Opening images, with everything under them.
 
 use crate::chain::{Chain, Graph, layer_options};
-use crate::config::{AutoOptions, BackingRef, BlockRef, BlockdevOptions, Discard, Driver};
 use crate::error::{Error, Result, errno_text};
 use crate::format;
 use crate::format::probe::{Detected, END, START};
+use crate::options::{AutoOptions, BackingRef, BlockRef, BlockdevOptions, Discard, Driver};
 use crate::reactor::Reactor;
 use std::fs::File;
 use std::future::Future;

@@ -1,11 +1,11 @@
 //! The options of `create -o`, in qemu-img's words.
 
-use crate::config::keyval::{self, Notation};
-use crate::config::size;
 use crate::ctl::Failure;
 use crate::format::qcow2::Preallocation;
 use crate::format::qcow2::create::CreateOptions;
 use crate::format::qcow2::header::{Backing, Compression};
+use crate::options::keyval::{self, Notation};
+use crate::options::size;
 use serde_json::{Map, Value};
 
 /// What stands under the help of `create`.

@@ -3,9 +3,9 @@
 use super::open::{Images, Purpose};
 use super::options::{preallocation, size_error};
 use crate::chain::resize::Resize;
-use crate::config::size;
 use crate::ctl::{Failure, units};
 use crate::format::qcow2::Preallocation;
+use crate::options::size;
 use clap::Args;
 use serde_json::json;
 use std::io::Write;

@@ -39,8 +39,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use super::Call;
-use crate::config::ExportOptions;
 use crate::error::{Error, Result};
+use crate::options::ExportOptions;
 use crate::reactor::uring;
 use crate::storage::holder::{self, Holder};
 

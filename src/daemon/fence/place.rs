@@ -12,8 +12,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::file::FenceFile;
-use crate::config::{ExportOptions, SocketAddress};
 use crate::error::{Error, Result};
+use crate::options::{ExportOptions, SocketAddress};
 
 /// Opens the fence of `export`; `None` if there is no place for one. `state` is the file of the
 /// daemon's state, without its ending: daemons that share the folder have different ones.

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::mpsc::channel;
 
 use super::*;
-use crate::config::SocketAddress;
+use crate::options::SocketAddress;
 
 /// A world whose time passes with each pause.
 struct Scripted<F> {

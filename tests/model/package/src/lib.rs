@@ -8,8 +8,8 @@
 
 #[path = "../../../../src/chain/mod.rs"]
 pub mod chain;
-#[path = "../../../../src/config/mod.rs"]
-pub mod config;
+#[path = "../../../../src/options/mod.rs"]
+pub mod options;
 pub mod disk;
 #[path = "../../../../src/error.rs"]
 pub mod error;

@@ -126,7 +126,10 @@ fn parse_serial(fields: &Fields<'_>) -> Result<Option<String>, ConfigError> {
 }
 
 /// Refuses a serial number that the guest could not get whole.
-pub(crate) fn check_serial(serial: &str) -> Result<(), ConfigError> {
+///
+/// # Errors
+/// When it is too long; says how long it may be.
+pub fn check_serial(serial: &str) -> Result<(), ConfigError> {
     if serial.len() > MAX_SERIAL || serial.contains('\0') {
         let expected = format!("at most {MAX_SERIAL} bytes");
         return Err(ConfigError::bad_value("serial", serial, expected));
@@ -173,8 +176,12 @@ pub(crate) fn refuse_abstract(fields: &Fields<'_>) -> Result<(), ConfigError> {
     Ok(())
 }
 
-/// The kernel cuts longer paths off, so that nobody would find the socket.
-pub(crate) fn check_socket_path(key: &str, path: &std::path::Path) -> Result<(), ConfigError> {
+/// Refuses the path of a socket that the kernel would cut off, so that nobody would find it. `key`
+/// is the option that has it.
+///
+/// # Errors
+/// When it is too long.
+pub fn check_socket_path(key: &str, path: &std::path::Path) -> Result<(), ConfigError> {
     const MAX: usize = 107;
     if path.as_os_str().len() > MAX {
         let expected = format!("at most {MAX} bytes, the kernel's limit for a socket's path");

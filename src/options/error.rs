@@ -178,8 +178,8 @@ fn last_component(key: &str) -> &str {
     key.rsplit('.').next().unwrap_or(key)
 }
 
-/// The candidate that a typing mistake away from `word`, if there is one.
-pub(crate) fn closest<'a>(word: &str, candidates: &[&'a str]) -> Option<&'a str> {
+/// The candidate from which `word` is a typing mistake away, if there is one.
+pub fn closest<'a>(word: &str, candidates: &[&'a str]) -> Option<&'a str> {
     candidates
         .iter()
         .map(|candidate| (strsim::jaro_winkler(word, candidate), *candidate))

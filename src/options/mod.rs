@@ -1,0 +1,29 @@
+//! Options: what nodes, exports, objects and monitors are made of, and how they are written.
+//!
+//! The command line, the control socket and the image tools write them in two ways: as text
+//! ([`keyval`], with sizes as [`size`] reads them) and as JSON. Both become a JSON value, and the
+//! value typed options ([`BlockdevOptions::from_value`] and its siblings), strictly, with an error
+//! that names the word at fault. Nothing is opened or changed here.
+
+mod blockdev;
+mod blockdev_read;
+mod error;
+mod export;
+mod fields;
+pub mod keyval;
+mod object;
+pub mod size;
+
+pub use blockdev::{
+    Aio, AutoOptions, BackingRef, BlockRef, BlockdevOptions, CacheOptions, CopyOnReadOptions,
+    DRIVERS, DetectZeroes, Discard, Driver, FileOptions, Locking, OverlapCheck, Qcow2Options,
+    QedOptions, RawOptions,
+};
+
+pub use error::{ConfigError, ErrorKind, closest};
+pub use export::{ExportOptions, MAX_SERIAL, SocketAddress, check_serial, check_socket_path};
+
+pub use fields::{Dialect, is_well_formed_id};
+pub use object::{
+    ChardevOptions, IothreadOptions, MonitorOptions, OBJECT_TYPES, ObjectOptions, TraceOptions,
+};
