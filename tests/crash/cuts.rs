@@ -176,9 +176,9 @@ fn fill(reactor: &Reactor, machine: &Machine, work: &Work, percent: u64) {
     const STEP: usize = 64;
     machine.be_quiet(true);
     let used = || usage(&machine.left().1?);
-    let mut starts = (0..work.from.get()).step_by(STEP).cycle();
+    let mut starts = (0..work.from.get()).step_by(STEP).cycle().take(10_000);
     while used().is_some_and(|(used, words)| used * 100 < words * percent) {
-        let start = starts.next().unwrap();
+        let start = starts.next().expect("the journal does not become fuller");
         reactor.block_on(work.fill(start, STEP));
     }
     let failures = work.failures.borrow();
