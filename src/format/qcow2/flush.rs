@@ -155,6 +155,7 @@ impl Qcow2 {
             .check()
             .map_err(|error| self.io_error(Action::Flush, 0, &error))?;
         self.restore_header().await?;
+        self.load_adopted().await?;
         self.release_freed().await;
         let mut snapshot = self.take_snapshot();
         self.note_flushed(&mut snapshot);

@@ -45,6 +45,7 @@ impl Qcow2 {
         let buffer = storage::io::fetch(&*self.storage, offset, bytes).await?;
         let slice = Slice::from_bytes(&buffer, self.shape.extended);
         let mut meta = self.meta.lock();
+        let adopted = Self::put_adopted(&meta, number, &slice);
         if let Some((cluster, what)) = self.first_fault(&meta, number, &slice) {
             let at = offset + self.place(cluster).1 as u64 * self.shape.entry_bytes();
             return Err(Error::corrupt(
@@ -58,18 +59,16 @@ impl Qcow2 {
                 "mapping past the end of the disk",
             ));
         }
+        if adopted {
+            self.keep_adopted(&mut meta, number);
+        }
         meta.loaded.push_back(number);
         self.evict(&mut meta);
         Ok(())
     }
 
     /// The first guest cluster of a slice whose entry is wrong, and what is wrong with it.
-    pub(super) fn first_fault(
-        &self,
-        meta: &Meta,
-        number: u64,
-        slice: &Slice,
-    ) -> Option<(u64, String)> {
+    fn first_fault(&self, meta: &Meta, number: u64, slice: &Slice) -> Option<(u64, String)> {
         let clusters = number * self.slice_entries()..;
         clusters
             .zip(slice.entries())
@@ -77,7 +76,7 @@ impl Qcow2 {
     }
 
     /// What is wrong with the entry of a guest cluster, as far as can be told without reading on.
-    fn fault(&self, meta: &Meta, cluster: u64, words: Words) -> Option<String> {
+    pub(super) fn fault(&self, meta: &Meta, cluster: u64, words: Words) -> Option<String> {
         if let Some(what) = self.shape.fault(words) {
             return Some(what);
         }

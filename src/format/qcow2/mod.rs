@@ -50,7 +50,7 @@ mod resize;
 pub mod snapshots;
 mod update;
 
-use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use super::directory::Directory;
@@ -64,7 +64,7 @@ use crate::sync::{
 
 use claims::Claims;
 use header::Header;
-use l2::{Shape, Slice};
+use l2::{Shape, Slice, Words};
 use loading::Loading;
 use refcount::{Allocator, SLICE_BYTES};
 
@@ -123,6 +123,9 @@ struct Meta {
     allocator: Allocator,
     dirty_l1: BTreeSet<usize>,
     dirty_slices: BTreeSet<u64>,
+    /// What a journal says of slices that have not been loaded since it was taken over: their
+    /// entries, by index.
+    adopted: BTreeMap<u64, BTreeMap<usize, Words>>,
     /// Slices that a flush is writing: not to be forgotten before it is done.
     writing: HashSet<u64>,
     /// Slices in memory, in the order in which the eviction hand visits them.

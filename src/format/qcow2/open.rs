@@ -1,6 +1,6 @@
 //! From a file to an image: what is looked at, and refused, before anything is written.
 
-use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::sync::Arc;
 
 use super::claims::Claims;
@@ -117,6 +117,7 @@ impl Qcow2 {
                 allocator,
                 dirty_l1: BTreeSet::new(),
                 dirty_slices: BTreeSet::new(),
+                adopted: BTreeMap::new(),
                 writing: HashSet::new(),
                 loaded: VecDeque::new(),
                 unmapped: Vec::new(),
@@ -141,7 +142,7 @@ impl Qcow2 {
             image.invalidate_bitmaps(journaled).await?;
             image.find_end().await?;
         }
-        image.adopt_mapping(adoption).await?;
+        image.adopt_mapping(adoption)?;
         if image.options.writable
             && !adopted
             && let Some(folder) = image.options.journal.clone()

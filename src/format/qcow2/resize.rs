@@ -155,6 +155,7 @@ impl Qcow2 {
         let slices = self.table_entries() / self.slice_entries();
         for number in index * slices..(index + 1) * slices {
             meta.dirty_slices.remove(&number);
+            meta.adopted.remove(&number);
             self.directory.set(number, None);
         }
     }

@@ -4,11 +4,12 @@
 //! and finds which count: those of a table come to nothing where a later record says that the table
 //! is new. It gives the L1 and the refcount table their last entries, so that whoever looks at these
 //! next (what is metadata, where the file ends) sees them as they were. The second one, with the
-//! image, loads the slices that are named, sets refcounts and mappings in order, and checks the
-//! slices as those are checked that come from the disk.
+//! image, sets refcounts in order, and checks the last of each entry of the mapping as entries are
+//! checked that come from the disk. Those are put over a slice when it is loaded, by a request or by
+//! the next flush: a full journal may name more slices than a disk reads in the time that a guest
+//! is to wait at most.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
 use futures_util::future::try_join_all;
 
@@ -23,7 +24,7 @@ use super::mark::Mark;
 use super::record::{self, Record};
 use super::verdict::{Verdict, live, refused};
 use crate::error::{Action, Error, Result};
-use crate::storage::{self, Storage};
+use crate::storage::Storage;
 
 /// Slices that are loaded together.
 const PARALLEL: usize = 64;
@@ -407,16 +408,18 @@ impl Qcow2 {
     }
 
     /// Adopts the mapping, when it is known what is metadata and where the file ends; and goes on
-    /// with the journal, if the image is written.
+    /// with the journal, if the image is written. Nothing is loaded for that, which would take as
+    /// long as the disk takes to read all that was changed: what the journal says is put over a
+    /// slice when it is loaded.
     ///
     /// # Errors
-    /// When a part of the mapping cannot be read, or an entry contradicts the image.
-    pub(in super::super) async fn adopt_mapping(&self, adoption: Adoption) -> Result<()> {
+    /// When an entry contradicts the image.
+    pub(in super::super) fn adopt_mapping(&self, adoption: Adoption) -> Result<()> {
         let Some(found) = adoption.found else {
             return Ok(());
         };
         let per_table = self.table_entries();
-        let mut changes: BTreeMap<u64, Vec<(usize, Words)>> = BTreeMap::new();
+        let mut changes: BTreeMap<u64, BTreeMap<usize, Words>> = BTreeMap::new();
         for (at, record) in found.records.iter().enumerate() {
             let Record::Mapping { first, entries } = record else {
                 continue;
@@ -424,59 +427,74 @@ impl Qcow2 {
             for (cluster, words) in (*first..).zip(entries) {
                 if !is_void(&found.tables, cluster / per_table, at) {
                     let (number, index) = self.place(cluster);
-                    changes.entry(number).or_default().push((index, *words));
+                    changes.entry(number).or_default().insert(index, *words);
                 }
             }
         }
-        let numbers: Vec<u64> = changes.keys().copied().collect();
-        for some in numbers.chunks(PARALLEL) {
-            let loaded = some.iter().map(|&number| async move {
-                Ok::<_, Error>((number, self.fetch_slice(number).await?))
-            });
-            for (number, slice) in try_join_all(loaded).await? {
-                for (index, words) in changes.remove(&number).unwrap_or_default() {
-                    slice.set(index, words, &super::Recorded::adopted());
+        let mut meta = self.meta.lock();
+        for (number, entries) in &changes {
+            for (&index, &words) in entries {
+                let cluster = number * self.slice_entries() + index as u64;
+                if let Some(what) = self.fault(&meta, cluster, words) {
+                    let what = format!("{}: guest cluster {cluster}: {what}", found.file);
+                    return Err(refused(self.storage.name(), &what));
                 }
-                self.hold(number, slice, &found.file)?;
             }
         }
+        meta.adopted = changes;
         if self.options.writable {
             log::info!(
                 "{}: the journal has {} changes that were not flushed; they are taken over",
                 self.storage.name(),
                 found.records.len()
             );
-            self.meta.lock().allocator.set_log(Log::of(found.ring));
+            meta.allocator.set_log(Log::of(found.ring));
         }
         Ok(())
     }
 
-    async fn fetch_slice(&self, number: u64) -> Result<Slice> {
-        let offset = self.slice_offset(number).unwrap_or_default();
-        let bytes = self.slice_bytes() as usize;
-        let buffer = storage::io::fetch(&*self.storage, offset, bytes).await?;
-        Ok(Slice::from_bytes(&buffer, self.shape.extended))
+    /// Puts over a slice that comes from the disk what a journal says of it. True: that is so.
+    pub(in super::super) fn put_adopted(meta: &Meta, number: u64, slice: &Slice) -> bool {
+        let Some(entries) = meta.adopted.get(&number) else {
+            return false;
+        };
+        for (&index, &words) in entries {
+            slice.set(index, words, &super::Recorded::adopted());
+        }
+        true
     }
 
-    /// Keeps a slice in memory until it is written; for good, where nothing is.
-    fn hold(&self, number: u64, slice: Slice, journal: &str) -> Result<()> {
-        let mut meta = self.meta.lock();
-        if let Some((cluster, what)) = self.first_fault(&meta, number, &slice) {
-            let what = format!("{journal}: guest cluster {cluster}: {what}");
-            return Err(refused(self.storage.name(), &what));
+    /// What a journal says of a slice is in memory now, and is to be written. An image that is only
+    /// read may forget the slice, and has it put over again.
+    pub(in super::super) fn keep_adopted(&self, meta: &mut Meta, number: u64) {
+        if self.options.writable {
+            meta.adopted.remove(&number);
+            meta.dirty_slices.insert(number);
         }
-        self.directory.set(number, Some(Arc::new(slice)));
-        let Meta {
-            loaded,
-            dirty_slices,
-            writing,
-            ..
-        } = &mut *meta;
-        loaded.push_back(number);
-        match self.options.writable {
-            true => dirty_slices.insert(number),
-            false => writing.insert(number),
-        };
+    }
+
+    /// Loads all slices of which a journal says something, so that a flush writes them.
+    ///
+    /// # Errors
+    /// When one cannot be read, or contradicts the image.
+    pub(in super::super) async fn load_adopted(&self) -> Result<()> {
+        let numbers: Vec<u64> = self.meta.lock().adopted.keys().copied().collect();
+        for some in numbers.chunks(PARALLEL) {
+            try_join_all(some.iter().map(|&number| self.load_one_adopted(number))).await?;
+        }
+        Ok(())
+    }
+
+    async fn load_one_adopted(&self, number: u64) -> Result<()> {
+        // Who has waited for another one to load it does not know whether that succeeded.
+        while self.meta.lock().adopted.contains_key(&number) {
+            if self.slice_offset(number).is_none() {
+                let what =
+                    format!("slice {number} of the mapping, which a journal changes, is gone");
+                return Err(Error::corrupt(self.storage.name(), what));
+            }
+            self.load_slice(number).await?;
+        }
         Ok(())
     }
 
