@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use stratablk_model::chain::{Chain, Layer, View};
+use stratablk_model::chain::{Chain, Layer, Pieces, Source, View};
 use stratablk_model::disk::Disk;
 use stratablk_model::format::qcow2::journal::Folder;
 use stratablk_model::format::{Format, Qcow2, qcow2};
@@ -54,6 +54,8 @@ struct Process {
     folder: PathBuf,
     state: Mutex<State>,
     point: AtomicBool,
+    /// A sector that another queue writes in place as soon as its cluster is seen to be mapped.
+    other: Mutex<Option<(usize, Arc<Chain>)>>,
 }
 
 #[derive(Debug, Default)]
@@ -119,9 +121,33 @@ impl Process {
     }
 }
 
+impl Process {
+    /// Were another queue to write in place now, and the process to be killed then.
+    fn write_in_place(&self) {
+        let other = self.other.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some((sector, chain)) = &*other else {
+            return;
+        };
+        let mut pieces = Pieces::new();
+        let planned = chain.plan_read((sector * SECTOR) as u64, SECTOR, &mut pieces);
+        if let (true, [piece]) = (planned, pieces.as_slice())
+            && let Source::Storage { offset, .. } = piece.source
+        {
+            let mut state = self.state();
+            let mut left = self.left(&state);
+            let end = offset as usize + SECTOR;
+            left.image.resize(left.image.len().max(end), 0);
+            left.image[offset as usize..end].fill(*sector as u8);
+            left.completed.push(*sector);
+            state.ends.push(left);
+        }
+    }
+}
+
 impl Gate for Process {
     fn is_open(&self) -> bool {
         self.step();
+        self.write_in_place();
         true
     }
 }
@@ -256,7 +282,7 @@ fn succeed(end: &Left) {
 }
 
 /// The threads of a process work, until it is killed.
-fn work(image: &[u8], threads: &'static [&'static [Step]]) {
+fn work(image: &[u8], threads: &'static [&'static [Step]], other: Option<usize>) {
     let _reactor = Reactor::for_this_thread().unwrap();
     let dir = tmpfs();
     let process = Arc::new(Process {
@@ -264,11 +290,13 @@ fn work(image: &[u8], threads: &'static [&'static [Step]]) {
         folder: dir.path().to_owned(),
         state: Mutex::default(),
         point: AtomicBool::new(false),
+        other: Mutex::default(),
     });
     let folder = Folder::open(dir.path(), None).unwrap();
     folder.set_gate(process.clone());
     let (_image, chain) = block_on(open(Arc::new(Watched(process.clone())), folder));
     process.state().left = thread_rng().gen_range(1..STEPS);
+    *process.other.lock().unwrap() = other.map(|sector| (sector, chain.clone()));
     let running: Vec<_> = threads
         .iter()
         .map(|steps| {
@@ -291,13 +319,32 @@ fn orders(options: &str, runs: usize, threads: &'static [&'static [Step]]) {
     let path = dir.path().join("image.qcow2");
     create(&path, options, SIZE as u64);
     let image = Arc::new(std::fs::read(&path).unwrap());
-    many_orders(runs, move || work(&image, threads));
+    many_orders(runs, move || work(&image, threads, None));
 }
 
 #[test]
 fn a_write_in_place_through_what_another_queue_has_mapped() {
     const THREADS: &[&[Step]] = &[&[Write(1)], &[Write(2), Write(3)]];
     orders("cluster_size=4k", 400, THREADS);
+}
+
+/// At every store to the journal, whatever the order of the threads.
+#[test]
+fn a_mapping_that_is_seen_is_in_the_journal() {
+    for options in [
+        "cluster_size=4k",
+        "cluster_size=4k,extended_l2=off,refcount_bits=1",
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image.qcow2");
+        create(&path, options, SIZE as u64);
+        let image = Arc::new(std::fs::read(&path).unwrap());
+        const THREADS: &[&[Step]] = &[&[Write(1), Write(9), Flush, Write(17)]];
+        for other in [2, 10, 18] {
+            let image = image.clone();
+            many_orders(4, move || work(&image, THREADS, Some(other)));
+        }
+    }
 }
 
 #[test]
