@@ -355,6 +355,40 @@ fn an_image_whose_header_has_no_room_for_the_mark_is_served_without_a_journal() 
     assert!(info.contains(&name), "{info}");
 }
 
+/// A process may die when it has made a journal and not named it, or when it names it no longer and
+/// has not removed it.
+#[test]
+fn journals_that_no_image_names_are_removed_when_their_image_has_another() {
+    let place = killed();
+    let left = place.journal();
+    let other = place.dir.path().join("other.qcow2");
+    create(&other, "compat=1.1", SIZE);
+    place.forget();
+    // Of another image, which may be served again any time; and one that a process has.
+    let neighbour = Place {
+        path: other,
+        dir: tempfile::tempdir_in("/dev/shm").unwrap(),
+        reactor: place.reactor.clone(),
+    };
+    let process = neighbour.open().unwrap();
+    process.write(1, 1).unwrap();
+    drop(process);
+    let name = neighbour.journal();
+    let beside = place.dir.path().join(name.file_name().unwrap());
+    fs::copy(&name, &beside).unwrap();
+    let held = fs::File::open(&left).unwrap();
+    held.lock_shared().unwrap();
+    let process = place.open().unwrap();
+    assert!(left.exists() && beside.exists());
+    process.reactor.block_on(process.image.close()).unwrap();
+    drop((process, held));
+    let process = place.open().unwrap();
+    assert!(!left.exists() && beside.exists());
+    process.write(3, 3).unwrap();
+    drop(process);
+    assert_eq!(place.open().unwrap().read(3), 3);
+}
+
 /// Of a later version, for example.
 #[test]
 fn a_mark_of_another_form_is_refused() {

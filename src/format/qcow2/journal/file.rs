@@ -6,7 +6,7 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 #[cfg(debug_assertions)]
@@ -120,6 +120,7 @@ impl Folder {
     /// # Errors
     /// When there is no room for it; nothing is left of it then.
     pub(super) fn create(&self, nonce: Id, identity: Identity, clusters: u64) -> Result<Ring> {
+        self.remove_left(identity);
         let bytes = self.size.unwrap_or_else(|| suitable(clusters));
         let path = self.file(nonce);
         let made = self.make(&path, nonce, identity, bytes);
@@ -130,6 +131,27 @@ impl Folder {
             let what = format!("making a journal of {bytes} bytes");
             explain(&path, &what, &error)
         })
+    }
+
+    /// Removes the journals of an image whose header names none: a process was killed between
+    /// making one and naming it, or between taking its name out and removing it. Where the image
+    /// has no identity they cannot be told from those of others, and stay.
+    fn remove_left(&self, identity: Identity) {
+        let Ok(entries) = std::fs::read_dir(&self.path) else {
+            return;
+        };
+        if identity.contains(&0) {
+            return;
+        }
+        for entry in entries.flatten() {
+            let path = entry.path();
+            if path.extension().is_some_and(|end| end == "journal")
+                && is_left(&path, identity).unwrap_or(false)
+            {
+                log::info!("{}: removed, the image names it no longer", path.display());
+                remove(&path);
+            }
+        }
     }
 
     fn make(&self, path: &Path, nonce: Id, identity: Identity, bytes: u64) -> io::Result<Ring> {
@@ -223,6 +245,20 @@ impl Folder {
         }
         Ok(Some(ring))
     }
+}
+
+/// Whether a journal is of the image with this identity, and no process has it.
+fn is_left(path: &Path, identity: Identity) -> io::Result<bool> {
+    let file = options().open(path)?;
+    let mut bytes = [0; PAGE];
+    file.read_exact_at(&mut bytes, 0)?;
+    let word = |at: usize| {
+        let bytes = bytes.get(at..at + 8).and_then(|word| word.try_into().ok());
+        bytes.map_or(0, u64::from_ne_bytes)
+    };
+    let found = FIELDS.map(word);
+    let whole = word(MAGIC_AT) == MAGIC && word(CHECK_AT) == check(found);
+    Ok(whole && found.get(6..8) == Some(&identity[..]) && claim(&file, true).is_ok())
 }
 
 /// Takes the lock that keeps other processes from a journal, for as long as the file is open: image
