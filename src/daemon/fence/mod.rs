@@ -64,6 +64,15 @@ pub struct Fences {
 }
 
 impl Fences {
+    /// Shows who waits that this process is about to end: its end is waited for.
+    pub fn say_that_it_ends(&self) {
+        for file in &self.files {
+            if let Err(error) = file.mark_ending() {
+                log::debug!("the fence {file}: {error}");
+            }
+        }
+    }
+
     /// Gives them back, for whoever follows an orderly end: the kernel would take its time with rings
     /// in which nothing is in flight, as well. Only for a process all of whose I/O has ended.
     pub fn give_back(&self) {
@@ -171,20 +180,35 @@ impl World for System<'_> {
 }
 
 /// Waits until the lock is ours. `None`: the daemon was told to end.
+///
+/// A file that somebody takes away meanwhile is not forgotten: the I/O for which it was locked goes
+/// on all the same. It is waited for, and so is the one that lies there now.
 fn take(
-    mut fence: FenceFile,
+    fence: FenceFile,
     timeout: Duration,
     world: &mut dyn World,
 ) -> std::result::Result<Option<FenceFile>, String> {
     let mut next_look = FIRST_LOOK;
     let mut told = false;
+    let mut gone: Vec<FenceFile> = Vec::new();
+    let mut last = fence;
     loop {
-        let locked = fence
-            .try_lock()
-            .map_err(|error| format!("locking its fence {fence}: {error}"))?;
-        if locked && fence.is_in_place() {
-            return Ok(Some(fence));
+        let try_lock = |fence: &FenceFile| {
+            let locked = fence.try_lock();
+            locked.map_err(|error| format!("locking its fence {fence}: {error}"))
+        };
+        let mut held = Vec::new();
+        for file in gone {
+            if !try_lock(&file)? {
+                held.push(file);
+            }
         }
+        gone = held;
+        let locked = try_lock(&last)? && gone.is_empty();
+        if locked && last.is_in_place() {
+            return Ok(Some(last));
+        }
+        let fence = gone.first().unwrap_or(&last);
         if !std::mem::replace(&mut told, true) {
             log::debug!("waiting for the fence {fence}");
         }
@@ -192,11 +216,15 @@ fn take(
         if !locked && waited >= next_look.min(timeout) {
             let holder = world.holder(fence.file());
             let runs = matches!(holder, Holder::Own | Holder::Process { .. });
+            let runs = runs && !fence.is_ending();
             if runs || waited >= timeout {
-                return Err(refusal(&fence, &holder, waited));
+                return Err(refusal(fence, &holder, waited));
             }
             if waited >= LONG {
-                log::warn!("waiting for the fence {fence}: {}", cause(&holder));
+                log::warn!(
+                    "waiting for the fence {fence}, which nobody must remove: {}",
+                    cause(&holder)
+                );
             }
             next_look = waited.saturating_mul(2);
         } else if waited >= timeout {
@@ -207,9 +235,11 @@ fn take(
         if !world.pause() {
             return Ok(None);
         }
-        if !fence.is_in_place() {
-            fence = FenceFile::open(fence.path())
-                .map_err(|error| format!("its fence {fence}: {error}"))?;
+        if !last.is_in_place() {
+            let next = last
+                .open_again()
+                .map_err(|error| format!("its fence {last}: {error}"))?;
+            gone.push(std::mem::replace(&mut last, next));
         }
     }
 }
@@ -221,7 +251,13 @@ fn refusal(fence: &FenceFile, holder: &Holder, waited: Duration) -> String {
         Holder::Own => write!(text, " by this process itself"),
         Holder::Process { pid, command } => write!(
             text,
-            " by process {pid} ({command}), which runs: end it first, or use another socket"
+            " by process {pid} ({command}), which {}: end it first, or {}",
+            if fence.is_ending() {
+                "does not end"
+            } else {
+                "runs"
+            },
+            fence.alternative()
         ),
         Holder::Ending { .. } | Holder::Unknown { .. } => write!(
             text,

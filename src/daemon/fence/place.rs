@@ -42,7 +42,7 @@ pub(super) fn open(export: &ExportOptions, state: Option<&Path>) -> Result<Optio
         let path = beside(&name);
         match FenceFile::open(&path) {
             Ok(fence) => return Ok(Some(fence)),
-            Err(error) if is_out_of_reach(&error) => {
+            Err(error) if is_out_of_reach(&path, &error) => {
                 log::debug!("no fence at '{}': {error}", path.display());
             }
             Err(error) => return Err(refused(&path, error)),
@@ -54,7 +54,7 @@ pub(super) fn open(export: &ExportOptions, state: Option<&Path>) -> Result<Optio
     let mut path = OsString::from(state);
     path.push(format!(".{}.fence", export.id));
     let path = PathBuf::from(path);
-    match FenceFile::open(&path) {
+    match FenceFile::open_in_state(&path) {
         Ok(fence) => Ok(Some(fence)),
         Err(error) => Err(refused(&path, error)),
     }
@@ -67,8 +67,12 @@ fn beside(socket: &Path) -> PathBuf {
 }
 
 /// Whether a folder is one that this daemon will never reach, as opposed to one where something has
-/// gone wrong today: the place must not change from one start to the next.
-fn is_out_of_reach(error: &io::Error) -> bool {
+/// gone wrong today: the place must not change from one start to the next. A fence that lies there
+/// is another user's, whose daemon may still run.
+fn is_out_of_reach(fence: &Path, error: &io::Error) -> bool {
+    if std::fs::symlink_metadata(fence).is_ok() {
+        return false;
+    }
     matches!(
         error.kind(),
         io::ErrorKind::NotFound
@@ -207,7 +211,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("vm.sock");
         let listener = UnixListener::bind(&socket).unwrap();
+        // Another user's, as root meets none.
+        let denied = io::Error::from(io::ErrorKind::PermissionDenied);
+        assert!(is_out_of_reach(&beside(&socket), &denied));
         std::os::unix::fs::symlink("/", beside(&socket)).unwrap();
+        assert!(!is_out_of_reach(&beside(&socket), &denied));
         for addr in [
             SocketAddress::Unix(socket.clone()),
             SocketAddress::Fd(listener.as_raw_fd()),

@@ -144,6 +144,26 @@ fn whoever_does_not_let_go_is_named() {
 }
 
 #[test]
+fn a_process_that_has_been_told_to_end_is_waited_for() {
+    let (_dir, _, first, second) = held();
+    first.mark_ending().unwrap();
+    let mut first = Some(first);
+    let runs = Holder::Process {
+        pid: 4711,
+        command: "stratablk".into(),
+    };
+    let mut world = scripted(runs, |waited| {
+        if waited == Duration::from_secs(5) {
+            first = None;
+        }
+        true
+    });
+    let fence = take(second, LIMIT, &mut world).unwrap().unwrap();
+    assert!(!fence.is_ending(), "the next one begins");
+    assert_eq!(world.waited, Duration::from_secs(5));
+}
+
+#[test]
 fn an_order_to_end_ends_the_wait() {
     let (_dir, _, _first, second) = held();
     let mut world = scripted(UNSEEN, |waited| waited < Duration::from_secs(2));
@@ -168,11 +188,15 @@ fn the_file_that_is_locked_is_the_one_at_the_name() {
             if waited == Duration::from_millis(50) && waits {
                 other = replace();
             }
+            // The I/O that it was locked for ends.
+            if waited == Duration::from_millis(90) {
+                first = None;
+            }
             true
         });
         let fence = take(second, LIMIT, &mut world).unwrap().unwrap();
         assert!(fence.is_in_place());
-        drop(first);
+        assert!(!waits || world.waited >= Duration::from_millis(90));
         let again = FenceFile::open(&path).unwrap();
         assert!(!again.try_lock().unwrap(), "nobody else meets the lock");
         assert_eq!(other.is_some_and(|other| other.is_same(&fence)), replaced);
