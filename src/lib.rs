@@ -33,3 +33,4 @@ pub mod shared_memory;
 pub mod state;
 pub mod storage;
 pub mod sync;
+pub mod unix_socket;

@@ -27,6 +27,7 @@ use super::events::{EventHub, Outbox, line_of};
 use super::places::{Activity, Client, Limits, Places};
 use super::session::Session;
 use super::wire::{Decoder, Pool};
+use crate::unix_socket::is_abandoned;
 
 /// How long the last words to a client may take at the end.
 const LAST_WORDS: Duration = Duration::from_millis(300);
@@ -54,9 +55,7 @@ impl Endpoint {
     pub fn bind(path: &Path) -> io::Result<Self> {
         match fs::symlink_metadata(path) {
             Ok(found) if found.file_type().is_socket() => {
-                let refused = UnixStream::connect(path)
-                    .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
-                if !refused {
+                if !is_abandoned(path) {
                     return Err(io::Error::new(
                         io::ErrorKind::AddrInUse,
                         format!("another process listens on {}", path.display()),

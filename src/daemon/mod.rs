@@ -25,7 +25,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use futures_util::future::LocalBoxFuture;
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use crate::chain::Graph;
 use crate::config::Config;
@@ -153,7 +153,12 @@ fn serve(config: &Config, began: Instant) -> Result<()> {
         false => None,
     };
     let (stop, stopped) = channel();
-    watch_signals(&stop)?;
+    let starting = Arc::new(Starting::default());
+    let patience = config
+        .stop_timeout
+        .unwrap_or(START_TIMEOUT)
+        .min(START_TIMEOUT);
+    watch_signals(&stop, &starting, patience)?;
     // Before anything is opened, and before the first ring is made.
     let fences = fence::hold(
         &config.exports,
@@ -171,7 +176,8 @@ fn serve(config: &Config, began: Instant) -> Result<()> {
     let reactor = Reactor::for_this_thread().map_err(|e| during("starting", &e))?;
     let graph = Arc::new(Graph::default());
     let exports = Arc::new(Exports::default());
-    let result = set_up(config, &reactor, &graph, &exports, &stop);
+    let result = set_up(config, &reactor, &graph, &exports, (&stop, &starting));
+    starting.has_ended();
     let (result, running) = match result {
         Ok(running) => {
             log::info!(
@@ -187,6 +193,7 @@ fn serve(config: &Config, began: Instant) -> Result<()> {
         Ok(pid_file) => (Ok(()), pid_file),
         Err(error) => (Err(error), None),
     };
+    fences.say_that_it_ends();
     let patience = ending::Patience::within(config.stop_timeout);
     let ended = ending::end(parts::of(&graph, &exports, running), patience);
     if ended.is_err() {
@@ -210,19 +217,54 @@ fn during(what: &str, error: &std::io::Error) -> Error {
     Error::Invalid(format!("{what}: {error}"))
 }
 
-/// SIGTERM, SIGINT and SIGHUP end the daemon in good order.
-fn watch_signals(stop: &Sender<Call>) -> Result<()> {
+/// How long a start may go on that was told to end: an image may be on storage that does not answer.
+const START_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Whether the daemon is still starting, and has served nobody.
+#[derive(Default)]
+struct Starting {
+    ended: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Starting {
+    fn has_ended(&self) {
+        *self.ended.lock() = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits for the end of the start. False: it has not come in this time.
+    fn wait(&self, time: Duration) -> bool {
+        let deadline = Instant::now() + time;
+        let mut ended = self.ended.lock();
+        while !*ended && !self.changed.wait_until(&mut ended, deadline).timed_out() {}
+        *ended
+    }
+}
+
+/// SIGTERM, SIGINT and SIGHUP end the daemon in good order. A start that hangs is ended as a kill
+/// would end it: nobody has been served yet, and what was begun is what a kill may leave.
+fn watch_signals(stop: &Sender<Call>, starting: &Arc<Starting>, patience: Duration) -> Result<()> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
     let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGHUP])
         .map_err(|error| during("watching for signals", &error))?;
-    let stop = stop.clone();
+    let (stop, starting) = (stop.clone(), starting.clone());
     std::thread::Builder::new()
         .name("signals".into())
         .spawn(move || {
             for _ in signals.forever() {
                 if stop.send(Call::Stop).is_err() {
                     return;
+                }
+                if !starting.wait(patience) {
+                    eprintln!(
+                        "stratablk: told to end while starting, which has not come to an end \
+                         within {} s: storage does not answer",
+                        patience.as_secs_f32()
+                    );
+                    // SAFETY: ends the process, whatever its other threads are at.
+                    unsafe { libc::_exit(1) };
                 }
             }
         })
@@ -241,7 +283,7 @@ fn set_up(
     reactor: &Reactor,
     graph: &Arc<Graph>,
     exports: &Arc<Exports>,
-    stop: &Sender<Call>,
+    (stop, starting): (&Sender<Call>, &Starting),
 ) -> Result<Running> {
     let store = state::open(config)?;
     if let Some(folder) = &config.journal {
@@ -256,6 +298,8 @@ fn set_up(
             .list
             .lock()
             .push((Arc::new(export), options.clone()));
+        // A guest may be served from here on.
+        starting.has_ended();
     }
     warn_without_journal(config, exports);
     end_with_last_front_end(config, exports, stop);

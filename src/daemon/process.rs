@@ -115,6 +115,11 @@ impl PidFile {
 
 impl Drop for PidFile {
     fn drop(&mut self) {
+        // The next daemon may have begun by now, and written its own.
+        let text = std::fs::read_to_string(&self.path).unwrap_or_default();
+        if text.trim() != std::process::id().to_string() {
+            return;
+        }
         if let Err(error) = std::fs::remove_file(&self.path) {
             log::warn!("removing '{}': {error}", self.path.display());
         }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use super::config::SocketSource;
 use super::session::Source;
 use crate::error::{Error, Result, errno_text};
+use crate::unix_socket::is_abandoned;
 
 /// A socket that front-ends come from.
 pub(super) struct Socket {
@@ -114,11 +115,7 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
     match UnixListener::bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             let is_socket = std::fs::symlink_metadata(path)?.file_type().is_socket();
-            let refused = matches!(
-                UnixStream::connect(path),
-                Err(refusal) if refusal.kind() == io::ErrorKind::ConnectionRefused
-            );
-            if !is_socket || !refused {
+            if !is_socket || !is_abandoned(path) {
                 return Err(error);
             }
             std::fs::remove_file(path)?;
