@@ -225,6 +225,16 @@ pub(super) fn read_space(space: &[u8; CONFIG_LEN], offset: u32, size: u32) -> Ve
     bytes
 }
 
+/// Whether `len` bytes at `offset` have the switch of the write cache among them.
+pub(super) fn has_wce(offset: u32, len: usize) -> bool {
+    let offset = if offset >= CONFIG_ALIAS {
+        offset - CONFIG_ALIAS
+    } else {
+        offset
+    };
+    WCE.checked_sub(offset as usize).is_some_and(|at| at < len)
+}
+
 /// What a write to the space means: the new state of the write cache.
 ///
 /// `None`: the write would change something that cannot be written.
@@ -278,6 +288,21 @@ mod tests {
         assert_eq!(write_space(&SPACE, 32, &[2]), None);
         assert_eq!(write_space(&SPACE, 0, &[8]), None);
         assert_eq!(write_space(&SPACE, 300, &[1, 2]), None);
+    }
+
+    #[test]
+    fn the_write_cache_is_among_the_bytes_that_cover_it() {
+        for (offset, len, found) in [
+            (0, 32, false),
+            (0, 33, true),
+            (32, 1, true),
+            (32, 0, false),
+            (33, 60, false),
+            (0x100, 96, true),
+            (0x121, 60, false),
+        ] {
+            assert_eq!(has_wce(offset, len), found, "{len} at {offset}");
+        }
     }
 
     #[test]

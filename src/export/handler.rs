@@ -26,6 +26,7 @@ use super::limit::{Log, Topic};
 use super::memory::{GuestMemory, RegionInfo};
 use super::queue::{Kick, QueueSetup, Worker};
 use super::ring::{RingAddresses, SplitRing};
+use super::write_cache::{Kept, WriteCache};
 use crate::chain::Root;
 
 /// The base address of a mapped region, which only postcopy migration asks for.
@@ -46,6 +47,8 @@ struct Vring {
     enabled: bool,
     /// The worker has it.
     running: bool,
+    /// The worker has had it since it was set up.
+    served: bool,
 }
 
 /// The state of one front-end's session.
@@ -57,8 +60,8 @@ pub(super) struct Handler {
     offered: u64,
     acked: u64,
     has_cache: bool,
-    /// The guest is told of a write cache, and has not switched it off.
-    wce: bool,
+    /// Whether the guest has switched it off.
+    cache: WriteCache,
     memory: Arc<GuestMemory>,
     /// Where what is in flight is written, if the front-end has given such a region.
     inflight: Option<Region>,
@@ -72,6 +75,7 @@ impl Handler {
         geometry: &Geometry,
         workers: &Arc<Vec<Worker>>,
         (writable, has_cache): (bool, bool),
+        kept: &Kept,
     ) -> Self {
         Self {
             log: log.clone(),
@@ -82,7 +86,7 @@ impl Handler {
             offered: features::offered(writable, has_cache),
             acked: 0,
             has_cache,
-            wce: has_cache,
+            cache: WriteCache::new(kept),
             memory: Arc::default(),
             inflight: None,
         }
@@ -99,12 +103,17 @@ impl Handler {
         self.inflight = None;
     }
 
+    /// Whether writes are stable before they complete: the guest sends no flushes. Who cannot switch
+    /// the cache off has not.
     fn write_through(&self) -> bool {
-        !self.wce || self.acked & features::BLK_FLUSH == 0
+        let can_switch = self.acked & features::BLK_CONFIG_WCE != 0;
+        let off = can_switch && !self.cache.is_on();
+        !self.has_cache || self.acked & features::BLK_FLUSH == 0 || off
     }
 
     fn space(&self) -> [u8; config::CONFIG_LEN] {
-        self.geometry.space(&self.root.chain(), self.wce)
+        let wce = self.has_cache && self.cache.is_on();
+        self.geometry.space(&self.root.chain(), wce)
     }
 
     fn vring(&mut self, index: u32) -> Result<&mut Vring> {
@@ -156,7 +165,6 @@ impl Handler {
 
     fn start_if_ready(&mut self, index: u32) -> Result<()> {
         let event_idx = self.acked & features::RING_EVENT_IDX != 0;
-        let write_through = self.write_through();
         let memory = self.memory.clone();
         // Without protocol features there is no message that enables a queue.
         let always_enabled = self.acked & features::PROTOCOL_FEATURES == 0;
@@ -175,16 +183,52 @@ impl Handler {
         let mut ring =
             SplitRing::new(memory, &at, vring.size, vring.base, event_idx).map_err(failed)?;
         let (call, error) = (vring.call.clone(), vring.error.clone());
+        let again = self.take_over(index, &mut ring)?;
+        self.begin_cache()?;
         let setup = QueueSetup {
-            again: self.take_over(index, &mut ring)?,
+            again,
             ring,
             kick,
             call,
             error,
-            write_through,
+            write_through: self.write_through(),
         };
         self.worker(index)?.start(setup).map_err(failed)?;
-        self.vring(index)?.running = true;
+        let vring = self.vring(index)?;
+        vring.running = true;
+        vring.served = true;
+        Ok(())
+    }
+
+    /// A queue begins to be served: from now on it matters whether there is a write cache.
+    fn begin_cache(&mut self) -> Result<()> {
+        let goes_on = |vring: &Vring| !vring.served && vring.base != 0;
+        let goes_on = self.inflight.is_none() && self.vrings.iter().any(goes_on);
+        if !self.cache.begin(goes_on) {
+            return Ok(());
+        }
+        if self.has_cache && !self.cache.is_on() {
+            self.log.warn(
+                Topic::Session,
+                format_args!(
+                    "the guest may have switched its write cache off while another process served \
+                     it: every write is made stable, until the guest switches it on"
+                ),
+            );
+        }
+        self.spread_cache()
+    }
+
+    /// Tells workers and region whether there is a write cache.
+    fn spread_cache(&self) -> Result<()> {
+        if let (Some(region), Some(on)) = (&self.inflight, self.cache.known()) {
+            region.set_write_cache(on);
+        }
+        let write_through = self.write_through();
+        let running = self.workers.iter().zip(&self.vrings);
+        for (worker, _) in running.filter(|(_, vring)| vring.running) {
+            worker.set_write_through(write_through).map_err(failed)?;
+        }
         Ok(())
     }
 
@@ -257,20 +301,14 @@ impl Handler {
     }
 
     fn set_wce(&mut self, wce: bool) -> Result<()> {
-        if wce != self.wce && !(self.has_cache && self.acked & features::BLK_CONFIG_WCE != 0) {
-            return Err(VhostError::InvalidOperation("the write cache is fixed"));
+        if self.has_cache && self.acked & features::BLK_CONFIG_WCE != 0 {
+            self.cache.set(wce);
+            return self.spread_cache();
         }
-        self.wce = wce;
-        let on = self.write_through();
-        for (worker, _) in self
-            .workers
-            .iter()
-            .zip(&self.vrings)
-            .filter(|(_, v)| v.running)
-        {
-            worker.set_write_through(on).map_err(failed)?;
+        if wce == (self.has_cache && self.cache.is_on()) {
+            return Ok(());
         }
-        Ok(())
+        Err(VhostError::InvalidOperation("the write cache is fixed"))
     }
 }
 
@@ -297,7 +335,6 @@ impl VhostUserBackendReqHandlerMut for Handler {
             };
         }
         self.acked = 0;
-        self.wce = self.has_cache;
         // A front-end may hand it over again for rings that begin anew.
         if let Some(region) = self.inflight.take() {
             region.clear();
@@ -459,6 +496,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
         size: u32,
         _flags: VhostUserConfigFlags,
     ) -> Result<Vec<u8>> {
+        if config::has_wce(offset, size as usize) {
+            self.cache.read();
+        }
         Ok(config::read_space(&self.space(), offset, size))
     }
 
@@ -466,6 +506,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
         let wce = config::write_space(&self.space(), offset, bytes).ok_or(
             VhostError::InvalidOperation("only the write cache can be set"),
         )?;
+        if !config::has_wce(offset, bytes.len()) {
+            return Ok(());
+        }
         self.set_wce(wce)
     }
 
@@ -541,7 +584,11 @@ impl VhostUserBackendReqHandlerMut for Handler {
                 layout.queues()
             ),
         );
+        if let Some(on) = region.write_cache() {
+            self.cache.found(on);
+        }
         self.inflight = Some(region);
+        self.spread_cache()?;
         (0..self.vrings.len() as u32).try_for_each(|index| self.start_if_ready(index))
     }
 

@@ -31,6 +31,7 @@ pub mod ring;
 mod session;
 mod socket;
 pub mod stats;
+mod write_cache;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -48,6 +49,7 @@ use limit::{Log, Topic};
 use queue::{DeviceFacts, Worker};
 use session::Control;
 use socket::Socket;
+use write_cache::Kept;
 
 use crate::chain::Root;
 use crate::error::{Error, Result};
@@ -265,6 +267,7 @@ struct Session {
 impl Session {
     fn run(self, socket: Socket) {
         let (source, guard) = socket.split();
+        let kept = Kept::default();
         let new_handler = || {
             Handler::new(
                 &self.log,
@@ -272,6 +275,7 @@ impl Session {
                 &self.geometry,
                 &self.workers,
                 self.switches,
+                &kept,
             )
         };
         if let Err(error) = session::run(&self.log, source, &self.control, new_handler) {

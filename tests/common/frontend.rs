@@ -383,6 +383,8 @@ impl Frontend {
     ) -> Res<Self> {
         let path = path.to_str().ok_or("a socket path that is not text")?;
         let mut transport = Driver::new(path, features)?;
+        // As front-ends do that have a new device.
+        let _: VirtioBlkConfig = transport.get_config()?;
         let flags = VirtioFeatureFlags::from_bits_truncate(transport.get_features());
         let layout = VirtqueueLayout::new::<Shared>(queues, usize::from(size), flags)?;
         let base = transport.alloc_queue_mem(&layout)?.as_mut_ptr();
@@ -435,6 +437,7 @@ impl Frontend {
         let features = driver.get_features();
         drop(driver);
         let mut transport = Tracked::connect(path, features, track)?;
+        transport.config()?;
         let memory = Arc::new(Memory::new(memory)?);
         transport.share(place.clone());
         transport.share(memory.clone());

@@ -60,9 +60,12 @@ pub struct Hand {
 }
 
 impl Hand {
-    /// Connects and negotiates, and shares memory, but sets no queue up.
+    /// Connects and negotiates, and shares memory, but sets no queue up. As front-ends do that have
+    /// a new device, it reads the configuration.
     pub fn connect(path: &Path, features: u64) -> Self {
-        let (socket, front) = negotiate(path, features);
+        let (socket, mut front) = negotiate(path, features);
+        let flags = VhostUserConfigFlags::WRITABLE;
+        front.get_config(0, 60, flags, &[0; 60]).unwrap();
         let memory = Shared::new(MEMORY);
         let hand = Self {
             front,

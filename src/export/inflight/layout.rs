@@ -7,6 +7,9 @@
 //!          features version=1 desc_num   last_batch_head   used_idx   records
 //!    record  0        1        6      8
 //!            inflight padding  next   counter                          16 bytes
+//!    padding          1        2        3
+//!            of all   crashes
+//!            of the first      crashed  write cache
 //!
 //! packed   0        8         10         12         14             16        18
 //!          features version=1 desc_num   free_head  old_free_head  used_idx  old_used_idx
@@ -15,6 +18,10 @@
 //!    record  0        2     4     6    8        16  18     20   24
 //!            inflight next  last  num  counter  id  flags  len  addr   32 bytes
 //! ```
+//!
+//! In the padding, which nobody else reads, are things that a successor must know as well: with each
+//! request how often the process has crashed while it was under way; once for the queue, whether the
+//! process has crashed (1), and the guest's write cache (1: it is off, 2: it is on).
 //!
 //! Numbers have the host's byte order: a region never leaves it. Where one queue's region ends and
 //! the next begins the specification leaves to the back-end: each has cache lines of its own here,

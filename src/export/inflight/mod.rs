@@ -222,10 +222,44 @@ impl Region {
 
     /// Makes it as new: all queues have been drained, and the device begins anew.
     pub fn clear(&self) {
-        for at in (0..self.layout.queues()).filter_map(|index| self.layout.queue(index)) {
+        for at in self.queues() {
             self.memory
                 .store(at + tracker::VERSION, 0u16, Ordering::Release);
         }
+    }
+
+    /// Whether the guest has a write cache, as the back-end before said; `None`: there was none.
+    /// Where that is not clear, the guest may have switched it off.
+    #[must_use]
+    pub fn write_cache(&self) -> Option<bool> {
+        let in_use = |at: &usize| {
+            let version: u16 = self.memory.load(at + tracker::VERSION, Ordering::Acquire);
+            version == tracker::IN_USE
+        };
+        let on = |at| {
+            let cache: u8 = self.memory.load(at + tracker::CACHE, Ordering::Relaxed);
+            cache == tracker::CACHE_ON
+        };
+        let queues = self.queues().filter(in_use);
+        queues.map(on).reduce(|all, one| all & one)
+    }
+
+    /// Says whether the guest has a write cache.
+    pub fn set_write_cache(&self, on: bool) {
+        let cache = if on {
+            tracker::CACHE_ON
+        } else {
+            tracker::CACHE_OFF
+        };
+        for at in self.queues() {
+            let at = at + tracker::CACHE;
+            self.memory.store(at, cache, Ordering::Release);
+        }
+    }
+
+    /// Where the queues' regions begin.
+    fn queues(&self) -> impl Iterator<Item = usize> {
+        (0..self.layout.queues()).filter_map(|index| self.layout.queue(index))
     }
 
     /// Whether some of it was taken away.

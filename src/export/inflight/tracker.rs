@@ -22,9 +22,13 @@ const NEXT: usize = 6;
 const COUNTER: usize = 8;
 /// In the padding of the first record: the process that had the region last has crashed.
 const CRASHED: usize = 2;
+/// Next to it: whether the guest has a write cache, [`CACHE_OFF`] or [`CACHE_ON`].
+pub(super) const CACHE: usize = SPLIT_HEADER + 3;
+pub(super) const CACHE_OFF: u8 = 1;
+pub(super) const CACHE_ON: u8 = 2;
 
 /// The version that a region in use has.
-const IN_USE: u16 = 1;
+pub(super) const IN_USE: u16 = 1;
 /// A chain that was taken and not answered.
 const IN_FLIGHT: u8 = 1;
 
@@ -102,7 +106,9 @@ impl QueueRegion {
         }
         for head in 0..self.size {
             self.state(head, |state| {
-                state.store::<u64, MARK>(0, Ordering::Relaxed);
+                // What is known of the write cache stays.
+                state.store::<u16, MARK>(0, Ordering::Relaxed);
+                state.store::<u8, CRASHED>(0, Ordering::Relaxed);
             });
         }
         self.header(|header| {
