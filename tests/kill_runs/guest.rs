@@ -20,7 +20,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use vhost::vhost_user::message::{
-    VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures as Protocol,
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight,
+    VhostUserProtocolFeatures as Protocol,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -131,6 +132,8 @@ pub struct Guest {
     queues: Vec<Queue>,
     region: Option<(VhostUserInflight, File)>,
     link: Option<Link>,
+    /// The configuration has been read: once, as QEMU does.
+    configured: bool,
 }
 
 impl Guest {
@@ -143,6 +146,7 @@ impl Guest {
             queues: Vec::new(),
             region: None,
             link: None,
+            configured: false,
         };
         guest.load_driver(driver)?;
         Ok(guest)
@@ -199,6 +203,9 @@ impl Guest {
         front.set_protocol_features(wanted & offered)?;
         if (wanted & offered).contains(Protocol::MQ) {
             front.get_queue_num()?;
+        }
+        if !std::mem::replace(&mut self.configured, true) {
+            front.get_config(0, 60, VhostUserConfigFlags::WRITABLE, &[0; 60])?;
         }
         let link = Link {
             front,
