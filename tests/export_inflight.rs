@@ -228,6 +228,28 @@ fn a_ring_may_begin_anew_when_nothing_is_in_flight() {
     assert_eq!(hand.run(0), (1, OK));
 }
 
+/// Wherever it was left, and whatever was answered last.
+#[test]
+fn a_clean_region_serves_any_ring_that_begins_anew() {
+    for (left, last, size) in [(0xffc3, 0, SIZE), (0xfff8, 0, SIZE), (4, 12, 8)] {
+        let place = Place::new();
+        let (_export, _) = disk(&place);
+        let mut hand = Hand::connect_tracked(&place.socket(), PLAIN);
+        hand.begin_at(left);
+        hand.set_up();
+        for head in [last, last, last] {
+            write(&mut hand, head, 1, 1);
+            assert_eq!(hand.run(head), (1, OK));
+        }
+        hand.front.get_vring_base(0).unwrap();
+        hand.size = size;
+        hand.begin_at(0);
+        hand.set_up();
+        write(&mut hand, 0, 1, 1);
+        assert_eq!(hand.run(0), (1, OK), "after {left:#x}");
+    }
+}
+
 #[test]
 fn a_ring_smaller_than_the_region_is_served() {
     let place = Place::new();
@@ -257,6 +279,7 @@ fn a_region_that_cannot_be_true_costs_its_own_device() {
             hand.note(USED_IDX, 1000);
         }),
         ("batch", |hand| {
+            hand.note(record(2), u16::from_ne_bytes([1, 0]));
             hand.note(USED_IDX, 0xfffe);
             hand.note(LAST_BATCH_HEAD, 4);
             hand.note(record(4) + 6, 4);

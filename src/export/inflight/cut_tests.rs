@@ -442,6 +442,7 @@ fn a_region_that_cannot_be_true_is_refused_and_left_as_it_is() {
         // The batch of three begins where nothing is, goes there, or in a circle.
         (
             |s| {
+                s.mark(1, 0);
                 s.put(14, 97);
                 s.put(12, 8);
             },
@@ -449,6 +450,7 @@ fn a_region_that_cannot_be_true_is_refused_and_left_as_it_is() {
         ),
         (
             |s| {
+                s.mark(1, 0);
                 s.put(14, 97);
                 s.put(12, 2);
                 s.put(16 + 16 * 2 + 6, 0xffff);
@@ -457,6 +459,7 @@ fn a_region_that_cannot_be_true_is_refused_and_left_as_it_is() {
         ),
         (
             |s| {
+                s.mark(1, 0);
                 s.put(14, 97);
                 s.put(12, 2);
                 s.put(16 + 16 * 2 + 6, 3);

@@ -133,15 +133,15 @@ impl QueueRegion {
         let mut marked = self.marked(ring.size)?;
         let region = self.header(|h| h.load::<u16, USED_IDX>(Ordering::Relaxed));
         let apart = ring.used.wrapping_sub(region);
-        if apart > ring.size {
-            // A ring that was begun anew, after all requests had been answered.
-            if !marked.is_empty() {
-                return Err(Refusal::UsedIndex {
-                    region,
-                    ring: ring.used,
-                    size: ring.size,
-                });
-            }
+        if marked.is_empty() {
+            // All requests had been answered. The ring may have been begun anew since then, and may
+            // be another one: the last batch says nothing of it.
+        } else if apart > ring.size {
+            return Err(Refusal::UsedIndex {
+                region,
+                ring: ring.used,
+                size: ring.size,
+            });
         } else {
             let batch = self.last_batch(apart, ring.size)?;
             marked.retain(|request| !batch.contains(&request.head));
