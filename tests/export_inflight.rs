@@ -250,6 +250,33 @@ fn a_clean_region_serves_any_ring_that_begins_anew() {
     }
 }
 
+/// A guest that reboots while its device has died: what the old one wanted is nobody's any more.
+#[test]
+fn a_reset_is_remembered_until_the_region_comes() {
+    let place = Place::new();
+    let (_export, storage) = disk(&place);
+    let mut hand = Hand::connect(&place.socket(), PLAIN);
+    let wanted = VhostUserInflight::new(0, 0, 1, SIZE);
+    hand.inflight = Some(hand.front.get_inflight_fd(&wanted).unwrap());
+    died_with(&hand, 0, &[0]);
+    VhostUserFrontend::reset_device(&mut hand.front).unwrap();
+    hand.front.set_features(PLAIN).unwrap();
+    hand.set_inflight().unwrap();
+    write(&mut hand, 0, 1, 1);
+    write(&mut hand, 3, 2, 2);
+    hand.set_up();
+    assert_eq!(hand.run(3), (1, OK));
+    let found = storage.snapshot();
+    assert_eq!([found[512], found[1024]], [0, 2]);
+    // Once: it is in use now.
+    assert_eq!(hand.front.get_vring_base(0).unwrap(), 1);
+    hand.note(record(0), u16::from_ne_bytes([1, 0]));
+    hand.push(0);
+    hand.set_inflight().unwrap();
+    hand.set_up_at(1);
+    assert_eq!(hand.next_used().0, 0);
+}
+
 #[test]
 fn a_ring_smaller_than_the_region_is_served() {
     let place = Place::new();

@@ -65,6 +65,8 @@ pub(super) struct Handler {
     memory: Arc<GuestMemory>,
     /// Where what is in flight is written, if the front-end has given such a region.
     inflight: Option<Region>,
+    /// The device was reset, and no region has been handed over since then.
+    reset: bool,
     vrings: Vec<Vring>,
 }
 
@@ -89,6 +91,7 @@ impl Handler {
             cache: WriteCache::new(kept),
             memory: Arc::default(),
             inflight: None,
+            reset: false,
         }
     }
 
@@ -335,10 +338,11 @@ impl VhostUserBackendReqHandlerMut for Handler {
             };
         }
         self.acked = 0;
-        // A front-end may hand it over again for rings that begin anew.
+        // A front-end may hand it over again for rings that begin anew, or only then.
         if let Some(region) = self.inflight.take() {
             region.clear();
         }
+        self.reset = true;
         Ok(())
     }
 
@@ -584,6 +588,9 @@ impl VhostUserBackendReqHandlerMut for Handler {
                 layout.queues()
             ),
         );
+        if std::mem::take(&mut self.reset) {
+            region.clear();
+        }
         if let Some(on) = region.write_cache() {
             self.cache.found(on);
         }
