@@ -444,3 +444,29 @@ fn a_request_that_crashed_the_process_three_times_is_answered_with_an_error() {
     assert!(marks(&hand).is_empty());
     assert_eq!(hand.noted(record(0) + 2), 0);
 }
+
+/// A driver that names a chain again before it has seen the answer.
+#[test]
+fn a_chain_that_is_answered_and_not_shown_cannot_be_taken() {
+    let place = Place::new();
+    let (export, _) = disk(&place);
+    let mut hand = Hand::connect_tracked(&place.socket(), PLAIN);
+    hand.set_up();
+    let broken = vmm_sys_util::eventfd::EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    hand.front.set_vring_err(0, &broken).unwrap();
+    // Answered at once, in the batch that names it twice.
+    hand.chain(0, 77, 0, &[]);
+    hand.chain(4, 77, 0, &[]);
+    for head in [4, 0, 0] {
+        hand.push(head);
+    }
+    hand.kick();
+    eventually("the queue is broken", || {
+        wait_readable(std::os::fd::AsRawFd::as_raw_fd(&broken))
+    });
+    hand.front.get_vring_base(0).unwrap();
+    assert_eq!(hand.used_index(), 2);
+    assert!(marks(&hand).is_empty());
+    drop(hand);
+    export.shutdown();
+}

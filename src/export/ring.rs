@@ -311,7 +311,11 @@ impl SplitRing {
                     return false;
                 }
             }
-            Account::Region(tracker) => tracker.take(head),
+            Account::Region(tracker) => {
+                if !tracker.take(head) {
+                    return false;
+                }
+            }
         }
         self.next_avail = self.next_avail.wrapping_add(1);
         true

@@ -277,10 +277,15 @@ impl Tracker {
         self.states.memory().is_alive()
     }
 
-    /// A chain has been taken: from now on it is in flight.
+    /// A chain has been taken: from now on it is in flight. False: it is still marked, since its
+    /// answer has not been shown; nothing has changed.
     #[inline]
-    pub fn take(&mut self, head: u16) {
+    #[must_use]
+    pub fn take(&mut self, head: u16) -> bool {
         if let Some(state) = self.states.get(usize::from(head)) {
+            if state.load::<u8, MARK>(Ordering::Relaxed) != 0 {
+                return false;
+            }
             state.store::<u64, COUNTER>(self.counter, Ordering::Relaxed);
             let word = const { u16::from_ne_bytes([IN_FLIGHT, 0]) };
             // Release: with its place in the order.
@@ -289,6 +294,7 @@ impl Tracker {
             // Before anything is done for it.
             compiler_fence(Ordering::SeqCst);
         }
+        true
     }
 
     /// The chain that was taken last was not taken.
