@@ -12,8 +12,10 @@
 mod export_common;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use export_common::hand::*;
+use export_common::held::{Held, Release};
 use export_common::*;
 use stratablk::export::Export;
 use stratablk::storage::memory::MemoryStorage;
@@ -419,30 +421,101 @@ fn a_new_region_is_for_a_ring_without_requests_in_flight() {
     hand.expect_closed();
 }
 
+/// A mark, with how often the process has crashed; `left`: no process had begun with it.
+fn mark(crashes: u8, left: bool) -> u16 {
+    u16::from_ne_bytes([1, crashes | if left { 0x80 } else { 0 }])
+}
+
+/// The last process has crashed.
+fn crashed(hand: &Hand) {
+    // Beside the first descriptor's mark.
+    hand.note(record(0) + 2, u16::from_ne_bytes([1, 0]));
+}
+
 #[test]
 fn a_request_that_crashed_the_process_three_times_is_answered_with_an_error() {
     let place = Place::new();
     let (_export, storage) = disk(&place);
     let mut hand = Hand::connect_tracked(&place.socket(), PLAIN);
-    for head in [0, 3, 6] {
+    for head in [0, 3, 6, 9] {
         write(&mut hand, head, 1 + u64::from(head), 7);
         hand.push(head);
     }
-    died_with(&hand, 0, &[0, 3, 6]);
-    hand.note(record(3), u16::from_ne_bytes([1, 1]));
-    hand.note(record(6), u16::from_ne_bytes([1, 2]));
-    // The crash is noted beside the first descriptor's mark.
-    hand.note(record(0) + 2, u16::from_ne_bytes([1, 0]));
+    died_with(&hand, 0, &[0, 3, 6, 9]);
+    hand.note(record(3), mark(1, false));
+    hand.note(record(6), mark(2, false));
+    // Nobody has tried it the third time.
+    hand.note(record(9), mark(2, true));
+    crashed(&hand);
     hand.set_up_at(0);
-    for _ in 0..3 {
-        hand.next_used();
-    }
-    let found = [0, 3, 6].map(|head| status(&mut hand, head));
-    assert_eq!(found, [OK, OK, IOERR]);
+    let heads = [0; 4].map(|_| hand.next_used().0);
+    assert_eq!(
+        heads,
+        [0, 3, 9, 6],
+        "those that are less to be suspected first"
+    );
+    let found = [0, 3, 6, 9].map(|head| status(&mut hand, head));
+    assert_eq!(found, [OK, OK, IOERR, OK]);
     assert_eq!(storage.snapshot()[7 * 512], 0, "it is not tried again");
     hand.front.get_vring_base(0).unwrap();
     assert!(marks(&hand).is_empty());
-    assert_eq!(hand.noted(record(0) + 2), 0);
+    assert_eq!(hand.noted(record(0) + 2) & 0xff, 0);
+}
+
+/// The parser may be what crashes. Without it nobody knows where the status is.
+#[test]
+fn a_chain_that_crashes_the_parser_goes_back_unread() {
+    let place = Place::new();
+    let (_export, storage) = disk(&place);
+    let mut hand = Hand::connect_tracked(&place.socket(), PLAIN);
+    write(&mut hand, 0, 1, 7);
+    hand.push(0);
+    died_with(&hand, 0, &[0]);
+    hand.note(record(0), mark(5, false));
+    crashed(&hand);
+    hand.set_up_at(0);
+    assert_eq!(hand.next_used(), (0, 0));
+    assert_eq!(status(&mut hand, 0), 0xff);
+    assert_eq!(storage.snapshot()[512], 0);
+}
+
+/// One of them is the one that crashes the process.
+#[test]
+fn what_was_under_way_at_a_crash_is_done_again_one_by_one() {
+    let place = Place::new();
+    let storage = Held::new(DISK, false);
+
+    let export = start(
+        place.config(),
+        raw_root(storage.clone(), DISK as u64, false),
+    );
+    let _release = Release(storage.clone());
+    let mut hand = Hand::connect_tracked(&place.socket(), PLAIN);
+    for head in [0, 3, 6, 9] {
+        write(&mut hand, head, 1 + u64::from(head), 7);
+        hand.push(head);
+    }
+    // 9 has not been taken, 6 was not begun with.
+    died_with(&hand, 0, &[0, 3, 6]);
+    hand.note(record(6), mark(0, true));
+    crashed(&hand);
+    hand.set_up_at(0);
+    eventually("the first hangs", || {
+        storage.waiting.load(Ordering::SeqCst) == 1
+    });
+    // A whole turn later nothing else is under way.
+    hand.front.set_vring_call(0, &hand.call).unwrap();
+    hand.front.set_vring_call(0, &hand.call).unwrap();
+    assert_eq!(storage.waiting.load(Ordering::SeqCst), 1);
+    let found = [0, 3, 6, 9].map(|head| hand.noted(record(head)));
+    assert_eq!(found, [mark(1, false), mark(1, true), mark(0, true), 0]);
+    storage.release();
+    let mut heads = [0; 4].map(|_| hand.next_used().0);
+    assert_eq!(heads[..2], [0, 3]);
+    heads.sort_unstable();
+    assert_eq!(heads, [0, 3, 6, 9]);
+    drop(hand);
+    export.shutdown();
 }
 
 /// A driver that names a chain again before it has seen the answer.

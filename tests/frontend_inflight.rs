@@ -214,9 +214,61 @@ fn without_a_region_the_used_index_says_what_was_answered() -> Res<()> {
     kills(2, false)
 }
 
+/// In the padding of the first descriptor's record of each of two queues.
+fn crash_bytes(run: &mut Run) -> Res<[u8; 2]> {
+    let (_, file) = run.front.tracked()?.inflight().ok_or("no region")?;
+    let mut found = [9; 2];
+    // A queue's region, of 128 descriptors, has whole pairs of cache lines.
+    for (byte, at) in found.iter_mut().zip([0, 2176]) {
+        file.read_exact_at(std::slice::from_mut(byte), at + 16 + 2)?;
+    }
+    Ok(found)
+}
+
+/// Sends a signal to the thread of queue 0, as a fault or an abort does.
+fn crash_of_queue_0(run: &mut Run, signal: i32) -> Res<()> {
+    let pid = run.daemon.pid();
+    for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let task = entry?;
+        let name = fs::read_to_string(task.path().join("comm"))?;
+        let thread: libc::c_long = task.file_name().to_string_lossy().parse()?;
+        if name.trim_end().ends_with("-q0") {
+            // SAFETY: no memory is passed.
+            unsafe { libc::syscall(libc::SYS_tgkill, pid, thread, signal) };
+            run.daemon.wait_for_end()?;
+            return Ok(());
+        }
+    }
+    Err("no thread has the name of a queue's".into())
+}
+
+/// Other guests' requests are none of its doing.
+#[test]
+fn a_crash_of_a_queues_thread_is_noted_with_this_queue_alone() -> Res<()> {
+    for signal in [libc::SIGABRT, libc::SIGBUS] {
+        let mut run = Run::new(2, true, 1)?;
+        run.serve(1)?;
+        crash_of_queue_0(&mut run, signal)?;
+        assert_eq!(crash_bytes(&mut run)?, [1, 0], "signal {signal}");
+        run.reap()?;
+        run.go_on()?;
+        run.settle()?;
+        run.daemon.end_by(signal)?;
+        assert_eq!(crash_bytes(&mut run)?, [1, 1], "from outside");
+        run.go_on()?;
+        run.daemon.stop()?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_crash_is_noted_and_a_kill_is_not() -> Res<()> {
-    for (signal, noted) in [(libc::SIGKILL, 0), (libc::SIGSEGV, 1), (libc::SIGABRT, 1)] {
+    for (signal, noted) in [
+        (libc::SIGKILL, 0),
+        (libc::SIGSEGV, 1),
+        (libc::SIGBUS, 1),
+        (libc::SIGABRT, 1),
+    ] {
         let mut run = Run::new(1, true, 1)?;
         run.serve(1)?;
         run.daemon.end_by(signal)?;

@@ -321,6 +321,27 @@ impl SplitRing {
         true
     }
 
+    /// The calling thread is the one that serves the ring from now on.
+    pub fn claim(&self) {
+        if let Account::Region(tracker) = &self.account {
+            tracker.claim();
+        }
+    }
+
+    /// A request that a predecessor left is begun with.
+    pub fn begin(&mut self, again: Again) {
+        if let Account::Region(tracker) = &self.account {
+            tracker.begin(again);
+        }
+    }
+
+    /// A request that a predecessor left, and that was begun with, is left for later.
+    pub fn leave(&mut self, again: Again) {
+        if let Account::Region(tracker) = &self.account {
+            tracker.leave(again);
+        }
+    }
+
     /// Leaves the chain that was taken last where it was: it is the next one again.
     pub fn put_back(&mut self, head: u16) {
         match &mut self.account {

@@ -16,6 +16,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
 
 use parking_lot::Mutex;
 
+use super::crash;
+
 /// Regions by which the table grows.
 const CHUNK: usize = 512;
 
@@ -177,10 +179,11 @@ fn install() -> io::Result<()> {
     }
 }
 
-extern "C" fn handle(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+extern "C" fn handle(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // SAFETY: the kernel passes a valid structure, and SIGBUS has an address.
-    let address = unsafe { (*info).si_addr() } as usize;
-    let found = slots().find_map(|slot| {
+    let (code, address) = unsafe { ((*info).si_code, (*info).si_addr() as usize) };
+    // One that somebody has sent has none.
+    let found = slots().filter(|_| code > 0).find_map(|slot| {
         let range = slot.get()?;
         let inside = address.wrapping_sub(range.start) < range.len;
         inside.then_some((slot, range))
@@ -194,14 +197,11 @@ extern "C" fn handle(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c
             return;
         }
     }
-    // Not ours: the access is repeated on return, and the one before us sees it.
-    if let Some(Some(old)) = OLD_ACTION.get() {
-        // SAFETY: the structure is valid; it is what was in force before.
-        unsafe { libc::sigaction(libc::SIGBUS, old, ptr::null_mut()) };
-    } else {
-        // SAFETY: no memory is passed.
-        unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
-    }
+    // Not ours: the one before us sees it.
+    let before = OLD_ACTION.get().copied().flatten();
+    // SAFETY: all-zero bytes are a valid sigaction: the default one.
+    let before = before.unwrap_or_else(|| unsafe { std::mem::zeroed() });
+    crash::end(signal, code, before);
 }
 
 /// Puts zeros in the place of a region; where the system does not promise that much memory

@@ -244,9 +244,18 @@ impl World {
 
 /// Serves a queue for a while. False: the process has died.
 fn turn(driver: &mut Driver, queue: &mut Served, life: &Life, random: &mut StdRng) -> bool {
-    while let Some(Again { head, .. }) = queue.again.pop() {
-        driver.effect(head);
-        queue.under_way.push(head);
+    while let Some(again) = queue.again.pop() {
+        queue.ring.begin(again);
+        if random.random_range(0..8) == 0 {
+            queue.ring.leave(again);
+            queue.again.push(again);
+        } else {
+            driver.effect(again.head);
+            queue.under_way.push(again.head);
+        }
+        if life.is_over() {
+            return false;
+        }
     }
     let available = queue.ring.available().unwrap();
     for _ in 0..random.random_range(0..=available) {

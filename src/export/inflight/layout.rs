@@ -20,7 +20,8 @@
 //! ```
 //!
 //! In the padding, which nobody else reads, are things that a successor must know as well: with each
-//! request how often the process has crashed while it was under way; once for the queue, whether the
+//! request how often the process has crashed while it was under way, and, in the highest bit, that
+//! it was taken over and nobody has begun with it since; once for the queue, whether the
 //! process has crashed (1), and the guest's write cache (1: it is off, 2: it is on).
 //!
 //! Numbers have the host's byte order: a region never leaves it. Where one queue's region ends and

@@ -15,9 +15,13 @@ const DESC_NUM: usize = 10;
 const LAST_BATCH_HEAD: usize = 12;
 const USED_IDX: usize = 14;
 // Of a record.
-/// The mark, and how often the process has crashed with the request in flight. The latter has the
+/// The mark, and how often the process has crashed with the request under way. The latter has the
 /// first byte of what the specification calls padding, and is cleared with the mark.
 const MARK: usize = 0;
+/// Beside the number of crashes: the request was taken over, and has not been begun with since then.
+/// A crash is none of its doing.
+const LEFT: u8 = 0x80;
+const MOST_CRASHES: u8 = LEFT - 1;
 const NEXT: usize = 6;
 const COUNTER: usize = 8;
 /// In the padding of the first record: the process that had the region last has crashed.
@@ -50,7 +54,8 @@ pub struct RingState {
 pub struct Again {
     /// The head of its chain.
     pub head: u16,
-    /// How often the process has crashed while it was in flight.
+    /// How often the process has crashed while it was under way. Then it is to be carried out alone,
+    /// so that the one of its kind that is to blame is found.
     pub crashes: u8,
 }
 
@@ -75,7 +80,8 @@ impl QueueRegion {
         })
     }
 
-    /// Takes over what is in flight, in the order in which it was taken. Without a predecessor the
+    /// Takes over what is in flight: first what was under way at a crash, the least to be suspected
+    /// before the others, then all else in the order in which it was taken. Without a predecessor the
     /// region is made ready.
     ///
     /// # Errors
@@ -153,8 +159,20 @@ impl QueueRegion {
             self.header(|h| h.store::<u16, USED_IDX>(ring.used, Ordering::Release));
         }
         self.count_crash(&mut marked);
-        marked.sort_unstable_by_key(|request| (request.counter, request.head));
-        let counter = marked.last().map_or(0, |last| last.counter.wrapping_add(1));
+        for request in &marked {
+            self.state(request.head, |state| leave(state, request.crashes));
+        }
+        marked.sort_unstable_by_key(|request| {
+            let Marked {
+                crashes,
+                counter,
+                head,
+                ..
+            } = *request;
+            (crashes == 0, crashes, counter, head)
+        });
+        let last = marked.iter().map(|request| request.counter).max();
+        let counter = last.map_or(0, |last| last.wrapping_add(1));
         let again = marked.iter().map(|request| Again {
             head: request.head,
             crashes: request.crashes,
@@ -176,7 +194,8 @@ impl QueueRegion {
                 [IN_FLIGHT, _] if head >= ring => return Err(Refusal::Head { head, ring }),
                 [IN_FLIGHT, crashes] => marked.push(Marked {
                     head,
-                    crashes,
+                    left: crashes & LEFT != 0,
+                    crashes: crashes & MOST_CRASHES,
                     counter,
                 }),
                 [mark, _] => return Err(Refusal::Mark { head, mark }),
@@ -201,26 +220,22 @@ impl QueueRegion {
         Ok(batch)
     }
 
-    /// Notes with each request that its process has crashed, if it has.
+    /// Counts with each request that its process has crashed with it, if it has.
     fn count_crash(&self, marked: &mut [Marked]) {
         if self.state(0, |s| s.load::<u8, CRASHED>(Ordering::Relaxed)) == 0 {
             return;
         }
         // First: who dies here counts a crash too little, and none twice.
         self.state(0, |s| s.store::<u8, CRASHED>(0, Ordering::Release));
-        for request in marked {
-            request.crashes = request.crashes.saturating_add(1);
-            let word = u16::from_ne_bytes([IN_FLIGHT, request.crashes]);
-            self.state(request.head, |state| {
-                state.store::<u16, MARK>(word, Ordering::Release);
-            });
+        for request in marked.iter_mut().filter(|request| !request.left) {
+            request.crashes = MOST_CRASHES.min(request.crashes + 1);
         }
     }
 
     fn into_tracker(self, counter: u64) -> Tracker {
         let crashed = self.at + SPLIT_HEADER + CRASHED;
         Tracker {
-            _crashed: CrashByte::new(self.states.memory(), crashed),
+            crashed: CrashByte::new(self.states.memory(), crashed),
             header: self.header,
             states: self.states,
             counter,
@@ -244,8 +259,16 @@ impl QueueRegion {
 #[derive(Clone, Copy)]
 struct Marked {
     head: u16,
+    /// Nobody has begun with it since it was taken over.
+    left: bool,
     crashes: u8,
     counter: u64,
+}
+
+/// A request is taken over, and not begun with.
+fn leave(state: State<'_>, crashes: u8) {
+    let word = u16::from_ne_bytes([IN_FLIGHT, crashes | LEFT]);
+    state.store::<u16, MARK>(word, Ordering::Release);
 }
 
 /// The region of a queue at work. Its methods are called for each chain, in this order:
@@ -254,7 +277,7 @@ struct Marked {
 #[derive(Debug)]
 pub struct Tracker {
     /// Tells a successor of a crash.
-    _crashed: Option<CrashByte>,
+    crashed: Option<CrashByte>,
     header: Records<SPLIT_HEADER>,
     states: Records<SPLIT_RECORD>,
     /// Chains taken so far, which gives them an order.
@@ -264,6 +287,13 @@ pub struct Tracker {
 }
 
 impl Tracker {
+    /// The calling thread carries the requests out: its crashes are for what it has begun with.
+    pub fn claim(&self) {
+        if let Some(byte) = &self.crashed {
+            byte.claim();
+        }
+    }
+
     /// Whether some of the region was taken away.
     #[must_use]
     pub fn is_lost(&self) -> bool {
@@ -295,6 +325,23 @@ impl Tracker {
             compiler_fence(Ordering::SeqCst);
         }
         true
+    }
+
+    /// A request that was taken over is begun with.
+    pub fn begin(&self, Again { head, crashes }: Again) {
+        if let Some(state) = self.states.get(usize::from(head)) {
+            let word = u16::from_ne_bytes([IN_FLIGHT, crashes & MOST_CRASHES]);
+            state.store::<u16, MARK>(word, Ordering::Release);
+            // Before anything is done for it.
+            compiler_fence(Ordering::SeqCst);
+        }
+    }
+
+    /// The request that was begun with last is left for later.
+    pub fn leave(&self, Again { head, crashes }: Again) {
+        if let Some(state) = self.states.get(usize::from(head)) {
+            leave(state, crashes & MOST_CRASHES);
+        }
     }
 
     /// The chain that was taken last was not taken.

@@ -52,8 +52,11 @@ const TASK_CHUNK: u64 = 4 << 20;
 const MOST_BYTES: u64 = 64 << 20;
 /// A discard counts for a part of its length: it changes mappings and moves no data.
 const DISCARD_WEIGHT: u64 = 32;
-/// Crashes of the process with one request in flight, after which the request is not tried again.
+/// Crashes of the process with one request under way, after which the request is not tried again but
+/// read, for the place of its status.
 const MOST_CRASHES: u8 = 3;
+/// And after which it is not even read.
+const MOST_CRASHES_READ: u8 = 2 * MOST_CRASHES;
 
 /// What a task reports when it has ended.
 pub(super) enum Done {
@@ -144,6 +147,8 @@ pub(super) struct Queue {
     slots: Vec<Slot>,
     /// What a process that died has left to be done, the next one last.
     again: Vec<Again>,
+    /// The process has crashed with the request that is under way: nothing else is begun with.
+    alone: bool,
     in_flight: u32,
     /// What the requests in flight weigh together.
     weight: u64,
@@ -173,6 +178,7 @@ impl Queue {
             write_through: setup.write_through,
             slots,
             again: setup.again,
+            alone: false,
             in_flight: 0,
             weight: 0,
             room: MOST_BYTES,
@@ -196,6 +202,10 @@ impl Queue {
 
     /// Whether the next request that becomes available would be looked at.
     pub(super) fn takes_more(&self) -> bool {
+        self.has_room() && !self.alone
+    }
+
+    fn has_room(&self) -> bool {
         !self.closed && self.weight <= self.room
     }
 
@@ -257,10 +267,10 @@ impl Queue {
 
     /// Takes what is available, up to a batch. True: there was something.
     pub(super) fn take_available(&mut self, context: &mut Context) -> bool {
-        if !self.again.is_empty() {
+        if !self.again.is_empty() || self.alone {
             return self.take_again(context);
         }
-        if !self.takes_more() {
+        if !self.has_room() {
             return false;
         }
         let count = match self.ring.available() {
@@ -275,7 +285,7 @@ impl Queue {
         let limits = context.limits(&view);
         for _ in 0..count {
             self.take_next(context, &view, &limits);
-            if !self.takes_more() {
+            if !self.has_room() {
                 break;
             }
             self.go_on(context);
@@ -284,7 +294,8 @@ impl Queue {
     }
 
     /// Carries out what a process that died has left, before anything is taken from the ring, and
-    /// also if nothing more is taken. True: there was some.
+    /// also if nothing more is taken. What was under way at a crash comes first, one after the other:
+    /// should one of them crash the process again, it is the only one that did. True: there was some.
     #[cold]
     #[inline(never)]
     fn take_again(&mut self, context: &mut Context) -> bool {
@@ -294,16 +305,56 @@ impl Queue {
         let view = context.views.get();
         let limits = context.limits(&view);
         for _ in 0..BATCH {
+            let suspect = self.again.last().is_some_and(|again| again.crashes > 0);
+            if self.alone || suspect {
+                if self.in_flight > 0 {
+                    return false;
+                }
+                // It is no longer marked when the next one is begun with.
+                self.show(context);
+                self.alone = false;
+            }
             let Some(again) = self.again.pop() else {
                 break;
             };
-            if !self.begin(context, again, &view, &limits) {
+            self.alone = suspect;
+            if !self.begin_again(context, again, &view, &limits) {
                 self.again.push(again);
                 break;
             }
             self.go_on(context);
         }
         true
+    }
+
+    /// Begins with a request that a process that died has left. False: there is no room for it now.
+    fn begin_again(
+        &mut self,
+        context: &mut Context,
+        again: Again,
+        view: &Rc<View>,
+        limits: &Limits,
+    ) -> bool {
+        let Again { head, crashes } = again;
+        if crashes >= MOST_CRASHES {
+            context.facts.log.error(
+                Topic::Disk,
+                format_args!(
+                    "a request was under way when the process crashed, {crashes} times, and is not \
+                     tried again"
+                ),
+            );
+        }
+        if crashes >= MOST_CRASHES_READ {
+            self.answer_at_once(head, 0);
+            return true;
+        }
+        self.ring.begin(again);
+        let begun = self.begin(context, again, view, limits);
+        if !begun {
+            self.ring.leave(again);
+        }
+        begun
     }
 
     /// Takes the next chain from the ring.
@@ -487,13 +538,6 @@ impl Queue {
             return true;
         }
         if crashes >= MOST_CRASHES {
-            context.facts.log.error(
-                Topic::Disk,
-                format_args!(
-                    "a request was under way when the process crashed, {crashes} times in a row, \
-                     and is not tried again: {kind:?}"
-                ),
-            );
             self.complete(context, head, Status::IoError);
             return true;
         }

@@ -245,6 +245,7 @@ impl Worker<'_> {
                     .error(Topic::Session, format_args!("watching a kick: {error}"));
             }
         }
+        setup.ring.claim();
         let mut queue = Queue::new(setup);
         queue.attach_call(&mut self.context);
         queue.check_memory(&mut self.context);
