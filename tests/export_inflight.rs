@@ -24,6 +24,7 @@ use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserInflight;
 
 const OUT: u32 = 1;
+const WRITE_ZEROES: u32 = 13;
 const OK: u8 = 0;
 const IOERR: u8 = 1;
 const DISK: usize = 1 << 20;
@@ -514,6 +515,45 @@ fn what_was_under_way_at_a_crash_is_done_again_one_by_one() {
     assert_eq!(heads[..2], [0, 3]);
     heads.sort_unstable();
     assert_eq!(heads, [0, 3, 6, 9]);
+    drop(hand);
+    export.shutdown();
+}
+
+/// Who ends does not carry out all that others have left.
+#[test]
+fn what_was_not_begun_with_is_left_at_the_end() {
+    const LARGE: usize = 64 << 20;
+    let place = Place::new();
+    let storage = Held::new(LARGE + 1024, false);
+
+    let size = (LARGE + 1024) as u64;
+    let export = start(place.config(), raw_root(storage.clone(), size, false));
+    let _release = Release(storage.clone());
+    let mut hand = Hand::connect_tracked(&place.socket(), PLAIN);
+    // As much as may be under way, and more.
+    for (head, sector, sectors) in [(0, 0, (LARGE / 512) as u32), (3, (LARGE / 512) as u64, 1)] {
+        let data = DATA + 16 * u64::from(head);
+        let bytes = hand.bytes(data, 16);
+        bytes.fill(0);
+        bytes[..8].copy_from_slice(&sector.to_le_bytes());
+        bytes[8..12].copy_from_slice(&sectors.to_le_bytes());
+        hand.chain(head, WRITE_ZEROES, 0, &[(data, 16, false)]);
+        hand.push(head);
+    }
+    died_with(&hand, 0, &[0, 3]);
+    hand.set_up_at(0);
+    eventually("the first hangs", || {
+        storage.waiting.load(Ordering::SeqCst) == 1
+    });
+    hand.socket.shutdown(std::net::Shutdown::Both).unwrap();
+    eventually("the session ends", || export.unfinished() > 0);
+    storage.release();
+    eventually("the session has ended", || !export.info().connected);
+    assert_eq!(hand.used_index(), 1);
+    assert_eq!(marks(&hand), [3]);
+    hand.reconnect(&place.socket(), PLAIN);
+    hand.set_up_at(1);
+    assert_eq!([hand.next_used().0, hand.next_used().0], [0, 3]);
     drop(hand);
     export.shutdown();
 }

@@ -24,7 +24,7 @@ use super::features;
 use super::inflight::{Again, Layout, Refusal, Region, RingKind};
 use super::limit::{Log, Topic};
 use super::memory::{GuestMemory, RegionInfo};
-use super::queue::{Kick, QueueSetup, Worker};
+use super::queue::{Kick, Left, QueueSetup, Worker};
 use super::ring::{RingAddresses, SplitRing};
 use super::write_cache::{Kept, WriteCache};
 use crate::chain::Root;
@@ -97,7 +97,7 @@ impl Handler {
 
     /// Ends the session: all queues are drained and given back, all memory is unmapped.
     pub(super) fn disconnect(&mut self) {
-        if let Err(error) = self.stop_all() {
+        if let Err(error) = self.stop_queues(Left::Marked) {
             self.log
                 .error(Topic::Session, format_args!("ending a session: {error}"));
         }
@@ -143,21 +143,29 @@ impl Handler {
         if !self.vring(index)?.running {
             return Ok(());
         }
-        let base = self.worker(index)?.begin_stop().wait().map_err(failed)?;
+        let base = self
+            .worker(index)?
+            .begin_stop(Left::Done)
+            .wait()
+            .map_err(failed)?;
         let vring = self.vring(index)?;
         vring.running = false;
         vring.base = base;
         Ok(())
     }
 
-    /// All at once: none takes more while another one is waited for.
     fn stop_all(&mut self) -> Result<()> {
+        self.stop_queues(Left::Done)
+    }
+
+    /// All at once: none takes more while another one is waited for.
+    fn stop_queues(&mut self, left: Left) -> Result<()> {
         let stopping: Vec<_> = self
             .workers
             .iter()
             .zip(&mut self.vrings)
             .filter(|(_, vring)| vring.running)
-            .map(|(worker, vring)| (worker.begin_stop(), vring))
+            .map(|(worker, vring)| (worker.begin_stop(left), vring))
             .collect();
         for (base, vring) in stopping {
             vring.base = base.wait().map_err(failed)?;

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use super::flush::FlushGroup;
 use super::slot::Slot;
-use super::{DeviceFacts, Kick, QueueSetup, Unmap};
+use super::{DeviceFacts, Kick, Left, QueueSetup, Unmap};
 use crate::chain::{Pieces, Source, View, ViewCache, with_room};
 use crate::error::{Error, Result};
 use crate::export::config::{MAX_DISCARD, MAX_WRITE_ZEROES};
@@ -196,8 +196,11 @@ impl Queue {
     }
 
     /// Takes no more requests.
-    pub(super) fn close(&mut self) {
+    pub(super) fn close(&mut self, left: Left) {
         self.closed = true;
+        if left == Left::Marked {
+            self.again.clear();
+        }
     }
 
     /// Whether the next request that becomes available would be looked at.

@@ -72,11 +72,21 @@ pub(super) struct DeviceFacts {
     pub(super) detect_zeroes: Option<Unmap>,
 }
 
+/// What a worker that gives its queue back does about requests that a process that died has left,
+/// and that it has not begun with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Left {
+    /// It carries them out: the front-end is to find none in flight.
+    Done,
+    /// It leaves them to whoever has the inflight region next: nothing bounds how long they take.
+    Marked,
+}
+
 /// An order to a worker.
 enum Order {
     Start(Box<QueueSetup>, SyncSender<()>),
     /// Answered with the next available index when nothing is in flight any more.
-    Stop(SyncSender<u16>),
+    Stop(Left, SyncSender<u16>),
     SetCall(Option<Arc<File>>, SyncSender<()>),
     SetError(Option<Arc<File>>, SyncSender<()>),
     SetMemory(Arc<GuestMemory>, SyncSender<()>),
@@ -156,8 +166,8 @@ impl Worker {
 
     /// Takes the queue back. It takes no more requests; the answer comes once those it has taken
     /// are done and visible in the used ring, and is the next available index.
-    pub(super) fn begin_stop(&self) -> Answer<u16> {
-        self.ask(Order::Stop)
+    pub(super) fn begin_stop(&self, left: Left) -> Answer<u16> {
+        self.ask(|reply| Order::Stop(left, reply))
     }
 
     /// Replaces the call descriptor, and signals the new one once: also where there is no queue

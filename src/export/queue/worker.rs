@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::device::{Context, Queue};
 use super::poller::Poller;
-use super::{DeviceFacts, Kick, Mailbox, Order, QueueSetup};
+use super::{DeviceFacts, Kick, Left, Mailbox, Order, QueueSetup};
 use crate::chain::ViewCache;
 use crate::export::event::Bell;
 use crate::export::limit::Topic;
@@ -187,9 +187,9 @@ impl Worker<'_> {
                 self.start(*setup);
                 let _ = reply.send(());
             }
-            Order::Stop(reply) => {
+            Order::Stop(left, reply) => {
                 if let Some(queue) = &mut self.queue {
-                    queue.close();
+                    queue.close(left);
                 }
                 self.stopping.push(reply);
             }
@@ -223,7 +223,7 @@ impl Worker<'_> {
             Order::Exit => {
                 // Sessions give their queues back first; one that panicked has not.
                 if let Some(queue) = &mut self.queue {
-                    queue.close();
+                    queue.close(Left::Marked);
                 }
                 self.exit = true;
             }
