@@ -18,7 +18,10 @@ fn main() -> ExitCode {
         }
     };
     match action {
-        Action::Run(config) => ExitCode::from(stratablk::daemon::run(&config)),
+        Action::Run(config) => {
+            stratablk::daemon::abort_on_panic();
+            ExitCode::from(stratablk::daemon::run(&config))
+        }
         Action::PrintCapabilities => print(config::CAPABILITIES),
         Action::Help(text) => print(&text),
         Action::Version => print(&config::version_line()),

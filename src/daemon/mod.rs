@@ -41,6 +41,7 @@ use crate::reactor::Reactor;
 
 use backend::DaemonBackend;
 use monitors::Monitors;
+pub use process::abort_on_panic;
 use process::{Foreground, PidFile};
 
 /// What the main thread waits for.

@@ -7,6 +7,17 @@ use std::time::Duration;
 
 use crate::sched;
 
+/// Lets a panic of any thread end the process, after its message: a crash, from which inflight regions,
+/// journals and a supervisor recover. Without that thread its device would never answer, and what it
+/// had half changed would be flushed by others.
+pub fn abort_on_panic() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        usual(panic);
+        std::process::abort();
+    }));
+}
+
 /// What the process in the background reports to the one in the foreground.
 #[derive(Debug)]
 pub struct Foreground {
@@ -148,7 +159,32 @@ pub fn raise_descriptor_limit() {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+
     use super::*;
+
+    /// Would catch a thread that panics and leaves a process behind which looks as if it served.
+    #[test]
+    #[allow(clippy::panic)]
+    fn a_panic_of_any_thread_ends_the_process() {
+        const CHILD: &str = "STRATABLK_TEST_PANIC";
+        if std::env::var_os(CHILD).is_some() {
+            abort_on_panic();
+            let thread = std::thread::spawn(|| panic!("of a thread"));
+            let _ = thread.join();
+            return;
+        }
+        let name = "daemon::process::tests::a_panic_of_any_thread_ends_the_process";
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--nocapture"])
+            .env(CHILD, "1")
+            .output()
+            .unwrap();
+        assert_eq!(output.status.signal(), Some(libc::SIGABRT));
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(text.contains("of a thread"), "{text}");
+    }
 
     /// Would catch a field of `schedstat` that is not the time in the queue, and a thread of
     /// another number that is taken for one which never waits.
