@@ -11,10 +11,14 @@
 //! Zeros that an export detects in what a guest writes come as the requests to write zeroes that
 //! guests of these tests make.
 
+use stratablk::reactor::Reactor;
+
 use crate::cuts::{cuts, cuts_with};
-use crate::disk::{Below, Recipe};
+use crate::disk::{Below, Disk, Recipe};
+use crate::journals::usage;
 use crate::machine::{Counted, Fault, Traits};
-use crate::seed;
+use crate::workload::Work;
+use crate::{alone, seed};
 
 /// States judged by default of each disk: after power cuts, and after kills.
 const STATES: usize = 200;
@@ -229,4 +233,43 @@ fn a_journal_that_is_half_full() {
 #[test]
 fn a_journal_that_is_full() {
     cuts_with(seed(), filled(74), false, 120, Some(no_barriers(3)));
+}
+
+/// What would be caught: changes that go on until the journal has no room for what a flush records.
+#[test]
+fn a_full_journal_takes_no_more_changes_until_a_flush_succeeds() {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = filled(0);
+    let disk = Disk::make(dir.path(), recipe);
+    let reactor = Reactor::for_this_thread().unwrap();
+    let machine = disk.machine();
+    let opened = {
+        let _alone = alone();
+        reactor.block_on(disk.open(&machine, true)).unwrap()
+    };
+    let clock = machine.clone();
+    let clock = Box::new(move || clock.now());
+    let work = Work::new(opened.chain, disk.first.clone(), 1, clock);
+    work.adopt(&recipe);
+    work.strict.set(false);
+    machine.be_quiet(true);
+    machine.fail(Some(no_barriers(usize::MAX)));
+    let failed = || !work.failures.borrow().is_empty();
+    for _ in 0..10_000 {
+        reactor.block_on(work.fill(0, 64));
+        if failed() {
+            break;
+        }
+    }
+    assert!(failed(), "the journal does not become full");
+    let (used, words) = usage(&machine.left().1.unwrap()).unwrap();
+    let reserve = words / 8;
+    assert!(used <= words - reserve, "{used} of {words} words");
+    machine.fail(None);
+    machine.clear_sync_error(0);
+    assert!(reactor.block_on(work.flush()));
+    work.failures.borrow_mut().clear();
+    reactor.block_on(work.fill(0, 64));
+    assert!(!failed());
+    reactor.block_on(opened.image.close()).unwrap();
 }
