@@ -85,6 +85,29 @@ fn a_new_device_has_a_write_cache() {
     }
 }
 
+/// The guest sends no flush for what it wrote before it switched the cache off.
+#[test]
+fn what_was_written_is_stable_when_the_cache_is_off() {
+    let process = Process::new();
+    let mut hand = process.connect(false);
+    hand.set_up();
+    set(&mut hand, true);
+    process.storage.record();
+    assert_eq!(hand.request(OUT, 0, &[(DATA, 512, false)]).1, OK);
+    set(&mut hand, false);
+    assert_eq!(hand.config(32, 1), [0]);
+    let syncs = |process: &Process| {
+        let log = process.storage.take_log();
+        log.iter().filter(|step| matches!(step, Step::Sync)).count()
+    };
+    assert_eq!(syncs(&process), 1);
+    // It is off already.
+    process.storage.record();
+    set(&mut hand, false);
+    assert_eq!(hand.config(32, 1), [0]);
+    assert_eq!(syncs(&process), 0);
+}
+
 #[test]
 fn what_the_guest_has_said_is_in_the_region() {
     for on in [false, true] {

@@ -28,6 +28,7 @@ use super::queue::{Kick, Left, QueueSetup, Worker};
 use super::ring::{RingAddresses, SplitRing};
 use super::write_cache::{Kept, WriteCache};
 use crate::chain::Root;
+use crate::reactor::Reactor;
 
 /// The base address of a mapped region, which only postcopy migration asks for.
 type RegionBase = vhost::VhostUserMemoryRegionBase;
@@ -311,10 +312,32 @@ impl Handler {
         }
     }
 
+    /// Makes stable what has completed: a guest that has switched the write cache off sends no
+    /// flush for what it wrote before.
+    fn flush(&self) {
+        let flushed = Reactor::for_this_thread().map(|reactor| {
+            let chain = self.root.chain();
+            reactor.block_on(async move { chain.flush().await })
+        });
+        match flushed {
+            Ok(Ok(())) => {}
+            // What the guest writes from now on fails as well, until it is seen to.
+            Ok(Err(error)) => self.log.error(Topic::Disk, format_args!("{error}")),
+            Err(error) => self
+                .log
+                .error(Topic::Disk, format_args!("a flush: {error}")),
+        }
+    }
+
     fn set_wce(&mut self, wce: bool) -> Result<()> {
         if self.has_cache && self.acked & features::BLK_CONFIG_WCE != 0 {
+            let was_on = !self.write_through();
             self.cache.set(wce);
-            return self.spread_cache();
+            self.spread_cache()?;
+            if was_on && self.write_through() {
+                self.flush();
+            }
+            return Ok(());
         }
         if wce == (self.has_cache && self.cache.is_on()) {
             return Ok(());
