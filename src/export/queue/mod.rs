@@ -5,10 +5,14 @@
 //! go through a list under a lock and a wake-up; all are answered, so that the session knows
 //! that its order has been carried out before it answers the front-end.
 
-mod device;
+mod admit;
+mod complete;
+mod fast;
 mod flush;
+mod life;
 mod poller;
 mod slot;
+mod task;
 mod worker;
 
 use std::collections::VecDeque;

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
-use super::device::{Context, Queue};
+use super::life::{Context, Queue};
 use super::poller::Poller;
 use super::{DeviceFacts, Kick, Left, Mailbox, Order, QueueSetup};
 use crate::chain::ViewCache;
