@@ -63,6 +63,11 @@ impl JobContext {
         self.job.lock().cancel
     }
 
+    /// Whether the job ends for now, and with it the process: its images are closed in a moment.
+    pub fn is_suspended(&self) -> bool {
+        self.job.lock().suspend
+    }
+
     /// Whether another process began the job, and may have done a part of it.
     pub fn is_restored(&self) -> bool {
         self.job.is_restored()

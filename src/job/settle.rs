@@ -1,5 +1,5 @@
-//! What a job has copied becomes stable while the job runs: within five seconds, and before it
-//! pauses, whether or not a guest flushes. What a process that is killed had copied is not copied again
+//! What a job has copied becomes stable while the job runs: within five seconds, before it pauses,
+//! and when it has copied its last, whether or not a guest flushes. What a process that is killed had copied is not copied again
 //! then.
 //!
 //! It happens on the job's thread, beside the copies.

@@ -156,6 +156,10 @@ impl Body for Stream {
                 let result = Copier::new(source, context, &survey, &settle).run().await;
                 // What they have begun comes to its end.
                 drop(survey.rest().await);
+                if !context.is_suspended() {
+                    // Nobody does it later: the job may be pending for hours.
+                    settle.now().await;
+                }
                 drop(settle.rest().await);
                 result
             });
