@@ -198,7 +198,7 @@ impl From<SyncFailure> for io::Error {
 }
 
 /// `2026-11-23 09:05:33 UTC`.
-fn utc(time: SystemTime) -> String {
+pub(crate) fn utc(time: SystemTime) -> String {
     let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs());
     // Years that begin in March, in eras of 400 of them, since 0000-03-01.
     let days = seconds / 86400 + 719_468;

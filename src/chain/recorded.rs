@@ -6,14 +6,16 @@
 //! wins over the options, as long as the image's header is as the stream has left it.
 
 use std::collections::HashSet;
+use std::time::{Duration, UNIX_EPOCH};
 
 use super::below::backing_options;
 use super::descent::Descent;
 use super::graph::{Graph, Node};
 use super::open::Origin;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, utc};
 use crate::format::qcow2::Backing;
 use crate::options::{BackingRef, BlockRef, BlockdevOptions, Driver, FileOptions};
+use crate::storage::{Identity, are_different};
 
 /// What is recorded of chains.
 #[derive(Clone, Debug, Default)]
@@ -33,6 +35,8 @@ pub struct RecordedLink {
     pub format: String,
     /// What the image is in, as [`Graph::file_of`] tells it.
     pub file: String,
+    /// The file; zeros where that is not known.
+    pub identity: Identity,
     /// What its header says when this holds.
     pub header: Option<Backing>,
     /// This held for sure: a header that says something else was changed by somebody else.
@@ -66,10 +70,20 @@ impl Recorded {
         &self,
         format: &str,
         file: &str,
+        identity: Identity,
         header: Option<&Backing>,
     ) -> Result<Option<&RecordedLink>> {
         let is_it = |link: &&RecordedLink| link.format == format && link.file == file;
         for link in self.links.iter().filter(is_it) {
+            if are_different(link.identity, identity) {
+                return Err(Error::Invalid(format!(
+                    "{}, and '{}' records what lies under that one (put it back, or remove that \
+                     file to go by the options and the header; look at the images' backing files \
+                     first)",
+                    other_file(file, identity, link.identity),
+                    self.place
+                )));
+            }
             if link.header.as_ref() == header {
                 return Ok(Some(link));
             }
@@ -113,6 +127,21 @@ impl Recorded {
     }
 }
 
+/// Says that another file has the path of the one that is meant.
+#[must_use]
+pub fn other_file(file: &str, found: Identity, wanted: Identity) -> String {
+    let text = |[inode, birth]: Identity| {
+        let at = UNIX_EPOCH + Duration::from_nanos(birth);
+        format!("inode {inode}, made at {}", utc(at))
+    };
+    format!(
+        "{file} is another file ({}) than the one that was there before ({}): it was made anew, or \
+         restored from a copy",
+        text(found),
+        text(wanted)
+    )
+}
+
 /// Whether a file is missing that the node's own bytes are in.
 fn is_gone(options: &BlockdevOptions, gone: &HashSet<&str>) -> bool {
     if let Driver::File(file) | Driver::HostDevice(file) = &options.driver {
@@ -147,8 +176,9 @@ impl Graph {
         let Some(recorded) = descent.place.recorded().filter(|all| !all.links.is_empty()) else {
             return Ok(None);
         };
+        let identity = file.layer.storage.identity().unwrap_or_default();
         let file = self.header_name(&file.name)?;
-        Ok(recorded.link(format, &file, header)?.cloned())
+        Ok(recorded.link(format, &file, identity, header)?.cloned())
     }
 
     /// Opens the node that is recorded to lie under the image of a node with the options `above`,

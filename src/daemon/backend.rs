@@ -116,8 +116,10 @@ impl Backend for DaemonBackend {
             .map(record)
             .transpose()
             .map_err(refused)?;
+        let target = self.graph.node(&spec.target).map_err(refused)?;
         Ok(Some(Work::Stream(record::Stream {
             target: record(&spec.target).map_err(refused)?,
+            identity: state::identity(&target),
             base,
             backing_file: spec.backing_file.clone(),
             compress: spec.compress,

@@ -38,11 +38,13 @@ use crate::format::qcow2::journal::Folder;
 use crate::job::{JobMain, JobRunner, Ledger, Manager, SystemClock, Timer};
 use crate::options::{DetectZeroes, ExportOptions, ObjectOptions, SocketAddress};
 use crate::reactor::Reactor;
+use crate::state::Store;
 
 use backend::DaemonBackend;
 use monitors::Monitors;
 pub use process::abort_on_panic;
 use process::{Foreground, PidFile};
+use sync_errors::Watch;
 
 /// What the main thread waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -177,7 +179,25 @@ fn serve(config: &Config, began: Instant) -> Result<()> {
     let reactor = Reactor::for_this_thread().map_err(|e| during("starting", &e))?;
     let graph = Arc::new(Graph::default());
     let exports = Arc::new(Exports::default());
-    let result = set_up(config, &reactor, &graph, &exports, (&stop, &starting));
+    // Before the first image is opened: whatever fails from then on is to be recorded.
+    let watched = state::open(config).and_then(|store| {
+        let watch = Watch::start(&graph, &exports, store.clone())?;
+        Ok((store, watch))
+    });
+    let (result, watch) = match watched {
+        Ok((store, watch)) => (
+            set_up(
+                config,
+                &reactor,
+                &graph,
+                &exports,
+                (&stop, &starting),
+                (store, &watch),
+            ),
+            Some(watch),
+        ),
+        Err(error) => (Err(error), None),
+    };
     starting.has_ended();
     let (result, running) = match result {
         Ok(running) => {
@@ -197,6 +217,9 @@ fn serve(config: &Config, began: Instant) -> Result<()> {
     fences.say_that_it_ends();
     let patience = ending::Patience::within(config.stop_timeout);
     let ended = ending::end(parts::of(&graph, &exports, running), patience);
+    if let Some(watch) = watch {
+        watch.finish(patience.hung);
+    }
     if ended.is_err() {
         // Whatever would be dropped here would be waited for.
         std::mem::forget((graph, exports));
@@ -285,8 +308,8 @@ fn set_up(
     graph: &Arc<Graph>,
     exports: &Arc<Exports>,
     (stop, starting): (&Sender<Call>, &Starting),
+    (store, watch): (Option<Arc<Store>>, &Watch),
 ) -> Result<Running> {
-    let store = state::open(config)?;
     if let Some(folder) = &config.journal {
         graph.keep_journals(Folder::open(folder, config.journal_size)?);
     }
@@ -311,7 +334,7 @@ fn set_up(
         store.clone(),
     ));
     let hub = EventHub::new();
-    sync_errors::report(graph, exports, &hub, store.clone())?;
+    watch.tell(&hub);
     let manager = Manager::recorded(
         Arc::new(ReactorRunner),
         Arc::new(SystemClock::new()),

@@ -5,10 +5,13 @@
 //! nothing to guess about. Then jobs go on ([`go_on`]).
 
 use std::collections::HashSet;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use crate::chain::graph::Node;
+use crate::chain::recorded::other_file;
 use crate::chain::{Graph, Recorded, RecordedLink, RecordedNode};
 use crate::config::{Config, StateOptions};
 use crate::control::backend::{Backend, StreamSpec};
@@ -17,8 +20,8 @@ use crate::error::SyncFailure;
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::Backing;
-use crate::job::{Ledger, Manager, Refused, Untold};
-use crate::state::record::{self, State, Work};
+use crate::job::{Manager, Refused, Untold};
+use crate::state::record::{self, Identity, State, Work, are_different};
 use crate::state::{self, StateError, Store};
 use crate::storage::Syncs;
 
@@ -50,19 +53,16 @@ fn keep_failure(failed: &record::FailedSync) {
         errno: failed.errno,
         at: UNIX_EPOCH + Duration::from_secs(failed.at),
     };
-    match Syncs::keep(failure.clone()) {
-        Ok(()) => log::error!("{failure}"),
-        // Not there: there is nothing to flush. The record stays, in case it comes back.
-        Err(error) => log::warn!("a failed flush is recorded of '{}': {error}", failed.file),
-    }
+    Syncs::keep(failure, failed.identity);
 }
 
 /// The record of a failed flush.
-pub fn failed_sync(failure: &SyncFailure) -> record::FailedSync {
+pub fn failed_sync(failure: &SyncFailure, identity: Identity) -> record::FailedSync {
     let path = std::path::absolute(&failure.file).unwrap_or_else(|_| failure.file.clone().into());
     let at = failure.at.duration_since(UNIX_EPOCH).unwrap_or_default();
     record::FailedSync {
         file: path.display().to_string(),
+        identity,
         errno: failure.errno,
         at: at.as_secs(),
     }
@@ -95,6 +95,7 @@ pub fn recorded(store: Option<&Arc<Store>>) -> Recorded {
         recorded.push(RecordedLink {
             format: link.node.format.clone(),
             file: link.node.file.clone(),
+            identity: link.identity,
             header: link.header.as_ref().map(backing),
             certain: *certain,
             below: link.below.as_ref().map(|below| RecordedNode {
@@ -140,6 +141,15 @@ pub fn node(graph: &Graph, node: &Node) -> Result<record::Node> {
     })
 }
 
+/// What tells the file of a node's image from others.
+pub fn identity(node: &Node) -> Identity {
+    let storage = match &node.layer.format {
+        Format::Qcow2(image) => image.storage(),
+        Format::Raw(_) | Format::Qed(_) => &node.layer.storage,
+    };
+    storage.identity().unwrap_or_default()
+}
+
 /// The record of a node that lies under another one.
 pub fn below(graph: &Graph, below: &Node) -> Result<record::Below> {
     Ok(record::Below {
@@ -179,12 +189,23 @@ impl Recording {
         }
     }
 
-    /// Records what the result is, or that it is in force.
+    /// Records what the result is going to be, or that it is in force: it is not otherwise.
     pub fn commit(&self, commit: &record::Commit) -> Result<()> {
-        let recorded = Ledger::change(&*self.store, &self.job, &mut |job| {
+        let recorded = self.store.change(|state| self.put(state, commit));
+        Ok(recorded?)
+    }
+
+    /// Records that the result is in force, as the header says.
+    pub fn in_force(&self, commit: &record::Commit) {
+        if let Err(error) = self.store.happened(|state| self.put(state, commit)) {
+            log::error!("a stream's end is not recorded yet: {error}");
+        }
+    }
+
+    fn put(&self, state: &mut State, commit: &record::Commit) {
+        if let Some(job) = state.job_named(&self.job) {
             job.commit = Some(commit.clone());
-        });
-        recorded.map_err(|Refused(text)| Error::Invalid(text))
+        }
     }
 
     /// Forgets what lies under images that have left all chains.
@@ -196,9 +217,9 @@ impl Recording {
         };
         let forgotten = self
             .store
-            .change(|state| state.links.retain(|link| is_there(link)));
+            .happened(|state| state.links.retain(|link| is_there(link)));
         if let Err(error) = forgotten {
-            log::error!("a stream's end: {error}");
+            log::error!("a stream's end is not recorded yet: {error}");
         }
     }
 }
@@ -245,25 +266,74 @@ pub fn plan(config: &Config, graph: &Graph, store: Option<&Arc<Store>>) -> Resul
         .flat_map(|link| &link.released)
         .filter(|name| graph.node(name).is_err())
         .collect();
+    let released = released_files(graph, &state);
     for link in &state.links {
-        // Let go of since, and gone with its file.
-        if link
-            .node
+        let node = &link.node;
+        // Let go of since, and perhaps gone with its file.
+        let gone = node
             .name
             .as_ref()
             .is_some_and(|name| left_out.contains(name))
-        {
-            continue;
+            || released.contains(&node.file);
+        // What lies under an image does so under any name.
+        let any = record::Node {
+            name: None,
+            ..node.clone()
+        };
+        if !gone && find(graph, &any).is_err() {
+            find(graph, node).map_err(differs)?;
         }
-        find(graph, &link.node).map_err(differs)?;
     }
     let mut plan = Plan::default();
     for job in &state.jobs {
-        let (target, next) = next(graph, job).map_err(differs)?;
+        let (target, next) = next(graph, job, &released).map_err(differs)?;
         plan.jobs.push((job.clone(), target, next));
     }
+    check_failures(graph, options)?;
     check_others(config, graph, options, store)?;
     Ok(plan)
+}
+
+/// The files of images that streams have let go of.
+fn released_files(graph: &Graph, state: &State) -> HashSet<String> {
+    let commits = state.jobs.iter().filter_map(|job| job.commit.as_ref());
+    let in_force = commits.filter(|commit| {
+        let shows = || find(graph, &commit.link.node).map(|node| header_of(&node));
+        commit.done || shows().is_ok_and(|header| header == commit.link.header)
+    });
+    let links = in_force.map(|commit| &commit.link).chain(&state.links);
+    links
+        .flat_map(|link| &link.released_files)
+        .cloned()
+        .collect()
+}
+
+/// Tells of failed flushes whose files were not opened; refuses to serve another file under the
+/// path of one.
+fn check_failures(graph: &Graph, options: &StateOptions) -> Result<()> {
+    for (failure, wanted) in Syncs::waiting() {
+        let nodes = graph.nodes();
+        let other = nodes.iter().find(|node| {
+            let path = std::path::absolute(&node.filename);
+            path.is_ok_and(|path| path == Path::new(&failure.file))
+                && are_different(identity(node), wanted)
+        });
+        if let Some(node) = other {
+            let dir = options.dir.display();
+            return Err(Error::Invalid(format!(
+                "{}, of which a failed flush is recorded (put that one back; or, when this one is \
+                 known to be good: stratactl image clear-error '{}' --state '{dir}')",
+                other_file(&failure.file, identity(node), wanted),
+                failure.file
+            )));
+        }
+        log::warn!(
+            "a failed flush is recorded of '{}', and no image is in that file: the record stays \
+             until one is, or until 'stratactl image clear-error'",
+            failure.file
+        );
+    }
+    Ok(())
 }
 
 /// The node that a record means.
@@ -307,14 +377,24 @@ fn find(graph: &Graph, wanted: &record::Node) -> std::result::Result<Node, Strin
 }
 
 /// What becomes of a job, and the name of the node that it streams into.
-fn next(graph: &Graph, job: &record::Job) -> std::result::Result<(Option<String>, Next), String> {
+fn next(
+    graph: &Graph,
+    job: &record::Job,
+    released: &HashSet<String>,
+) -> std::result::Result<(Option<String>, Next), String> {
     let Work::Stream(stream) = &job.work;
     let target = find(graph, &stream.target);
-    if job.end.is_some() && job.commit.is_none() {
-        // It changed nothing: there is nothing to compare.
+    let gone = target.is_err() && released.contains(&stream.target.file);
+    if job.end.is_some() && (job.commit.is_none() || gone) {
+        // It changed nothing, or not what is there now: there is nothing to compare.
         return Ok((target.ok().map(|node| node.name), Next::List(None)));
     }
     let target = target.map_err(|what| format!("job '{}': {what}", job.id))?;
+    let found = identity(&target);
+    if are_different(found, stream.identity) {
+        let what = other_file(&stream.target.file, found, stream.identity);
+        return Err(format!("job '{}': {what}", job.id));
+    }
     let name = Some(target.name.clone());
     if job.end.is_some() {
         return Ok((name, Next::List(None)));
@@ -365,7 +445,7 @@ fn header_of(node: &Node) -> Option<record::Header> {
     }
 }
 
-/// Refuses to serve an image that another state of the folder has something to say about: under
+/// Refuses to serve images that another state of the folder has something to say about: under
 /// another name that would not be heard.
 fn check_others(
     config: &Config,
@@ -377,28 +457,96 @@ fn check_others(
     if others.is_empty() {
         return Ok(());
     }
-    for export in config.exports.iter().filter(|export| export.writable) {
-        let top = graph.image_node(&export.node_name)?;
-        let file = graph.file_of(&top)?;
-        let concerns = |state: &State| {
-            let of_job = |job: &record::Job| {
-                let Work::Stream(stream) = &job.work;
-                stream.target.file == file && (job.end.is_none() || job.commit.is_some())
-            };
-            state.links.iter().any(|link| link.node.file == file) || state.jobs.iter().any(of_job)
+    let served = served(config, graph)?;
+    for other in others {
+        let name = other.path.file_stem().unwrap_or_default().to_string_lossy();
+        let found = match &other.state {
+            Ok(state) => served.iter().find(|image| image.is_in(state)),
+            // What cannot be understood may be about it where it names it.
+            Err(_) if other.text.is_empty() => None,
+            Err(_) => served.iter().find(|image| image.is_named_in(&other.text)),
         };
-        if let Some((path, _)) = others.iter().find(|(_, state)| concerns(state)) {
-            let name = path.file_stem().unwrap_or_default().to_string_lossy();
-            return Err(Error::Invalid(format!(
-                "export '{}': '{}' records a job or the chain of '{file}', and this daemon's state \
-                 is '{}' (start it with --state-name={name}, or remove the former to forget it)",
-                export.id,
-                path.display(),
-                store.path().display()
-            )));
+        match (found, &other.state) {
+            (Some(image), Ok(_)) => {
+                return Err(Error::Invalid(format!(
+                    "export '{}': '{}' records a job or the chain of '{}', and this daemon's state \
+                     is '{}' (start it with --state-name={name}, or remove the former to forget it)",
+                    image.export,
+                    other.path.display(),
+                    image.file,
+                    store.path().display()
+                )));
+            }
+            (Some(image), Err(error)) => {
+                return Err(Error::Invalid(format!(
+                    "export '{}': another daemon's state in the same folder may be about '{}', and \
+                     cannot be understood: {error}",
+                    image.export, image.file
+                )));
+            }
+            (None, Err(error)) => log::warn!("another daemon's state: {error}"),
+            (None, Ok(_)) => {}
         }
     }
     Ok(())
+}
+
+/// An image in the chain of an export.
+struct Served {
+    export: String,
+    file: String,
+    path: PathBuf,
+    identity: Identity,
+}
+
+impl Served {
+    /// Whether `state` records what lies under it, or a job that changes or has changed it.
+    fn is_in(&self, state: &State) -> bool {
+        let links = state.links.iter().map(|link| (&link.node, link.identity));
+        let jobs = state
+            .jobs
+            .iter()
+            .filter(|job| job.end.is_none() || job.commit.is_some())
+            .map(|job| {
+                let Work::Stream(stream) = &job.work;
+                (&stream.target, stream.identity)
+            });
+        links.chain(jobs).any(|(node, identity)| {
+            let same = self.identity != Identity::default() && self.identity == identity;
+            same || node.file == self.file || is_same_file(Path::new(&node.file), &self.path)
+        })
+    }
+
+    /// Whether its file's name is anywhere in `text`.
+    fn is_named_in(&self, text: &[u8]) -> bool {
+        let name = self.path.file_name().unwrap_or_default().as_encoded_bytes();
+        !name.is_empty() && text.windows(name.len()).any(|part| part == name)
+    }
+}
+
+/// All images that the exports serve.
+fn served(config: &Config, graph: &Graph) -> Result<Vec<Served>> {
+    let mut served = Vec::new();
+    for export in &config.exports {
+        let top = graph.image_node(&export.node_name)?;
+        for node in graph.chain_nodes(&top.name)? {
+            served.push(Served {
+                export: export.id.clone(),
+                file: graph.file_of(&node)?,
+                identity: identity(&node),
+                path: node.filename,
+            });
+        }
+    }
+    Ok(served)
+}
+
+fn is_same_file(one: &Path, other: &Path) -> bool {
+    let id = |path: &Path| {
+        let found = std::fs::metadata(path).ok()?;
+        Some((found.dev(), found.ino()))
+    };
+    id(one).is_some_and(|one| Some(one) == id(other))
 }
 
 /// Goes on with the jobs.

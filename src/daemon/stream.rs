@@ -14,9 +14,8 @@ use crate::chain::{Chain, Graph, Root, Span, Status, View, with_room};
 use crate::control::backend::StreamSpec;
 use crate::error::{Error, Result};
 use crate::format::Format;
-use crate::format::qcow2::Backing;
+use crate::format::qcow2::{Backing, Qcow2};
 use crate::job::stream::{ChunkStatus, GuestLoad, JobIoError, StreamSource};
-use crate::options::{BackingRef, Driver};
 use crate::state::record;
 
 /// A stream into one layer of a chain, down to a base.
@@ -120,7 +119,7 @@ impl GraphSource {
             image.set_backing(backing.as_ref()).await?;
             return self.graph.set_backing(&self.target, self.base.as_deref());
         };
-        let mut commit = self.commit(backing.as_ref())?;
+        let mut commit = self.commit(image, backing.as_ref())?;
         // A header that stays as it is tells nothing: then the record is what counts.
         let shows = image.backing() != backing;
         if shows {
@@ -128,17 +127,19 @@ impl GraphSource {
         }
         image.set_backing(backing.as_ref()).await?;
         commit.done = true;
-        match recording.commit(&commit) {
-            Err(error) if shows => log::error!("a stream's end: {error}"),
-            result => result?,
+        match shows {
+            true => recording.in_force(&commit),
+            false => recording.commit(&commit)?,
         }
         self.graph.set_backing(&self.target, self.base.as_deref())?;
         recording.forget_gone(&self.graph);
         Ok(())
     }
 
-    /// The stream's result, as it is recorded, where the header is to name `backing`.
-    fn commit(&self, backing: Option<&Backing>) -> Result<record::Commit> {
+    /// The stream's result, as it is recorded, where the header is to name `backing`. It stays
+    /// recorded when the job is gone: the options of a later start may name other layers, whatever
+    /// those of this one say.
+    fn commit(&self, image: &Qcow2, backing: Option<&Backing>) -> Result<record::Commit> {
         let nodes = self.graph.chain_nodes(&self.target)?;
         let base = nodes
             .iter()
@@ -147,29 +148,18 @@ impl GraphSource {
         let below = base
             .map(|base| state::below(&self.graph, base))
             .transpose()?;
-        let by_header = match (backing, base) {
-            (Some(backing), Some(base)) => {
-                let whole = resolve(&target.filename, &backing.name) == base.filename
-                    && self.graph.is_whole_file(base)?;
-                whole || backing.name == self.graph.header_name(&base.name)?
-            }
-            (None, None) => true,
-            _ => false,
-        };
-        let by_options = match &target.options.driver {
-            Driver::Qcow2(options) => options.backing != BackingRef::Default,
-            _ => true,
-        };
         let streamed = nodes.iter().skip(1);
         let streamed = streamed.take_while(|node| Some(&node.name) != self.base.as_ref());
+        let released_files = streamed.clone().map(|node| self.graph.file_of(node));
         Ok(record::Commit {
             link: record::Link {
                 node: state::node(&self.graph, &target)?,
+                identity: image.storage().identity().unwrap_or_default(),
                 header: backing.map(state::header),
                 below,
+                released_files: released_files.collect::<Result<_>>()?,
                 released: state::names_of(&self.graph, streamed),
             },
-            keep: by_options || !by_header,
             done: false,
         })
     }

@@ -3,8 +3,9 @@
 //! The thread that meets one only passes it on. A thread of its own finds out whom it concerns,
 //! since the lists of nodes and exports may be in use by somebody who waits for that thread.
 
-use std::sync::mpsc::channel;
-use std::sync::{Arc, Weak};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::Duration;
 
 use serde_json::json;
 
@@ -17,8 +18,9 @@ use crate::error::{Error, Result, SyncFailure, errno_text};
 use crate::format::Format;
 use crate::job::{Event, Refused};
 use crate::state::Store;
-use crate::storage::Syncs;
+use crate::state::record::FailedSync;
 use crate::storage::syncs::on_failure;
+use crate::storage::{Identity, Syncs, are_different};
 
 /// The syncs that a flush of a layer needs.
 pub(super) fn syncs_of(layer: &Layer) -> Vec<Arc<Syncs>> {
@@ -30,50 +32,101 @@ pub(super) fn syncs_of(layer: &Layer) -> Vec<Arc<Syncs>> {
     }
 }
 
-/// Tells the clients of `hub` of failures, from now on, and records them in `store`.
-///
-/// # Errors
-/// When there can be no thread for it.
-pub fn report(
-    graph: &Arc<Graph>,
-    exports: &Arc<Exports>,
-    hub: &Arc<EventHub>,
-    store: Option<Arc<Store>>,
-) -> Result<()> {
-    let (failures, failed) = channel();
-    let (graph, exports) = (Arc::downgrade(graph), Arc::downgrade(exports));
-    let hub = hub.clone();
-    std::thread::Builder::new()
-        .name("sync-errors".into())
-        .spawn(move || {
-            for (syncs, failure) in failed {
-                if let Some(store) = &store {
-                    record(store, &failure);
+/// What the thread is sent.
+enum Message {
+    Failed(Arc<Syncs>, SyncFailure),
+    /// The daemon has ended.
+    End,
+}
+
+/// Records failures, from its making to the daemon's end, and tells the clients of them as soon as
+/// there can be some.
+pub struct Watch {
+    messages: Sender<Message>,
+    hub: Arc<OnceLock<Arc<EventHub>>>,
+    /// Told by the thread when it has ended.
+    ended: Receiver<()>,
+}
+
+impl Watch {
+    /// From now on failures are recorded in `store`.
+    ///
+    /// # Errors
+    /// When there can be no thread for it.
+    pub fn start(
+        graph: &Arc<Graph>,
+        exports: &Arc<Exports>,
+        store: Option<Arc<Store>>,
+    ) -> Result<Self> {
+        let (messages, received) = channel();
+        let (end, ended) = channel();
+        let (graph, exports) = (Arc::downgrade(graph), Arc::downgrade(exports));
+        let hub: Arc<OnceLock<Arc<EventHub>>> = Arc::default();
+        let told = hub.clone();
+        std::thread::Builder::new()
+            .name("sync-errors".into())
+            .spawn(move || {
+                while let Ok(Message::Failed(syncs, failure)) = received.recv() {
+                    if let Some(store) = &store {
+                        record(store, &failure, syncs.identity());
+                    }
+                    if let Some(hub) = told.get() {
+                        for event in events(&graph, &exports, &syncs, &failure) {
+                            hub.send(&event);
+                        }
+                    }
                 }
-                for event in events(&graph, &exports, &syncs, &failure) {
-                    hub.send(&event);
+                if let Some(Err(error)) = store.map(|store| store.finish()) {
+                    log::error!("the next process does not know all: {error}");
                 }
-            }
+                // Nobody waits if the end took too long.
+                let _ = end.send(());
+            })
+            .map_err(|error| Error::Invalid(format!("starting: {error}")))?;
+        let failures = messages.clone();
+        on_failure(move |syncs, failure| {
+            // Nobody listens any more when the daemon has ended.
+            let _ = failures.send(Message::Failed(syncs.clone(), failure.clone()));
+        });
+        Ok(Self {
+            messages,
+            hub,
+            ended,
         })
-        .map_err(|error| Error::Invalid(format!("starting: {error}")))?;
-    on_failure(move |syncs, failure| {
-        // Nobody listens any more when the daemon has ended.
-        let _ = failures.send((syncs.clone(), failure.clone()));
-    });
-    Ok(())
+    }
+
+    /// From now on the clients of `hub` are told.
+    pub fn tell(&self, hub: &Arc<EventHub>) {
+        let _ = self.hub.set(hub.clone());
+    }
+
+    /// Waits until what has failed so far is recorded, and with it all else that could not be
+    /// recorded before; for as long as `patience` at most, since that disk may hang, too.
+    pub fn finish(self, patience: Duration) {
+        let ended = self.messages.send(Message::End).is_ok();
+        if !ended || self.ended.recv_timeout(patience).is_err() {
+            log::error!("flushes that failed may not be known to the next process");
+        }
+    }
 }
 
 /// Records a failure: the next process does not know of it otherwise, and the kernel tells of it
 /// no more.
-fn record(store: &Store, failure: &SyncFailure) {
-    let failed = state::failed_sync(failure);
-    let recorded = store.change(|state| {
-        state.failed_syncs.retain(|other| other.file != failed.file);
+fn record(store: &Store, failure: &SyncFailure, identity: Identity) {
+    let failed = state::failed_sync(failure, identity);
+    let recorded = store.happened(|state| {
+        state.failed_syncs.retain(|other| !is_same(other, &failed));
         state.failed_syncs.push(failed);
     });
     if let Err(error) = recorded {
-        log::error!("a failed flush is not known to the next process: {error}");
+        log::error!("a failed flush is not known to the next process yet: {error}");
     }
+}
+
+/// Whether both records are about the same file.
+fn is_same(one: &FailedSync, other: &FailedSync) -> bool {
+    let known = one.identity != Identity::default() && one.identity == other.identity;
+    known || (one.file == other.file && !are_different(one.identity, other.identity))
 }
 
 /// An event for each export whose flushes fail, or one without a device.
@@ -164,14 +217,14 @@ pub fn of(graph: &Graph, name: &str) -> Vec<SyncError> {
 pub fn clear(graph: &Graph, name: &str, store: Option<&Store>) -> std::result::Result<(), Refused> {
     let all = chain_syncs(graph, name).map_err(|error| Refused(error.to_string()))?;
     if let Some(store) = store {
-        let failed = all.iter().filter_map(|(_, syncs)| syncs.failure());
-        let failed: Vec<_> = failed
-            .map(|failure| state::failed_sync(&failure).file)
-            .collect();
+        let failed = all.iter().filter_map(|(_, syncs)| {
+            let failure = syncs.failure()?;
+            Some(state::failed_sync(&failure, syncs.identity()))
+        });
+        let failed: Vec<_> = failed.collect();
         store.change(|state| {
-            state
-                .failed_syncs
-                .retain(|mark| !failed.contains(&mark.file))
+            let is_cleared = |mark: &FailedSync| failed.iter().any(|own| is_same(own, mark));
+            state.failed_syncs.retain(|mark| !is_cleared(mark));
         })?;
     }
     let mut cleared = 0;
@@ -196,7 +249,6 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::panic)]
 
     use std::path::PathBuf;
-    use std::time::Duration;
 
     use serde_json::Value;
 
@@ -260,7 +312,8 @@ mod tests {
         );
         let file = add(&graph, "file", "g", None);
         add(&graph, "raw", "disk", Some(&file));
-        report(&graph, &exports, &hub, None).unwrap();
+        let watch = Watch::start(&graph, &exports, None).unwrap();
+        watch.tell(&hub);
         let client = Arc::new(Outbox::default());
         client.answer(&json!({"return": {}}), true);
         hub.add(&client, Box::new(|| {}));
@@ -303,6 +356,7 @@ mod tests {
         // One event for one failure.
         client.close();
         assert!(line.recv_timeout(Duration::from_secs(20)).is_err());
+        watch.finish(Duration::from_secs(20));
         Reactor::leave_thread();
     }
 

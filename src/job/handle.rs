@@ -70,6 +70,7 @@ impl JobSpec {
     /// The record of a new job.
     fn record(&self) -> Option<record::Job> {
         Some(record::Job {
+            number: 0,
             id: self.id.clone(),
             work: self.work.clone()?,
             len: self.len,
@@ -196,6 +197,8 @@ pub struct Job {
     turn: Mutex<()>,
     /// Where it is recorded.
     ledger: Option<Arc<dyn Ledger>>,
+    /// The number of its record.
+    number: u64,
     /// Another process began it.
     restored: bool,
     /// Told at every change the body or the driver may wait for.
@@ -234,6 +237,7 @@ impl Job {
             state: Mutex::new(state),
             turn: Mutex::new(()),
             ledger,
+            number: 0,
             restored: false,
             changed: Signal::new(),
             clock,
@@ -258,6 +262,7 @@ impl Job {
         }
         Self {
             restored: true,
+            number: from.number,
             ..job
         }
     }
@@ -267,36 +272,66 @@ impl Job {
         self.restored
     }
 
-    /// Where it is recorded, if it is.
-    pub(super) fn ledger(&self) -> Option<&dyn Ledger> {
-        self.ledger.as_deref()
-    }
-
     /// To be held while something that is recorded changes, and from before it is decided.
     pub(super) fn turn(&self) -> MutexGuard<'_, ()> {
         self.turn.lock()
     }
 
     /// Records the job, which is new.
-    pub(super) fn record_new(&self) -> Result<(), Refused> {
-        match (self.ledger(), self.spec.record()) {
-            (Some(ledger), Some(record)) => ledger.add(record),
-            _ => Ok(()),
+    pub(super) fn record_new(&mut self) -> Result<(), Refused> {
+        if let (Some(ledger), Some(record)) = (&self.ledger, self.spec.record()) {
+            self.number = ledger.add(record)?;
         }
+        Ok(())
     }
 
     /// Records a change of the job, which is to happen after it. The caller has the turn.
     pub(super) fn record(&self, mut change: impl FnMut(&mut record::Job)) -> Result<(), Refused> {
-        match self.ledger() {
-            Some(ledger) => ledger.change(&self.spec.id, &mut change),
+        let Some(ledger) = &self.ledger else {
+            return Ok(());
+        };
+        ledger.change(&mut |state| {
+            if let Some(job) = state.job_mut(self.number) {
+                change(job);
+            }
+        })
+    }
+
+    /// As [`record`](Self::record), of a change that happens in any case.
+    pub(super) fn record_anyway(&self, mut change: impl FnMut(&mut record::Job)) {
+        let Some(ledger) = &self.ledger else {
+            return;
+        };
+        let recorded = ledger.happened(&mut |state| {
+            if let Some(job) = state.job_mut(self.number) {
+                change(job);
+            }
+        });
+        if let Err(error) = recorded {
+            log::error!("job '{}' goes on unrecorded for now: {error}", self.spec.id);
+        }
+    }
+
+    /// Forgets the record of the job, which is about to go, and has `completed` or come to nothing.
+    /// What has come of one that has completed stays recorded.
+    pub(super) fn forget(&self, completed: bool) -> Result<(), Refused> {
+        match &self.ledger {
+            Some(ledger) => ledger.change(&mut |state| state.remove_job(self.number, completed)),
             None => Ok(()),
         }
     }
 
-    /// As [`record`](Self::record), of a change that happens in any case.
-    pub(super) fn record_anyway(&self, change: impl FnMut(&mut record::Job)) {
-        if let Err(error) = self.record(change) {
-            log::error!("job '{}' goes on unrecorded: {error}", self.spec.id);
+    /// As [`forget`](Self::forget), of a job that goes in any case.
+    pub(super) fn forget_anyway(&self, completed: bool) {
+        let Some(ledger) = &self.ledger else {
+            return;
+        };
+        let forgotten = ledger.happened(&mut |state| state.remove_job(self.number, completed));
+        if let Err(error) = forgotten {
+            log::error!(
+                "the end of job '{}' is not recorded yet: {error}",
+                self.spec.id
+            );
         }
     }
 

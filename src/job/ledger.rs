@@ -4,20 +4,32 @@ use super::Refused;
 use crate::state::record::{Job, State};
 use crate::state::{StateError, Store};
 
-/// The records of jobs. What a call returns from is stable; one that fails has changed nothing.
+/// A change of the records.
+pub type Change<'a> = &'a mut dyn FnMut(&mut State);
+
+/// The records of jobs.
 pub trait Ledger: Send + Sync {
-    /// Adds a job.
+    /// Makes a change that is in force when it is recorded. When this returns, that is stable.
     ///
     /// # Errors
-    /// When it cannot be recorded, as for the other calls.
-    fn add(&self, job: Job) -> Result<(), Refused>;
+    /// When it cannot be recorded: then nothing has changed.
+    fn change(&self, change: Change<'_>) -> Result<(), Refused>;
 
-    /// Changes a job, if it is recorded.
-    fn change(&self, id: &str, change: &mut dyn FnMut(&mut Job)) -> Result<(), Refused>;
+    /// Makes a change that is in force in any case.
+    ///
+    /// # Errors
+    /// When it cannot be recorded now: then it is with the next change.
+    fn happened(&self, change: Change<'_>) -> Result<(), Refused>;
 
-    /// Takes a job away, which has `completed` or come to nothing. The result of one that has
-    /// completed stays recorded where the next process needs it.
-    fn remove(&self, id: &str, completed: bool) -> Result<(), Refused>;
+    /// Adds a job, and returns the number of its record.
+    ///
+    /// # Errors
+    /// When it cannot be recorded, or one of its name is.
+    fn add(&self, job: Job) -> Result<u64, Refused> {
+        let mut added = Ok(0);
+        self.change(&mut |state| added = state.add_job(job.clone()))?;
+        added.map_err(Refused)
+    }
 }
 
 impl From<StateError> for Refused {
@@ -27,21 +39,11 @@ impl From<StateError> for Refused {
 }
 
 impl Ledger for Store {
-    fn add(&self, job: Job) -> Result<(), Refused> {
-        Ok(Store::change(self, |state| state.jobs.push(job))?)
+    fn change(&self, change: Change<'_>) -> Result<(), Refused> {
+        Ok(Store::change(self, change)?)
     }
 
-    fn change(&self, id: &str, change: &mut dyn FnMut(&mut Job)) -> Result<(), Refused> {
-        Ok(Store::change(self, |state| {
-            if let Some(job) = state.job_mut(id) {
-                change(job);
-            }
-        })?)
-    }
-
-    fn remove(&self, id: &str, completed: bool) -> Result<(), Refused> {
-        Ok(Store::change(self, |state: &mut State| {
-            state.remove_job(id, completed)
-        })?)
+    fn happened(&self, change: Change<'_>) -> Result<(), Refused> {
+        Ok(Store::happened(self, change)?)
     }
 }

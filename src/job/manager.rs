@@ -190,7 +190,7 @@ impl Manager {
     ) -> Result<Arc<Job>, Refused> {
         self.check_id(&spec.id)?;
         let nodes = lease.nodes.clone();
-        let job = Job::new(
+        let mut job = Job::new(
             spec,
             Some(lease),
             self.clock.clone(),
@@ -200,15 +200,13 @@ impl Manager {
         self.check_open()?;
         // What is not recorded does not begin.
         job.record_new()?;
-        let (id, ledger) = (job.id().to_owned(), self.ledger.clone());
-        let started = self.run(job, nodes, body);
-        if started.is_err()
-            && let Some(ledger) = ledger
-            && let Err(error) = ledger.remove(&id, false)
-        {
-            log::error!("job '{id}', which was not to be, stays recorded: {error}");
+        let job = Arc::new(job);
+        let started = self.run(&job, nodes, body);
+        if let Err(refused) = started {
+            job.forget_anyway(false);
+            return Err(refused);
         }
-        started
+        Ok(job)
     }
 
     /// Goes on with a job that another process recorded as `from`.
@@ -220,7 +218,9 @@ impl Manager {
     ) -> Result<Arc<Job>, Refused> {
         self.check_id(&from.id)?;
         let nodes = lease.nodes.clone();
-        self.run(self.restored(from, Some(lease)), nodes, body)
+        let job = Arc::new(self.restored(from, Some(lease)));
+        self.run(&job, nodes, body)?;
+        Ok(job)
     }
 
     /// Lists a job again that another process recorded as `from`, and that is over: how it ended is
@@ -252,6 +252,10 @@ impl Manager {
             None => None,
         };
         self.inner.lock().jobs.push(job.clone());
+        if matches!(outcome, Some(Outcome::Completed)) {
+            // Known from the header so far, which others may change before anybody listens.
+            job.record_anyway(record::Job::in_force);
+        }
         if let Some(outcome) = outcome {
             self.conclude(&job, outcome);
         }
@@ -285,11 +289,10 @@ impl Manager {
     }
 
     /// Runs a new job, which holds `nodes`, on a thread of its own.
-    fn run(&self, job: Job, nodes: Vec<String>, body: BodyFactory) -> Result<Arc<Job>, Refused> {
+    fn run(&self, job: &Arc<Job>, nodes: Vec<String>, body: BodyFactory) -> Result<(), Refused> {
         let manager = self.myself.upgrade().ok_or_else(shutting_down)?;
         let name = format!("job-{}", job.id());
         let id = job.id().to_owned();
-        let job = Arc::new(job);
         {
             let mut inner = self.inner.lock();
             if inner.closed {
@@ -322,8 +325,7 @@ impl Manager {
             Ok(thread) => {
                 inner.threads.retain(|job| !job.thread.is_finished());
                 inner.threads.push(JobThread { id, nodes, thread });
-                drop(inner);
-                Ok(job)
+                Ok(())
             }
             // The body went down with the thread that was not to be, and its obituary with it.
             Err(error) => Err(Refused(format!(
@@ -361,11 +363,9 @@ impl Manager {
         if let Err(refused) = job.check_dismiss() {
             return Some(Err(refused));
         }
-        if let Some(ledger) = job.ledger() {
-            let completed = job.lock().error.is_none();
-            if let Err(refused) = ledger.remove(id, completed) {
-                return Some(Err(refused));
-            }
+        let completed = job.lock().error.is_none();
+        if let Err(refused) = job.forget(completed) {
+            return Some(Err(refused));
         }
         Self::remove(&mut self.inner.lock(), &job);
         Some(Ok(()))
@@ -439,36 +439,30 @@ impl Manager {
     /// Records how a job ended, before anybody is told: what is told is told once, and what was on
     /// its way when the process ended is lost with the listeners' connections.
     fn record_end(job: &Job, outcome: &Outcome) {
-        let Some(ledger) = job.ledger() else {
-            return;
-        };
         let completed = matches!(outcome, Outcome::Completed);
-        let recorded = if job.spec().auto_dismiss {
-            ledger.remove(job.id(), completed)
-        } else {
-            let end = {
-                let state = job.lock();
-                record::End {
-                    error: match outcome {
-                        Outcome::Failed(error) => Some(error.text.clone()),
-                        _ => None,
-                    },
-                    len: state.len,
-                    offset: if completed { state.len } else { state.offset },
-                    copied: state.progress.copied,
-                }
-            };
-            job.record(|record| {
-                record.paused = false;
-                record.end = Some(end.clone());
-                if !completed {
-                    record.commit = None;
-                }
-            })
-        };
-        if let Err(error) = recorded {
-            log::error!("the end of job '{}' is not recorded: {error}", job.id());
+        if job.spec().auto_dismiss {
+            return job.forget_anyway(completed);
         }
+        let end = {
+            let state = job.lock();
+            record::End {
+                error: match outcome {
+                    Outcome::Failed(error) => Some(error.text.clone()),
+                    _ => None,
+                },
+                len: state.len,
+                offset: if completed { state.len } else { state.offset },
+                copied: state.progress.copied,
+            }
+        };
+        job.record_anyway(|record| {
+            record.paused = false;
+            record.end = Some(end.clone());
+            match completed {
+                true => record.in_force(),
+                false => record.commit = None,
+            }
+        });
     }
 
     /// Cancels all jobs, and takes no more. Returns those that have yet to end. Jobs that are

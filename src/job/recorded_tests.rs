@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use super::testing::*;
 use super::*;
-use crate::state::record::{self, Work};
+use crate::state::Store;
+use crate::state::record::{self, State, Work};
+use crate::state::testing::Steps;
 
 fn work() -> Option<Work> {
     Some(Work::Stream(record::Stream {
@@ -17,6 +19,7 @@ fn work() -> Option<Work> {
             format: "qcow2".to_owned(),
             file: "/top".to_owned(),
         },
+        identity: [1, 2],
         base: None,
         backing_file: None,
         compress: false,
@@ -478,4 +481,146 @@ fn copies_that_cannot_be_made_stable_are_tried_again_and_end_no_job() {
     );
     assert_eq!(*disk.settle_faults.lock(), 0);
     assert!(longest_unstable(&disk) <= Duration::from_secs(15));
+}
+
+fn commit() -> record::Commit {
+    let Some(Work::Stream(stream)) = work() else {
+        unreachable!();
+    };
+    record::Commit {
+        link: record::Link {
+            node: stream.target,
+            header: None,
+            below: None,
+            identity: [1, 2],
+            released: Vec::new(),
+            released_files: Vec::new(),
+        },
+        done: false,
+    }
+}
+
+/// A job that records its result, and ends while there is no room for that in the record.
+fn end_unrecorded(bench: &Bench, store: &Arc<Store>, steps: &Steps, spec: JobSpec) {
+    let disk = Disk::new(8, 0..8);
+    let (store, full) = (store.clone(), steps.clone());
+    *disk.on_finish.lock() = Some(Box::new(move || {
+        let announce = |state: &mut State| state.jobs[0].commit = Some(commit());
+        store.change(announce).unwrap();
+        full.set_full(true);
+    }));
+    bench.start(spec, &disk);
+    bench.until("null");
+    steps.set_full(false);
+}
+
+/// Would catch an end that is forgotten because there was no room for it: the next job of the same
+/// name, or the next process, took the record for its own.
+#[test]
+fn an_end_that_was_not_recorded_is_recorded_with_the_next_change() {
+    let spec = || JobSpec {
+        auto_finalize: true,
+        auto_dismiss: true,
+        ..quick()
+    };
+    for id in ["j", "k"] {
+        let steps = Steps::default();
+        let store = Arc::new(steps.store());
+        let bench = Bench::recorded_in(store.clone());
+        end_unrecorded(&bench, &store, &steps, spec());
+        assert_eq!(steps.store().state().jobs.len(), 1, "not recorded yet");
+        let next = JobSpec {
+            speed: 1,
+            id: id.to_owned(),
+            ..spec()
+        };
+        let job = bench.start(next, &Disk::new(100, 0..100));
+        let state = steps.store().state();
+        let ids: Vec<_> = state.jobs.iter().map(|job| job.id.as_str()).collect();
+        assert_eq!(ids, [id]);
+        assert_eq!(state.links, [commit().link]);
+        job.cancel().unwrap();
+        bench.until("BLOCK_JOB_CANCELLED");
+        let state = steps.store().state();
+        assert_eq!((state.jobs.len(), state.links), (0, vec![commit().link]));
+    }
+}
+
+#[test]
+fn a_second_record_of_a_job_is_refused() {
+    let steps = Steps::default();
+    let store = Arc::new(steps.store());
+    Bench::recorded_in(store.clone()).start(slow(), &Disk::new(100, 0..100));
+    // A process that does not list the job, whatever the reason.
+    let bench = Bench::recorded_in(store.clone());
+    let refused = bench.try_start(slow(), &Disk::new(100, 0..100)).err();
+    assert!(refused.unwrap().0.contains("'j'"));
+    assert_eq!(store.state().jobs.len(), 1);
+}
+
+#[test]
+fn copies_are_stable_when_a_job_is_pending_or_at_its_end() {
+    let stable = |disk: &Disk| {
+        let log = disk.log.lock();
+        assert!(log.iter().any(|(_, stable)| !stable), "nothing was copied");
+        log.last().is_some_and(|(_, stable)| *stable)
+    };
+    let bench = Bench::frozen();
+    let disk = Disk::new(8, 0..8);
+    let spec = JobSpec {
+        auto_finalize: false,
+        ..JobSpec::stream("j")
+    };
+    bench.start(spec, &disk);
+    bench.until("BLOCK_JOB_PENDING");
+    assert!(stable(&disk), "pending");
+
+    for cancelled in [false, true] {
+        let bench = Bench::frozen();
+        let disk = Disk::new(8, 0..8);
+        match cancelled {
+            true => disk.set_gate(true),
+            false => disk.faults.lock().push((7 * 64 * KIB, libc::EIO)),
+        }
+        let job = bench.start(JobSpec::stream("j"), &disk);
+        if cancelled {
+            while disk.most_in_flight.lock().1 == 0 {
+                std::thread::yield_now();
+            }
+            job.cancel().unwrap();
+            disk.set_gate(false);
+        }
+        bench.until("null");
+        // Beside the fault one copy may have landed, or none.
+        let copied = disk.log.lock().iter().any(|(_, stable)| !stable);
+        assert!(!copied || stable(&disk), "cancelled: {cancelled}");
+    }
+}
+
+/// Would catch an end of a job that is kept after its end, and of which the record says that its
+/// result may not be in force.
+#[test]
+fn the_result_of_a_completed_job_is_in_force() {
+    let steps = Steps::default();
+    let store = Arc::new(steps.store());
+    let bench = Bench::recorded_in(store.clone());
+    bench.start(slow(), &Disk::new(100, 0..100));
+    store
+        .change(|state| state.jobs[0].commit = Some(commit()))
+        .unwrap();
+    let record = store.state().jobs[0].clone();
+    bench.manager.shut_down();
+    let bench = Bench::recorded_in(store.clone());
+    let untold = Some(Untold::Completed);
+    bench.manager.restore_over(&record, None, untold).unwrap();
+    let done = || {
+        let state = steps.store().state();
+        state.jobs[0]
+            .commit
+            .as_ref()
+            .is_some_and(|commit| commit.done)
+    };
+    assert!(done(), "before anybody listens");
+    bench.manager.tell();
+    assert!(done() && store.state().jobs[0].end.is_some());
 }

@@ -13,6 +13,7 @@ use event_listener::Event as Signal;
 use futures_util::future::LocalBoxFuture;
 use parking_lot::Mutex;
 
+use super::ledger::Change;
 use super::stream::{ChunkStatus, GuestLoad, JobIoError, Stream, StreamSource, yield_now};
 use super::*;
 use crate::state::record::{self, State};
@@ -150,6 +151,8 @@ pub struct Disk {
     /// What `finish` was called with.
     pub finished: Mutex<Option<Option<String>>>,
     pub finish_error: Mutex<Option<i32>>,
+    /// What is done when the result is put in force.
+    pub on_finish: Mutex<Option<Box<dyn FnOnce() + Send>>>,
     /// How often the source was closed.
     pub closed: Mutex<u32>,
     /// While set, copies wait.
@@ -204,6 +207,7 @@ impl Disk {
             faults: Mutex::default(),
             finished: Mutex::default(),
             finish_error: Mutex::default(),
+            on_finish: Mutex::default(),
             closed: Mutex::default(),
             gate: Mutex::new(false),
             gate_moved: Signal::new(),
@@ -364,6 +368,9 @@ impl StreamSource for FakeSource {
                 });
             }
             *self.0.finished.lock() = Some(backing_file);
+            if let Some(act) = self.0.on_finish.lock().take() {
+                act();
+            }
             Ok(())
         })
     }
@@ -395,11 +402,16 @@ impl Bench {
 
     /// A bench whose jobs are recorded, and those that wait for their speed limit wait for ever.
     pub fn recorded(pages: &Arc<Pages>) -> Self {
+        Self::recorded_in(pages.clone())
+    }
+
+    /// As [`recorded`](Self::recorded), in any ledger.
+    pub fn recorded_in(ledger: Arc<dyn Ledger>) -> Self {
         let time = VirtualTime {
             frozen: true,
             ..VirtualTime::default()
         };
-        Self::new_with(time, Some(pages.clone()))
+        Self::new_with(time, Some(ledger))
     }
 
     fn with(time: VirtualTime) -> Self {
@@ -505,28 +517,20 @@ impl Pages {
     }
 
     pub fn job(&self, id: &str) -> Option<record::Job> {
-        self.state.lock().job_mut(id).cloned()
+        self.state.lock().job_named(id).cloned()
     }
+}
 
-    fn write(&self, change: impl FnOnce(&mut State)) -> Result<(), Refused> {
+impl Ledger for Pages {
+    fn change(&self, change: Change<'_>) -> Result<(), Refused> {
         if *self.full.lock() {
             return Err(Refused("No room for the record".to_owned()));
         }
         change(&mut self.state.lock());
         Ok(())
     }
-}
 
-impl Ledger for Pages {
-    fn add(&self, job: record::Job) -> Result<(), Refused> {
-        self.write(|state| state.jobs.push(job))
-    }
-
-    fn change(&self, id: &str, change: &mut dyn FnMut(&mut record::Job)) -> Result<(), Refused> {
-        self.write(|state| change(state.job_mut(id).unwrap()))
-    }
-
-    fn remove(&self, id: &str, completed: bool) -> Result<(), Refused> {
-        self.write(|state| state.remove_job(id, completed))
+    fn happened(&self, change: Change<'_>) -> Result<(), Refused> {
+        self.change(change)
     }
 }

@@ -5,11 +5,13 @@
 //! name is stable before the replacement is said to be done. [`Folder`] is these steps one by one, so
 //! that tests can stop between them.
 
+use std::ffi::CString;
 use std::fmt::Debug;
-use std::fs::File;
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::fs::{File, Metadata, Permissions};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
+use std::path::Path;
 
 use crate::storage::file::is_memory;
 
@@ -21,8 +23,9 @@ pub trait Folder: Debug + Send + Sync {
     /// What the system reports, as for the other steps.
     fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>>;
 
-    /// Makes the file `name`, for its owner alone, or empties it, and writes `bytes`.
-    fn write(&self, name: &str, bytes: &[u8]) -> io::Result<()>;
+    /// Makes the file `name` anew and writes `bytes`. It has the owner and mode of the file `like`;
+    /// without that one it is for its owner alone.
+    fn write(&self, name: &str, like: &str, bytes: &[u8]) -> io::Result<()>;
 
     /// Makes stable what was written to the file `name`.
     fn sync(&self, name: &str) -> io::Result<()>;
@@ -53,7 +56,7 @@ pub struct NotReplaced {
 pub fn replace(folder: &dyn Folder, name: &str, bytes: &[u8]) -> Result<(), NotReplaced> {
     let beside = format!("{name}.new");
     let prepared = folder
-        .write(&beside, bytes)
+        .write(&beside, name, bytes)
         .and_then(|()| folder.sync(&beside))
         .and_then(|()| folder.rename(&beside, name));
     if let Err(error) = prepared {
@@ -70,28 +73,41 @@ pub fn replace(folder: &dyn Folder, name: &str, bytes: &[u8]) -> Result<(), NotR
     })
 }
 
-/// A folder on the disk.
+/// Whose files are believed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// Those of the user that this process runs as.
+    Own,
+    /// Anybody's: for an operator's tools, and where a file can do no more than refuse a start.
+    Any,
+}
+
+/// A folder on the disk. What is in it is reached through its descriptor, and no symbolic link is
+/// followed: others may have put some there.
 #[derive(Debug)]
 pub struct DiskFolder {
-    path: PathBuf,
-    /// For making names stable.
     folder: File,
+    owner: Owner,
 }
 
 impl DiskFolder {
     /// The folder `path`, which exists.
     ///
     /// # Errors
-    /// When it does not, or cannot be opened.
-    pub fn open(path: &Path) -> io::Result<Self> {
-        let folder = File::open(path)?;
-        if !folder.metadata()?.is_dir() {
-            return Err(io::Error::from_raw_os_error(libc::ENOTDIR));
+    /// When it does not, or cannot be opened, or others could put files in place of those in it.
+    pub fn open(path: &Path, owner: Owner) -> io::Result<Self> {
+        let folder = File::options()
+            .read(true)
+            .custom_flags(libc::O_DIRECTORY)
+            .open(path)?;
+        let mode = folder.metadata()?.mode();
+        if mode & 0o022 != 0 && mode & libc::S_ISVTX == 0 {
+            return Err(not_safe(
+                "others may replace files in it (chmod go-w, or chmod +t where daemons of \
+                 several users share it)",
+            ));
         }
-        Ok(Self {
-            path: path.to_owned(),
-            folder,
-        })
+        Ok(Self { folder, owner })
     }
 
     /// Whether it goes with the host.
@@ -99,33 +115,134 @@ impl DiskFolder {
     pub fn is_memory(&self) -> bool {
         is_memory(&self.folder)
     }
+
+    fn open_at(&self, name: &str, flags: libc::c_int) -> io::Result<File> {
+        let name = CString::new(name)?;
+        // A planted pipe would keep us until somebody writes to it, but for `O_NONBLOCK`.
+        let flags = flags | libc::O_NOFOLLOW | libc::O_CLOEXEC | libc::O_NONBLOCK;
+        let (folder, mode): (_, libc::mode_t) = (self.folder.as_raw_fd(), 0o600);
+        // SAFETY: the name is a string that outlives the call.
+        let fd = unsafe { libc::openat(folder, name.as_ptr(), flags, mode) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: it is a new descriptor that nobody else owns.
+        Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Refuses a file that somebody else may have written.
+    fn check(&self, file: &File) -> io::Result<Metadata> {
+        let metadata = file.metadata()?;
+        if !metadata.is_file() {
+            return Err(not_safe("it is no regular file"));
+        }
+        // SAFETY: the call always succeeds.
+        let own = unsafe { libc::geteuid() };
+        if self.owner == Owner::Own && metadata.uid() != own {
+            return Err(not_safe(&format!(
+                "it belongs to user {}, and this process runs as user {own} (chown it, if what it \
+                 says is to be believed)",
+                metadata.uid()
+            )));
+        }
+        if metadata.mode() & 0o022 != 0 {
+            return Err(not_safe(
+                "others may write it (chmod go-w, if what it says is to be believed)",
+            ));
+        }
+        Ok(metadata)
+    }
+
+    /// The file `name`, made if there is none, to be locked.
+    ///
+    /// # Errors
+    /// When it cannot be opened, or is not this process's own. As for [`Folder::write`] a new one is
+    /// like `like`.
+    pub fn open_lock(&self, name: &str, like: &str) -> io::Result<File> {
+        let made = self.open_at(name, libc::O_RDWR | libc::O_CREAT | libc::O_EXCL);
+        let file = match made {
+            Ok(file) => {
+                self.make_like(&file, like)?;
+                file
+            }
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                self.open_at(name, libc::O_RDWR | libc::O_CREAT)?
+            }
+            Err(error) => return Err(error),
+        };
+        // The number of the process is going to be written to it.
+        if self.check(&file)?.nlink() > 1 {
+            return Err(not_safe("it has another name, too"));
+        }
+        Ok(file)
+    }
+
+    /// Whether `file` is still what the name `name` stands for.
+    ///
+    /// # Errors
+    /// When it cannot be looked at.
+    pub fn has(&self, name: &str, file: &File) -> io::Result<bool> {
+        let now = match self.open_at(name, libc::O_RDONLY) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            now => now?.metadata()?,
+        };
+        let own = file.metadata()?;
+        Ok((now.dev(), now.ino()) == (own.dev(), own.ino()))
+    }
+
+    /// Gives a new file the owner and mode of the file `like`, if there is one.
+    fn make_like(&self, file: &File, like: &str) -> io::Result<()> {
+        let like = match self.open_at(like, libc::O_RDONLY) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            like => self.check(&like?)?,
+        };
+        let own = file.metadata()?;
+        if (own.uid(), own.gid()) != (like.uid(), like.gid()) {
+            fchown(file, Some(like.uid()), Some(like.gid()))?;
+        }
+        file.set_permissions(Permissions::from_mode(like.mode() & 0o644))
+    }
+}
+
+fn not_safe(text: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::PermissionDenied, text)
 }
 
 impl Folder for DiskFolder {
     fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
-        match std::fs::read(self.path.join(name)) {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
+        let mut file = match self.open_at(name, libc::O_RDONLY) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            file => file?,
+        };
+        self.check(&file)?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        Ok(Some(bytes))
     }
 
-    fn write(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
-        let mut file = File::options()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(self.path.join(name))?;
+    fn write(&self, name: &str, like: &str, bytes: &[u8]) -> io::Result<()> {
+        // One that a process has left which was killed, or that somebody has put there.
+        match self.remove(name) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut file = self.open_at(name, libc::O_WRONLY | libc::O_CREAT | libc::O_EXCL)?;
+        self.make_like(&file, like)?;
         file.write_all(bytes)
     }
 
     fn sync(&self, name: &str) -> io::Result<()> {
-        File::open(self.path.join(name))?.sync_all()
+        self.open_at(name, libc::O_RDONLY)?.sync_all()
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        std::fs::rename(self.path.join(from), self.path.join(to))
+        let (from, to) = (CString::new(from)?, CString::new(to)?);
+        let folder = self.folder.as_raw_fd();
+        // SAFETY: the names are strings that outlive the call.
+        match unsafe { libc::renameat(folder, from.as_ptr(), folder, to.as_ptr()) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     fn sync_names(&self) -> io::Result<()> {
@@ -133,6 +250,11 @@ impl Folder for DiskFolder {
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
-        std::fs::remove_file(self.path.join(name))
+        let name = CString::new(name)?;
+        // SAFETY: the name is a string that outlives the call.
+        match unsafe { libc::unlinkat(self.folder.as_raw_fd(), name.as_ptr(), 0) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 }

@@ -7,21 +7,25 @@
 //! - [`Store`]: the file of one daemon, locked, and what it holds
 //!
 //! A change is in the file, and stable, before it is in force: [`Store::change`] fails otherwise
-//! and nothing has changed. `docs/state.md` is the manual.
+//! and nothing has changed. What has happened whether or not it can be recorded
+//! ([`Store::happened`]) is kept in memory until it is in the file, which is with the next change at
+//! the latest that succeeds: no record is ever added to a file that lacks what came before.
+//! `docs/state.md` is the manual.
 
 pub mod folder;
 pub mod record;
 mod text;
+mod upgrade;
 
 use std::fs::{File, TryLockError};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-pub use folder::{DiskFolder, Folder};
+pub use folder::{DiskFolder, Folder, Owner};
 pub use record::State;
 
 /// What the names of state files end with.
@@ -84,44 +88,58 @@ pub enum StateError {
     },
 }
 
+/// What is true, whether or not it is in the file.
+#[derive(Debug)]
+struct Held {
+    state: State,
+    /// The file may have something else.
+    stale: bool,
+}
+
 /// The state of one daemon, in a file that no other process writes.
 #[derive(Debug)]
 pub struct Store {
-    folder: Box<dyn Folder>,
+    folder: Arc<dyn Folder>,
     path: PathBuf,
     name: String,
-    state: Mutex<State>,
-    /// Locked as long as the store is there.
-    _lock: Option<File>,
+    held: Mutex<Held>,
+    /// Held as long as the store is there.
+    lock: Option<Mutex<Lock>>,
 }
 
 impl Store {
     /// The state called `name` in the folder `dir`; an empty one if there is none yet.
     ///
     /// # Errors
-    /// When the folder does not exist, another process uses that state, or it cannot be read.
+    /// When the folder does not exist, another process uses that state, or it cannot be read or
+    /// believed.
     pub fn open(dir: &Path, name: &str) -> Result<Self, StateError> {
-        Self::open_within(dir, name, PATIENCE)
+        Self::open_within(dir, name, Owner::Own, PATIENCE)
     }
 
-    fn open_within(dir: &Path, name: &str, patience: Duration) -> Result<Self, StateError> {
-        let folder = DiskFolder::open(dir).map_err(|error| StateError::Io {
-            what: "opening the folder of the state",
-            path: dir.to_owned(),
-            error: error_text(&error),
-            hint: match error.kind() {
-                io::ErrorKind::NotFound => " (make it, for its owner alone: mkdir -m 700)",
-                _ => "",
-            },
-        })?;
+    /// As [`open`](Self::open), whoever's the state is: for an operator.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open).
+    pub fn open_anybodys(dir: &Path, name: &str) -> Result<Self, StateError> {
+        Self::open_within(dir, name, Owner::Any, PATIENCE)
+    }
+
+    fn open_within(
+        dir: &Path,
+        name: &str,
+        owner: Owner,
+        patience: Duration,
+    ) -> Result<Self, StateError> {
+        let folder = Arc::new(open_folder(dir, owner)?);
         if folder.is_memory() {
             log::warn!(
                 "'{}' is in memory: what is recorded there is gone with the host",
                 dir.display()
             );
         }
-        let lock = lock(dir, name, patience)?;
-        Self::read(Box::new(folder), dir, name, Some(lock))
+        let lock = Lock::take(folder.clone(), dir, name, patience)?;
+        Self::read(folder, dir, name, Some(lock))
     }
 
     /// The state in a folder of any kind.
@@ -129,10 +147,10 @@ impl Store {
     /// # Errors
     /// When it cannot be read.
     fn read(
-        folder: Box<dyn Folder>,
+        folder: Arc<dyn Folder>,
         dir: &Path,
         name: &str,
-        lock: Option<File>,
+        lock: Option<Lock>,
     ) -> Result<Self, StateError> {
         let name = format!("{name}{SUFFIX}");
         let path = dir.join(&name);
@@ -147,8 +165,11 @@ impl Store {
             folder,
             path,
             name,
-            state: Mutex::new(state),
-            _lock: lock,
+            held: Mutex::new(Held {
+                state,
+                stale: false,
+            }),
+            lock: lock.map(Mutex::new),
         })
     }
 
@@ -158,10 +179,10 @@ impl Store {
         &self.path
     }
 
-    /// What is recorded.
+    /// What is recorded, or is to be.
     #[must_use]
     pub fn state(&self) -> State {
-        self.state.lock().clone()
+        self.held.lock().state.clone()
     }
 
     /// Changes what is recorded. When this returns, that is stable.
@@ -169,51 +190,109 @@ impl Store {
     /// # Errors
     /// When it cannot be written: then nothing has changed.
     pub fn change(&self, change: impl FnOnce(&mut State)) -> Result<(), StateError> {
-        let mut state = self.state.lock();
-        let mut changed = state.clone();
+        let mut held = self.held.lock();
+        let mut changed = held.state.clone();
         change(&mut changed);
-        if changed == *state {
+        if changed == held.state {
+            // There is nothing that could be refused.
+            let _ = self.catch_up(&mut held);
             return Ok(());
         }
-        let bytes = text::write(&changed);
-        if let Err(error) = folder::replace(&*self.folder, &self.name, &bytes) {
+        if let Err(error) = self.put(&mut held, &changed) {
             if error.replaced {
                 // The next process must not find what was refused.
-                let before = text::write(&state);
-                if let Err(error) = folder::replace(&*self.folder, &self.name, &before) {
+                let before = held.state.clone();
+                if let Err(error) = self.put(&mut held, &before) {
                     log::error!(
-                        "'{}': taking a change back: {}",
+                        "'{}': taking a change back, which is tried again with the next one: {}",
                         self.path.display(),
                         error.error
                     );
                 }
             }
-            return Err(failed("recording the change in", &self.path, &error.error));
+            return Err(self.not_recorded(&error.error));
         }
-        *state = changed;
+        held.state = changed;
         Ok(())
+    }
+
+    /// Records what has happened, whether or not that can be recorded now.
+    ///
+    /// # Errors
+    /// When it cannot be written: then it is with the next change, or at the end.
+    pub fn happened(&self, change: impl FnOnce(&mut State)) -> Result<(), StateError> {
+        let mut held = self.held.lock();
+        let before = held.state.clone();
+        change(&mut held.state);
+        held.stale |= held.state != before;
+        self.catch_up(&mut held)
+    }
+
+    /// Writes what could not be written when it happened, if there is anything.
+    ///
+    /// # Errors
+    /// When that fails again.
+    pub fn finish(&self) -> Result<(), StateError> {
+        self.catch_up(&mut self.held.lock())
+    }
+
+    fn catch_up(&self, held: &mut Held) -> Result<(), StateError> {
+        if !held.stale {
+            return Ok(());
+        }
+        let state = held.state.clone();
+        let put = self.put(held, &state);
+        put.map_err(|error| self.not_recorded(&error.error))
+    }
+
+    fn put(&self, held: &mut Held, state: &State) -> Result<(), folder::NotReplaced> {
+        let keep = self.lock.as_ref().map_or(Ok(()), |lock| lock.lock().keep());
+        let keep = keep.map_err(|error| folder::NotReplaced {
+            error,
+            replaced: false,
+        });
+        let put =
+            keep.and_then(|()| folder::replace(&*self.folder, &self.name, &text::write(state)));
+        held.stale = match &put {
+            Ok(()) => false,
+            Err(error) => held.stale || error.replaced,
+        };
+        put
+    }
+
+    fn not_recorded(&self, error: &io::Error) -> StateError {
+        failed("recording the change in", &self.path, error)
     }
 }
 
-/// All states in the folder `dir` that can be read, with their names, but for the one called
-/// `but`. Others may change them meanwhile.
+/// What is known of another daemon's state.
+#[derive(Debug)]
+pub struct Neighbour {
+    /// The file.
+    pub path: PathBuf,
+    /// What it records, or why that is not known.
+    pub state: Result<State, StateError>,
+    /// What it has, as it is.
+    pub text: Vec<u8>,
+}
+
+/// All states in the folder `dir` but for the one called `but`. Others may change them meanwhile.
 ///
 /// # Errors
 /// When the folder cannot be read.
-pub fn others(dir: &Path, but: &str) -> Result<Vec<(PathBuf, State)>, StateError> {
-    let names = names(dir)?;
-    let mut found = Vec::new();
-    for name in names.into_iter().filter(|name| name != but) {
+pub fn others(dir: &Path, but: &str) -> Result<Vec<Neighbour>, StateError> {
+    let folder = open_folder(dir, Owner::Any)?;
+    let names = names(dir)?.into_iter().filter(|name| name != but);
+    let found = names.filter_map(|name| {
         let path = dir.join(format!("{name}{SUFFIX}"));
-        match std::fs::read(&path) {
-            Ok(bytes) => match text::parse(&bytes, &path) {
-                Ok(state) => found.push((path, state)),
-                Err(error) => log::warn!("another daemon's state: {error}"),
-            },
-            Err(error) => log::warn!("another daemon's state: '{}': {error}", path.display()),
-        }
-    }
-    Ok(found)
+        let (state, text) = match folder.read(&format!("{name}{SUFFIX}")) {
+            Ok(None) => return None,
+            Ok(Some(text)) => (text::parse(&text, &path), text),
+            Err(error) => (Err(failed("reading", &path, &error)), Vec::new()),
+        };
+        Some(Neighbour { path, state, text })
+    });
+    Ok(found.collect())
 }
 
 /// What the state called `name` in the folder `dir` is at the moment, whoever uses it.
@@ -222,8 +301,24 @@ pub fn others(dir: &Path, but: &str) -> Result<Vec<(PathBuf, State)>, StateError
 /// When it cannot be read.
 pub fn peek(dir: &Path, name: &str) -> Result<State, StateError> {
     let path = dir.join(format!("{name}{SUFFIX}"));
-    let bytes = std::fs::read(&path).map_err(|error| failed("reading", &path, &error))?;
-    text::parse(&bytes, &path)
+    let bytes = open_folder(dir, Owner::Any)?.read(&format!("{name}{SUFFIX}"));
+    let bytes = bytes.and_then(|bytes| bytes.ok_or_else(|| io::ErrorKind::NotFound.into()));
+    text::parse(
+        &bytes.map_err(|error| failed("reading", &path, &error))?,
+        &path,
+    )
+}
+
+fn open_folder(dir: &Path, owner: Owner) -> Result<DiskFolder, StateError> {
+    DiskFolder::open(dir, owner).map_err(|error| StateError::Io {
+        what: "opening the folder of the state",
+        path: dir.to_owned(),
+        error: error_text(&error),
+        hint: match error.kind() {
+            io::ErrorKind::NotFound => " (make it, for its owner alone: mkdir -m 700)",
+            _ => "",
+        },
+    })
 }
 
 /// The names of the states in the folder `dir`.
@@ -260,48 +355,99 @@ fn error_text(error: &io::Error) -> String {
     }
 }
 
-/// Locks the state called `name`, for as long as the file is open. It is a file of its own, since
-/// the state's own is replaced by each change.
-fn lock(dir: &Path, name: &str, patience: Duration) -> Result<File, StateError> {
-    let path = dir.join(format!("{name}.lock"));
-    let cannot = |error: &io::Error| failed("locking", &path, error);
-    let mut file = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&path)
-        .map_err(|error| cannot(&error))?;
-    let deadline = Instant::now() + patience;
-    loop {
-        match file.try_lock() {
-            Ok(()) => break,
-            Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            Err(TryLockError::WouldBlock) => {
-                let mut owner = String::new();
-                // The number is for people: without it the message is as true.
-                let _ = file.read_to_string(&mut owner);
-                return Err(StateError::Locked {
-                    path: dir.join(format!("{name}{SUFFIX}")),
-                    owner: owner.trim().to_owned(),
-                });
-            }
-            Err(TryLockError::Error(error)) => return Err(cannot(&error)),
-        }
-    }
-    let note = file
-        .set_len(0)
-        .and_then(|()| file.rewind())
-        .and_then(|()| writeln!(file, "{}", std::process::id()));
-    // On a full disk the state can be read all the same.
-    if let Err(error) = note {
-        log::warn!("'{}': {error}", path.display());
-    }
-    Ok(file)
+/// The lock of a state. It is a file of its own, since the state's own is replaced by each change.
+#[derive(Debug)]
+struct Lock {
+    folder: Arc<DiskFolder>,
+    /// The name of the file.
+    name: String,
+    /// The name of the state's own file.
+    state: String,
+    file: File,
 }
 
+impl Lock {
+    /// Locks the state called `name`.
+    fn take(
+        folder: Arc<DiskFolder>,
+        dir: &Path,
+        name: &str,
+        patience: Duration,
+    ) -> Result<Self, StateError> {
+        let (name, state) = (format!("{name}.lock"), format!("{name}{SUFFIX}"));
+        let path = dir.join(&name);
+        let cannot = |error: io::Error| failed("locking", &path, &error);
+        let mut file = folder.open_lock(&name, &state).map_err(cannot)?;
+        let deadline = Instant::now() + patience;
+        loop {
+            match file.try_lock() {
+                // Somebody may have removed the file that we have locked.
+                Ok(()) if folder.has(&name, &file).map_err(cannot)? => break,
+                Ok(()) => file = folder.open_lock(&name, &state).map_err(cannot)?,
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                Err(TryLockError::WouldBlock) => {
+                    return Err(StateError::Locked {
+                        path: dir.join(state),
+                        owner: owner(&mut file),
+                    });
+                }
+                Err(TryLockError::Error(error)) => return Err(cannot(error)),
+            }
+        }
+        // On a full disk the state can be read all the same.
+        if let Err(error) = sign(&mut file) {
+            log::warn!("'{}': {error}", path.display());
+        }
+        Ok(Self {
+            folder,
+            name,
+            state,
+            file,
+        })
+    }
+
+    /// Takes the lock again where its file was removed: it keeps nobody out any more.
+    ///
+    /// # Errors
+    /// When another process has it by now.
+    fn keep(&mut self) -> io::Result<()> {
+        if self.folder.has(&self.name, &self.file)? {
+            return Ok(());
+        }
+        let mut file = self.folder.open_lock(&self.name, &self.state)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                return Err(io::Error::other(format!(
+                    "'{}' was removed, and process {} has the state now",
+                    self.name,
+                    owner(&mut file)
+                )));
+            }
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+        sign(&mut file)?;
+        self.file = file;
+        Ok(())
+    }
+}
+
+/// Whose the lock is, for people: without it what is said is as true.
+fn owner(file: &mut File) -> String {
+    let mut owner = String::new();
+    let _ = file.read_to_string(&mut owner);
+    owner.trim().to_owned()
+}
+
+fn sign(file: &mut File) -> io::Result<()> {
+    file.set_len(0)?;
+    file.rewind()?;
+    writeln!(file, "{}", std::process::id())
+}
+
+#[cfg(test)]
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;

@@ -4,6 +4,8 @@
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::storage::{Identity, are_different};
+
 /// All that a daemon records.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -12,6 +14,8 @@ pub struct State {
     pub links: Vec<Link>,
     /// The jobs, in the order of their making.
     pub jobs: Vec<Job>,
+    /// The number of the next job that is added.
+    pub next_job: u64,
     /// Files that could not be made stable.
     pub failed_syncs: Vec<FailedSync>,
 }
@@ -54,12 +58,16 @@ pub struct Header {
 pub struct Link {
     /// The image.
     pub node: Node,
+    /// The image's file.
+    pub identity: Identity,
     /// What its header says since then.
     pub header: Option<Header>,
     /// What lies under it.
     pub below: Option<Below>,
     /// The names of nodes that were under it before: they need not exist any longer.
     pub released: Vec<String>,
+    /// The files of images that were under it before.
+    pub released_files: Vec<String>,
 }
 
 /// What a job does about an I/O error.
@@ -94,6 +102,8 @@ pub enum IoStatus {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Job {
+    /// No other record has it, or had it.
+    pub number: u64,
     /// Its name.
     pub id: String,
     /// What it does.
@@ -136,6 +146,8 @@ pub enum Work {
 pub struct Stream {
     /// The image streamed into.
     pub target: Node,
+    /// The file of the image streamed into.
+    pub identity: Identity,
     /// The one to stop above; none for the whole chain.
     pub base: Option<Node>,
     /// What to write into the header, where the base's own name is not wanted.
@@ -150,8 +162,6 @@ pub struct Stream {
 pub struct Commit {
     /// What lies under the image then.
     pub link: Link,
-    /// The options of the image say otherwise: they have to be told when the job is gone, too.
-    pub keep: bool,
     /// The header has been changed: what it says now is the result's.
     pub done: bool,
 }
@@ -174,31 +184,61 @@ pub struct End {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct FailedSync {
-    /// The file's path.
+    /// The path that the file had.
     pub file: String,
+    /// The file.
+    pub identity: Identity,
     /// The system's error number.
     pub errno: i32,
     /// When that was, in seconds since 1970.
     pub at: u64,
 }
 
+impl Job {
+    /// Its result, if it has one that is recorded, is in force.
+    pub fn in_force(&mut self) {
+        if let Some(commit) = &mut self.commit {
+            commit.done = true;
+        }
+    }
+}
+
 impl State {
-    /// The record of a job.
-    pub fn job_mut(&mut self, id: &str) -> Option<&mut Job> {
+    /// Adds a job, and returns the number that it gets.
+    ///
+    /// # Errors
+    /// When one of its name is there.
+    pub fn add_job(&mut self, job: Job) -> Result<u64, String> {
+        if self.job_named(&job.id).is_some() {
+            return Err(format!("A job '{}' is recorded already", job.id));
+        }
+        let number = self.next_job;
+        self.next_job += 1;
+        self.jobs.push(Job { number, ..job });
+        Ok(number)
+    }
+
+    /// The record of the job with this number.
+    pub fn job_mut(&mut self, number: u64) -> Option<&mut Job> {
+        self.jobs.iter_mut().find(|job| job.number == number)
+    }
+
+    /// The record of the job of this name.
+    pub fn job_named(&mut self, id: &str) -> Option<&mut Job> {
         self.jobs.iter_mut().find(|job| job.id == id)
     }
 
-    /// Forgets a job. What lies under the image of one that has `completed` stays recorded where
-    /// the image's options would say otherwise.
-    pub fn remove_job(&mut self, id: &str, completed: bool) {
-        let Some(at) = self.jobs.iter().position(|job| job.id == id) else {
+    /// Forgets a job. What lies under the image of one that has `completed` stays recorded: options
+    /// of a later process may say otherwise, whatever those of this one say.
+    pub fn remove_job(&mut self, number: u64, completed: bool) {
+        let Some(at) = self.jobs.iter().position(|job| job.number == number) else {
             return;
         };
         let job = self.jobs.remove(at);
         if let Some(commit) = job.commit.filter(|_| completed) {
             let file = &commit.link.node.file;
             self.links.retain(|other| other.node.file != *file);
-            self.links.extend(commit.keep.then_some(commit.link));
+            self.links.push(commit.link);
         }
     }
 }

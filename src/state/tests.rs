@@ -7,86 +7,12 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
-use std::sync::Arc;
 
 use serde_json::{Value, json};
 
 use super::record::*;
+use super::testing::*;
 use super::*;
-
-/// A step of a replacement.
-#[derive(Clone, Debug)]
-enum Step {
-    Write(String, Vec<u8>),
-    Sync(String),
-    Rename(String, String),
-    SyncNames,
-    Remove(String),
-}
-
-/// A folder in memory that remembers its steps, and fails at one of them.
-#[derive(Clone, Debug, Default)]
-struct Steps(Arc<Mutex<Memory>>);
-
-#[derive(Debug, Default)]
-struct Memory {
-    files: BTreeMap<String, Vec<u8>>,
-    steps: Vec<Step>,
-    fail: Option<usize>,
-}
-
-impl Steps {
-    fn step(&self, step: Step) -> io::Result<()> {
-        let mut memory = self.0.lock();
-        let number = memory.steps.len();
-        memory.steps.push(step.clone());
-        let fails = memory.fail == Some(number);
-        match step {
-            // A part of it may get there.
-            Step::Write(name, mut bytes) => {
-                bytes.truncate(if fails { bytes.len() / 2 } else { bytes.len() });
-                memory.files.insert(name, bytes);
-            }
-            _ if fails => {}
-            Step::Rename(from, to) => {
-                let bytes = memory.files.remove(&from).unwrap();
-                memory.files.insert(to, bytes);
-            }
-            Step::Remove(name) => drop(memory.files.remove(&name)),
-            Step::Sync(_) | Step::SyncNames => {}
-        }
-        match fails {
-            true => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
-            false => Ok(()),
-        }
-    }
-}
-
-impl Folder for Steps {
-    fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
-        Ok(self.0.lock().files.get(name).cloned())
-    }
-
-    fn write(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
-        self.step(Step::Write(name.to_owned(), bytes.to_vec()))
-    }
-
-    fn sync(&self, name: &str) -> io::Result<()> {
-        self.step(Step::Sync(name.to_owned()))
-    }
-
-    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        self.step(Step::Rename(from.to_owned(), to.to_owned()))
-    }
-
-    fn sync_names(&self) -> io::Result<()> {
-        self.step(Step::SyncNames)
-    }
-
-    fn remove(&self, name: &str) -> io::Result<()> {
-        self.step(Step::Remove(name.to_owned()))
-    }
-}
 
 /// A disk: what is stable, and what is not yet.
 #[derive(Clone, Default)]
@@ -174,15 +100,19 @@ fn link() -> Link {
             },
             open_as: "/disks/base.raw".to_owned(),
         }),
+        identity: [7, 1_795_424_733_000_000_000],
         released: vec!["n1".to_owned()],
+        released_files: vec!["/disks/mid.qcow2".to_owned()],
     }
 }
 
 fn job(id: &str) -> Job {
     Job {
+        number: u64::from(id == "k"),
         id: id.to_owned(),
         work: Work::Stream(Stream {
             target: node("/disks/top.qcow2"),
+            identity: [7, 1_795_424_733_000_000_000],
             base: None,
             backing_file: Some("base.raw".to_owned()),
             compress: true,
@@ -198,7 +128,6 @@ fn job(id: &str) -> Job {
         finalized: false,
         commit: Some(Commit {
             link: link(),
-            keep: true,
             done: false,
         }),
         end: Some(End {
@@ -214,8 +143,10 @@ fn state() -> State {
     State {
         links: vec![link()],
         jobs: vec![job("j"), job("k")],
+        next_job: 2,
         failed_syncs: vec![FailedSync {
             file: "/disks/top.qcow2".to_owned(),
+            identity: [0, 0],
             errno: 5,
             at: 1_795_424_733,
         }],
@@ -227,7 +158,7 @@ fn path() -> &'static Path {
 }
 
 fn store(steps: &Steps) -> Store {
-    Store::read(Box::new(steps.clone()), Path::new("/state"), "d", None).unwrap()
+    steps.store()
 }
 
 #[test]
@@ -350,7 +281,7 @@ fn versions_before_are_read_through_all_between() {
     assert!(read(4, json!(1)).unwrap_err().contains("version 4"));
     assert!(read(0, json!(1)).unwrap_err().contains("no version"));
     // What this program writes it reads without any of them.
-    assert_eq!(text::VERSION, 1);
+    assert_eq!(text::VERSION, 2);
 }
 
 #[test]
@@ -365,14 +296,15 @@ fn damage_is_told_and_nothing_is_dropped() {
         damaged.push(bytes);
     }
     damaged.push(written(1, &json!({"links": [], "jobs": []})));
+    damaged.push(written(2, &json!({"links": [], "jobs": []})));
     let mut more = serde_json::to_value(State::default()).unwrap();
     more["more"] = json!(1);
-    damaged.push(written(1, &more));
+    damaged.push(written(2, &more));
     for bytes in damaged {
         match text::parse(&bytes, path()) {
             // White space is no part of it.
             Ok(found) => assert_eq!(found, state()),
-            Err(StateError::Newer { found, .. }) => assert_eq!(found, 0),
+            Err(StateError::Newer { found, .. }) => assert!(found > text::VERSION),
             Err(error) => {
                 let words = error.to_string();
                 assert!(words.contains("/state/d.state"), "{words}");
@@ -395,7 +327,7 @@ fn a_damaged_file_stays_as_it_is() {
 #[test]
 fn one_process_has_a_state_and_others_have_theirs() {
     let dir = tempfile::tempdir().unwrap();
-    let open = |name| Store::open_within(dir.path(), name, Duration::ZERO);
+    let open = |name| Store::open_within(dir.path(), name, Owner::Own, Duration::ZERO);
     let first = open("d").unwrap();
     first.change(|now| *now = state()).unwrap();
     let error = open("d").unwrap_err().to_string();
@@ -407,7 +339,9 @@ fn one_process_has_a_state_and_others_have_theirs() {
     second.change(|now| now.jobs.push(job("k"))).unwrap();
     assert_eq!(names(dir.path()).unwrap(), ["d", "other"]);
     let others = others(dir.path(), "other").unwrap();
-    assert_eq!(others, [(dir.path().join("d.state"), state())]);
+    let others = others.into_iter().map(|other| (other.path, other.state));
+    let wanted = (dir.path().join("d.state"), Ok(state()));
+    assert_eq!(others.collect::<Vec<_>>(), [wanted]);
     drop(first);
     assert_eq!(open("d").unwrap().state(), state());
     for name in ["d.state", "d.lock"] {
@@ -431,4 +365,157 @@ fn a_folder_that_is_missing_is_not_made() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("Not a directory"), "{error}");
+}
+
+/// What version 1 has written, of every kind of record.
+#[test]
+fn version_1_is_read() {
+    let bytes = include_bytes!("fixtures/version1.json");
+    let mut wanted = state();
+    let link = |link: &mut Link| {
+        link.identity = [0, 0];
+        link.released_files.clear();
+    };
+    wanted.links.iter_mut().for_each(link);
+    for job in &mut wanted.jobs {
+        link(&mut job.commit.as_mut().unwrap().link);
+        let Work::Stream(stream) = &mut job.work;
+        stream.identity = [0, 0];
+    }
+    assert_eq!(text::parse(bytes, path()).unwrap(), wanted);
+}
+
+#[test]
+fn what_has_happened_is_written_as_soon_as_it_can_be() {
+    let steps = Steps::default();
+    let store = store(&steps);
+    store.change(|now| *now = state()).unwrap();
+    steps.set_full(true);
+    store.happened(|now| now.remove_job(0, true)).unwrap_err();
+    store.change(|now| now.failed_syncs.clear()).unwrap_err();
+    let mut wanted = state();
+    wanted.remove_job(0, true);
+    assert_eq!(store.state(), wanted);
+    assert_eq!(super::tests::store(&steps).state(), state());
+    steps.set_full(false);
+    let job = Job {
+        id: "l".to_owned(),
+        ..job("j")
+    };
+    store.change(|now| drop(now.add_job(job.clone()))).unwrap();
+    wanted.add_job(job).unwrap();
+    assert_eq!(super::tests::store(&steps).state(), wanted);
+    // Without another change it is at the end.
+    steps.set_full(true);
+    store.happened(|now| now.jobs.clear()).unwrap_err();
+    steps.set_full(false);
+    store.finish().unwrap();
+    assert!(super::tests::store(&steps).state().jobs.is_empty());
+}
+
+#[test]
+fn a_change_that_could_not_be_taken_back_is_with_the_next_one() {
+    for next in [false, true] {
+        let steps = Steps::default();
+        let store = store(&steps);
+        store.change(|now| *now = state()).unwrap();
+        {
+            // The new text has the name, and nothing can be done about it.
+            let mut memory = steps.0.lock();
+            memory.steps.clear();
+            memory.fail_from = Some(3);
+        }
+        store.change(|now| now.jobs.clear()).unwrap_err();
+        assert_eq!(store.state(), state());
+        assert!(super::tests::store(&steps).state().jobs.is_empty());
+        steps.0.lock().fail_from = None;
+        match next {
+            true => store.change(|_| ()).unwrap(),
+            false => store.finish().unwrap(),
+        }
+        assert_eq!(super::tests::store(&steps).state(), state());
+    }
+}
+
+#[test]
+fn a_lock_whose_file_was_removed_is_taken_again_or_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let open = || Store::open_within(dir.path(), "d", Owner::Own, Duration::ZERO);
+    let remove = || std::fs::remove_file(dir.path().join("d.lock")).unwrap();
+    let first = open().unwrap();
+    remove();
+    first.change(|now| *now = state()).unwrap();
+    let locked = open().unwrap_err();
+    assert!(matches!(locked, StateError::Locked { .. }), "{locked}");
+    remove();
+    let second = open().unwrap();
+    let error = first.change(|now| now.jobs.clear()).unwrap_err();
+    assert!(error.to_string().contains("has the state now"), "{error}");
+    assert_eq!(second.state(), state());
+    second.change(|now| now.links.clear()).unwrap();
+}
+
+/// A file that somebody else has, and that is not to be touched.
+fn victim(dir: &Path) -> PathBuf {
+    let path = dir.join("victim");
+    std::fs::write(&path, "mine").unwrap();
+    path
+}
+
+#[test]
+fn what_others_have_planted_is_neither_followed_nor_believed() {
+    use std::os::unix::fs::{chown, symlink};
+
+    let dir = tempfile::tempdir().unwrap();
+    let victim = victim(dir.path());
+    let path = |name: &str| dir.path().join(name);
+    let open = || Store::open_within(dir.path(), "d", Owner::Own, Duration::ZERO);
+    let refused = |word: &str| {
+        let error = open().unwrap_err().to_string();
+        assert!(error.contains(word), "{error}");
+    };
+    let mode = |path: &Path, mode| {
+        let mode = std::fs::Permissions::from_mode(mode);
+        std::fs::set_permissions(path, mode).unwrap();
+    };
+    for name in ["d.lock", "d.state"] {
+        symlink(&victim, path(name)).unwrap();
+        refused("symbolic links");
+        std::fs::remove_file(path(name)).unwrap();
+    }
+    std::fs::remove_file(path("d.lock")).unwrap();
+    std::fs::hard_link(&victim, path("d.lock")).unwrap();
+    refused("another name");
+    std::fs::remove_file(path("d.lock")).unwrap();
+    symlink(&victim, path("d.state.new")).unwrap();
+    open().unwrap().change(|now| *now = state()).unwrap();
+    assert_eq!(std::fs::read(&victim).unwrap(), b"mine");
+    assert_eq!(open().unwrap().state(), state());
+
+    for bad in [0o606, 0o660] {
+        mode(&path("d.state"), bad);
+        refused("others may write it");
+    }
+    mode(&path("d.state"), 0o640);
+    for bad in [0o777, 0o770] {
+        mode(dir.path(), bad);
+        refused("others may replace files in it");
+    }
+    mode(dir.path(), 0o1777);
+    open().unwrap();
+    // SAFETY: the call always succeeds.
+    if unsafe { libc::geteuid() } != 0 {
+        return;
+    }
+    chown(path("d.state"), Some(12345), Some(54321)).unwrap();
+    refused("belongs to user 12345");
+    // An operator's change leaves it to its owner.
+    let store = Store::open_anybodys(dir.path(), "d").unwrap();
+    store.change(|now| now.jobs.clear()).unwrap();
+    let now = std::fs::metadata(path("d.state")).unwrap();
+    use std::os::unix::fs::MetadataExt;
+    assert_eq!(
+        (now.uid(), now.gid(), now.mode() & 0o777),
+        (12345, 54321, 0o640)
+    );
 }

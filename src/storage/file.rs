@@ -14,7 +14,7 @@ use std::time::UNIX_EPOCH;
 use io_uring::{opcode, types};
 
 use super::locking::{Access, ImageLock};
-use super::{Limits, Op, Storage, Submission, Syncs};
+use super::{Identity, Limits, Op, Storage, Submission, Syncs};
 use crate::reactor::{Reactor, Token};
 
 /// How to open a file.
@@ -209,6 +209,19 @@ fn identity(file: &File) -> io::Result<(u64, u64)> {
     })
 }
 
+/// What tells a file from a copy of it that has taken its place, as [`Storage::identity`] says it.
+#[must_use]
+pub fn identity_of(metadata: &Metadata) -> Option<Identity> {
+    if !metadata.is_file() {
+        return None;
+    }
+    // Not every file system has it.
+    let birth = metadata.created().ok();
+    let birth = birth.and_then(|birth| birth.duration_since(UNIX_EPOCH).ok());
+    let birth = birth.and_then(|birth| u64::try_from(birth.as_nanos()).ok());
+    Some([metadata.ino(), birth.unwrap_or_default()])
+}
+
 fn zero_mode(unmap: bool) -> i32 {
     if unmap {
         libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE
@@ -327,16 +340,11 @@ impl Storage for FileStorage {
         Ok(Arc::new(storage))
     }
 
-    fn identity(&self) -> Option<[u64; 2]> {
+    fn identity(&self) -> Option<Identity> {
         if self.block_device {
             return None;
         }
-        let metadata = self.file.metadata().ok()?;
-        // Not every file system has it.
-        let birth = metadata.created().ok();
-        let birth = birth.and_then(|birth| birth.duration_since(UNIX_EPOCH).ok());
-        let birth = birth.and_then(|birth| u64::try_from(birth.as_nanos()).ok());
-        Some([metadata.ino(), birth.unwrap_or_default()])
+        identity_of(&self.file.metadata().ok()?)
     }
 
     fn syncs(&self) -> Option<&Arc<Syncs>> {

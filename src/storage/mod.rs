@@ -91,6 +91,17 @@ pub struct Limits {
     pub zero_past_end: bool,
 }
 
+/// Inode and time of birth of a file, in nanoseconds since 1970. Zeros, where they are written down:
+/// not known.
+pub type Identity = [u64; 2];
+
+/// Whether these are two files for sure.
+#[must_use]
+pub fn are_different(one: Identity, other: Identity) -> bool {
+    let known = |identity: Identity| identity != Identity::default();
+    known(one) && known(other) && one != other
+}
+
 /// A place that holds the bytes of one layer.
 #[allow(clippy::len_without_is_empty)] // An empty file is nothing special.
 pub trait Storage: Send + Sync + std::fmt::Debug {
@@ -156,7 +167,7 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
 
     /// What tells the file from a copy of it that has taken its place: inode and time of birth.
     /// `None`: it is no file of its own, or there is no telling.
-    fn identity(&self) -> Option<[u64; 2]> {
+    fn identity(&self) -> Option<Identity> {
         None
     }
 

@@ -24,7 +24,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::{Arc, LazyLock, Weak};
 use std::time::SystemTime;
 
-use super::Storage;
+use super::file::identity_of;
+use super::{Identity, Storage, are_different};
 use crate::error::SyncFailure;
 use crate::sync::{AsyncMutex, Mutex};
 
@@ -47,6 +48,8 @@ struct State {
     /// The latest one that succeeded.
     succeeded: u64,
     failure: Option<SyncFailure>,
+    /// The file; zeros where that is not known.
+    identity: Identity,
 }
 
 /// Is told of a failure that stays.
@@ -60,6 +63,8 @@ struct Registry {
     /// Of storages that name no [`Syncs`], by address: no other storage has it while the entry is
     /// there.
     others: HashMap<usize, (Weak<dyn Storage>, Arc<Syncs>)>,
+    /// Failures of files that have not been seen yet.
+    waiting: Vec<(SyncFailure, Identity)>,
     listener: Option<Arc<Listener>>,
 }
 
@@ -103,21 +108,53 @@ impl Syncs {
             .entry(key)
             .or_insert_with(|| Self::new(false))
             .clone();
+        let identity = identity_of(metadata).unwrap_or_default();
+        let is_it = |(_, other): &mut (SyncFailure, Identity)| {
+            identity != Identity::default() && *other == identity
+        };
+        let kept = registry.waiting.extract_if(.., is_it).last();
         drop(registry);
-        syncs.state.lock().page_cache |= page_cache;
+        if let Some((failure, _)) = &kept {
+            log::error!("{failure}");
+        }
+        let mut state = syncs.state.lock();
+        state.page_cache |= page_cache;
+        state.identity = identity;
+        if let Some((failure, _)) = kept {
+            state.failure.get_or_insert(failure);
+        }
+        drop(state);
         syncs
     }
 
-    /// From now on the file named in `failure` has failed, as an earlier process found.
-    ///
-    /// # Errors
-    /// When it cannot be looked at: there is no such file, perhaps.
-    pub fn keep(failure: SyncFailure) -> io::Result<()> {
-        let metadata = std::fs::metadata(&failure.file)?;
+    /// From now on the file named in `failure` has failed, as an earlier process found. Where
+    /// `identity` is known that is the file, whatever its path: until it is opened, the failure
+    /// [waits](Self::waiting).
+    pub fn keep(failure: SyncFailure, identity: Identity) {
+        let metadata = std::fs::metadata(&failure.file).ok();
+        let found = metadata.filter(|metadata| {
+            let now = identity_of(metadata).unwrap_or_default();
+            !are_different(now, identity)
+        });
+        let Some(metadata) = found else {
+            return REGISTRY.lock().waiting.push((failure, identity));
+        };
+        log::error!("{failure}");
         // Kept in the registry by the failure itself.
         let syncs = Self::of_file(&metadata, false);
         syncs.state.lock().failure = Some(failure);
-        Ok(())
+    }
+
+    /// Failures of an earlier process whose files were not opened yet.
+    #[must_use]
+    pub fn waiting() -> Vec<(SyncFailure, Identity)> {
+        REGISTRY.lock().waiting.clone()
+    }
+
+    /// The file, by what tells it from others; zeros where that is not known.
+    #[must_use]
+    pub fn identity(&self) -> Identity {
+        self.state.lock().identity
     }
 
     /// Those of a storage. One that does not say which they are counts as a file of its own,
@@ -404,7 +441,7 @@ mod tests {
             errno: libc::EIO,
             at: UNIX_EPOCH + Duration::from_secs(951_782_400),
         };
-        Syncs::keep(failure.clone()).unwrap();
+        Syncs::keep(failure.clone(), [0, 0]);
         for direct in [false, true] {
             let flags = OpenFlags {
                 writable: true,
@@ -424,11 +461,20 @@ mod tests {
         let flags = OpenFlags::default();
         let storage = FileStorage::open(&path, flags).unwrap();
         storage.syncs().unwrap().clear().unwrap();
-        let missing = SyncFailure {
-            file: dir.path().join("missing").display().to_string(),
+        // One that is not there has it as soon as it is opened, under any path.
+        let identity = storage.identity().unwrap_or_default();
+        let moved = SyncFailure {
+            file: dir.path().join("moved").display().to_string(),
             ..failure
         };
-        Syncs::keep(missing).unwrap_err();
+        Syncs::keep(moved.clone(), identity);
+        assert!(Syncs::waiting().contains(&(moved.clone(), identity)));
+        if identity != [0, 0] {
+            let storage = FileStorage::open(&path, flags).unwrap();
+            assert_eq!(storage.syncs().unwrap().failure(), Some(moved.clone()));
+            assert!(!Syncs::waiting().contains(&(moved, identity)));
+            storage.syncs().unwrap().clear().unwrap();
+        }
         Reactor::leave_thread();
     }
 }

@@ -212,3 +212,65 @@ fn that_is_slow_at_the_end_is_waited_for() -> Res<()> {
     }
     Ok(())
 }
+
+/// What the state in the folder `state` records of failed flushes.
+fn recorded(dir: &Path) -> Res<Vec<Value>> {
+    let text = fs::read(dir.join("state/disk.state"))?;
+    let state: Value = serde_json::from_slice(&text)?;
+    let failed = state["state"]["failed-syncs"].as_array();
+    Ok(failed.ok_or("no list of failed syncs")?.clone())
+}
+
+/// A folder for the state, and the words that name it.
+fn with_state(setup: &mut Setup, dir: &Path) -> Res<()> {
+    use std::os::unix::fs::DirBuilderExt;
+
+    let state = dir.join("state");
+    fs::DirBuilder::new().mode(0o700).create(&state)?;
+    setup.extra = vec!["--state".to_owned(), images::text(&state)?.to_owned()];
+    Ok(())
+}
+
+#[test]
+fn at_the_end_is_recorded_before_the_process_is_gone() -> Res<()> {
+    let dir = tempfile::tempdir_in("/dev/shm")?;
+    let image = dir.path().join("disk");
+    images::create(&image, SIZE, "cluster_size=64k", None)?;
+    let mut setup = Setup::new(dir.path(), &[(image.clone(), "qcow2")]);
+    with_state(&mut setup, dir.path())?;
+    let mut daemon = setup.start(&program(dir.path())?, dir.path(), None)?;
+    let mut frontend = daemon.connect(&setup.socket, 1, 16, 8192)?;
+    assert_eq!(frontend.queues[0].run(&Op::write(0, &[(0, 4096)]))?, OK);
+    fs::write(fail_file(dir.path()), "")?;
+    assert_eq!(daemon.terminate()?.code(), Some(1), "{}", daemon.log());
+    let failed = recorded(dir.path())?;
+    assert_eq!(failed.len(), 1, "{failed:?}");
+    assert_eq!(failed[0]["file"], json!(images::text(&image)?));
+    Ok(())
+}
+
+#[test]
+fn while_the_daemon_starts_is_recorded() -> Res<()> {
+    let dir = tempfile::tempdir_in("/dev/shm")?;
+    let image = dir.path().join("disk");
+    images::create(&image, SIZE, "cluster_size=64k", None)?;
+    let mut setup = Setup::new(dir.path(), &[(image.clone(), "qcow2")]);
+    with_state(&mut setup, dir.path())?;
+    // A journal is announced in the header, and that is made stable before anybody connects.
+    let journal = dir.path().join("journal");
+    fs::create_dir(&journal)?;
+    setup
+        .extra
+        .extend(["--journal".to_owned(), images::text(&journal)?.to_owned()]);
+    let program = program(dir.path())?;
+    fs::write(fail_file(dir.path()), "")?;
+    // It may serve what can be read, or not start at all.
+    let mut daemon = setup.start(&program, dir.path(), None)?;
+    match daemon.qmp(setup.qmp.as_ref().ok_or("no control socket")?) {
+        Ok(_) => drop(daemon.terminate()?),
+        Err(error) => assert!(daemon.log().contains("a flush failed"), "{error}"),
+    }
+    assert!(!fail_file(dir.path()).exists(), "no sync was tried");
+    assert_eq!(recorded(dir.path())?.len(), 1);
+    Ok(())
+}

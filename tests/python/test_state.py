@@ -6,72 +6,25 @@ or never; a start that guesses where the record and the command line differ; a
 failed flush that is forgotten; records of two daemons in one file.
 """
 
-import json
+import os
 import shutil
 import subprocess
 import time
-import zlib
 
 import pytest
 
 from harness import images
 from harness.daemon import blockdev, default_control, export
 from harness.images import MIB
+from harness.lives import Lives, stream
 from harness.scene import SLOW, make_scene, serve
 
 pytestmark = pytest.mark.beyond_qsd("has no --state")
 
 
-class Lives:
-    """One daemon, killed and started again with the same words."""
-
-    def __init__(self, daemon, scene, folder):
-        self.daemon = daemon
-        self.scene = scene
-        self.folder = folder
-        self.folder.mkdir()
-        self.words = [*scene.words, "--state", folder]
-
-    def begin(self, *words):
-        self.daemon.start(*(words or self.words))
-        return self.daemon.qmp()
-
-    def kill(self):
-        self.daemon.kill()
-        for layer in self.scene.layers:
-            images.let_go(layer)
-
-    def again(self):
-        self.kill()
-        return self.begin()
-
-    def file(self, name="drive0"):
-        return self.folder / f"{name}.state"
-
-    def record(self):
-        return json.loads(self.file().read_text())["state"]
-
-    def write(self, state):
-        """Write a state as the daemon would."""
-        text = json.dumps(state, separators=(",", ":"), ensure_ascii=False)
-        whole = {"stratablk-state": 1, "crc32": f"{zlib.crc32(text.encode()):08x}", "state": state}
-        self.file().write_text(json.dumps(whole))
-
-    def refused(self, *words):
-        """A start that fails; returns what it says."""
-        command = [self.daemon.binary, *map(str, words)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 1, done
-        return done.stderr
-
-
 @pytest.fixture
 def lives(daemon, tmp_path, seed):
     return Lives(daemon, make_scene(tmp_path / "chain", seed=seed), tmp_path / "state")
-
-
-def stream(qmp, **words):
-    qmp.cmd("block-stream", device="n2", job_id="j", **words)
 
 
 def ended(qmp):
@@ -227,8 +180,9 @@ def committed(lives, qmp, done=False):
     lives.kill()
     [job] = state["jobs"]
     target = job["work"]["target"]
-    link = {"node": target, "header": None, "below": None, "released": ["n0", "n1"]}
-    job["commit"] = {"link": link, "keep": True, "done": done}
+    link = {"node": target, "identity": job["work"]["identity"], "header": None, "below": None}
+    link |= {"released": ["n0", "n1"], "released-files": []}
+    job["commit"] = {"link": link, "done": done}
     lives.write(state)
 
 
@@ -301,7 +255,7 @@ def test_a_result_that_was_not_put_in_force_is_none(lives):
     pristine = lives.folder / "pristine"
     shutil.copy(lives.scene.top, pristine)
     committed(lives, lives.begin())
-    shutil.move(pristine, lives.scene.top)
+    shutil.copyfile(pristine, lives.scene.top)
     qmp = lives.begin()
     qmp.poll("pending", lambda: qmp.job("j")["status"] == "pending")
     nothing_more(qmp)
@@ -416,13 +370,14 @@ def test_a_name_of_its_own_for_each_daemon(lives, tmp_path):
     assert qmp.job("j")["speed"] == SLOW
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"stratablk-state": 2, "more": []}'])
+@pytest.mark.parametrize("text", ["", "{", '{"stratablk-state": 3, "more": []}'])
 def test_a_file_that_is_not_understood_is_kept(lives, text):
     lives.file().write_text(text)
+    lives.file().chmod(0o600)
     said = lives.refused(*lives.words)
     assert str(lives.file()) in said and "remove" in said
-    if "2" in text:
-        assert "version 2" in said and "version 1" in said
+    if "3" in text:
+        assert "version 3" in said and "version 2" in said
     assert lives.file().read_text() == text
 
 
@@ -449,8 +404,8 @@ def test_a_command_that_cannot_be_recorded_fails(daemon, tmp_path, seed, small_d
 
 def mark(lives, layer):
     """Record that a flush of a layer's file has failed."""
-    failed = {"file": str(layer), "errno": 5, "at": 1795424733}
-    lives.write({"links": [], "jobs": [], "failed-syncs": [failed]})
+    failed = {"file": str(layer), "identity": [0, 0], "errno": 5, "at": 1795424733}
+    lives.write({"links": [], "jobs": [], "next-job": 0, "failed-syncs": [failed]})
 
 
 def control(*words):
@@ -486,3 +441,46 @@ def test_a_failed_flush_is_cleared_without_a_daemon(lives):
     qmp = lives.begin()
     stream(qmp)
     qmp.complete("j")
+
+
+def test_a_damaged_neighbour_keeps_no_failed_flush_from_being_cleared(lives):
+    mark(lives, lives.scene.top)
+    neighbour = lives.file("a")
+    neighbour.write_text("{")
+    neighbour.chmod(0o600)
+    done = control("image", "clear-error", lives.scene.top, "--state", lives.folder)
+    assert done.returncode != 0 and str(neighbour) in done.stderr, done
+    assert "Input/output error" in done.stdout, done
+    assert lives.record()["failed-syncs"] == []
+
+
+def test_a_failed_flush_is_cleared_by_root_for_another_user(lives):
+    mark(lives, lives.scene.top)
+    os.chown(lives.file(), 12345, 12345)
+    done = control("image", "clear-error", lives.scene.top, "--state", lives.folder)
+    assert done.returncode == 0, done
+    for file in (lives.file(), lives.folder / "drive0.lock"):
+        assert (file.stat().st_uid, file.stat().st_mode & 0o777) == (12345, 0o600), file
+
+
+@pytest.mark.parametrize("text", ["{", '{"stratablk-state": 99}'])
+def test_a_neighbour_that_may_be_about_the_same_images_is_not_passed_over(lives, text):
+    neighbour = lives.file("a")
+    neighbour.write_text(text + f" of {lives.scene.layers[0]}")
+    neighbour.chmod(0o600)
+    said = lives.refused()
+    assert str(neighbour) in said and str(lives.scene.layers[0]) in said, said
+    neighbour.write_text(text + " of something else")
+    lives.begin()
+    assert "another daemon's state" in lives.daemon.read_log()
+
+
+def test_a_neighbour_that_records_the_same_image_under_another_path_is_heard(lives):
+    qmp = lives.begin()
+    stream(qmp, speed=SLOW)
+    lives.kill()
+    other = lives.folder.parent / "other"
+    other.symlink_to(lives.scene.folder)
+    layers = [other / layer.name for layer in lives.scene.layers]
+    words = [*serve(layers, lives.scene.folder), "--state", lives.folder]
+    assert "--state-name=drive0" in lives.refused(*words, "--state-name", "second")

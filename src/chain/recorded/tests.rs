@@ -61,6 +61,7 @@ impl Bed {
         RecordedLink {
             format: "qcow2".to_owned(),
             file: text("top"),
+            identity: [0, 0],
             header: below.map(|(file, _)| header(file)),
             certain: true,
             below: below.map(|(file, name)| RecordedNode {

@@ -4,6 +4,7 @@ use crate::ctl::Failure;
 use crate::error::{Error, errno_text};
 use crate::state::record::FailedSync;
 use crate::state::{self, StateError, Store};
+use crate::storage::file::identity_of;
 use clap::Args;
 use serde_json::{Value, json};
 use std::io::Write;
@@ -38,42 +39,70 @@ pub fn run(args: &ClearErrorArgs, json: bool, out: &mut dyn Write) -> Result<(),
         Some(name) => vec![name.clone()],
         None => state::names(&args.state).map_err(cannot)?,
     };
-    let concerns = |failed: &FailedSync| is_same(Path::new(&failed.file), &args.file);
     let mut cleared = Vec::new();
+    let mut failures = Vec::new();
     for name in names {
-        if !state::peek(&args.state, &name)
-            .map_err(cannot)?
-            .failed_syncs
-            .iter()
-            .any(concerns)
-        {
-            continue;
+        // One that is damaged does not keep the others from being cleared.
+        match clear(args, &name) {
+            Ok(list) => cleared.extend(list),
+            Err(error) => failures.push(error),
         }
-        let store = Store::open(&args.state, &name).map_err(|error| match error {
-            StateError::Locked { .. } => Error::Busy(format!(
-                "the daemon that uses '{name}' in '{}' runs: use 'stratactl clear-sync-error'",
+    }
+    tell(&cleared, args.quiet, json, out)?;
+    let Some(last) = failures.pop() else {
+        return match cleared.is_empty() {
+            true => Err(Error::Invalid(format!(
+                "no failed flush of '{}' is recorded in '{}'",
+                args.file.display(),
                 args.state.display()
-            )),
-            error => cannot(error),
-        })?;
-        let before = store.state().failed_syncs;
-        cleared.extend(before.into_iter().filter(concerns));
-        store
-            .change(|state| state.failed_syncs.retain(|failed| !concerns(failed)))
-            .map_err(cannot)?;
+            ))
+            .into()),
+            false => Ok(()),
+        };
+    };
+    for error in failures {
+        eprintln!("stratactl: {error}");
     }
-    if cleared.is_empty() {
-        return Err(Error::Invalid(format!(
-            "no failed flush of '{}' is recorded in '{}'",
-            args.file.display(),
+    Err(last.into())
+}
+
+/// Clears the failures of the file in the state called `name`, and returns them.
+fn clear(args: &ClearErrorArgs, name: &str) -> Result<Vec<FailedSync>, Error> {
+    let cannot = |error: StateError| Error::Invalid(error.to_string());
+    let metadata = std::fs::metadata(&args.file).ok();
+    let identity = metadata.and_then(|metadata| identity_of(&metadata));
+    let concerns = |failed: &FailedSync| {
+        identity == Some(failed.identity) || is_same(Path::new(&failed.file), &args.file)
+    };
+    let recorded = state::peek(&args.state, name).map_err(cannot)?;
+    if !recorded.failed_syncs.iter().any(concerns) {
+        return Ok(Vec::new());
+    }
+    // An operator may be another user than the daemon, whose file it stays.
+    let store = Store::open_anybodys(&args.state, name).map_err(|error| match error {
+        StateError::Locked { .. } => Error::Busy(format!(
+            "the daemon that uses '{name}' in '{}' runs: use 'stratactl clear-sync-error'",
             args.state.display()
-        ))
-        .into());
-    }
-    for failed in &cleared {
+        )),
+        error => cannot(error),
+    })?;
+    let before = store.state().failed_syncs;
+    store
+        .change(|state| state.failed_syncs.retain(|failed| !concerns(failed)))
+        .map_err(cannot)?;
+    Ok(before.into_iter().filter(concerns).collect())
+}
+
+fn tell(
+    cleared: &[FailedSync],
+    quiet: bool,
+    json: bool,
+    out: &mut dyn Write,
+) -> Result<(), Failure> {
+    for failed in cleared {
         if json {
             writeln!(out, "{}", described(failed))?;
-        } else if !args.quiet {
+        } else if !quiet {
             let why = errno_text(failed.errno);
             writeln!(out, "{}: flushes are tried again ({why})", failed.file)?;
         }

@@ -1,0 +1,201 @@
+"""`--state`: what lies under images, and which images records are about.
+
+What would be caught: layers that were streamed away and come back, because a
+record was dropped, or is about another image than the one that has its path; a
+start that is refused though nothing differs; a failed flush that an image leaves
+behind when it is moved.
+"""
+
+import json
+import shutil
+
+import pytest
+
+from harness import images
+from harness.daemon import blockdev, export
+from harness.images import MIB
+from harness.lives import Lives, identity, stream
+from harness.scene import SLOW, make_scene, serve
+
+pytestmark = pytest.mark.beyond_qsd("has no --state")
+
+
+@pytest.fixture
+def lives(daemon, tmp_path, seed):
+    return Lives(daemon, make_scene(tmp_path / "chain", seed=seed), tmp_path / "state")
+
+
+def below(qmp, node="n2"):
+    """The nodes in a node's chain that are under it."""
+    nodes = {n["node-name"]: n for n in qmp.cmd("query-named-block-nodes", flat=True)}
+    found = []
+    while True:
+        children = nodes[node].get("children", [])
+        node = next((c["node-name"] for c in children if c["child"] == "backing"), None)
+        if node is None:
+            return found
+        found.append(node)
+
+
+def completed(qmp, **words):
+    stream(qmp, **words)
+    assert "error" not in qmp.complete("j")
+
+
+def nested(lives):
+    """The words for the same chain with the lower layers written inside the top one."""
+    node = None
+    for number, path in enumerate(lives.scene.layers):
+        above = {"driver": "qcow2", "node-name": f"n{number}"}
+        above["file"] = {"driver": "file", "filename": str(path)}
+        node = {**above, **({"backing": node} if node else {})}
+    words = ["--blockdev", json.dumps(node)]
+    words += export("n2", "drive0", lives.scene.folder / "drive0.sock")
+    return [*words, "--state", lives.folder]
+
+
+def test_options_of_an_earlier_start_bring_no_layer_back(lives):
+    """A start in between went by the header."""
+    completed(lives.begin(), base_node="n0")
+    lives.kill()
+    words = [*blockdev(lives.scene.top, "n2")]
+    words += export("n2", "drive0", lives.scene.folder / "drive0.sock")
+    qmp = lives.begin(*words, "--state", lives.folder)
+    assert len(below(qmp)) == 1
+    completed(qmp)
+    qmp = lives.again()
+    assert below(qmp) == []
+    lives.daemon.stop()
+    images.stands_alone(lives.scene.top, lives.scene.seen)
+
+
+def unrecorded(lives, qmp, done, **words):
+    """Bring a stream to its end; the record is as if a kill had come right before that."""
+    stream(qmp, auto_finalize=False, **words)
+    qmp.wait_event("BLOCK_JOB_PENDING", id="j")
+    state = lives.record()
+    qmp.cmd("job-finalize", id="j")
+    if words.get("auto_dismiss", True):
+        qmp.complete("j")
+    else:
+        qmp.wait_status("j", "concluded")
+    after = lives.record()
+    lives.kill()
+    [job] = state["jobs"]
+    links = [link for link in after["links"] if link["node"] == job["work"]["target"]]
+    links += [other["commit"]["link"] for other in after["jobs"]]
+    job["commit"] = {"link": links[0], "done": done}
+    lives.write(state)
+    return state
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_a_chain_under_an_image_that_was_let_go_of(lives, done):
+    """What is recorded of it does not keep the daemon from starting."""
+    lives.words = nested(lives)
+    qmp = lives.begin()
+    completed(qmp, device="n1")
+    assert lives.record()["links"]
+    unrecorded(lives, qmp, done)
+    for _ in range(2):
+        qmp = lives.begin()
+        qmp.poll("the job is gone", lambda: qmp.cmd("query-jobs") == [])
+        assert below(qmp) == []
+        lives.kill()
+    images.stands_alone(lives.scene.top, lives.scene.seen)
+
+
+def test_a_chain_that_was_changed_after_a_job_had_concluded_is_refused(lives):
+    """Though a kill came before the record said that the header was changed."""
+    unrecorded(lives, lives.begin(), False, auto_dismiss=False)
+    qmp = lives.begin()
+    assert qmp.job("j")["status"] == "concluded"
+    lives.kill()
+    layer = lives.scene.layers[1]
+    images.qemu_img("rebase", "-u", "-b", layer, "-F", "qcow2", lives.scene.top)
+    assert "something else has changed the image" in lives.refused()
+
+
+def made_anew(path, size):
+    """Another image under the same path."""
+    path.rename(f"{path}.old")
+    return images.create(path, size)
+
+
+def restored(path, _):
+    """A copy under the same path."""
+    path.rename(f"{path}.old")
+    shutil.copy(f"{path}.old", path)
+
+
+@pytest.mark.parametrize("replace", [made_anew, restored])
+def test_another_file_under_the_path_of_a_recorded_image_is_refused(lives, replace):
+    top = lives.scene.top
+    old = identity(top)
+    completed(lives.begin())
+    lives.kill()
+    replace(top, 8 * MIB)
+    said = lives.refused()
+    for word in (str(top), "another file", str(lives.file()), str(old[0])):
+        assert word in said, said
+    # The one that is meant may come back.
+    top.with_name(f"{top.name}.old").rename(top)
+    assert below(lives.begin()) == []
+
+
+def test_another_file_under_the_path_of_a_job_s_image_is_refused(lives):
+    top = lives.scene.top
+    stream(lives.begin(), speed=SLOW)
+    lives.kill()
+    restored(top, None)
+    said = lives.refused()
+    assert str(top) in said and "another file" in said and "'j'" in said, said
+
+
+def mark(lives, layer):
+    """Record that a flush of a layer's file has failed."""
+    failed = {"file": str(layer), "identity": identity(layer), "errno": 5, "at": 1795424733}
+    lives.write({"links": [], "jobs": [], "next-job": 0, "failed-syncs": [failed]})
+
+
+def moved(lives):
+    """Give the top image another path, and return words that say so."""
+    top = lives.scene.top
+    lives.scene.layers[-1] = top.rename(top.with_name("moved.qcow2"))
+    return [*serve(lives.scene.layers, lives.scene.folder), "--state", lives.folder]
+
+
+@pytest.mark.parametrize("another", [False, True])
+def test_a_failed_flush_goes_with_the_image(lives, another):
+    top = lives.scene.top
+    mark(lives, top)
+    words = moved(lives)
+    if another:
+        images.create(top, "1M")
+    qmp = lives.begin(*words)
+    stream(qmp, auto_dismiss=False)
+    qmp.wait_status("j", "concluded")
+    assert "a flush failed at" in qmp.job("j")["error"]
+    assert lives.record()["failed-syncs"]
+    qmp.cmd("x-clear-sync-error", device="n2")
+    assert lives.record()["failed-syncs"] == []
+    qmp.cmd("job-dismiss", id="j")
+    lives.kill()
+    completed(lives.begin(*words), base_node="n0")
+
+
+def test_a_failed_flush_of_a_file_that_is_not_served_is_kept(lives):
+    other = images.create(lives.scene.folder / "other.qcow2", "1M")
+    mark(lives, other)
+    other.rename(other.with_name("away"))
+    lives.begin()
+    assert "a failed flush is recorded of" in lives.daemon.read_log()
+    assert lives.record()["failed-syncs"]
+
+
+def test_a_failed_flush_of_another_file_under_the_path_is_refused(lives):
+    top = lives.scene.top
+    mark(lives, top)
+    restored(top, None)
+    said = lives.refused()
+    assert "another file" in said and "clear-error" in said and str(top) in said, said
