@@ -260,27 +260,34 @@ pub fn plan(config: &Config, graph: &Graph, store: Option<&Arc<Store>>) -> Resul
             store.path().display()
         ))
     };
-    let left_out: HashSet<&String> = state
+    let released = released_files(graph, &state);
+    // Version 1 knew the names alone.
+    let old = state
         .links
         .iter()
+        .filter(|link| link.released_files.is_empty());
+    let left_out: HashSet<&String> = old
         .flat_map(|link| &link.released)
         .filter(|name| graph.node(name).is_err())
         .collect();
-    let released = released_files(graph, &state);
+    let mut forgotten = Vec::new();
     for link in &state.links {
         let node = &link.node;
-        // Let go of since, and perhaps gone with its file.
-        let gone = node
-            .name
-            .as_ref()
-            .is_some_and(|name| left_out.contains(name))
-            || released.contains(&node.file);
         // What lies under an image does so under any name.
         let any = record::Node {
             name: None,
             ..node.clone()
         };
-        if !gone && find(graph, &any).is_err() {
+        if find(graph, &any).is_ok() {
+            continue;
+        }
+        if released.contains(&node.file) {
+            forgotten.push(link);
+        } else if !node
+            .name
+            .as_ref()
+            .is_some_and(|name| left_out.contains(name))
+        {
             find(graph, node).map_err(differs)?;
         }
     }
@@ -291,6 +298,11 @@ pub fn plan(config: &Config, graph: &Graph, store: Option<&Arc<Store>>) -> Resul
     }
     check_failures(graph, options)?;
     check_others(config, graph, options, store)?;
+    // As at the end of the stream that has let go of them, which was cut short.
+    let forget = store.happened(|state| state.links.retain(|link| !forgotten.contains(&link)));
+    if let Err(error) = forget {
+        log::error!("chains of images that are not used any more: {error}");
+    }
     Ok(plan)
 }
 
@@ -517,10 +529,11 @@ impl Served {
         })
     }
 
-    /// Whether its file's name is anywhere in `text`.
+    /// Whether its file's name is anywhere in `text`, as the end of a path.
     fn is_named_in(&self, text: &[u8]) -> bool {
         let name = self.path.file_name().unwrap_or_default().as_encoded_bytes();
-        !name.is_empty() && text.windows(name.len()).any(|part| part == name)
+        let name = [b"/", name].concat();
+        text.windows(name.len()).any(|part| part == name)
     }
 }
 

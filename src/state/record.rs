@@ -238,6 +238,10 @@ impl State {
         if let Some(commit) = job.commit.filter(|_| completed) {
             let file = &commit.link.node.file;
             self.links.retain(|other| other.node.file != *file);
+            for other in &mut self.links {
+                // It is in use again.
+                other.released_files.retain(|released| released != file);
+            }
             self.links.push(commit.link);
         }
     }

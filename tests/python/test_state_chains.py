@@ -7,6 +7,7 @@ behind when it is moved.
 """
 
 import json
+import random
 import shutil
 
 import pytest
@@ -15,7 +16,7 @@ from harness import images
 from harness.daemon import blockdev, export
 from harness.images import MIB
 from harness.lives import Lives, identity, stream
-from harness.scene import SLOW, make_scene, serve
+from harness.scene import SLOW, Scene, make_scene, serve
 
 pytestmark = pytest.mark.beyond_qsd("has no --state")
 
@@ -199,3 +200,64 @@ def test_a_failed_flush_of_another_file_under_the_path_is_refused(lives):
     restored(top, None)
     said = lives.refused()
     assert "another file" in said and "clear-error" in said and str(top) in said, said
+
+
+def over_a_window(folder, seed, named):
+    """A chain over a part of a file, its words, and what a guest sees of it."""
+    rng = random.Random(seed)
+    whole = folder / "whole.raw"
+    whole.write_bytes(rng.randbytes(10 * MIB))
+    layers = []
+    for name in ("mid", "top"):
+        layers.append(images.create(folder / f"{name}.qcow2", 8 * MIB))
+        images.scribble(layers[-1], 8 * MIB, rng)
+    words, node = [], None
+    for path in (whole, *layers):
+        file = {"driver": "file", "filename": str(path)}
+        if named:
+            number = len(words) // 4
+            words += ["--blockdev", json.dumps({**file, "node-name": f"f{number}"})]
+            file = f"f{number}"
+        node, below = {"driver": "qcow2", "file": file}, node
+        if path == whole:
+            node = {"driver": "raw", "file": file, "offset": MIB, "size": 8 * MIB}
+        elif below:
+            node["backing"] = below
+        if named:
+            words += ["--blockdev", json.dumps({**node, "node-name": f"n{number}"})]
+            node = f"n{number}"
+    if not named:
+        words = ["--blockdev", json.dumps({**node, "node-name": "n2"})]
+    words += export("n2", "drive0", folder / "drive0.sock")
+    plain = None
+    for path in (whole, *layers):
+        file = {"driver": "file", "filename": str(path)}
+        window = {"driver": "raw", "file": file, "offset": MIB, "size": 8 * MIB}
+        plain = {"driver": "qcow2", "file": file, "backing": plain} if plain else window
+    seen = folder / "seen.raw"
+    images.qemu_img("convert", "-O", "raw", "json:" + json.dumps(plain), seen)
+    return Scene(folder, layers, seen, words)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_base_that_is_a_part_of_a_file(daemon, tmp_path, seed, named):
+    lives = Lives(daemon, over_a_window(tmp_path, seed, named), tmp_path / "state")
+    qmp = lives.begin()
+    base = below(qmp)[-1]
+    stream(qmp, base_node=base, speed=SLOW)
+    qmp = lives.again()
+    assert qmp.job("j")["speed"] == SLOW
+    qmp.cmd("block-job-set-speed", device="j", speed=0)
+    assert "error" not in qmp.complete("j")
+    for _ in range(2):
+        qmp = lives.again()
+        assert qmp.cmd("query-jobs") == []
+        nodes = {n["node-name"]: n for n in qmp.cmd("query-named-block-nodes", flat=True)}
+        [base] = below(qmp)
+        assert nodes[base]["drv"] == "raw" and (not named or base == "n0")
+    lives.kill()
+    images.same(lives.scene.top, lives.scene.seen)
+    completed(lives.begin())
+    assert below(lives.again()) == []
+    lives.daemon.stop()
+    images.stands_alone(lives.scene.top, lives.scene.seen)
