@@ -270,7 +270,6 @@ pub fn plan(config: &Config, graph: &Graph, store: Option<&Arc<Store>>) -> Resul
         .flat_map(|link| &link.released)
         .filter(|name| graph.node(name).is_err())
         .collect();
-    let mut forgotten = Vec::new();
     for link in &state.links {
         let node = &link.node;
         // What lies under an image does so under any name.
@@ -278,16 +277,13 @@ pub fn plan(config: &Config, graph: &Graph, store: Option<&Arc<Store>>) -> Resul
             name: None,
             ..node.clone()
         };
-        if find(graph, &any).is_ok() {
-            continue;
-        }
-        if released.contains(&node.file) {
-            forgotten.push(link);
-        } else if !node
-            .name
-            .as_ref()
-            .is_some_and(|name| left_out.contains(name))
-        {
+        // Let go of since, and perhaps gone with its file. What it says of other nodes still holds.
+        let gone = released.contains(&node.file)
+            || node
+                .name
+                .as_ref()
+                .is_some_and(|name| left_out.contains(name));
+        if !gone && find(graph, &any).is_err() {
             find(graph, node).map_err(differs)?;
         }
     }
@@ -298,11 +294,6 @@ pub fn plan(config: &Config, graph: &Graph, store: Option<&Arc<Store>>) -> Resul
     }
     check_failures(graph, options)?;
     check_others(config, graph, options, store)?;
-    // As at the end of the stream that has let go of them, which was cut short.
-    let forget = store.happened(|state| state.links.retain(|link| !forgotten.contains(&link)));
-    if let Err(error) = forget {
-        log::error!("chains of images that are not used any more: {error}");
-    }
     Ok(plan)
 }
 
