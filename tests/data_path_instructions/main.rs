@@ -380,7 +380,7 @@ fn total_of_the_queue(dir: &Path) -> Res<(u64, PathBuf)> {
             continue;
         };
         // Nobody else has a use for what carries requests out.
-        if !text.contains("export::queue::device::Queue") {
+        if !text.contains("export::queue::life::Queue") {
             continue;
         }
         let total = text.lines().find_map(|line| line.strip_prefix("totals: "));
