@@ -215,11 +215,9 @@ pub fn identity_of(metadata: &Metadata) -> Option<Identity> {
     if !metadata.is_file() {
         return None;
     }
-    // Not every file system has it.
-    let birth = metadata.created().ok();
-    let birth = birth.and_then(|birth| birth.duration_since(UNIX_EPOCH).ok());
-    let birth = birth.and_then(|birth| u64::try_from(birth.as_nanos()).ok());
-    Some([metadata.ino(), birth.unwrap_or_default()])
+    // Not every file system has it. Inodes alone are soon the same.
+    let birth = metadata.created().ok()?.duration_since(UNIX_EPOCH).ok()?;
+    Some([metadata.ino(), u64::try_from(birth.as_nanos()).ok()?])
 }
 
 fn zero_mode(unmap: bool) -> i32 {
