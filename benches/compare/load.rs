@@ -3,9 +3,7 @@
 use crate::blocks::{self, BLOCK};
 use crate::common::Res;
 use crate::common::frontend::{self, Frontend, Op, PATIENCE, Queue};
-use crate::common::memory::Memory;
 use crate::common::rng::Rng;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Where requests go.
@@ -104,8 +102,7 @@ impl Measured {
 
 /// A load on the queues of a front-end.
 pub struct Load {
-    queues: Vec<Queue>,
-    memory: Arc<Memory>,
+    frontend: Frontend,
     shape: Shape,
     size: u64,
     poll: bool,
@@ -141,7 +138,7 @@ impl Load {
     /// A load of `shape` over a disk of `size` bytes. `seed` chooses the places, and is the tag of
     /// what it writes.
     pub fn new(frontend: Frontend, shape: Shape, size: u64, poll: bool, seed: u64) -> Res<Self> {
-        let memory = frontend.memory;
+        let memory = frontend.memory.clone();
         let mut rng = Rng::new(seed);
         let mut block = vec![0; BLOCK];
         blocks::fill_written(&mut block, 0, seed);
@@ -156,8 +153,7 @@ impl Load {
             }
         }
         Ok(Load {
-            queues: frontend.queues,
-            memory,
+            frontend,
             shape,
             size,
             poll,
@@ -193,7 +189,7 @@ impl Load {
                     break;
                 }
             }
-            for queue in 0..self.queues.len() {
+            for queue in 0..self.frontend.queues.len() {
                 self.complete(queue, now, &mut measured)?;
             }
             self.kick()?;
@@ -205,7 +201,7 @@ impl Load {
 
     /// Takes what a queue has completed, and lays the next requests into it.
     fn complete(&mut self, queue: usize, now: Instant, measured: &mut Measured) -> Res<()> {
-        while let Some(done) = self.queues[queue].pop()? {
+        while let Some(done) = self.frontend.queues[queue].pop()? {
             let slot = done.token as usize;
             self.finish(slot, done.status)?;
             if std::mem::take(&mut self.flushing[slot]) {
@@ -218,7 +214,7 @@ impl Load {
             match self.shape.flush_every {
                 Some(every) if measured.requests.is_multiple_of(every) => {
                     self.flushing[slot] = true;
-                    self.queues[queue].submit(&Op::flush(), slot as u64)?;
+                    self.frontend.queues[queue].submit(&Op::flush(), slot as u64)?;
                 }
                 _ => self.start(slot, now)?,
             }
@@ -227,11 +223,14 @@ impl Load {
     }
 
     fn kick(&mut self) -> Res<()> {
-        self.queues.iter_mut().try_for_each(Queue::kick)
+        self.frontend.queues.iter_mut().try_for_each(Queue::kick)
     }
 
     fn in_flight(&self) -> bool {
-        self.queues.iter().any(|queue| queue.in_flight() > 0)
+        self.frontend
+            .queues
+            .iter()
+            .any(|queue| queue.in_flight() > 0)
     }
 
     /// Runs for `time`, or until every cluster had its turn.
@@ -242,10 +241,10 @@ impl Load {
 
     fn wait(&mut self) -> Res<()> {
         if !self.poll {
-            return frontend::wait_any(&mut self.queues.iter_mut().collect::<Vec<_>>());
+            return frontend::wait_any(&mut self.frontend.queues.iter_mut().collect::<Vec<_>>());
         }
         let start = Instant::now();
-        while !self.queues.iter_mut().any(Queue::ready) {
+        while !self.frontend.queues.iter_mut().any(Queue::ready) {
             std::hint::spin_loop();
             if start.elapsed() > PATIENCE {
                 return Err("the back-end completed nothing for a minute".into());
@@ -257,8 +256,8 @@ impl Load {
     fn drain(&mut self) -> Res<()> {
         while self.in_flight() {
             self.wait()?;
-            for queue in 0..self.queues.len() {
-                while let Some(done) = self.queues[queue].pop()? {
+            for queue in 0..self.frontend.queues.len() {
+                while let Some(done) = self.frontend.queues[queue].pop()? {
                     let slot = done.token as usize;
                     self.finish(slot, done.status)?;
                     self.flushing[slot] = false;
@@ -301,7 +300,7 @@ impl Load {
         if self.shape.write {
             for piece in (0..len).step_by(BLOCK) {
                 let header = blocks::header(offset + piece as u64, self.tag);
-                self.memory.write(at + piece, &header);
+                self.frontend.memory.write(at + piece, &header);
             }
         }
         self.started[slot] = now;
@@ -314,11 +313,14 @@ impl Load {
             Op::read(sector, &data)
         };
         let queue = slot / self.shape.depth;
-        self.queues[queue].submit(&op, slot as u64)
+        self.frontend.queues[queue].submit(&op, slot as u64)
     }
 
     fn first(&mut self) -> Res<&mut Queue> {
-        self.queues.first_mut().ok_or_else(|| "no queue".into())
+        self.frontend
+            .queues
+            .first_mut()
+            .ok_or_else(|| "no queue".into())
     }
 
     fn finish(&mut self, slot: usize, status: u8) -> Res<()> {
@@ -335,7 +337,9 @@ impl Load {
             }
         } else if self.verified < SAMPLES {
             self.verified += 1;
-            self.memory.read(slot * self.shape.len, &mut self.scratch);
+            self.frontend
+                .memory
+                .read(slot * self.shape.len, &mut self.scratch);
             blocks::verify(&self.scratch, offset, None)?;
         }
         Ok(())
@@ -358,7 +362,7 @@ impl Load {
             if status != frontend::OK {
                 return Err(format!("reading back {offset:#x}: status {status}").into());
             }
-            self.memory.read(at, &mut self.scratch);
+            self.frontend.memory.read(at, &mut self.scratch);
             blocks::verify(&self.scratch, offset, tag)?;
         }
         Ok(())

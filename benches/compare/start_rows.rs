@@ -101,11 +101,10 @@ fn run(
     }
     let begin = Instant::now();
     let mut daemon = setup.start(&variant.program, disks.dir(), Some(options.cpu_backend))?;
-    let frontend = variant.connect(&mut daemon, &setup, 1 << 16)?;
+    let mut first = variant.connect(&mut daemon, &setup, 1 << 16)?;
     let ready = begin.elapsed();
     let resident = resident(&daemon)?;
-    let mut queues = frontend.queues;
-    let queue = queues.first_mut().ok_or("no queue")?;
+    let queue = first.queues.first_mut().ok_or("no queue")?;
     queue.run(&Op::read(0, &[(0, 4096)]))?;
     // What begins with the first request has ended by then.
     std::thread::sleep(options.warm_up());
@@ -140,7 +139,7 @@ fn run(
     let frontend = variant.connect(&mut daemon, &setup, 1 << 16)?;
     let again = begin.elapsed();
     let fence = daemon.log().get(said..).and_then(fenced);
-    drop((frontend, queues));
+    drop((frontend, first));
     variant.end(daemon)?;
     Ok(StartSample {
         ready: ready.as_secs_f64() * 1e3,
