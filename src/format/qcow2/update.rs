@@ -685,7 +685,10 @@ impl Qcow2 {
             let meta = self.meta.lock();
             let dirty = meta.dirty_slices.len() + meta.allocator.dirty();
             let log = meta.allocator.log();
-            (dirty, log.is_half_full(), log.is_lost())
+            // What was taken over is read before it is written, which may take long: that is for a
+            // guest's flush, or for when there is no more room.
+            let half_full = log.is_half_full() && meta.adopted.is_empty();
+            (dirty, half_full, log.is_lost())
         };
         if lost {
             // What has just been changed may have no record.

@@ -14,7 +14,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
 
 use super::ids::{Id, boot, file_name, remove};
-use super::log::{LEAST_WORDS, RING, Ring};
+use super::log::{HEAD_AT, LEAST_WORDS, RING, Ring, TAIL_AT};
 use super::mark::Mark;
 use super::record::{finish, mix};
 use crate::error::{Error, Result, errno_text};
@@ -134,8 +134,10 @@ impl Folder {
     }
 
     /// Removes the journals of an image whose header names none: a process was killed between
-    /// making one and naming it, or between taking its name out and removing it. Where the image
-    /// has no identity they cannot be told from those of others, and stay.
+    /// making one and naming it, or between taking its name out and removing it. Such a one has no
+    /// records that are not flushed, and only one without is removed: another image may have the
+    /// same inode and birth, on a file system that was copied or in another part of one file. Where
+    /// the image has no identity all stay.
     fn remove_left(&self, identity: Identity) {
         let Ok(entries) = std::fs::read_dir(&self.path) else {
             return;
@@ -258,7 +260,9 @@ fn is_left(path: &Path, identity: Identity) -> io::Result<bool> {
     };
     let found = FIELDS.map(word);
     let whole = word(MAGIC_AT) == MAGIC && word(CHECK_AT) == check(found);
-    Ok(whole && found.get(6..8) == Some(&identity[..]) && claim(&file, true).is_ok())
+    let is_empty = word(HEAD_AT) == word(TAIL_AT);
+    let is_of_image = found.get(6..8) == Some(&identity[..]);
+    Ok(whole && is_of_image && is_empty && claim(&file, true).is_ok())
 }
 
 /// Takes the lock that keeps other processes from a journal, for as long as the file is open: image
