@@ -185,6 +185,12 @@ fn a_process_that_knows_nothing_gives_none() {
     assert!(!process.has_cache(&mut hand));
     set(&mut hand, true);
     assert!(process.has_cache(&mut hand));
+    // A guest that comes from another machine, and has a region of ours.
+    let process = Process::new();
+    let mut hand = process.connect(true);
+    hand.begin_at(7);
+    hand.set_up();
+    assert!(!process.has_cache(&mut hand));
     // A region whose maker has not said so.
     let process = Process::new();
     let mut hand = process.connect(true);

@@ -316,8 +316,14 @@ fn set_up(
     let recorded = state::recorded(store.as_ref());
     reactor.block_on(graph.open_recorded_all(&config.blockdevs, recorded))?;
     let plan = state::plan(config, graph, store.as_ref())?;
+    // All of them before the first guest is served: an image that does not answer would hold up the
+    // end of those that are.
+    for options in config.exports.iter().filter(|export| export.writable) {
+        let writable = reactor.block_on(graph.make_writable(&options.node_name));
+        writable.map_err(about(options))?;
+    }
     for options in &config.exports {
-        let export = start_export(config, options, reactor, graph)?;
+        let export = start_export(config, options, graph)?;
         exports
             .list
             .lock()
@@ -366,20 +372,16 @@ fn warn_without_journal(config: &Config, exports: &Exports) {
     }
 }
 
-fn start_export(
-    config: &Config,
-    options: &ExportOptions,
-    reactor: &Reactor,
-    graph: &Graph,
-) -> Result<Export> {
-    let context = |error| match error {
+/// Says which export an error is about.
+fn about(options: &ExportOptions) -> impl Fn(Error) -> Error {
+    |error| match error {
         Error::Invalid(text) => Error::Invalid(format!("export '{}': {text}", options.id)),
         other => other,
-    };
-    if options.writable {
-        let writable = reactor.block_on(graph.make_writable(&options.node_name));
-        writable.map_err(context)?;
     }
+}
+
+fn start_export(config: &Config, options: &ExportOptions, graph: &Graph) -> Result<Export> {
+    let context = &about(options);
     let root = graph.root(&options.node_name).map_err(context)?;
     // What the disk cannot write by itself the guest must not ask for.
     let block = root.chain().top().storage.limits().offset_align;

@@ -215,7 +215,7 @@ impl Handler {
     /// A queue begins to be served: from now on it matters whether there is a write cache.
     fn begin_cache(&mut self) -> Result<()> {
         let goes_on = |vring: &Vring| !vring.served && vring.base != 0;
-        let goes_on = self.inflight.is_none() && self.vrings.iter().any(goes_on);
+        let goes_on = self.vrings.iter().any(goes_on);
         if !self.cache.begin(goes_on) {
             return Ok(());
         }

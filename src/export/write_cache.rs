@@ -69,8 +69,8 @@ impl WriteCache {
         }
     }
 
-    /// A queue begins to be served; `goes_on`: one of the queues was served before this session, and
-    /// no region says by whom. True: nothing was known, and now something is.
+    /// A queue begins to be served; `goes_on`: one of the queues was served before this session, here
+    /// or on the machine that the guest comes from. True: nothing was known, and now something is.
     pub(super) fn begin(&mut self, goes_on: bool) -> bool {
         let mut kept = self.kept.lock();
         if kept.is_some() && !self.anew {
