@@ -1,8 +1,8 @@
 //! The comparison bench: drives `stratablk` and `qemu-storage-daemon` in turn, on the same images,
 //! through the same vhost-user front-end, and prints what each of them did.
 //!
-//! `cargo bench --bench compare -- --help` lists the options; `docs/performance.md` says what the
-//! rows mean and how to read the table.
+//! `cargo bench --bench compare -- --help` lists the options; `docs/benchmarks/README.md` says what
+//! the rows mean and how to read the table.
 
 #[path = "../../tests/common/mod.rs"]
 mod common;

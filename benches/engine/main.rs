@@ -2,7 +2,7 @@
 //! time: each operation is answered after a set latency, however many others are under way. Or on a
 //! real disk (`--latency 0 --dir target`).
 //!
-//! `cargo bench --bench engine` prints a table; `docs/performance.md` says how to read it. What it
+//! `cargo bench --bench engine` prints a table; `docs/benchmarks` has a run of it. What it
 //! would show: a lock that is held across I/O (the figures stop growing with the depth), metadata
 //! that is loaded one piece at a time, work that the queues do for one another.
 
