@@ -685,10 +685,7 @@ impl Qcow2 {
             let meta = self.meta.lock();
             let dirty = meta.dirty_slices.len() + meta.allocator.dirty();
             let log = meta.allocator.log();
-            // What was taken over is read before it is written, which may take long: that is for a
-            // guest's flush, or for when there is no more room.
-            let half_full = log.is_half_full() && meta.adopted.is_empty();
-            (dirty, half_full, log.is_lost())
+            (dirty, log.is_half_full(), log.is_lost())
         };
         if lost {
             // What has just been changed may have no record.
@@ -697,7 +694,10 @@ impl Qcow2 {
         if dirty > self.dirty_limit() {
             return self.flush().await;
         }
-        if half_full && let Some(_turn) = self.flushing.try_relieve() {
+        if half_full
+            && !self.has_adopted()
+            && let Some(_turn) = self.flushing.try_relieve()
+        {
             // There is room: what has just been changed has its record, and need not be stable. A
             // failure is told by the storage, and to whoever asks for a flush.
             let _ = self.flush().await;

@@ -473,6 +473,14 @@ impl Qcow2 {
         }
     }
 
+    /// Whether there are slices of which a journal says something and that are not in memory. They
+    /// are read before a flush writes them, which may take long: that is for a guest's flush, or for
+    /// when there is no more room.
+    #[cold]
+    pub(in super::super) fn has_adopted(&self) -> bool {
+        !self.meta.lock().adopted.is_empty()
+    }
+
     /// Loads all slices of which a journal says something, so that a flush writes them.
     ///
     /// # Errors
