@@ -6,7 +6,10 @@
 //! wins over the options, as long as the image's header is as the stream has left it.
 
 use std::collections::HashSet;
+use std::path::PathBuf;
 use std::time::{Duration, UNIX_EPOCH};
+
+use serde_json::Value;
 
 use super::below::backing_options;
 use super::descent::Descent;
@@ -15,7 +18,7 @@ use super::open::Origin;
 use crate::error::{Error, Result, utc};
 use crate::format::qcow2::Backing;
 use crate::options::{BackingRef, BlockRef, BlockdevOptions, Driver, FileOptions};
-use crate::storage::{Identity, are_different};
+use crate::storage::{Identity, are_different, is_same_file};
 
 /// What is recorded of chains.
 #[derive(Clone, Debug, Default)]
@@ -41,6 +44,8 @@ pub struct RecordedLink {
     pub header: Option<Backing>,
     /// This held for sure: a header that says something else was changed by somebody else.
     pub certain: bool,
+    /// Another stream has let go of the image since.
+    pub let_go: bool,
     /// What lies under it.
     pub below: Option<RecordedNode>,
 }
@@ -60,12 +65,14 @@ pub struct RecordedNode {
 
 impl RecordedNode {
     fn is(&self, graph: &Graph, node: &Node) -> bool {
-        node.format_name() == self.format && graph.file_of(node).is_ok_and(|file| file == self.file)
+        let is_here = |file: String| is_same_place(&file, &self.file);
+        node.format_name() == self.format && graph.file_of(node).is_ok_and(is_here)
     }
 }
 
 impl Recorded {
-    /// What is recorded of the image in `file`, whose header names `header`.
+    /// What is recorded of the image in `file`, whose header names `header`: whatever path it had
+    /// then.
     fn link(
         &self,
         format: &str,
@@ -73,36 +80,52 @@ impl Recorded {
         identity: Identity,
         header: Option<&Backing>,
     ) -> Result<Option<&RecordedLink>> {
-        let is_it = |link: &&RecordedLink| link.format == format && link.file == file;
-        for link in self.links.iter().filter(is_it) {
-            if are_different(link.identity, identity) {
-                return Err(Error::Invalid(format!(
-                    "{}, and '{}' records what lies under that one (put it back, or remove that \
-                     file to go by the options and the header; look at the images' backing files \
-                     first)",
-                    other_file(file, identity, link.identity),
-                    self.place
-                )));
+        let links = || self.links.iter().filter(|link| link.format == format);
+        let mut known = false;
+        for link in links() {
+            if !is_same_image((&link.file, link.identity), (file, identity)) {
+                continue;
             }
+            known = true;
             if link.header.as_ref() == header {
                 return Ok(Some(link));
             }
             if link.certain {
-                let name = |backing: Option<&Backing>| match backing {
-                    Some(backing) => format!("'{}'", backing.name),
-                    None => "no backing file".to_owned(),
-                };
-                return Err(Error::Invalid(format!(
-                    "{file}: the image's header names {}, and '{}' records that it named {} when \
-                     a stream had ended: something else has changed the image since (remove that \
-                     file to go by the options and the header)",
-                    name(header),
-                    self.place,
-                    name(link.header.as_ref())
-                )));
+                return Err(self.other_header(file, header, link));
             }
         }
-        Ok(None)
+        let other = links().find(|link| {
+            // One that is sure to be no copy may take the place of one that was let go of.
+            let may_be_meant = !link.let_go || link.header.as_ref() == header;
+            may_be_meant
+                && are_different(link.identity, identity)
+                && is_same_place(&link.file, file)
+        });
+        match other {
+            Some(link) if !known => Err(Error::Invalid(format!(
+                "{}, and '{}' records what lies under that one (put it back, or remove that \
+                 file to go by the options and the header; look at the images' backing files \
+                 first)",
+                other_file(file, identity, link.identity),
+                self.place
+            ))),
+            _ => Ok(None),
+        }
+    }
+
+    fn other_header(&self, file: &str, header: Option<&Backing>, link: &RecordedLink) -> Error {
+        let name = |backing: Option<&Backing>| match backing {
+            Some(backing) => format!("'{}'", backing.name),
+            None => "no backing file".to_owned(),
+        };
+        Error::Invalid(format!(
+            "{file}: the image's header names {}, and '{}' records that it named {} when a stream \
+             had ended: something else has changed the image since (remove that file to go by the \
+             options and the header)",
+            name(header),
+            self.place,
+            name(link.header.as_ref())
+        ))
     }
 
     /// Those of `list` that are to be opened: nodes that a stream has let go of may be gone with
@@ -125,6 +148,38 @@ impl Recorded {
         }
         present
     }
+}
+
+/// Whether a record of an image is about another one, which is recorded or open: what they are in,
+/// as [`Graph::file_of`] tells it, and its identity.
+#[must_use]
+pub fn is_same_image(one: (&str, Identity), other: (&str, Identity)) -> bool {
+    let ((path, part), (other_path, other_part)) = (place(one.0), place(other.0));
+    part == other_part && is_same_file((&path, one.1), (&other_path, other.1))
+}
+
+/// Whether two images are in the same place, as [`Graph::file_of`] tells it.
+#[must_use]
+pub fn is_same_place(one: &str, other: &str) -> bool {
+    is_same_image((one, Identity::default()), (other, Identity::default()))
+}
+
+/// The path of a file, and which part of it is meant.
+fn place(file: &str) -> (PathBuf, Value) {
+    let described = file.strip_prefix("json:");
+    let mut part = described
+        .and_then(|text| serde_json::from_str(text).ok())
+        .unwrap_or_default();
+    let path = take_path(&mut part).unwrap_or_else(|| file.to_owned());
+    (path.into(), part)
+}
+
+fn take_path(part: &mut Value) -> Option<String> {
+    let members = part.as_object_mut()?;
+    if let Some(Value::String(path)) = members.remove("filename") {
+        return Some(path);
+    }
+    take_path(members.get_mut("file")?)
 }
 
 /// Says that another file has the path of the one that is meant.
@@ -247,7 +302,8 @@ impl Graph {
                 (driver.name(), file)
             }
         };
-        (format == node.format || format == "auto") && file.as_deref() == Some(&node.file)
+        let is_here = |file: String| is_same_place(&file, &node.file);
+        (format == node.format || format == "auto") && file.is_some_and(is_here)
     }
 }
 

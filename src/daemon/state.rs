@@ -5,13 +5,12 @@
 //! nothing to guess about. Then jobs go on ([`go_on`]).
 
 use std::collections::HashSet;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use crate::chain::graph::Node;
-use crate::chain::recorded::other_file;
+use crate::chain::recorded::{is_same_image, is_same_place, other_file};
 use crate::chain::{Graph, Recorded, RecordedLink, RecordedNode};
 use crate::config::{Config, StateOptions};
 use crate::control::backend::{Backend, StreamSpec};
@@ -23,7 +22,7 @@ use crate::format::qcow2::Backing;
 use crate::job::{Manager, Refused, Untold};
 use crate::state::record::{self, Identity, State, Work, are_different};
 use crate::state::{self, StateError, Store};
-use crate::storage::Syncs;
+use crate::storage::{Syncs, is_same_file, is_same_path};
 
 impl From<StateError> for Error {
     fn from(error: StateError) -> Self {
@@ -80,16 +79,16 @@ pub fn recorded(store: Option<&Arc<Store>>) -> Recorded {
         .map(|commit| (&commit.link, commit.done))
         .chain(state.links.iter().map(|link| (link, true)))
         .collect();
-    let mut superseded: HashSet<&str> = HashSet::new();
+    let mut superseding: Vec<&record::Link> = Vec::new();
     let mut released = HashSet::new();
     let mut recorded = Vec::new();
     for (link, certain) in &links {
         // Unless it is not certain: then either may be in force, and the header tells.
-        if superseded.contains(link.node.file.as_str()) {
+        if superseding.iter().any(|newer| newer.supersedes(link)) {
             continue;
         }
         if *certain {
-            superseded.insert(&link.node.file);
+            superseding.push(link);
         }
         released.extend(link.released.iter().cloned());
         recorded.push(RecordedLink {
@@ -98,6 +97,9 @@ pub fn recorded(store: Option<&Arc<Store>>) -> Recorded {
             identity: link.identity,
             header: link.header.as_ref().map(backing),
             certain: *certain,
+            let_go: links
+                .iter()
+                .any(|(other, certain)| *certain && other.released_files.contains(&link.node.file)),
             below: link.below.as_ref().map(|below| RecordedNode {
                 name: below.node.name.clone(),
                 format: below.node.format.clone(),
@@ -207,21 +209,6 @@ impl Recording {
             job.commit = Some(commit.clone());
         }
     }
-
-    /// Forgets what lies under images that have left all chains.
-    pub fn forget_gone(&self, graph: &Graph) {
-        let nodes = graph.nodes();
-        let is_there = |link: &record::Link| {
-            let is_it = |node: &Node| graph.file_of(node).is_ok_and(|file| file == link.node.file);
-            nodes.iter().any(is_it)
-        };
-        let forgotten = self
-            .store
-            .happened(|state| state.links.retain(|link| is_there(link)));
-        if let Err(error) = forgotten {
-            log::error!("a stream's end is not recorded yet: {error}");
-        }
-    }
 }
 
 /// What becomes of a recorded job.
@@ -277,20 +264,34 @@ pub fn plan(config: &Config, graph: &Graph, store: Option<&Arc<Store>>) -> Resul
             name: None,
             ..node.clone()
         };
+        if find(graph, &any, link.identity).map_err(differs)?.is_some() {
+            continue;
+        }
         // Let go of since, and perhaps gone with its file. What it says of other nodes still holds.
         let gone = released.contains(&node.file)
             || node
                 .name
                 .as_ref()
                 .is_some_and(|name| left_out.contains(name));
-        if !gone && find(graph, &any).is_err() {
-            find(graph, node).map_err(differs)?;
+        if !gone {
+            find(graph, node, link.identity).map_err(differs)?;
+            log::warn!(
+                "'{}' is not served: what lies under it stays recorded in '{}'",
+                node.file,
+                store.path().display()
+            );
         }
     }
     let mut plan = Plan::default();
     for job in &state.jobs {
-        let (target, next) = next(graph, job, &released).map_err(differs)?;
-        plan.jobs.push((job.clone(), target, next));
+        match next(graph, job, &released).map_err(differs)? {
+            Some((target, next)) => plan.jobs.push((job.clone(), target, next)),
+            None => log::warn!(
+                "job '{}' stays recorded in '{}': the image that it streams into is not served",
+                job.id,
+                store.path().display()
+            ),
+        }
     }
     check_failures(graph, options)?;
     check_others(config, graph, options, store)?;
@@ -301,8 +302,9 @@ pub fn plan(config: &Config, graph: &Graph, store: Option<&Arc<Store>>) -> Resul
 fn released_files(graph: &Graph, state: &State) -> HashSet<String> {
     let commits = state.jobs.iter().filter_map(|job| job.commit.as_ref());
     let in_force = commits.filter(|commit| {
-        let shows = || find(graph, &commit.link.node).map(|node| header_of(&node));
-        commit.done || shows().is_ok_and(|header| header == commit.link.header)
+        let link = &commit.link;
+        let shows = || find(graph, &link.node, link.identity).ok().flatten();
+        commit.done || shows().is_some_and(|node| header_of(&node) == link.header)
     });
     let links = in_force.map(|commit| &commit.link).chain(&state.links);
     links
@@ -317,9 +319,8 @@ fn check_failures(graph: &Graph, options: &StateOptions) -> Result<()> {
     for (failure, wanted) in Syncs::waiting() {
         let nodes = graph.nodes();
         let other = nodes.iter().find(|node| {
-            let path = std::path::absolute(&node.filename);
-            path.is_ok_and(|path| path == Path::new(&failure.file))
-                && are_different(identity(node), wanted)
+            are_different(identity(node), wanted)
+                && is_same_path(&node.filename, Path::new(&failure.file))
         });
         if let Some(node) = other {
             let dir = options.dir.display();
@@ -339,77 +340,94 @@ fn check_failures(graph: &Graph, options: &StateOptions) -> Result<()> {
     Ok(())
 }
 
-/// The node that a record means.
-fn find(graph: &Graph, wanted: &record::Node) -> std::result::Result<Node, String> {
+/// The node that a record means: under whatever path its file is now. `None` if its image is not
+/// open, and what is open is not in its place.
+fn find(
+    graph: &Graph,
+    wanted: &record::Node,
+    of: Identity,
+) -> std::result::Result<Option<Node>, String> {
     let file_of = |node: &Node| graph.file_of(node).unwrap_or_default();
     let is_it = |node: &&Node| {
-        node.format_name() == wanted.format && file_of(node) == wanted.file && node.driver != "file"
+        node.driver != "file" && is_same_image((&wanted.file, of), (&file_of(node), identity(node)))
     };
     let nodes = graph.nodes();
-    let Some(name) = &wanted.name else {
-        let found = nodes.iter().find(is_it);
-        return found.cloned().ok_or_else(|| {
-            format!(
-                "no node is the {} image in '{}'",
-                wanted.format, wanted.file
-            )
-        });
-    };
-    let Ok(node) = graph.node(name) else {
-        let other = nodes.iter().find(is_it);
-        let other = other.map_or(String::new(), |node| format!("; '{}' is", node.name));
-        return Err(format!(
-            "there is no node '{name}', the {} image in '{}'{other}",
-            wanted.format, wanted.file
-        ));
-    };
-    let (format, file) = (node.format_name(), file_of(&node));
-    if file != wanted.file {
-        return Err(format!(
-            "node '{name}' is in '{file}', and was in '{}'",
-            wanted.file
-        ));
+    let images: Vec<&Node> = nodes.iter().filter(is_it).collect();
+    let is_named = |node: &Node| wanted.name.as_ref().is_none_or(|name| *name == node.name);
+    let fits = |node: &&&Node| node.format_name() == wanted.format && is_named(node);
+    if let Some(node) = images.iter().find(fits) {
+        return Ok(Some((*node).clone()));
     }
-    if format != wanted.format {
-        return Err(format!(
-            "node '{name}' is of format {format}, and was of format {}",
+    let named = wanted.name.as_ref().and_then(|name| graph.node(name).ok());
+    let image = images.first();
+    let (found, image) = match (named, image) {
+        (Some(node), _) => (node, image),
+        (None, Some(image)) if wanted.name.is_none() => ((*image).clone(), Some(image)),
+        (None, Some(image)) => {
+            return Err(format!(
+                "there is no node '{}', the {} image in '{}'; '{}' is",
+                wanted.name.as_deref().unwrap_or_default(),
+                wanted.format,
+                wanted.file,
+                image.name
+            ));
+        }
+        (None, None) => return Ok(None),
+    };
+    let (name, file) = (&found.name, file_of(&found));
+    Err(match image {
+        Some(image) if image.name == *name => format!(
+            "node '{name}' is of format {}, and was of format {}",
+            found.format_name(),
             wanted.format
-        ));
-    }
-    Ok(node)
+        ),
+        _ if is_same_place(&file, &wanted.file) => other_file(&file, identity(&found), of),
+        _ => format!("node '{name}' is in '{file}', and was in '{}'", wanted.file),
+    })
 }
 
-/// What becomes of a job, and the name of the node that it streams into.
+/// What becomes of a job, and the name of the node that it streams into; `None` if its image is not
+/// open.
 fn next(
     graph: &Graph,
     job: &record::Job,
     released: &HashSet<String>,
-) -> std::result::Result<(Option<String>, Next), String> {
+) -> std::result::Result<Option<(Option<String>, Next)>, String> {
     let Work::Stream(stream) = &job.work;
-    let target = find(graph, &stream.target);
-    let gone = target.is_err() && released.contains(&stream.target.file);
+    let target = find(graph, &stream.target, stream.identity);
+    let gone = !matches!(target, Ok(Some(_))) && released.contains(&stream.target.file);
     if job.end.is_some() && (job.commit.is_none() || gone) {
         // It changed nothing, or not what is there now: there is nothing to compare.
-        return Ok((target.ok().map(|node| node.name), Next::List(None)));
+        let target = target.ok().flatten();
+        return Ok(Some((target.map(|node| node.name), Next::List(None))));
     }
     let target = target.map_err(|what| format!("job '{}': {what}", job.id))?;
-    let found = identity(&target);
-    if are_different(found, stream.identity) {
-        let what = other_file(&stream.target.file, found, stream.identity);
-        return Err(format!("job '{}': {what}", job.id));
-    }
+    let Some(target) = target else {
+        return Ok(None);
+    };
     let name = Some(target.name.clone());
     if job.end.is_some() {
-        return Ok((name, Next::List(None)));
+        return Ok(Some((name, Next::List(None))));
     }
     if let Some(commit) = &job.commit
         && header_of(&target) == commit.link.header
     {
-        return Ok((name, Next::List(Some(Untold::Completed))));
+        return Ok(Some((name, Next::List(Some(Untold::Completed)))));
     }
     if job.cancelled {
-        return Ok((name, Next::List(Some(Untold::Cancelled))));
+        return Ok(Some((name, Next::List(Some(Untold::Cancelled)))));
     }
+    let spec = spec(graph, job, &target)?;
+    Ok(Some((name, Next::GoOn(spec))))
+}
+
+/// What is left of a stream into `target`.
+fn spec(
+    graph: &Graph,
+    job: &record::Job,
+    target: &Node,
+) -> std::result::Result<StreamSpec, String> {
+    let Work::Stream(stream) = &job.work;
     let chain = graph
         .chain_nodes(&target.name)
         .map_err(|error| error.to_string())?;
@@ -419,8 +437,8 @@ fn next(
             .iter()
             .skip(1)
             .position(|node| {
-                node.format_name() == base.format
-                    && graph.file_of(node).is_ok_and(|file| file == base.file)
+                let is_there = |file: String| is_same_place(&file, &base.file);
+                node.format_name() == base.format && graph.file_of(node).is_ok_and(is_there)
             })
             .map(|at| at + 1)
             .ok_or_else(|| {
@@ -431,14 +449,13 @@ fn next(
             })?,
     };
     let name_of = |node: &Node| node.name.clone();
-    let spec = StreamSpec {
-        target: target.name,
+    Ok(StreamSpec {
+        target: target.name.clone(),
         base: chain.get(end).map(name_of),
         layers: chain.iter().take(end).map(name_of).collect(),
         backing_file: stream.backing_file.clone(),
         compress: stream.compress,
-    };
-    Ok((name, Next::GoOn(spec)))
+    })
 }
 
 fn header_of(node: &Node) -> Option<record::Header> {
@@ -462,62 +479,120 @@ fn check_others(
     }
     let served = served(config, graph)?;
     for other in others {
-        let name = other.path.file_stem().unwrap_or_default().to_string_lossy();
         let found = match &other.state {
-            Ok(state) => served.iter().find(|image| image.is_in(state)),
-            // What cannot be understood may be about it where it names it.
-            Err(_) if other.text.is_empty() => None,
-            Err(_) => served.iter().find(|image| image.is_named_in(&other.text)),
+            Ok(state) => served.iter().find_map(|image| {
+                let what = image.matter_in(state, other.running)?;
+                Some((image, what))
+            }),
+            Err(error) => {
+                // What cannot be understood may be about it where it names it.
+                if let Some(image) = served.iter().find(|image| image.is_named_in(&other.text)) {
+                    return Err(Error::Invalid(format!(
+                        "export '{}': another daemon's state in the same folder may be about \
+                         '{}', and cannot be understood: {error}",
+                        image.export, image.file
+                    )));
+                }
+                log::warn!("another daemon's state: {error}");
+                None
+            }
         };
-        match (found, &other.state) {
-            (Some(image), Ok(_)) => {
-                return Err(Error::Invalid(format!(
-                    "export '{}': '{}' records a job or the chain of '{}', and this daemon's state \
-                     is '{}' (start it with --state-name={name}, or remove the former to forget it)",
-                    image.export,
-                    other.path.display(),
-                    image.file,
-                    store.path().display()
-                )));
-            }
-            (Some(image), Err(error)) => {
-                return Err(Error::Invalid(format!(
-                    "export '{}': another daemon's state in the same folder may be about '{}', and \
-                     cannot be understood: {error}",
-                    image.export, image.file
-                )));
-            }
-            (None, Err(error)) => log::warn!("another daemon's state: {error}"),
-            (None, Ok(_)) => {}
-        }
+        let Some((image, what)) = found else {
+            continue;
+        };
+        let name = other.path.file_stem().unwrap_or_default().to_string_lossy();
+        let instead = match &what {
+            Matter::Flush(file) => format!(
+                "when the image is known to be good: stratactl image clear-error '{file}' \
+                 --state '{}'",
+                options.dir.display()
+            ),
+            _ => "remove the former to forget it".to_owned(),
+        };
+        return Err(Error::Invalid(format!(
+            "export '{}': '{}' records {what}, and this daemon's state is '{}' (start it with \
+             --state-name={name}, or {instead})",
+            image.export,
+            other.path.display(),
+            store.path().display()
+        )));
     }
     Ok(())
+}
+
+/// What another state says of an image.
+enum Matter {
+    /// A job that changes it.
+    Job(String),
+    /// Something else lies under it than what was opened.
+    Chain(String),
+    /// It could not be made stable.
+    Flush(String),
+}
+
+impl std::fmt::Display for Matter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Job(file) => write!(f, "a job that changes '{file}'"),
+            Self::Chain(file) => write!(f, "another chain under '{file}' than what was opened"),
+            Self::Flush(file) => write!(f, "a failed flush of '{file}'"),
+        }
+    }
 }
 
 /// An image in the chain of an export.
 struct Served {
     export: String,
+    format: &'static str,
     file: String,
     path: PathBuf,
     identity: Identity,
+    /// Format and place of what was opened under it.
+    below: Option<(&'static str, String)>,
+    /// The files that a flush of it makes stable.
+    files: Vec<(PathBuf, Identity)>,
 }
 
 impl Served {
-    /// Whether `state` records what lies under it, or a job that changes or has changed it.
-    fn is_in(&self, state: &State) -> bool {
-        let links = state.links.iter().map(|link| (&link.node, link.identity));
-        let jobs = state
-            .jobs
-            .iter()
-            .filter(|job| job.end.is_none() || job.commit.is_some())
-            .map(|job| {
-                let Work::Stream(stream) = &job.work;
-                (&stream.target, stream.identity)
-            });
-        links.chain(jobs).any(|(node, identity)| {
-            let same = self.identity != Identity::default() && self.identity == identity;
-            same || node.file == self.file || is_same_file(Path::new(&node.file), &self.path)
-        })
+    /// Why another daemon's `state` must not be passed over. One that is `running` sees to failed
+    /// flushes itself.
+    fn matter_in(&self, state: &State, running: bool) -> Option<Matter> {
+        let under_way = state.jobs.iter().filter(|job| job.end.is_none());
+        let mut targets = under_way.map(|job| {
+            let Work::Stream(stream) = &job.work;
+            (stream.target.file.as_str(), stream.identity)
+        });
+        if targets.any(|target| self.is(target)) {
+            return Some(Matter::Job(self.file.clone()));
+        }
+        let commits = state.jobs.iter().filter_map(|job| job.commit.as_ref());
+        let mut links = commits.map(|commit| &commit.link).chain(&state.links);
+        if links.any(|link| self.differs_from(link)) {
+            return Some(Matter::Chain(self.file.clone()));
+        }
+        let mut failed = state.failed_syncs.iter().filter(|_| !running);
+        let failed = failed.find(|failed| {
+            let recorded = (Path::new(&failed.file), failed.identity);
+            let is_it = |file: &(PathBuf, Identity)| is_same_file(recorded, (&file.0, file.1));
+            self.files.iter().any(is_it)
+        })?;
+        Some(Matter::Flush(failed.file.clone()))
+    }
+
+    fn is(&self, image: (&str, Identity)) -> bool {
+        is_same_image(image, (&self.file, self.identity))
+    }
+
+    /// Whether `link` is about it and says that something else lies under it.
+    fn differs_from(&self, link: &record::Link) -> bool {
+        let same = match (&self.below, &link.below) {
+            (None, None) => true,
+            (Some((format, file)), Some(below)) => {
+                *format == below.node.format && is_same_place(file, &below.node.file)
+            }
+            _ => false,
+        };
+        !same && self.format == link.node.format && self.is((&link.node.file, link.identity))
     }
 
     /// Whether its file's name is anywhere in `text`, as the end of a path.
@@ -533,24 +608,29 @@ fn served(config: &Config, graph: &Graph) -> Result<Vec<Served>> {
     let mut served = Vec::new();
     for export in &config.exports {
         let top = graph.image_node(&export.node_name)?;
-        for node in graph.chain_nodes(&top.name)? {
+        let mut below = None;
+        for node in graph.chain_nodes(&top.name)?.into_iter().rev() {
+            let file = graph.file_of(&node)?;
+            let mut files = vec![(node.filename.clone(), identity(&node))];
+            if let Some(data) = &node.data_file {
+                let data = graph.node(data)?;
+                let identity = data.layer.storage.identity();
+                files.push((data.filename, identity.unwrap_or_default()));
+            }
             served.push(Served {
                 export: export.id.clone(),
-                file: graph.file_of(&node)?,
+                format: node.format_name(),
                 identity: identity(&node),
+                below: below.replace((node.format_name(), file.clone())),
+                file,
                 path: node.filename,
+                files,
             });
         }
     }
+    // The one on top is the one that people know.
+    served.reverse();
     Ok(served)
-}
-
-fn is_same_file(one: &Path, other: &Path) -> bool {
-    let id = |path: &Path| {
-        let found = std::fs::metadata(path).ok()?;
-        Some((found.dev(), found.ino()))
-    };
-    id(one).is_some_and(|one| Some(one) == id(other))
 }
 
 /// Goes on with the jobs.

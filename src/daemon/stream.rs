@@ -131,9 +131,7 @@ impl GraphSource {
             true => recording.in_force(&commit),
             false => recording.commit(&commit)?,
         }
-        self.graph.set_backing(&self.target, self.base.as_deref())?;
-        recording.forget_gone(&self.graph);
-        Ok(())
+        self.graph.set_backing(&self.target, self.base.as_deref())
     }
 
     /// The stream's result, as it is recorded, where the header is to name `backing`. It stays

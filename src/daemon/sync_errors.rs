@@ -3,6 +3,7 @@
 //! The thread that meets one only passes it on. A thread of its own finds out whom it concerns,
 //! since the lists of nodes and exports may be in use by somebody who waits for that thread.
 
+use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
@@ -20,7 +21,7 @@ use crate::job::{Event, Refused};
 use crate::state::Store;
 use crate::state::record::FailedSync;
 use crate::storage::syncs::on_failure;
-use crate::storage::{Identity, Syncs, are_different};
+use crate::storage::{Identity, Syncs, is_same_file};
 
 /// The syncs that a flush of a layer needs.
 pub(super) fn syncs_of(layer: &Layer) -> Vec<Arc<Syncs>> {
@@ -125,8 +126,10 @@ fn record(store: &Store, failure: &SyncFailure, identity: Identity) {
 
 /// Whether both records are about the same file.
 fn is_same(one: &FailedSync, other: &FailedSync) -> bool {
-    let known = one.identity != Identity::default() && one.identity == other.identity;
-    known || (one.file == other.file && !are_different(one.identity, other.identity))
+    is_same_file(
+        (Path::new(&one.file), one.identity),
+        (Path::new(&other.file), other.identity),
+    )
 }
 
 /// An event for each export whose flushes fail, or one without a device.

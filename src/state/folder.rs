@@ -7,7 +7,7 @@
 
 use std::ffi::CString;
 use std::fmt::Debug;
-use std::fs::{File, Metadata, Permissions};
+use std::fs::{File, Metadata, Permissions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
@@ -78,8 +78,10 @@ pub fn replace(folder: &dyn Folder, name: &str, bytes: &[u8]) -> Result<(), NotR
 pub enum Owner {
     /// Those of the user that this process runs as.
     Own,
-    /// Anybody's: for an operator's tools, and where a file can do no more than refuse a start.
+    /// Anybody's: for an operator's tools.
     Any,
+    /// Those that anybody may have written, too: where a file can do no more than refuse a start.
+    Unknown,
 }
 
 /// A folder on the disk. What is in it is reached through its descriptor, and no symbolic link is
@@ -101,7 +103,7 @@ impl DiskFolder {
             .custom_flags(libc::O_DIRECTORY)
             .open(path)?;
         let mode = folder.metadata()?.mode();
-        if mode & 0o022 != 0 && mode & libc::S_ISVTX == 0 {
+        if owner != Owner::Unknown && mode & 0o022 != 0 && mode & libc::S_ISVTX == 0 {
             return Err(not_safe(
                 "others may replace files in it (chmod go-w, or chmod +t where daemons of \
                  several users share it)",
@@ -145,7 +147,7 @@ impl DiskFolder {
                 metadata.uid()
             )));
         }
-        if metadata.mode() & 0o022 != 0 {
+        if self.owner != Owner::Unknown && metadata.mode() & 0o022 != 0 {
             return Err(not_safe(
                 "others may write it (chmod go-w, if what it says is to be believed)",
             ));
@@ -175,6 +177,13 @@ impl DiskFolder {
             return Err(not_safe("it has another name, too"));
         }
         Ok(file)
+    }
+
+    /// Whether some process has locked the file `name`. If there is no telling, none has.
+    #[must_use]
+    pub fn is_locked(&self, name: &str) -> bool {
+        let file = self.open_at(name, libc::O_RDONLY);
+        file.is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
     }
 
     /// Whether `file` is still what the name `name` stands for.

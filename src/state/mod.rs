@@ -274,6 +274,8 @@ pub struct Neighbour {
     pub state: Result<State, StateError>,
     /// What it has, as it is.
     pub text: Vec<u8>,
+    /// Some process uses it.
+    pub running: bool,
 }
 
 /// All states in the folder `dir` but for the one called `but`. Others may change them meanwhile.
@@ -281,7 +283,7 @@ pub struct Neighbour {
 /// # Errors
 /// When the folder cannot be read.
 pub fn others(dir: &Path, but: &str) -> Result<Vec<Neighbour>, StateError> {
-    let folder = open_folder(dir, Owner::Any)?;
+    let folder = open_folder(dir, Owner::Unknown)?;
     let names = names(dir)?.into_iter().filter(|name| name != but);
     let found = names.filter_map(|name| {
         let path = dir.join(format!("{name}{SUFFIX}"));
@@ -290,7 +292,12 @@ pub fn others(dir: &Path, but: &str) -> Result<Vec<Neighbour>, StateError> {
             Ok(Some(text)) => (text::parse(&text, &path), text),
             Err(error) => (Err(failed("reading", &path, &error)), Vec::new()),
         };
-        Some(Neighbour { path, state, text })
+        Some(Neighbour {
+            path,
+            state,
+            text,
+            running: folder.is_locked(&lock_of(&name)),
+        })
     });
     Ok(found.collect())
 }
@@ -355,6 +362,10 @@ fn error_text(error: &io::Error) -> String {
     }
 }
 
+fn lock_of(name: &str) -> String {
+    format!("{name}.lock")
+}
+
 /// The lock of a state. It is a file of its own, since the state's own is replaced by each change.
 #[derive(Debug)]
 struct Lock {
@@ -374,7 +385,7 @@ impl Lock {
         name: &str,
         patience: Duration,
     ) -> Result<Self, StateError> {
-        let (name, state) = (format!("{name}.lock"), format!("{name}{SUFFIX}"));
+        let (name, state) = (lock_of(name), format!("{name}{SUFFIX}"));
         let path = dir.join(&name);
         let cannot = |error: io::Error| failed("locking", &path, &error);
         let mut file = folder.open_lock(&name, &state).map_err(cannot)?;

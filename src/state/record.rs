@@ -4,6 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::chain::recorded::is_same_image;
 pub use crate::storage::{Identity, are_different};
 
 /// All that a daemon records.
@@ -203,6 +204,17 @@ impl Job {
     }
 }
 
+impl Link {
+    /// Whether both are about the same image.
+    #[must_use]
+    pub fn supersedes(&self, other: &Self) -> bool {
+        is_same_image(
+            (&self.node.file, self.identity),
+            (&other.node.file, other.identity),
+        )
+    }
+}
+
 impl State {
     /// Adds a job, and returns the number that it gets.
     ///
@@ -237,7 +249,7 @@ impl State {
         let job = self.jobs.remove(at);
         if let Some(commit) = job.commit.filter(|_| completed) {
             let file = &commit.link.node.file;
-            self.links.retain(|other| other.node.file != *file);
+            self.links.retain(|other| !commit.link.supersedes(other));
             for other in &mut self.links {
                 // It is in use again.
                 other.released_files.retain(|released| released != file);

@@ -526,6 +526,7 @@ fn what_others_have_planted_is_neither_followed_nor_believed() {
 fn a_file_that_is_in_use_again_is_not_one_that_was_let_go_of() {
     let mut now = state();
     now.links[0].node = node("/disks/leaf.qcow2");
+    now.links[0].identity = [8, 8];
     now.links[0].released_files = vec!["/disks/top.qcow2".to_owned(), "/disks/mid".to_owned()];
     now.remove_job(0, true);
     assert_eq!(now.links[0].released_files, ["/disks/mid"]);

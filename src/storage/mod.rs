@@ -23,7 +23,7 @@ pub mod window;
 use crate::reactor::{Reactor, Token};
 
 pub use buffer::{AlignedBuf, IoBufs, ScratchBuf};
-pub use file::FileStorage;
+pub use file::{FileStorage, is_same_file, is_same_path};
 pub use locking::Access;
 pub use syncs::Syncs;
 pub use window::Window;
@@ -95,11 +95,16 @@ pub struct Limits {
 /// not known.
 pub type Identity = [u64; 2];
 
+/// Whether it tells a file from others.
+#[must_use]
+pub fn is_known(identity: Identity) -> bool {
+    !identity.contains(&0)
+}
+
 /// Whether these are two files for sure.
 #[must_use]
 pub fn are_different(one: Identity, other: Identity) -> bool {
-    let known = |identity: Identity| identity != Identity::default();
-    known(one) && known(other) && one != other
+    is_known(one) && is_known(other) && one != other
 }
 
 /// A place that holds the bytes of one layer.

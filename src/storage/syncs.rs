@@ -25,7 +25,7 @@ use std::sync::{Arc, LazyLock, Weak};
 use std::time::SystemTime;
 
 use super::file::identity_of;
-use super::{Identity, Storage, are_different};
+use super::{Identity, Storage, are_different, is_known};
 use crate::error::SyncFailure;
 use crate::sync::{AsyncMutex, Mutex};
 
@@ -109,9 +109,8 @@ impl Syncs {
             .or_insert_with(|| Self::new(false))
             .clone();
         let identity = identity_of(metadata).unwrap_or_default();
-        let is_it = |(_, other): &mut (SyncFailure, Identity)| {
-            identity != Identity::default() && *other == identity
-        };
+        let is_it =
+            |(_, other): &mut (SyncFailure, Identity)| is_known(identity) && *other == identity;
         let kept = registry.waiting.extract_if(.., is_it).last();
         drop(registry);
         if let Some((failure, _)) = &kept {

@@ -6,7 +6,9 @@ start that is refused though nothing differs; a failed flush that an image leave
 behind when it is moved.
 """
 
+import fcntl
 import json
+import os
 import random
 import shutil
 
@@ -261,3 +263,133 @@ def test_a_base_that_is_a_part_of_a_file(daemon, tmp_path, seed, named):
     assert below(lives.again()) == []
     lives.daemon.stop()
     images.stands_alone(lives.scene.top, lives.scene.seen)
+
+
+def served(lives, *options):
+    """Words for nodes with these options, of which `n2` is served."""
+    words = [word for node in options for word in ("--blockdev", json.dumps(node))]
+    words += export(options[-1]["node-name"], "drive0", lives.scene.folder / "drive0.sock")
+    return [*words, "--state", lives.folder]
+
+
+def qcow2(name, path, backing=None):
+    file = {"driver": "file", "filename": str(path)}
+    node = {"driver": "qcow2", "node-name": name, "file": file}
+    return {**node, **({"backing": backing} if backing else {})}
+
+
+def took_in_all(lives):
+    """Stream into the middle layer, then into the top one, each to the bottom; kill."""
+    scene = lives.scene
+    words = serve(scene.layers, scene.folder, writable=(1,))
+    qmp = lives.begin(*words, "--state", lives.folder)
+    completed(qmp, device="n1")
+    completed(qmp)
+    lives.kill()
+
+
+def elsewhere(path, how):
+    """Another path of a file."""
+    new = path.parent / "new"
+    if how == "linked":
+        new.exists() or new.symlink_to(path.parent)
+    else:
+        new.mkdir(exist_ok=True)
+        path.rename(new / path.name)
+    return new / path.name
+
+
+@pytest.mark.parametrize("how", ["moved", "linked"])
+@pytest.mark.parametrize("between", [False, True])
+def test_what_lies_under_an_image_does_so_under_any_path(lives, how, between):
+    """Of one that a stream has let go of since, as of any other; whatever is served between."""
+    took_in_all(lives)
+    if between:
+        lives.begin()
+        lives.kill()
+    layers = lives.scene.layers
+    for number in (1, 2):
+        layers[number] = elsewhere(layers[number], how)
+        node = f"n{number}"
+        nodes = (qcow2("n0", layers[0]), qcow2(node, layers[number], "n0"))
+        assert below(lives.begin(*served(lives, *nodes)), node) == []
+        lives.kill()
+
+
+def test_another_image_under_the_path_of_one_that_was_let_go_of(lives):
+    """A new one is no matter of the record; what may be a copy of the old one is."""
+    took_in_all(lives)
+    bottom, mid, _ = lives.scene.layers
+    restored(mid, None)
+    words = served(lives, qcow2("n0", bottom), qcow2("n1", mid, "n0"))
+    assert "another file" in lives.refused(*words)
+    mid.unlink()
+    images.create(mid, backing=bottom)
+    assert below(lives.begin(*words), "n1") == ["n0"]
+
+
+def test_records_of_images_that_are_not_served_stay(lives):
+    """A disk that is left out keeps nobody from starting, and has its record when it is back."""
+    other = images.create(lives.scene.folder / "other.qcow2", 8 * MIB)
+    completed(lives.begin())
+    stands = lives.record()
+    lives.kill()
+    words = served(lives, qcow2("other", other))
+    for _ in range(2):
+        lives.begin(*words)
+        assert "is not served" in lives.daemon.read_log()
+        assert lives.record()["links"] == stands["links"]
+        lives.kill()
+    assert below(lives.begin()) == []
+
+
+def test_a_job_of_a_disk_that_is_left_out_stays(lives):
+    other = images.create(lives.scene.folder / "other.qcow2", 8 * MIB)
+    stream(lives.begin(), speed=SLOW)
+    lives.kill()
+    qmp = lives.begin(*served(lives, qcow2("other", other)))
+    assert "'j'" in lives.daemon.read_log() and qmp.cmd("query-jobs") == []
+    assert [job["id"] for job in lives.record()["jobs"]] == ["j"]
+    lives.daemon.stop()
+    assert lives.begin().job("j")["speed"] == SLOW
+
+
+def as_neighbour(lives):
+    """Give the record another name."""
+    lives.file().rename(lives.file("other"))
+    return [*lives.words, "--state-name", "second"]
+
+
+def test_a_neighbour_s_chain_that_is_opened_as_it_is_recorded(lives):
+    completed(lives.begin())
+    lives.kill()
+    words = as_neighbour(lives)
+    assert "--state-name=other" in lives.refused(*words)
+    words = [*served(lives, qcow2("n2", lives.scene.top)), "--state-name", "second"]
+    assert below(lives.begin(*words)) == []
+
+
+@pytest.mark.parametrize("how", ["mode", "owner"])
+def test_a_neighbour_is_heard_whoever_may_write_it(lives, how):
+    stream(lives.begin(), speed=SLOW)
+    lives.kill()
+    words = as_neighbour(lives)
+    path = lives.file("other")
+    if how == "mode":
+        path.chmod(0o666)
+    elif os.geteuid() == 0:
+        os.chown(path, 12345, 12345)
+    said = lives.refused(*words)
+    assert "records a job" in said, said
+
+
+def test_a_failed_flush_that_a_neighbour_records_is_heard(lives):
+    mark(lives, lives.scene.layers[1])
+    words = as_neighbour(lives)
+    said = lives.refused(*words)
+    for word in ("failed flush", str(lives.scene.layers[1]), "clear-error", "--state-name=other"):
+        assert word in said, said
+    # A daemon that runs sees to it itself.
+    with open(lives.folder / "other.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lives.begin(*words)

@@ -64,6 +64,7 @@ impl Bed {
             identity: [0, 0],
             header: below.map(|(file, _)| header(file)),
             certain: true,
+            let_go: false,
             below: below.map(|(file, name)| RecordedNode {
                 name: name.map(str::to_owned),
                 format: "qcow2".to_owned(),
@@ -237,4 +238,22 @@ fn a_record_holds_for_its_image_alone() {
     };
     let chain = bed.open(&bed.named(), link).unwrap();
     assert_eq!(files(&chain), ["top", "mid", "base"]);
+}
+
+/// Parts of a file have its identity, each of them.
+#[test]
+fn a_record_of_a_part_of_a_file_is_about_that_part_alone() {
+    let part = |path: &str, offset: u64| {
+        let file = json!({"driver": "file", "filename": path});
+        format!(
+            "json:{}",
+            json!({"driver": "raw", "offset": offset, "file": file})
+        )
+    };
+    let identity = [7, 7];
+    let is_same = |one: &str, other: &str| is_same_image((one, identity), (other, identity));
+    assert!(is_same("/gone/a", "/gone/b"));
+    assert!(is_same(&part("/gone/a", 512), &part("/gone/b", 512)));
+    assert!(!is_same(&part("/gone/a", 512), &part("/gone/a", 1024)));
+    assert!(!is_same(&part("/gone/a", 512), "/gone/a"));
 }

@@ -5,6 +5,7 @@ use crate::error::{Error, errno_text};
 use crate::state::record::FailedSync;
 use crate::state::{self, StateError, Store};
 use crate::storage::file::identity_of;
+use crate::storage::is_same_file;
 use clap::Args;
 use serde_json::{Value, json};
 use std::io::Write;
@@ -71,8 +72,10 @@ fn clear(args: &ClearErrorArgs, name: &str) -> Result<Vec<FailedSync>, Error> {
     let cannot = |error: StateError| Error::Invalid(error.to_string());
     let metadata = std::fs::metadata(&args.file).ok();
     let identity = metadata.and_then(|metadata| identity_of(&metadata));
+    let file = (args.file.as_path(), identity.unwrap_or_default());
     let concerns = |failed: &FailedSync| {
-        identity == Some(failed.identity) || is_same(Path::new(&failed.file), &args.file)
+        let recorded = Path::new(&failed.file);
+        is_same(recorded, &args.file) || is_same_file((recorded, failed.identity), file)
     };
     let recorded = state::peek(&args.state, name).map_err(cannot)?;
     if !recorded.failed_syncs.iter().any(concerns) {
