@@ -172,10 +172,7 @@ impl DiskFolder {
             }
             Err(error) => return Err(error),
         };
-        // The number of the process is going to be written to it.
-        if self.check(&file)?.nlink() > 1 {
-            return Err(not_safe("it has another name, too"));
-        }
+        self.check(&file)?;
         Ok(file)
     }
 
@@ -206,10 +203,17 @@ impl DiskFolder {
             like => self.check(&like?)?,
         };
         let own = file.metadata()?;
-        if (own.uid(), own.gid()) != (like.uid(), like.gid()) {
-            fchown(file, Some(like.uid()), Some(like.gid()))?;
+        let user = (own.uid() != like.uid()).then_some(like.uid());
+        let group = (own.gid() != like.gid()).then_some(like.gid());
+        let mut mode = like.mode() & 0o644;
+        match fchown(file, user, group) {
+            // Only root may give a file to any group. What that one may read no other may.
+            Err(error) if user.is_none() && error.raw_os_error() == Some(libc::EPERM) => {
+                mode &= 0o604;
+            }
+            changed => changed?,
         }
-        file.set_permissions(Permissions::from_mode(like.mode() & 0o644))
+        file.set_permissions(Permissions::from_mode(mode))
     }
 }
 

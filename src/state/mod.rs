@@ -19,6 +19,7 @@ mod upgrade;
 
 use std::fs::{File, TryLockError};
 use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -94,6 +95,8 @@ struct Held {
     state: State,
     /// The file may have something else.
     stale: bool,
+    /// What the file has, if it is there and nobody else writes it.
+    text: Option<Vec<u8>>,
 }
 
 /// The state of one daemon, in a file that no other process writes.
@@ -157,8 +160,8 @@ impl Store {
         let bytes = folder
             .read(&name)
             .map_err(|error| failed("reading", &path, &error))?;
-        let state = match bytes {
-            Some(bytes) => text::parse(&bytes, &path)?,
+        let state = match &bytes {
+            Some(bytes) => text::parse(bytes, &path)?,
             None => State::default(),
         };
         Ok(Self {
@@ -168,6 +171,7 @@ impl Store {
             held: Mutex::new(Held {
                 state,
                 stale: false,
+                text: bytes,
             }),
             lock: lock.map(Mutex::new),
         })
@@ -246,18 +250,37 @@ impl Store {
     }
 
     fn put(&self, held: &mut Held, state: &State) -> Result<(), folder::NotReplaced> {
-        let keep = self.lock.as_ref().map_or(Ok(()), |lock| lock.lock().keep());
-        let keep = keep.map_err(|error| folder::NotReplaced {
+        let keep = self.keep_lock(held).map_err(|error| folder::NotReplaced {
             error,
             replaced: false,
         });
-        let put =
-            keep.and_then(|()| folder::replace(&*self.folder, &self.name, &text::write(state)));
-        held.stale = match &put {
+        let text = text::write(state);
+        let put = keep.and_then(|()| folder::replace(&*self.folder, &self.name, &text));
+        let replaced = put.as_ref().map_or_else(|error| error.replaced, |()| true);
+        held.stale = match put {
             Ok(()) => false,
-            Err(error) => held.stale || error.replaced,
+            Err(_) => held.stale || replaced,
         };
+        if replaced {
+            held.text = Some(text);
+        }
         put
+    }
+
+    /// Sees to it that nobody else writes the file, and has not written it.
+    fn keep_lock(&self, held: &Held) -> io::Result<()> {
+        let Some(lock) = &self.lock else {
+            return Ok(());
+        };
+        lock.lock().keep(|| {
+            if self.folder.read(&self.name)? == held.text {
+                return Ok(());
+            }
+            Err(io::Error::other(
+                "its lock was removed, and something else has changed it since: it is not \
+                 overwritten (start this daemon anew to go by what it says now)",
+            ))
+        })
     }
 
     fn not_recorded(&self, error: &io::Error) -> StateError {
@@ -390,22 +413,14 @@ impl Lock {
         let cannot = |error: io::Error| failed("locking", &path, &error);
         let mut file = folder.open_lock(&name, &state).map_err(cannot)?;
         let deadline = Instant::now() + patience;
-        loop {
-            match file.try_lock() {
-                // Somebody may have removed the file that we have locked.
-                Ok(()) if folder.has(&name, &file).map_err(cannot)? => break,
-                Ok(()) => file = folder.open_lock(&name, &state).map_err(cannot)?,
-                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
-                    std::thread::sleep(Duration::from_millis(10));
-                }
-                Err(TryLockError::WouldBlock) => {
-                    return Err(StateError::Locked {
-                        path: dir.join(state),
-                        owner: owner(&mut file),
-                    });
-                }
-                Err(TryLockError::Error(error)) => return Err(cannot(error)),
+        while !lock(&folder, &name, &state, &mut file).map_err(cannot)? {
+            if Instant::now() >= deadline {
+                return Err(StateError::Locked {
+                    path: dir.join(state),
+                    owner: owner(&mut file),
+                });
             }
+            std::thread::sleep(Duration::from_millis(10));
         }
         // On a full disk the state can be read all the same.
         if let Err(error) = sign(&mut file) {
@@ -419,29 +434,48 @@ impl Lock {
         })
     }
 
-    /// Takes the lock again where its file was removed: it keeps nobody out any more.
+    /// Takes the lock again where its file was removed: it keeps nobody out any more. It is ours if
+    /// `check` finds that nobody had it meanwhile.
     ///
     /// # Errors
-    /// When another process has it by now.
-    fn keep(&mut self) -> io::Result<()> {
+    /// When another process has it by now, or has had it.
+    fn keep(&mut self, check: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         if self.folder.has(&self.name, &self.file)? {
             return Ok(());
         }
         let mut file = self.folder.open_lock(&self.name, &self.state)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(io::Error::other(format!(
-                    "'{}' was removed, and process {} has the state now",
-                    self.name,
-                    owner(&mut file)
-                )));
-            }
-            Err(TryLockError::Error(error)) => return Err(error),
+        if !lock(&self.folder, &self.name, &self.state, &mut file)? {
+            return Err(io::Error::other(format!(
+                "'{}' was removed, and process {} has the state now",
+                self.name,
+                owner(&mut file)
+            )));
         }
+        check()?;
         sign(&mut file)?;
         self.file = file;
         Ok(())
+    }
+}
+
+/// Locks `file`, or the one that has its name by now. False if another process has it.
+fn lock(folder: &DiskFolder, name: &str, state: &str, file: &mut File) -> io::Result<bool> {
+    loop {
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Ok(false),
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+        // Somebody may have removed the file that we have locked.
+        if folder.has(name, file)? {
+            if file.metadata()?.nlink() < 2 {
+                return Ok(true);
+            }
+            // In a copy of the folder that was made of links it would be one lock for both; and
+            // whatever else it is, it is not ours to write to.
+            folder.remove(name)?;
+        }
+        *file = folder.open_lock(name, state)?;
     }
 }
 
