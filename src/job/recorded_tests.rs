@@ -597,6 +597,33 @@ fn copies_are_stable_when_a_job_is_pending_or_at_its_end() {
     }
 }
 
+/// Would catch a job that is pending, or ended well, with copies that may be lost.
+#[test]
+fn copies_that_cannot_be_made_stable_at_the_end_are_an_error_of_the_job() {
+    for on_error in [OnError::Report, OnError::Stop] {
+        let bench = Bench::frozen();
+        let disk = Disk::new(8, 0..8);
+        *disk.settle_faults.lock() = 1;
+        let spec = JobSpec {
+            auto_finalize: false,
+            auto_dismiss: false,
+            on_error,
+            ..JobSpec::stream("j")
+        };
+        let job = bench.start(spec, &disk);
+        if on_error == OnError::Report {
+            bench.until("concluded");
+            assert_eq!(job.info().error.as_deref(), Some("cannot settle"));
+            continue;
+        }
+        bench.until("paused");
+        assert_eq!(job.info().io_status, IoStatus::Failed);
+        job.resume().unwrap();
+        bench.until("BLOCK_JOB_PENDING");
+        assert!(disk.log.lock().last().is_some_and(|(_, stable)| *stable));
+    }
+}
+
 /// Would catch an end of a job that is kept after its end, and of which the record says that its
 /// result may not be in force.
 #[test]

@@ -1,6 +1,6 @@
 //! What a job has copied becomes stable while the job runs: within five seconds, before it pauses,
-//! and when it has copied its last, whether or not a guest flushes. What a process that is killed had copied is not copied again
-//! then.
+//! and when it has copied its last, whether or not a guest flushes. What a process that is killed had
+//! copied is not copied again then.
 //!
 //! It happens on the job's thread, beside the copies.
 
@@ -10,8 +10,9 @@ use std::time::Duration;
 use async_lock::{Mutex, MutexGuard};
 use event_listener::Event as Signal;
 
-use super::context::JobContext;
-use super::stream::StreamSource;
+use super::JobError;
+use super::context::{ErrorAction, JobContext};
+use super::stream::{JobIoError, StreamSource};
 
 /// How long copies wait, at most. The rest of the five seconds is for making them stable.
 pub const PERIOD: Duration = Duration::from_secs(4);
@@ -44,7 +45,7 @@ impl<'a> Settle<'a> {
             let changed = self.changed.listen();
             if self.unstable.get() {
                 self.context.sleep(PERIOD).await;
-                self.now().await;
+                self.try_now().await;
             } else {
                 changed.await;
             }
@@ -58,17 +59,42 @@ impl<'a> Settle<'a> {
         }
     }
 
-    /// Makes what was copied stable. When that fails, it is tried again; the job hears of it at its
-    /// end, which needs it.
-    pub async fn now(&self) {
+    /// Makes what was copied stable. When that fails, it is tried again.
+    pub async fn try_now(&self) {
+        if let Err(error) = self.now().await {
+            log::warn!("stream: what was copied is not stable yet: {error}");
+        }
+    }
+
+    /// Makes the last copies stable. When that fails, it is the job's error as a copy's would be:
+    /// nobody tries again once the job waits to be finalized, which may be hours.
+    pub async fn last(&self) -> Result<(), JobError> {
+        loop {
+            let Err(error) = self.now().await else {
+                return Ok(());
+            };
+            if self.context.should_stop() {
+                log::warn!("stream: what was copied is not stable: {error}");
+                return Ok(());
+            }
+            match self.context.error_action(error.errno, error.write) {
+                ErrorAction::Stop => self.context.pause_point().await,
+                ErrorAction::Report | ErrorAction::Ignore => {
+                    return Err(JobError::new(error.text));
+                }
+            }
+            if self.context.is_suspended() {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn now(&self) -> Result<(), JobIoError> {
         let _turn = self.settling.lock().await;
         if !self.unstable.replace(false) {
-            return;
+            return Ok(());
         }
-        if let Err(error) = self.source.settle().await {
-            log::warn!("stream: what was copied is not stable yet: {error}");
-            self.copied();
-        }
+        self.source.settle().await.inspect_err(|_| self.copied())
     }
 
     /// Waits until nothing is under way. Nothing begins while what is returned is held.

@@ -153,12 +153,13 @@ impl Body for Stream {
             let survey = Survey::new(source, context);
             let settle = Settle::new(source, context);
             let copying = pin!(async {
-                let result = Copier::new(source, context, &survey, &settle).run().await;
+                let mut result = Copier::new(source, context, &survey, &settle).run().await;
                 // What they have begun comes to its end.
                 drop(survey.rest().await);
-                if !context.is_suspended() {
-                    // Nobody does it later: the job may be pending for hours.
-                    settle.now().await;
+                match &result {
+                    _ if context.is_suspended() => {}
+                    Ok(()) => result = settle.last().await,
+                    Err(_) => settle.try_now().await,
                 }
                 drop(settle.rest().await);
                 result
@@ -283,7 +284,7 @@ impl<'a> Copier<'a> {
                 }
                 let resting = self.survey.rest().await;
                 if !self.context.should_stop() {
-                    self.settle.now().await;
+                    self.settle.try_now().await;
                 }
                 self.context.pause_point().await;
                 drop(resting);
