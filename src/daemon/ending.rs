@@ -45,6 +45,14 @@ impl Patience {
             all,
         }
     }
+
+    /// For what is left to do when the rest took this long: what is left of the bound, but enough
+    /// for a disk that answers.
+    #[must_use]
+    pub fn left(&self, taken: Duration) -> Duration {
+        let left = self.all.saturating_sub(taken);
+        left.min(self.hung).max(Duration::from_secs(1))
+    }
 }
 
 /// When an image is flushed for the last time in spite of its users, who have until `bound`.
@@ -429,6 +437,19 @@ mod tests {
         let parts = vec![image, part("export", &[], |_| {})];
         let error = end(parts, Patience::within(None)).unwrap_err();
         assert_eq!(error.to_string(), "image is full");
+    }
+
+    #[test]
+    fn what_comes_last_has_what_is_left_of_the_bound() {
+        let second = Duration::from_secs(1);
+        let patience = Patience::within(Some(80 * second));
+        assert_eq!(patience.left(Duration::ZERO), 10 * second);
+        assert_eq!(patience.left(76 * second), 4 * second);
+        for taken in [80, 81] {
+            assert_eq!(patience.left(taken * second), second);
+        }
+        // However short the bound is.
+        assert_eq!(Patience::within(Some(second)).left(Duration::ZERO), second);
     }
 
     #[test]

@@ -216,9 +216,10 @@ fn serve(config: &Config, began: Instant) -> Result<()> {
     };
     fences.say_that_it_ends();
     let patience = ending::Patience::within(config.stop_timeout);
+    let began = Instant::now();
     let ended = ending::end(parts::of(&graph, &exports, running), patience);
     if let Some(watch) = watch {
-        watch.finish(patience.hung);
+        watch.finish(patience.left(began.elapsed()));
     }
     if ended.is_err() {
         // Whatever would be dropped here would be waited for.
