@@ -18,7 +18,7 @@ use super::open::Origin;
 use crate::error::{Error, Result, utc};
 use crate::format::qcow2::Backing;
 use crate::options::{BackingRef, BlockRef, BlockdevOptions, Driver, FileOptions};
-use crate::storage::{Identity, are_different, is_same_file};
+use crate::storage::{Identity, are_different, is_known, is_same_file};
 
 /// What is recorded of chains.
 #[derive(Clone, Debug, Default)]
@@ -90,7 +90,9 @@ impl Recorded {
             if link.header.as_ref() == header {
                 return Ok(Some(link));
             }
-            if link.certain {
+            // Under the path of one that was let go of there may be a new one.
+            let told_apart = is_known(link.identity) && is_known(identity);
+            if link.certain && (told_apart || !link.let_go) {
                 return Err(self.other_header(file, header, link));
             }
         }

@@ -240,6 +240,23 @@ fn a_record_holds_for_its_image_alone() {
     assert_eq!(files(&chain), ["top", "mid", "base"]);
 }
 
+/// Would catch an image that cannot be made under a name that was used before, where the file system
+/// does not tell files from each other.
+#[test]
+fn a_new_image_under_the_path_of_one_that_was_let_go_of_is_another_one() {
+    let bed = Bed::new(Some("mid"));
+    let let_go = RecordedLink {
+        let_go: true,
+        ..bed.link(None)
+    };
+    let chain = bed.open(&bed.named(), let_go.clone()).unwrap();
+    assert_eq!(files(&chain), ["top", "mid", "base"]);
+    // As the stream has left it, it is no new one.
+    bed.image("top", None);
+    let chain = bed.open(&bed.named(), let_go).unwrap();
+    assert_eq!(files(&chain), ["top"]);
+}
+
 /// Parts of a file have its identity, each of them.
 #[test]
 fn a_record_of_a_part_of_a_file_is_about_that_part_alone() {
