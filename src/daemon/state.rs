@@ -284,7 +284,22 @@ pub fn plan(config: &Config, graph: &Graph, store: Option<&Arc<Store>>) -> Resul
     }
     let mut plan = Plan::default();
     for job in &state.jobs {
-        match next(graph, job, &released).map_err(differs)? {
+        let next = match is_left(job) {
+            true => None,
+            false => next(graph, job, &released).map_err(differs)?,
+        };
+        if let Some(in_force) = decided(graph, job) {
+            // What the header says is in force from here on.
+            let decided = store.happened(|state| state.decide(job.number, in_force));
+            if let Err(error) = decided {
+                log::error!(
+                    "what became of job '{}' is not recorded yet: {error}",
+                    job.id
+                );
+            }
+        }
+        match next {
+            _ if is_left(job) => {}
             Some((target, next)) => plan.jobs.push((job.clone(), target, next)),
             None => log::warn!(
                 "job '{}' stays recorded in '{}': the image that it streams into is not served",
@@ -384,6 +399,25 @@ fn find(
         _ if is_same_place(&file, &wanted.file) => other_file(&file, identity(&found), of),
         _ => format!("node '{name}' is in '{file}', and was in '{}'", wanted.file),
     })
+}
+
+/// Whether this is what a failed job has left that nobody is to see.
+fn is_left(job: &record::Job) -> bool {
+    job.end.is_some() && job.auto_dismiss
+}
+
+/// Whether the result of a job that is over or goes on is in force, if that was open until now.
+fn decided(graph: &Graph, job: &record::Job) -> Option<bool> {
+    let commit = job.commit.as_ref().filter(|commit| !commit.done)?;
+    let link = &commit.link;
+    let any = record::Node {
+        name: None,
+        ..link.node.clone()
+    };
+    let node = find(graph, &any, link.identity).ok().flatten()?;
+    let in_force = header_of(&node) == link.header;
+    // That one has completed, and its end is told.
+    (job.end.is_some() || !in_force).then_some(in_force)
 }
 
 /// What becomes of a job, and the name of the node that it streams into; `None` if its image is not

@@ -458,9 +458,9 @@ impl Manager {
         job.record_anyway(|record| {
             record.paused = false;
             record.end = Some(end.clone());
-            match completed {
-                true => record.in_force(),
-                false => record.commit = None,
+            // One that has failed may have changed the header: the next process sees to it.
+            if completed {
+                record.in_force();
             }
         });
     }

@@ -651,3 +651,35 @@ fn the_result_of_a_completed_job_is_in_force() {
     bench.manager.tell();
     assert!(done() && store.state().jobs[0].end.is_some());
 }
+
+/// Would catch a result that is forgotten though the header may have been changed; and a name that
+/// cannot be used again for that.
+#[test]
+fn a_result_that_may_be_in_force_stays_recorded_when_the_job_fails() {
+    for auto_dismiss in [true, false] {
+        let steps = Steps::default();
+        let store = Arc::new(steps.store());
+        let bench = Bench::recorded_in(store.clone());
+        let disk = Disk::new(8, 0..8);
+        let spec = JobSpec {
+            auto_finalize: false,
+            auto_dismiss,
+            ..quick()
+        };
+        let job = bench.start(spec, &disk);
+        bench.until("BLOCK_JOB_PENDING");
+        let put = |state: &mut State| state.jobs[0].commit = Some(commit());
+        store.change(put).unwrap();
+        *disk.finish_error.lock() = Some(libc::EIO);
+        job.finalize().unwrap();
+        bench.until("concluded");
+        if auto_dismiss {
+            bench.until("null");
+        } else {
+            bench.manager.dismiss("j").unwrap().unwrap();
+        }
+        let left = steps.store().state().jobs;
+        assert!(left.len() == 1 && left[0].commit.is_some(), "{left:?}");
+        bench.start(slow(), &Disk::new(100, 0..100));
+    }
+}

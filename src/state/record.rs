@@ -241,20 +241,52 @@ impl State {
     }
 
     /// Forgets a job. What lies under the image of one that has `completed` stays recorded: options
-    /// of a later process may say otherwise, whatever those of this one say.
+    /// of a later process may say otherwise, whatever those of this one say. Where the header may
+    /// have been changed before the job failed, that stays, too, under a name that no client can
+    /// give, until it is [decided](Self::decide).
     pub fn remove_job(&mut self, number: u64, completed: bool) {
         let Some(at) = self.jobs.iter().position(|job| job.number == number) else {
             return;
         };
-        let job = self.jobs.remove(at);
-        if let Some(commit) = job.commit.filter(|_| completed) {
-            let file = &commit.link.node.file;
-            self.links.retain(|other| !commit.link.supersedes(other));
-            for other in &mut self.links {
-                // It is in use again.
-                other.released_files.retain(|released| released != file);
+        let mut job = self.jobs.remove(at);
+        match &job.commit {
+            Some(commit) if completed || commit.done => self.put_link(commit.link.clone()),
+            Some(_) => {
+                job.id = format!("#{number}");
+                job.auto_dismiss = true;
+                job.end.get_or_insert(End {
+                    error: Some("the header may have been changed".to_owned()),
+                    len: job.len,
+                    offset: 0,
+                    copied: 0,
+                });
+                self.jobs.insert(at, job);
             }
-            self.links.push(commit.link);
+            None => {}
         }
+    }
+
+    /// The header of a job's image says whether the job's result is in force.
+    pub fn decide(&mut self, number: u64, in_force: bool) {
+        let Some(job) = self.job_mut(number) else {
+            return;
+        };
+        match in_force {
+            true => job.in_force(),
+            false => job.commit = None,
+        }
+        if job.end.is_some() && job.auto_dismiss {
+            self.remove_job(number, in_force);
+        }
+    }
+
+    fn put_link(&mut self, link: Link) {
+        let file = &link.node.file;
+        self.links.retain(|other| !link.supersedes(other));
+        for other in &mut self.links {
+            // It is in use again.
+            other.released_files.retain(|released| released != file);
+        }
+        self.links.push(link);
     }
 }

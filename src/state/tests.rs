@@ -595,3 +595,23 @@ fn a_file_that_is_in_use_again_is_not_one_that_was_let_go_of() {
     assert_eq!(now.links[0].released_files, ["/disks/mid"]);
     assert_eq!(now.links[1].node.file, "/disks/top.qcow2");
 }
+
+/// Would catch a result that is forgotten though the header may say that it is in force.
+#[test]
+fn what_a_failed_job_may_have_changed_stays_until_it_is_decided() {
+    for in_force in [false, true] {
+        let mut now = state();
+        now.links.clear();
+        let job = &mut now.jobs[0];
+        job.end = None;
+        job.commit.as_mut().unwrap().done = false;
+        let (number, id) = (job.number, job.id.clone());
+        now.remove_job(number, false);
+        assert!(now.job_named(&id).is_none());
+        assert!(now.job_mut(number).unwrap().commit.is_some());
+        assert_eq!(now.links, []);
+        now.decide(number, in_force);
+        assert!(now.job_mut(number).is_none());
+        assert_eq!(now.links.len(), usize::from(in_force));
+    }
+}

@@ -393,3 +393,22 @@ def test_a_failed_flush_that_a_neighbour_records_is_heard(lives):
     with open(lives.folder / "other.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lives.begin(*words)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_the_header_decides_what_a_failed_change_of_it_has_left(lives, changed):
+    """A result that may be in force is, where the header says so, whatever the words are."""
+    old = images.backing(lives.scene.top)
+    state = unrecorded(lives, lives.begin(), False)
+    [job] = state["jobs"]
+    job["id"], job["auto-dismiss"] = "#0", True
+    job["end"] = {"error": "no", "len": 0, "offset": 0, "copied": 0}
+    lives.write(state)
+    if not changed:
+        images.qemu_img("rebase", "-u", "-b", old, "-F", "qcow2", lives.scene.top)
+    qmp = lives.begin()
+    assert below(qmp) == ([] if changed else ["n1", "n0"])
+    assert qmp.cmd("query-jobs") == []
+    record = lives.record()
+    assert record["jobs"] == [] and len(record["links"]) == int(changed)
+    assert below(lives.again()) == ([] if changed else ["n1", "n0"])
