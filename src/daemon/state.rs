@@ -97,9 +97,10 @@ pub fn recorded(store: Option<&Arc<Store>>) -> Recorded {
             identity: link.identity,
             header: link.header.as_ref().map(backing),
             certain: *certain,
-            let_go: links
-                .iter()
-                .any(|(other, certain)| *certain && other.released_files.contains(&link.node.file)),
+            let_go: link.let_go
+                || links.iter().any(|(other, certain)| {
+                    *certain && other.released_files.contains(&link.node.file)
+                }),
             below: link.below.as_ref().map(|below| RecordedNode {
                 name: below.node.name.clone(),
                 format: below.node.format.clone(),
@@ -268,7 +269,8 @@ pub fn plan(config: &Config, graph: &Graph, store: Option<&Arc<Store>>) -> Resul
             continue;
         }
         // Let go of since, and perhaps gone with its file. What it says of other nodes still holds.
-        let gone = released.contains(&node.file)
+        let gone = link.let_go
+            || released.contains(&node.file)
             || node
                 .name
                 .as_ref()

@@ -156,6 +156,7 @@ impl GraphSource {
                 header: backing.map(state::header),
                 below,
                 released_files: released_files.collect::<Result<_>>()?,
+                let_go: false,
                 released: state::names_of(&self.graph, streamed),
             },
             done: false,

@@ -495,6 +495,7 @@ fn commit() -> record::Commit {
             identity: [1, 2],
             released: Vec::new(),
             released_files: Vec::new(),
+            let_go: false,
         },
         done: false,
     }

@@ -69,6 +69,9 @@ pub struct Link {
     pub released: Vec<String>,
     /// The files of images that were under it before.
     pub released_files: Vec<String>,
+    /// A stream has let go of the image, and another image has taken its path since.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub let_go: bool,
 }
 
 /// What a job does about an I/O error.
@@ -205,6 +208,27 @@ impl Job {
 }
 
 impl Link {
+    /// What an older link of the same image has let go of is not under it now either, but for what
+    /// lies there again.
+    fn release_as_well(&mut self, older: Self) {
+        let below = self.below.as_ref().map(|below| &below.node);
+        let name = below.and_then(|node| node.name.clone());
+        let file = below.map(|node| node.file.clone());
+        for released in older.released {
+            let own = self.node.name.as_ref() == Some(&released);
+            if !own && name.as_ref() != Some(&released) && !self.released.contains(&released) {
+                self.released.push(released);
+            }
+        }
+        for released in older.released_files {
+            let own = self.node.file == released;
+            if !own && file.as_ref() != Some(&released) && !self.released_files.contains(&released)
+            {
+                self.released_files.push(released);
+            }
+        }
+    }
+
     /// Whether both are about the same image.
     #[must_use]
     pub fn supersedes(&self, other: &Self) -> bool {
@@ -280,13 +304,24 @@ impl State {
         }
     }
 
-    fn put_link(&mut self, link: Link) {
+    pub(super) fn put_link(&mut self, mut link: Link) {
+        let links = std::mem::take(&mut self.links);
+        let (superseded, mut links): (Vec<_>, Vec<_>) =
+            links.into_iter().partition(|other| link.supersedes(other));
+        for other in superseded {
+            link.release_as_well(other);
+        }
+        // The path is in use again; what was let go of there before stays so.
         let file = &link.node.file;
-        self.links.retain(|other| !link.supersedes(other));
-        for other in &mut self.links {
-            // It is in use again.
+        let mut was_let_go = false;
+        for other in &mut links {
+            was_let_go |= other.released_files.contains(file);
             other.released_files.retain(|released| released != file);
         }
+        for other in links.iter_mut().filter(|other| other.node.file == *file) {
+            other.let_go |= was_let_go;
+        }
+        self.links = links;
         self.links.push(link);
     }
 }

@@ -103,6 +103,7 @@ fn link() -> Link {
         identity: [7, 1_795_424_733_000_000_000],
         released: vec!["n1".to_owned()],
         released_files: vec!["/disks/mid.qcow2".to_owned()],
+        let_go: false,
     }
 }
 
@@ -614,4 +615,51 @@ fn what_a_failed_job_may_have_changed_stays_until_it_is_decided() {
         assert!(now.job_mut(number).is_none());
         assert_eq!(now.links.len(), usize::from(in_force));
     }
+}
+
+/// What would be caught: a start that looks for an image of which a stream has let go, since another
+/// image has its path; and one that looks for what an earlier stream into the same image let go of.
+#[test]
+fn what_was_let_go_of_stays_so() {
+    let of = |file: &str, identity: u64, released: &[&str]| Link {
+        node: node(file),
+        identity: [identity, 1],
+        below: None,
+        released: released.iter().map(|file| format!("node {file}")).collect(),
+        released_files: released.iter().map(|&file| file.to_owned()).collect(),
+        ..link()
+    };
+    let mut now = State::default();
+    now.put_link(of("/disks/a", 1, &[]));
+    now.put_link(of("/disks/t", 2, &["/disks/a"]));
+    now.put_link(of("/disks/a", 3, &[]));
+    let found: Vec<_> = (now.links.iter())
+        .map(|link| (&*link.node.file, link.identity[0], link.let_go))
+        .collect();
+    let expected = [
+        ("/disks/a", 1, true),
+        ("/disks/t", 2, false),
+        ("/disks/a", 3, false),
+    ];
+    assert_eq!(found, expected);
+    assert!(now.links[1].released_files.is_empty());
+
+    let mut now = State::default();
+    now.put_link(of("/disks/t", 2, &["/disks/m", "/disks/a"]));
+    let below = Some(Below {
+        node: Node {
+            name: Some("node /disks/a".to_owned()),
+            ..node("/disks/a")
+        },
+        open_as: "/disks/a".to_owned(),
+    });
+    now.put_link(Link {
+        below,
+        ..of("/disks/t", 2, &["/disks/b"])
+    });
+    let [link] = &now.links[..] else {
+        panic!("{:?}", now.links)
+    };
+    assert_eq!(link.released_files, ["/disks/b", "/disks/m"]);
+    assert_eq!(link.released, ["node /disks/b", "node /disks/m"]);
 }

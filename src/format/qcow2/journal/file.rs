@@ -252,6 +252,9 @@ impl Folder {
 /// Whether a journal is of the image with this identity, and no process has it.
 fn is_left(path: &Path, identity: Identity) -> io::Result<bool> {
     let file = options().open(path)?;
+    if claim(&file, true).is_err() {
+        return Ok(false);
+    }
     let mut bytes = [0; PAGE];
     file.read_exact_at(&mut bytes, 0)?;
     let word = |at: usize| {
@@ -262,7 +265,7 @@ fn is_left(path: &Path, identity: Identity) -> io::Result<bool> {
     let whole = word(MAGIC_AT) == MAGIC && word(CHECK_AT) == check(found);
     let is_empty = word(HEAD_AT) == word(TAIL_AT);
     let is_of_image = found.get(6..8) == Some(&identity[..]);
-    Ok(whole && is_of_image && is_empty && claim(&file, true).is_ok())
+    Ok(whole && is_of_image && is_empty)
 }
 
 /// Takes the lock that keeps other processes from a journal, for as long as the file is open: image
