@@ -8,10 +8,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-#[cfg(debug_assertions)]
-use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 
 use super::ids::{Id, boot, file_name, remove};
 use super::log::{HEAD_AT, LEAST_WORDS, RING, Ring, TAIL_AT};
@@ -48,6 +46,8 @@ pub struct Folder {
     /// Bytes of each new journal, if that was said.
     size: Option<u64>,
     boot: Id,
+    /// The journals that were there at first, and what they are about.
+    found: OnceLock<Vec<(PathBuf, Identity)>>,
     #[cfg(debug_assertions)]
     gate: OnceLock<Arc<dyn Gate>>,
 }
@@ -93,6 +93,7 @@ impl Folder {
             path: path.to_owned(),
             size,
             boot,
+            found: OnceLock::new(),
             #[cfg(debug_assertions)]
             gate: OnceLock::new(),
         }))
@@ -139,19 +140,14 @@ impl Folder {
     /// same inode and birth, on a file system that was copied or in another part of one file. Where
     /// the image has no identity all stay.
     fn remove_left(&self, identity: Identity) {
-        let Ok(entries) = std::fs::read_dir(&self.path) else {
-            return;
-        };
         if identity.contains(&0) {
             return;
         }
-        for entry in entries.flatten() {
-            let path = entry.path();
-            if path.extension().is_some_and(|end| end == "journal")
-                && is_left(&path, identity).unwrap_or(false)
-            {
+        let found = self.found.get_or_init(|| journals(&self.path));
+        for (path, _) in found.iter().filter(|(_, other)| *other == identity) {
+            if is_left(path).unwrap_or(false) {
                 log::info!("{}: removed, the image names it no longer", path.display());
-                remove(&path);
+                remove(path);
             }
         }
     }
@@ -249,23 +245,43 @@ impl Folder {
     }
 }
 
-/// Whether a journal is of the image with this identity, and no process has it.
-fn is_left(path: &Path, identity: Identity) -> io::Result<bool> {
-    let file = options().open(path)?;
-    if claim(&file, true).is_err() {
-        return Ok(false);
-    }
-    let mut bytes = [0; PAGE];
-    file.read_exact_at(&mut bytes, 0)?;
-    let word = |at: usize| {
-        let bytes = bytes.get(at..at + 8).and_then(|word| word.try_into().ok());
-        bytes.map_or(0, u64::from_ne_bytes)
+/// The journals in a folder, and what they are about. Read once for all images of a daemon, of which
+/// there may be many.
+fn journals(folder: &Path) -> Vec<(PathBuf, Identity)> {
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        return Vec::new();
     };
-    let found = FIELDS.map(word);
-    let whole = word(MAGIC_AT) == MAGIC && word(CHECK_AT) == check(found);
-    let is_empty = word(HEAD_AT) == word(TAIL_AT);
-    let is_of_image = found.get(6..8) == Some(&identity[..]);
-    Ok(whole && is_of_image && is_empty)
+    let paths = entries.flatten().map(|entry| entry.path());
+    let journals = paths.filter(|path| path.extension().is_some_and(|end| end == "journal"));
+    let with_identity = journals.filter_map(|path| {
+        let identity = identity_in(&options().open(&path).ok()?).ok()??;
+        Some((path, identity))
+    });
+    with_identity.collect()
+}
+
+/// What a journal is about; `None`: it is none that is whole.
+fn identity_in(file: &File) -> io::Result<Option<Identity>> {
+    let mut fields = [0; FIELDS.len()];
+    for (field, at) in fields.iter_mut().zip(FIELDS) {
+        *field = word_in(file, at)?;
+    }
+    let whole = word_in(file, MAGIC_AT)? == MAGIC && word_in(file, CHECK_AT)? == check(fields);
+    let [.., inode, birth] = fields;
+    Ok(whole.then_some([inode, birth]))
+}
+
+fn word_in(file: &File, at: usize) -> io::Result<u64> {
+    let mut bytes = [0; 8];
+    file.read_exact_at(&mut bytes, at as u64)?;
+    Ok(u64::from_ne_bytes(bytes))
+}
+
+/// Whether no process has a journal, and it has nothing that is not flushed.
+fn is_left(path: &Path) -> io::Result<bool> {
+    let file = options().open(path)?;
+    // Before the positions are read: who has it may be moving them.
+    Ok(claim(&file, true).is_ok() && word_in(&file, HEAD_AT)? == word_in(&file, TAIL_AT)?)
 }
 
 /// Takes the lock that keeps other processes from a journal, for as long as the file is open: image
