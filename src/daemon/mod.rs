@@ -11,6 +11,7 @@ mod fence;
 mod guests;
 mod logging;
 mod monitors;
+mod neighbours;
 mod parts;
 mod process;
 mod state;
@@ -317,6 +318,7 @@ fn set_up(
     let recorded = state::recorded(store.as_ref());
     reactor.block_on(graph.open_recorded_all(&config.blockdevs, recorded))?;
     let plan = state::plan(config, graph, store.as_ref())?;
+    neighbours::check(config, graph, store.as_ref())?;
     // All of them before the first guest is served: an image that does not answer would hold up the
     // end of those that are.
     for options in config.exports.iter().filter(|export| export.writable) {
