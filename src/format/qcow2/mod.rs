@@ -48,6 +48,7 @@ pub mod refcount;
 mod reserve;
 mod resize;
 pub mod snapshots;
+mod tables;
 mod update;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
