@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::job::stream::StreamSource;
+use crate::job::source::StreamSource;
 use crate::job::{JobError, Refused};
 use crate::state::record::Work;
 

@@ -18,7 +18,7 @@ use crate::control::backend::{
 };
 use crate::format::Format;
 use crate::format::qcow2;
-use crate::job::stream::StreamSource;
+use crate::job::source::StreamSource;
 use crate::job::{JobError, Refused};
 use crate::options::{DetectZeroes, Driver};
 use crate::state::Store;

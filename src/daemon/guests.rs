@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Exports;
-use crate::job::stream::GuestLoad;
+use crate::job::source::GuestLoad;
 use crate::sched;
 
 /// A guest without a request for so long is idle.

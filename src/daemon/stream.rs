@@ -15,7 +15,7 @@ use crate::control::backend::StreamSpec;
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::{Backing, Qcow2};
-use crate::job::stream::{ChunkStatus, GuestLoad, JobIoError, StreamSource};
+use crate::job::source::{ChunkStatus, GuestLoad, JobIoError, StreamSource};
 use crate::state::record;
 
 /// A stream into one layer of a chain, down to a base.

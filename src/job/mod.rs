@@ -16,6 +16,7 @@
 //! - [`ledger`]: where jobs are recorded, so that another process can go on with them
 //! - [`pacing`]: the speed limit
 //! - [`runner`]: the thread a job runs on
+//! - [`source`]: where a stream reads and writes
 //! - [`stream`]: the stream job itself
 //! - `survey`: what is left to copy
 //! - `settle`: what was copied becomes stable while the job runs
@@ -28,6 +29,7 @@ pub mod manager;
 pub mod pacing;
 pub mod runner;
 mod settle;
+pub mod source;
 pub mod status;
 pub mod stream;
 mod survey;

@@ -12,7 +12,7 @@ use event_listener::Event as Signal;
 
 use super::JobError;
 use super::context::{ErrorAction, JobContext};
-use super::stream::{JobIoError, StreamSource};
+use super::source::{JobIoError, StreamSource};
 
 /// How long copies wait, at most. The rest of the five seconds is for making them stable.
 pub const PERIOD: Duration = Duration::from_secs(4);

@@ -16,7 +16,7 @@ use std::cell::RefCell;
 use async_lock::{Mutex, MutexGuard};
 
 use super::context::{JobContext, Progress};
-use super::stream::{ChunkStatus, GuestLoad, StreamSource, yield_now};
+use super::source::{ChunkStatus, GuestLoad, StreamSource, yield_now};
 
 /// The least that is summed up in one number.
 const WINDOW: u64 = 64 << 20;

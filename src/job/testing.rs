@@ -14,7 +14,8 @@ use futures_util::future::LocalBoxFuture;
 use parking_lot::Mutex;
 
 use super::ledger::Change;
-use super::stream::{ChunkStatus, GuestLoad, JobIoError, Stream, StreamSource, yield_now};
+use super::source::{ChunkStatus, GuestLoad, JobIoError, StreamSource, yield_now};
+use super::stream::Stream;
 use super::*;
 use crate::state::record::{self, State};
 

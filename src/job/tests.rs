@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::stream::GuestLoad;
+use super::source::GuestLoad;
 use super::testing::*;
 use super::*;
 

@@ -18,7 +18,7 @@ use stratablk::control::{
     Backend, BlockNode, ChainView, Control, Endpoint, EventHub, Export, LayerView, Limits, Server,
     StreamSpec, SyncError,
 };
-use stratablk::job::stream::{ChunkStatus, JobIoError, StreamSource};
+use stratablk::job::source::{ChunkStatus, JobIoError, StreamSource};
 use stratablk::job::{Manager, ParkRunner, Refused, SystemClock};
 use tempfile::TempDir;
 
