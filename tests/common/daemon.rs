@@ -5,6 +5,7 @@ use super::frontend::{Frontend, PATIENCE};
 use super::qmp::Qmp;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -38,6 +39,36 @@ impl Program {
         self.path
             .file_name()
             .is_some_and(|name| name == "qemu-storage-daemon")
+    }
+
+    /// The daemon under test with a library, made from a source of the repository, that is loaded
+    /// before its own, and with these variables: a script in `dir`.
+    pub fn with_library(source: &str, variables: &[(&str, &str)], dir: &Path) -> Res<Self> {
+        let library = dir.join("preloaded.so");
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(source);
+        let status = Command::new("cc")
+            .args(["-O2", "-shared", "-fPIC", "-o"])
+            .args([&library, &source])
+            .arg("-ldl")
+            .status()?;
+        if !status.success() {
+            let source = source.display();
+            return Err(format!("cc {source}: {status}; contrib/setup installs it").into());
+        }
+        let variables: Vec<_> = variables
+            .iter()
+            .map(|(name, value)| format!("{name}='{value}'"))
+            .collect();
+        let path = dir.join("daemon");
+        let script = format!(
+            "#!/bin/sh\n{} LD_PRELOAD='{}' exec '{}' \"$@\"\n",
+            variables.join(" "),
+            library.display(),
+            Self::under_test().path.display()
+        );
+        fs::write(&path, script)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+        Ok(Self { path })
     }
 }
 

@@ -19,9 +19,7 @@ use common::frontend::{IOERR, OK, Op};
 use common::images;
 use serde_json::{Value, json};
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 const SIZE: u64 = 1 << 20;
 
@@ -37,31 +35,12 @@ fn slow_file(dir: &Path) -> PathBuf {
 
 /// The daemon with the library: a script.
 fn program(dir: &Path) -> Res<Program> {
-    let library = dir.join("fail_sync.so");
-    let source =
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/frontend_failed_flush/fail_sync.c");
-    let status = Command::new("cc")
-        .args(["-O2", "-shared", "-fPIC", "-o"])
-        .args([&library, &source])
-        .status()?;
-    if !status.success() {
-        return Err(format!(
-            "cc {}: {status}; contrib/setup installs it",
-            source.display()
-        )
-        .into());
-    }
-    let path = dir.join("daemon");
-    let script = format!(
-        "#!/bin/sh\nFAIL_SYNC='{}' SLOW_SYNC='{}' LD_PRELOAD='{}' exec '{}' \"$@\"\n",
-        fail_file(dir).display(),
-        slow_file(dir).display(),
-        library.display(),
-        Program::under_test().path.display()
-    );
-    fs::write(&path, script)?;
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
-    Ok(Program { path })
+    let (fail, slow) = (fail_file(dir), slow_file(dir));
+    let names = [
+        ("FAIL_SYNC", images::text(&fail)?),
+        ("SLOW_SYNC", images::text(&slow)?),
+    ];
+    Program::with_library("tests/frontend_failed_flush/fail_sync.c", &names, dir)
 }
 
 fn is_io_error(event: &Value) -> bool {

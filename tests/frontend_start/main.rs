@@ -8,9 +8,7 @@ mod common;
 use common::Res;
 use common::daemon::{Program, Setup};
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// It only decides how long a daemon that hangs takes to be noticed.
@@ -18,29 +16,11 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The daemon, for which the file called `name` never opens: a script.
 fn program(dir: &Path, name: &str) -> Res<Program> {
-    let library = dir.join("hang_open.so");
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/frontend_start/hang_open.c");
-    let status = Command::new("cc")
-        .args(["-O2", "-shared", "-fPIC", "-o"])
-        .args([&library, &source])
-        .arg("-ldl")
-        .status()?;
-    if !status.success() {
-        return Err(format!(
-            "cc {}: {status}; contrib/setup installs it",
-            source.display()
-        )
-        .into());
-    }
-    let path = dir.join("daemon");
-    let script = format!(
-        "#!/bin/sh\nHANG_OPEN='{name}' LD_PRELOAD='{}' exec '{}' \"$@\"\n",
-        library.display(),
-        Program::under_test().path.display()
-    );
-    fs::write(&path, script)?;
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
-    Ok(Program { path })
+    Program::with_library(
+        "tests/frontend_start/hang_open.c",
+        &[("HANG_OPEN", name)],
+        dir,
+    )
 }
 
 #[test]
