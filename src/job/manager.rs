@@ -468,18 +468,22 @@ impl Manager {
     /// Cancels all jobs, and takes no more. Returns those that have yet to end. Jobs that are
     /// recorded are not cancelled: another process goes on with them.
     pub fn close(&self) -> Vec<EndingJob> {
-        let mut inner = self.inner.lock();
-        inner.closed = true;
-        self.started
-            .wait_while(&mut inner, |inner| inner.starting > 0);
-        for job in &inner.jobs {
+        let jobs = {
+            let mut inner = self.inner.lock();
+            inner.closed = true;
+            self.started
+                .wait_while(&mut inner, |inner| inner.starting > 0);
+            inner.jobs.clone()
+        };
+        // Without the lock: a job that ends has its turn, for which these wait, and waits for it.
+        for job in &jobs {
             if !job.suspend() {
                 // A job that is over, or about to be, refuses; that is as good.
                 let _ = job.cancel();
             }
         }
         let mut ending: Vec<EndingJob> = Vec::new();
-        for JobThread { id, nodes, thread } in std::mem::take(&mut inner.threads) {
+        for JobThread { id, nodes, thread } in std::mem::take(&mut self.inner.lock().threads) {
             match ending.iter_mut().find(|job| job.id == id) {
                 Some(job) => {
                     job.nodes.extend(nodes);
