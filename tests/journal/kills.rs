@@ -392,6 +392,41 @@ fn killed_again_and_again(place: &Place, kills: usize, seed: u64) {
     place.check(true);
 }
 
+/// At every store of a write for which refcount blocks are made: each covers 64 clusters, and itself.
+#[test]
+fn a_refcount_block_counts_itself_from_the_first() {
+    let reactor = Reactor::for_this_thread().unwrap();
+    let place = Place::new("cluster_size=512,refcount_bits=64");
+    let first = place.image.snapshot();
+    let mut blocks = 0;
+    for steps in 1.. {
+        let place = Place {
+            dir: folder(),
+            image: Arc::new(MemoryStorage::new(first.clone())),
+            data: None,
+            below: None,
+            cache_bytes: place.cache_bytes,
+        };
+        let life = Life::new(u64::MAX);
+        let process = place.open(&reactor, &life).unwrap();
+        process.write(&reactor, 0, &[1; 20 * SECTOR]).unwrap();
+        life.0.store(steps, Ordering::SeqCst);
+        let result = process.write(&reactor, 32 * SECTOR, &[2; 80 * SECTOR]);
+        let over = life.is_over();
+        drop(process);
+        let process = place.open(&reactor, &Life::new(u64::MAX)).unwrap();
+        reactor.block_on(process.image.flush()).unwrap();
+        drop(process);
+        place.check(true);
+        if !over {
+            result.unwrap();
+            blocks = place.image.snapshot().len() / (64 * 512);
+            break;
+        }
+    }
+    assert!(blocks > 2, "{blocks} blocks");
+}
+
 #[test]
 fn what_completed_outlives_any_kill() {
     let seed = seed();

@@ -362,9 +362,23 @@ impl Qcow2 {
             meta.allocator.geometry()
         };
         let per_block = geometry.per_block();
+        let has_block = |index: u64| {
+            let meta = self.meta.lock();
+            let entry = meta.allocator.table().get(index as usize);
+            entry.is_some_and(|&offset| offset != 0)
+        };
         // In order; the parts of a run that lie in a block which came later are void.
         let mut runs = Vec::new();
         for (at, record) in found.records.iter().enumerate() {
+            // The reference to the block has a record of its own, which a kill may have prevented.
+            if let Record::Block { index, offset } = *record {
+                let cluster = offset >> geometry.cluster_bits;
+                let covered_by = cluster / per_block;
+                let is_last = !is_void(&found.blocks, index, at);
+                if is_last && has_block(covered_by) && !is_void(&found.blocks, covered_by, at) {
+                    runs.push((cluster..cluster + 1, 1));
+                }
+            }
             let Record::Refcounts {
                 first,
                 count,

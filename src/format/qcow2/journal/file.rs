@@ -10,6 +10,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use super::ids::{Id, boot, file_name, remove};
 use super::log::{HEAD_AT, LEAST_WORDS, RING, Ring, TAIL_AT};
@@ -30,6 +31,10 @@ const FIELDS: [usize; 8] = [8, 16, 24, 32, 40, 48, 56, 64];
 const CHECK_AT: usize = 72;
 
 const PAGE: usize = 4096;
+
+/// How long a journal that another process has is waited for.
+const PATIENCE: Duration = Duration::from_secs(1);
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// Bytes of a ring, unless an option says otherwise: between these two, by the image's size.
 const LEAST_BYTES: u64 = 8 * LEAST_WORDS;
@@ -200,7 +205,7 @@ impl Folder {
             Err(error) => return Err(explain(&path, "opening the journal", &error)),
         };
         // Before anything is read: who has it may be writing.
-        if let Err(error) = claim(&file, writable) {
+        if let Err(error) = claim_soon(&file, writable) {
             return Err(match error {
                 TryLockError::WouldBlock => Error::Busy(format!(
                     "its journal {} is in use: a process that has the image open goes on with it",
@@ -282,6 +287,20 @@ fn is_left(path: &Path) -> io::Result<bool> {
     let file = options().open(path)?;
     // Before the positions are read: who has it may be moving them.
     Ok(claim(&file, true).is_ok() && word_in(&file, HEAD_AT)? == word_in(&file, TAIL_AT)?)
+}
+
+/// As [`claim`], when whoever has it may be ending, or has just had a child that has not become
+/// another program yet.
+fn claim_soon(file: &File, writable: bool) -> std::result::Result<(), TryLockError> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match claim(file, writable) {
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                std::thread::sleep(PAUSE);
+            }
+            result => return result,
+        }
+    }
 }
 
 /// Takes the lock that keeps other processes from a journal, for as long as the file is open: image

@@ -31,7 +31,7 @@
 //!           mapping          guest cluster, then one or two words of each L2 entry
 //!           refcounts        host cluster, the refcount that `count` clusters from it on have
 //!           L1 entry         index, value
-//!           refcount block   index in the refcount table, offset; all its refcounts are 0
+//!           refcount block   index in the refcount table, offset; all its refcounts are 0, the one to it is 1
 //! ```
 //!
 //! Positions are words since the journal began; they never come back, so that a position is a
@@ -58,7 +58,8 @@
 //! 5. **A new table voids what was said of its place before.** A record of an L1 entry says that the
 //!    L2 table's contents are those on the disk at that instant: zeros or a copy, which are written
 //!    before. A record of a refcount block says that all of it is 0, whatever the disk has: its
-//!    zeros are not written before the next flush.
+//!    zeros are not written before the next flush. And the cluster that the block is in has one
+//!    reference, which it may cover itself: a kill may come before the record of that.
 //! 6. **Frees are said, never derived.** A cluster is free when a record says that its refcount
 //!    is 0, and that is recorded only when the mapping without it is stable and its grace period
 //!    has ended. What was unmapped and not yet released keeps its reference in the next process,
