@@ -470,16 +470,20 @@ impl Disk {
         Ok(())
     }
 
-    /// The guest shuts its device down properly and begins anew. All that was in flight must have
-    /// been answered by then.
+    /// The guest shuts its device down properly and begins anew. All that the back-end has taken must
+    /// have been answered by then; the rest is still the guest's.
     pub fn reboot_properly(&mut self, tally: &mut Tally, rng: &mut Rng) -> Res<()> {
-        self.guest.stop_device(rng.one_in(2))?;
+        let untaken = self.guest.stop_device(rng.one_in(2))?;
         self.guest.look();
         self.take_answers(tally);
-        let left = self.guest.in_flight() as u64;
-        if left > 0 {
-            tally.unanswered += left;
-            tally.tell(|| format!("{left} requests in flight after the device was stopped"));
+        let left = self.guest.in_flight();
+        if left != untaken {
+            tally.unanswered += left.abs_diff(untaken) as u64;
+            tally.tell(|| {
+                format!(
+                    "{left} requests in flight, {untaken} not taken, when the device was stopped"
+                )
+            });
         }
         self.reboot(rng)
     }

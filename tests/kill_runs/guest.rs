@@ -296,14 +296,16 @@ impl Guest {
 
     /// The guest stops its device properly: the back-end answers what is in flight first. The
     /// answers are in the rings then.
-    pub fn stop_device(&mut self, reset: bool) -> Res<()> {
+    pub fn stop_device(&mut self, reset: bool) -> Res<usize> {
         let queues = self.queues.len();
         let link = self.link.as_mut().ok_or("no connection")?;
         for i in 0..queues {
             link.front.set_vring_enable(i, false)?;
         }
-        for i in 0..queues {
-            link.front.get_vring_base(i)?;
+        let mut untaken = 0;
+        for (i, queue) in self.queues.iter().enumerate() {
+            let base = link.front.get_vring_base(i)? as u16;
+            untaken += usize::from(queue.announced.wrapping_sub(base));
         }
         if reset
             && link
@@ -315,7 +317,7 @@ impl Guest {
             link.front.reset_device()?;
             link.front.set_hdr_flags(VhostUserHeaderFlag::empty());
         }
-        Ok(())
+        Ok(untaken)
     }
 
     /// The guest forgets all that it had in flight, and begins anew with `driver`, as after a
