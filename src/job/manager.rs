@@ -281,6 +281,11 @@ impl Manager {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn is_closed(&self) -> bool {
+        self.inner.lock().closed
+    }
+
     fn check_open(&self) -> Result<(), Refused> {
         match self.inner.lock().closed {
             true => Err(shutting_down()),

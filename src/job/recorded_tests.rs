@@ -684,3 +684,63 @@ fn a_result_that_may_be_in_force_stays_recorded_when_the_job_fails() {
         bench.start(slow(), &Disk::new(100, 0..100));
     }
 }
+
+/// Records, and holds an end up until the manager takes no more jobs.
+#[derive(Default)]
+struct Doorkeeper {
+    state: parking_lot::Mutex<State>,
+    manager: std::sync::OnceLock<std::sync::Weak<Manager>>,
+    reached: std::sync::OnceLock<std::sync::mpsc::Sender<()>>,
+}
+
+impl Ledger for Doorkeeper {
+    fn change(&self, change: ledger::Change<'_>) -> Result<(), Refused> {
+        change(&mut self.state.lock());
+        Ok(())
+    }
+
+    fn happened(&self, change: ledger::Change<'_>) -> Result<(), Refused> {
+        let ended = {
+            let mut state = self.state.lock();
+            change(&mut state);
+            state.jobs.iter().any(|job| job.end.is_some())
+        };
+        if let (true, Some(reached)) = (ended, self.reached.get()) {
+            let _ = reached.send(());
+            let manager = || self.manager.get()?.upgrade();
+            while manager().is_some_and(|manager| !manager.is_closed()) {
+                std::thread::yield_now();
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Would catch an end of the daemon and one of a job that wait for each other.
+#[test]
+fn a_job_may_end_while_all_are_ended() {
+    let patience = Duration::from_secs(60);
+    let keeper = Arc::new(Doorkeeper::default());
+    let bench = Bench::recorded_in(keeper.clone());
+    let (reached, at_the_end) = std::sync::mpsc::channel();
+    let _ = keeper.manager.set(Arc::downgrade(&bench.manager));
+    let _ = keeper.reached.set(reached);
+    let spec = JobSpec {
+        auto_finalize: true,
+        ..quick()
+    };
+    bench.start(spec, &Disk::new(1, 0..1));
+    at_the_end.recv_timeout(patience).unwrap();
+    let manager = bench.manager.clone();
+    let (closed, is_closed) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        drop(manager.close());
+        let _ = closed.send(());
+    });
+    let result = is_closed.recv_timeout(patience);
+    if result.is_err() {
+        // Its end would wait as well.
+        std::mem::forget(bench);
+        panic!("both wait");
+    }
+}
