@@ -519,3 +519,33 @@ fn a_dead_thread_concludes_its_job() {
         "BLOCK_JOB_COMPLETED The job's thread ended unexpectedly"
     );
 }
+
+/// Would catch an end of the daemon that keeps the list of all jobs while it waits for a job's turn:
+/// a job that ends has that, and waits for the list.
+#[test]
+fn a_job_may_end_while_all_are_ended() {
+    let bench = Bench::frozen();
+    let job = bench.start(
+        JobSpec {
+            len: 100 * 64 * KIB,
+            speed: 1,
+            ..JobSpec::stream("j")
+        },
+        &Disk::new(100, 0..100),
+    );
+    let turn = job.turn();
+    let manager = bench.manager.clone();
+    let closing = std::thread::spawn(move || manager.shut_down());
+    let manager = bench.manager.clone();
+    let (closed, is_closed) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        while !manager.is_closed() {
+            std::thread::yield_now();
+        }
+        let _ = closed.send(());
+    });
+    let seen = is_closed.recv_timeout(Duration::from_secs(60));
+    drop(turn);
+    closing.join().unwrap();
+    seen.unwrap();
+}
