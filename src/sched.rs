@@ -50,6 +50,15 @@ pub fn give_turn() {
     unsafe { libc::sched_yield() };
 }
 
+/// How long a thread of this process was ready to run and had no processor; `None` where the
+/// kernel does not tell (proc(5), `schedstat`).
+#[must_use]
+pub fn waited(thread: libc::pid_t) -> Option<Duration> {
+    let text = std::fs::read_to_string(format!("/proc/self/task/{thread}/schedstat")).ok()?;
+    let nanoseconds = text.split_whitespace().nth(1)?.parse().ok()?;
+    Some(Duration::from_nanos(nanoseconds))
+}
+
 #[cfg(test)]
 mod tests {
     //! What would be caught: an attribute in the wrong field.
@@ -72,5 +81,20 @@ mod tests {
         })
         .join()
         .unwrap();
+    }
+
+    /// Would catch a field of `schedstat` that is not the time in the queue, and a thread of
+    /// another number that is taken for one which never waits.
+    #[test]
+    fn the_time_that_a_thread_waited() {
+        let Ok(text) = std::fs::read_to_string("/proc/thread-self/schedstat") else {
+            return;
+        };
+        let before: u64 = text.split(' ').nth(1).unwrap().parse().unwrap();
+        // SAFETY: no memory is passed.
+        let this = unsafe { libc::gettid() };
+        assert!(waited(this) >= Some(Duration::from_nanos(before)));
+        assert!(waited(this) < Some(Duration::from_secs(3600)));
+        assert_eq!(waited(libc::pid_t::MAX), None);
     }
 }

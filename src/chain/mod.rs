@@ -17,18 +17,11 @@
 //! (metadata to load, clusters to allocate, copy or decompress) takes the `async` functions of
 //! [`View`], as a task on the same thread.
 
-mod below;
 mod copy;
-mod descent;
-pub mod graph;
-mod open;
 mod read;
-pub mod recorded;
 pub mod resize;
 mod room;
 mod status;
-mod together;
-mod writable;
 mod write;
 
 use std::rc::Rc;
@@ -42,10 +35,7 @@ use crate::grace::{EraCache, Grace, LocalEra, Users};
 use crate::storage::{self, Limits, Storage};
 use crate::sync::{self, ArcSwap};
 
-pub use below::{backing_options, layer_options};
 pub use copy::{Copied, Span};
-pub use graph::Graph;
-pub use recorded::{Recorded, RecordedLink, RecordedNode};
 pub use room::with_room;
 pub use status::Status;
 

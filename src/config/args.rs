@@ -4,12 +4,13 @@
 //! structured options are read here with [`keyval`] or as JSON.
 
 use super::disk::{self, DiskArgs};
-use super::{Action, Config, StateOptions, check, help};
+use super::{Action, Config, check, help};
 use crate::options::keyval::{self, Notation};
 use crate::options::{
     BlockdevOptions, ChardevOptions, ConfigError, Dialect, ExportOptions, MonitorOptions,
     ObjectOptions, TraceOptions, is_well_formed_id, size,
 };
+use crate::state::StateOptions;
 use clap::error::ErrorKind as ClapKind;
 use clap::{CommandFactory, FromArgMatches, Parser};
 use serde_json::Value;

@@ -20,6 +20,7 @@ mod help;
 use crate::options::{
     BlockdevOptions, ChardevOptions, ExportOptions, MonitorOptions, ObjectOptions, TraceOptions,
 };
+use crate::state::StateOptions;
 pub use args::parse;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -70,15 +71,6 @@ pub struct Config {
     pub stop_timeout: Option<Duration>,
     /// Where to record what is to outlive the process.
     pub state: Option<StateOptions>,
-}
-
-/// Where a daemon records what is to outlive it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StateOptions {
-    /// The folder, which daemons may share.
-    pub dir: PathBuf,
-    /// What the daemon's own files in it are called, before the ending.
-    pub name: String,
 }
 
 impl Config {

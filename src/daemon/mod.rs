@@ -5,47 +5,38 @@
 //! monitors, when clients have heard of the jobs, end side by side, and each image is closed clean
 //! when its users have ended (`ending`, `parts`).
 
-mod backend;
-mod ending;
 mod fence;
-mod guests;
 mod logging;
 mod monitors;
-mod neighbours;
-mod parts;
 mod process;
-mod state;
-mod stream;
-mod sync_errors;
 
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use futures_util::future::LocalBoxFuture;
 use parking_lot::{Condvar, Mutex};
 
-use crate::chain::Graph;
 use crate::config::Config;
-use crate::control::backend::{Export as ExportView, ExportStats, QueueStats as QueueView};
 use crate::control::{Control, EventHub};
+use crate::engine::backend::DaemonBackend;
+use crate::engine::sync_errors::Watch;
+use crate::engine::{Exports, ending, neighbours, parts, state};
 use crate::error::{Error, Result};
-use crate::export::{Export, ExportConfig, QueueStats, SocketSource};
+use crate::export::{Export, ExportConfig, SocketSource};
 use crate::format::Format;
 use crate::format::qcow2::journal::Folder;
+use crate::graph::Graph;
 use crate::job::{JobMain, JobRunner, Ledger, Manager, SystemClock, Timer};
 use crate::options::{DetectZeroes, ExportOptions, ObjectOptions, SocketAddress};
 use crate::reactor::Reactor;
 use crate::state::Store;
 
-use backend::DaemonBackend;
 use monitors::Monitors;
 pub use process::abort_on_panic;
 use process::{Foreground, PidFile};
-use sync_errors::Watch;
 
 /// What the main thread waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,86 +45,6 @@ pub enum Call {
     Stop,
     /// A control socket that was waited for has its first client.
     Client,
-}
-
-/// The exports of the daemon.
-#[derive(Debug, Default)]
-pub struct Exports {
-    list: Mutex<Vec<(Arc<Export>, ExportOptions)>>,
-}
-
-impl Exports {
-    /// All exports, for queries.
-    #[must_use]
-    pub fn list(&self) -> Vec<ExportView> {
-        self.list
-            .lock()
-            .iter()
-            .map(|(export, options)| ExportView {
-                id: options.id.clone(),
-                kind: "vhost-user-blk".to_owned(),
-                node_name: options.node_name.clone(),
-                shutting_down: export.info().shutting_down,
-            })
-            .collect()
-    }
-
-    /// The counters of all exports, for queries.
-    fn stats(&self) -> Vec<ExportStats> {
-        self.list
-            .lock()
-            .iter()
-            .map(|(export, options)| ExportStats {
-                id: options.id.clone(),
-                node_name: options.node_name.clone(),
-                elapsed_ns: nanoseconds(export.elapsed()),
-                poll_max_ns: nanoseconds(export.poll_max()),
-                queues: export.stats().iter().map(|queue| view(queue)).collect(),
-            })
-            .collect()
-    }
-
-    /// The requests that guests have made so far.
-    #[must_use]
-    pub fn requests(&self) -> u64 {
-        let exports = self.list.lock();
-        let queues = exports.iter().flat_map(|(export, _)| export.stats());
-        queues.map(|queue| queue.requests()).sum()
-    }
-
-    /// How long the threads that serve guests have been ready to run without a processor.
-    fn waited(&self) -> Duration {
-        let exports = self.list.lock();
-        let queues = exports.iter().flat_map(|(export, _)| export.stats());
-        queues
-            .filter_map(|queue| process::waited(queue.thread.load(Ordering::Relaxed)))
-            .sum()
-    }
-}
-
-fn nanoseconds(time: Duration) -> u64 {
-    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
-}
-
-/// A queue's counters as they are now.
-fn view(queue: &QueueStats) -> QueueView {
-    QueueView {
-        thread_id: queue.thread.load(Ordering::Relaxed),
-        reads: queue.reads.get(),
-        read_bytes: queue.read_bytes.get(),
-        writes: queue.writes.get(),
-        write_bytes: queue.write_bytes.get(),
-        flushes: queue.flushes.get(),
-        discards: queue.discards.get(),
-        errors: queue.errors.get(),
-        slow: queue.slow.get(),
-        signals: queue.signals.get(),
-        sleeps: queue.sleeps.get(),
-        enters: queue.enters.get(),
-        polls_found: queue.polls_found.get(),
-        polls_missed: queue.polls_missed.get(),
-        poll_ns: queue.poll_ns.get(),
-    }
 }
 
 /// Runs the daemon until it is told to end. Returns the process's exit code.
@@ -181,7 +92,7 @@ fn serve(config: &Config, began: Instant) -> Result<()> {
     let graph = Arc::new(Graph::default());
     let exports = Arc::new(Exports::default());
     // Before the first image is opened: whatever fails from then on is to be recorded.
-    let watched = state::open(config).and_then(|store| {
+    let watched = state::open(config.state.as_ref()).and_then(|store| {
         let watch = Watch::start(&graph, &exports, store.clone())?;
         Ok((store, watch))
     });
@@ -217,8 +128,15 @@ fn serve(config: &Config, began: Instant) -> Result<()> {
     };
     fences.say_that_it_ends();
     let patience = ending::Patience::within(config.stop_timeout);
+    let jobs = running.as_ref().map(|running| running.manager.clone());
+    let sockets = running.map(|running| -> Box<dyn FnMut() + Send> {
+        Box::new(move || running.monitors.shut_down())
+    });
     let began = Instant::now();
-    let ended = ending::end(parts::of(&graph, &exports, running), patience);
+    let ended = ending::end(
+        parts::of(&graph, &exports, jobs.as_deref(), sockets),
+        patience,
+    );
     if let Some(watch) = watch {
         watch.finish(patience.left(began.elapsed()));
     }
@@ -317,8 +235,13 @@ fn set_up(
     }
     let recorded = state::recorded(store.as_ref());
     reactor.block_on(graph.open_recorded_all(&config.blockdevs, recorded))?;
-    let plan = state::plan(config, graph, store.as_ref())?;
-    neighbours::check(config, graph, store.as_ref())?;
+    let plan = state::plan(config.state.as_ref(), graph, store.as_ref())?;
+    neighbours::check(
+        &config.exports,
+        config.state.as_ref(),
+        graph,
+        store.as_ref(),
+    )?;
     // All of them before the first guest is served: an image that does not answer would hold up the
     // end of those that are.
     for options in config.exports.iter().filter(|export| export.writable) {
@@ -327,10 +250,7 @@ fn set_up(
     }
     for options in &config.exports {
         let export = start_export(config, options, graph)?;
-        exports
-            .list
-            .lock()
-            .push((Arc::new(export), options.clone()));
+        exports.add(export, options.clone());
         // A guest may be served from here on.
         starting.has_ended();
     }
@@ -339,7 +259,13 @@ fn set_up(
     let backend = Arc::new(DaemonBackend::new(
         graph.clone(),
         exports.clone(),
-        stop.clone(),
+        {
+            let stop = stop.clone();
+            // When nobody listens any more, the daemon is ending already.
+            move || {
+                let _ = stop.send(Call::Stop);
+            }
+        },
         store.clone(),
     ));
     let hub = EventHub::new();
@@ -366,7 +292,7 @@ fn warn_without_journal(config: &Config, exports: &Exports) {
         let top = chain.top();
         !top.read_only && matches!(top.format, Format::Qcow2(_))
     };
-    let mut exports = exports.list.lock().clone().into_iter();
+    let mut exports = exports.all().into_iter();
     if config.journal.is_none() && exports.any(|(one, how)| how.writable && has_mapping(&one)) {
         log::warn!(
             "without --journal, writes to qcow2 images that a guest has not flushed are lost if \
@@ -463,7 +389,7 @@ fn end_with_last_front_end(config: &Config, exports: &Exports, stop: &Sender<Cal
     if config.exports.len() != 1 || !config.monitors.is_empty() {
         return;
     }
-    for (export, _) in exports.list.lock().iter() {
+    for (export, _) in exports.all() {
         let stop = stop.clone();
         export.on_end(move || {
             let _ = stop.send(Call::Stop);
@@ -515,15 +441,4 @@ impl JobRunner for ReactorRunner {
         Reactor::leave_thread();
         Ok(())
     }
-}
-
-/// Runs `work` with a reactor on a thread that has none of its own.
-fn on_this_thread<T>(work: impl FnOnce(&Reactor) -> Result<T>) -> Result<T> {
-    let had_one = Reactor::current().is_some();
-    let reactor = Reactor::for_this_thread().map_err(|error| during("starting", &error))?;
-    let result = work(&reactor);
-    if !had_one {
-        Reactor::leave_thread();
-    }
-    result
 }

@@ -98,14 +98,6 @@ pub fn step_back() {
     }
 }
 
-/// How long a thread of this process was ready to run and had no processor; `None` where the
-/// kernel does not tell (proc(5), `schedstat`).
-pub fn waited(thread: libc::pid_t) -> Option<Duration> {
-    let text = std::fs::read_to_string(format!("/proc/self/task/{thread}/schedstat")).ok()?;
-    let nanoseconds = text.split_whitespace().nth(1)?.parse().ok()?;
-    Some(Duration::from_nanos(nanoseconds))
-}
-
 /// A file with the process's number; it goes when this is dropped.
 #[derive(Debug)]
 pub struct PidFile {
@@ -184,20 +176,5 @@ mod tests {
         assert_eq!(output.status.signal(), Some(libc::SIGABRT));
         let text = String::from_utf8(output.stderr).unwrap();
         assert!(text.contains("of a thread"), "{text}");
-    }
-
-    /// Would catch a field of `schedstat` that is not the time in the queue, and a thread of
-    /// another number that is taken for one which never waits.
-    #[test]
-    fn the_time_that_a_thread_waited() {
-        let Ok(text) = std::fs::read_to_string("/proc/thread-self/schedstat") else {
-            return;
-        };
-        let before: u64 = text.split(' ').nth(1).unwrap().parse().unwrap();
-        // SAFETY: no memory is passed.
-        let this = unsafe { libc::gettid() };
-        assert!(waited(this) >= Some(Duration::from_nanos(before)));
-        assert!(waited(this) < Some(Duration::from_secs(3600)));
-        assert_eq!(waited(libc::pid_t::MAX), None);
     }
 }

@@ -8,9 +8,9 @@ use futures_util::future::{self, LocalBoxFuture};
 use serde_json::json;
 
 use super::handle::{Job, OnError};
-use super::pacing::{Grant, Ticket};
 use super::runner::Timer;
 use super::status::{IoStatus, Status};
+use crate::throttle::pacing::{Grant, Ticket};
 
 /// Progress is shown in steps of at most this many bytes.
 pub const PROGRESS_STEP: u64 = 512 << 10;

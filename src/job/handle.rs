@@ -9,11 +9,11 @@ use serde_json::{Value, json};
 use super::context::Progress;
 use super::ledger::Ledger;
 use super::manager::Lease;
-use super::pacing::{Bucket, Grant, Ticket};
 use super::runner::Clock;
 use super::status::{IoStatus, Status, Verb};
 use super::{Event, EventSink, Refused};
 use crate::state::record::{self, Work};
+use crate::throttle::pacing::{Bucket, Grant, Ticket};
 
 pub use crate::state::record::OnError;
 

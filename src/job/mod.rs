@@ -14,7 +14,6 @@
 //! - `driver`: takes a body through the states
 //! - [`manager`]: all jobs, and the nodes they hold
 //! - [`ledger`]: where jobs are recorded, so that another process can go on with them
-//! - [`pacing`]: the speed limit
 //! - [`runner`]: the thread a job runs on
 //! - [`source`]: where a stream reads and writes
 //! - [`stream`]: the stream job itself
@@ -26,7 +25,6 @@ mod driver;
 pub mod handle;
 pub mod ledger;
 pub mod manager;
-pub mod pacing;
 pub mod runner;
 mod settle;
 pub mod source;

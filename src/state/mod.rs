@@ -99,6 +99,15 @@ struct Held {
     text: Option<Vec<u8>>,
 }
 
+/// Where a daemon records what is to outlive it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StateOptions {
+    /// The folder, which daemons may share.
+    pub dir: PathBuf,
+    /// What the daemon's own files in it are called, before the ending.
+    pub name: String,
+}
+
 /// The state of one daemon, in a file that no other process writes.
 #[derive(Debug)]
 pub struct Store {

@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::chain::recorded::is_same_image;
+use crate::graph::recorded::is_same_image;
 pub use crate::storage::{Identity, are_different};
 
 /// All that a daemon records.

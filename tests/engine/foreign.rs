@@ -6,9 +6,10 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
-use stratablk::chain::{Graph, View};
+use stratablk::chain::View;
 use stratablk::format::Format;
 use stratablk::format::qcow2::Backing;
+use stratablk::graph::Graph;
 use stratablk::options::{AutoOptions, BlockRef, BlockdevOptions, Dialect, Driver};
 use stratablk::reactor::Reactor;
 

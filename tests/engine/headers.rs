@@ -8,9 +8,9 @@
 use std::path::Path;
 
 use serde_json::{Value, json};
-use stratablk::chain::Graph;
 use stratablk::format::Format;
 use stratablk::format::qcow2::Backing;
+use stratablk::graph::Graph;
 use stratablk::options::{BlockdevOptions, Dialect};
 use stratablk::reactor::Reactor;
 

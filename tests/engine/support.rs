@@ -6,8 +6,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use serde_json::json;
-use stratablk::chain::{Chain, Graph, Layer, Root, View};
+use stratablk::chain::{Chain, Layer, Root, View};
 use stratablk::format::{Format, Qcow2, qcow2};
+use stratablk::graph::Graph;
 use stratablk::options::{BlockdevOptions, Dialect};
 use stratablk::reactor::Reactor;
 use stratablk::storage::memory::MemoryStorage;

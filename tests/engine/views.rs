@@ -1,7 +1,8 @@
 //! Requests that go on while the disk under them changes.
 
 use serde_json::json;
-use stratablk::chain::{Graph, View};
+use stratablk::chain::View;
+use stratablk::graph::Graph;
 use stratablk::options::{BlockdevOptions, Dialect};
 use stratablk::reactor::Reactor;
 use stratablk::storage::{AlignedBuf, IoBufs};

@@ -5,8 +5,8 @@
 //! what it has in memory; and exports refused that do no harm.
 
 use serde_json::{Value, json};
-use stratablk::chain::Graph;
 use stratablk::error::Result;
+use stratablk::graph::Graph;
 use stratablk::options::{BlockdevOptions, Dialect};
 use stratablk::reactor::Reactor;
 

@@ -2,8 +2,6 @@
 
 use super::open::{Images, Purpose, common};
 use super::options::{HELP, Options, size_error};
-use crate::chain::backing_options;
-use crate::chain::graph::resolve;
 use crate::chain::resize::preallocate_raw;
 use crate::ctl::{Failure, units};
 use crate::error::{Action, Error, Result, errno_text};
@@ -11,6 +9,8 @@ use crate::format::Qcow2;
 use crate::format::qcow2::create::{self, CreateOptions};
 use crate::format::qcow2::header::Backing;
 use crate::format::qcow2::{self, Preallocation};
+use crate::graph::backing_options;
+use crate::graph::resolve;
 use crate::options::{BlockdevOptions, size};
 use crate::storage::file::OpenFlags;
 use crate::storage::{Access, FileStorage, Storage};

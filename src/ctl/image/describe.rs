@@ -2,13 +2,13 @@
 
 use super::open::{Purpose, common as common_options, detect};
 use super::snapshot;
-use crate::chain::backing_options;
-use crate::chain::graph::resolve;
 use crate::error::{Action, Error, Result};
 use crate::format::probe::Detected;
 use crate::format::qcow2::header::{Backing, Encryption, INCOMPATIBLE_DIRTY};
 use crate::format::qcow2::{bitmaps, describe_header, format_specific, luks};
 use crate::format::{Format, Qed};
+use crate::graph::backing_options;
+use crate::graph::resolve;
 use crate::options::{BlockRef, BlockdevOptions, Driver};
 use crate::storage::file::OpenFlags;
 use crate::storage::{FileStorage, Storage};

@@ -1,9 +1,10 @@
 //! Opening images, with everything under them.
 
-use crate::chain::{Chain, Graph, layer_options};
+use crate::chain::Chain;
 use crate::error::{Error, Result, errno_text};
 use crate::format;
 use crate::format::probe::{Detected, END, START};
+use crate::graph::{Graph, layer_options};
 use crate::options::{AutoOptions, BackingRef, BlockRef, BlockdevOptions, Discard, Driver};
 use crate::reactor::Reactor;
 use std::fs::File;

@@ -8,8 +8,6 @@
 
 #[path = "../../../../src/chain/mod.rs"]
 pub mod chain;
-#[path = "../../../../src/options/mod.rs"]
-pub mod options;
 pub mod disk;
 #[path = "../../../../src/error.rs"]
 pub mod error;

@@ -1,21 +1,27 @@
 //! What is to end, and in which order: jobs and exports, then the images that they use, and the
-//! control sockets when clients have heard how their jobs ended.
+//! control `sockets` when clients have heard how their jobs ended.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::ending::Part;
-use super::{Exports, Running, on_this_thread, sync_errors};
-use crate::chain::Graph;
-use crate::chain::graph::Node;
+use super::{Exports, on_this_thread, sync_errors};
 use crate::error::{Error, Result};
+use crate::graph::Graph;
+use crate::graph::Node;
+use crate::job::Manager;
 
 /// The parts of the daemon's end. From here on no job begins.
-pub(super) fn of(graph: &Arc<Graph>, exports: &Exports, running: Option<Running>) -> Vec<Part> {
+pub fn of(
+    graph: &Arc<Graph>,
+    exports: &Exports,
+    jobs: Option<&Manager>,
+    sockets: Option<Box<dyn FnMut() + Send>>,
+) -> Vec<Part> {
     let mut parts = Vec::new();
     let mut users = Vec::new();
     let mut written = BTreeSet::new();
-    let jobs = running.as_ref().map(|running| running.manager.close());
+    let jobs = jobs.map(Manager::close);
     // Only now: no job changes it any more, apart from those that end here.
     let nodes = graph.nodes();
     for job in jobs.into_iter().flatten() {
@@ -38,19 +44,19 @@ pub(super) fn of(graph: &Arc<Graph>, exports: &Exports, running: Option<Running>
             lament: Box::new(move || what.clone()),
         });
     }
-    if let Some(running) = running {
+    if let Some(mut shut_down) = sockets {
         parts.push(Part {
             name: "control sockets".to_owned(),
             after: users.iter().map(|(job, _)| job.clone()).collect(),
             work: Box::new(move |_| {
-                running.monitors.shut_down();
+                shut_down();
                 Ok(())
             }),
             syncing: None,
             lament: Box::new(|| "the control sockets do not end".to_owned()),
         });
     }
-    for (export, options) in exports.list.lock().iter() {
+    for (export, options) in exports.all() {
         let name = format!("export '{}'", options.id);
         users.push((name.clone(), images_of(&nodes, &options.node_name)));
         let (ending, stuck, what) = (export.clone(), export.clone(), name.clone());
@@ -153,14 +159,10 @@ mod tests {
 
     use serde_json::json;
 
-    use super::super::monitors::Monitors;
     use super::*;
     use crate::chain::Layer;
-    use crate::config::Config;
-    use crate::control::{Control, EventHub};
-    use crate::daemon::backend::DaemonBackend;
     use crate::format::{Format, Raw};
-    use crate::job::{BodyFactory, JobError, JobSpec, Manager, ParkRunner, SystemClock};
+    use crate::job::{BodyFactory, JobError, JobSpec, ParkRunner, SystemClock};
     use crate::options::{BlockdevOptions, Dialect};
     use crate::storage::memory::MemoryStorage;
 
@@ -203,13 +205,8 @@ mod tests {
         add(&graph, "base", None, true);
         add(&graph, "top", Some("base"), false);
         add(&graph, "other", None, false);
-        let hub = EventHub::new();
         let runner = Arc::new(ParkRunner);
-        let manager = Manager::new(runner, Arc::new(SystemClock::new()), hub.sink());
-        let (stop, _stopped) = channel();
-        let backend = DaemonBackend::new(graph.clone(), exports.clone(), stop.clone(), None);
-        let control = Control::new(Arc::new(backend), manager.clone());
-        let monitors = Monitors::start(&Config::default(), control, hub, &stop).unwrap();
+        let manager = Manager::new(runner, Arc::new(SystemClock::new()), Arc::new(|_| {}));
         let lease = manager.reserve(&["top".to_owned()], "stream").unwrap();
         let (release, hang) = channel::<()>();
         manager
@@ -219,11 +216,7 @@ mod tests {
                 ends(move || assert!(hang.recv().is_err())),
             )
             .unwrap();
-        let running = Running {
-            manager: manager.clone(),
-            monitors,
-        };
-        let parts = of(&graph, &exports, Some(running));
+        let parts = of(&graph, &exports, Some(&manager), Some(Box::new(|| {})));
         let told: Vec<_> = parts
             .iter()
             .map(|part| (part.name.as_str(), part.after.join(", ")))

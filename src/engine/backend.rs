@@ -3,21 +3,20 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
 
 use serde_json::{Value, json};
 
 use super::state::Recording;
 use super::stream::{GraphSource, check_base_name};
 use super::{Exports, on_this_thread, state, sync_errors};
-use crate::chain::Graph;
-use crate::chain::graph::{Node, resolve};
 use crate::control::backend::{
     Backend, Backing, BlockNode, ChainView, Export, ExportStats, LayerView, SourceFactory,
     StreamSpec, SyncError,
 };
 use crate::format::Format;
 use crate::format::qcow2;
+use crate::graph::Graph;
+use crate::graph::{Node, resolve};
 use crate::job::source::StreamSource;
 use crate::job::{JobError, Refused};
 use crate::options::{DetectZeroes, Driver};
@@ -28,7 +27,7 @@ use crate::state::record::{self, Work};
 pub struct DaemonBackend {
     graph: Arc<Graph>,
     exports: Arc<Exports>,
-    quit: Sender<super::Call>,
+    quit: Box<dyn Fn() + Send + Sync>,
     /// Where jobs and failed flushes are recorded, if they are.
     store: Option<Arc<Store>>,
 }
@@ -39,13 +38,13 @@ impl DaemonBackend {
     pub fn new(
         graph: Arc<Graph>,
         exports: Arc<Exports>,
-        quit: Sender<super::Call>,
+        quit: impl Fn() + Send + Sync + 'static,
         store: Option<Arc<Store>>,
     ) -> Self {
         Self {
             graph,
             exports,
-            quit,
+            quit: Box::new(quit),
             store,
         }
     }
@@ -170,8 +169,7 @@ impl Backend for DaemonBackend {
     }
 
     fn quit(&self) {
-        // When nobody listens any more, the daemon is ending already.
-        let _ = self.quit.send(super::Call::Stop);
+        (self.quit)();
     }
 }
 
@@ -304,8 +302,6 @@ mod tests {
     //! What would be caught: a stream that copies for hours, and cannot name its base then; and a
     //! layer that stays writable, and locked, after a job that did not come to be.
 
-    use std::sync::mpsc::channel;
-
     use super::*;
     use crate::format::qcow2::create::{CreateOptions, create};
     use crate::options::{BlockdevOptions, Dialect};
@@ -345,7 +341,7 @@ mod tests {
             reactor.block_on(graph.open(&options)).unwrap();
         }
         Reactor::leave_thread();
-        DaemonBackend::new(graph, Arc::default(), channel().0, None)
+        DaemonBackend::new(graph, Arc::default(), || {}, None)
     }
 
     fn spec(target: &str, base: Option<&str>, backing_file: Option<String>) -> StreamSpec {

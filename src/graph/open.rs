@@ -7,11 +7,11 @@
 use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
 
-use super::Layer;
 use super::below::{backing_options, file_named};
 use super::descent::{Descent, WHOLE, behind};
-use super::graph::{Graph, Node, filter_layer};
 use super::together::Place;
+use super::{Graph, Node, filter_layer};
+use crate::chain::Layer;
 use crate::error::{Action, Error, Result};
 use crate::format::qcow2::{self, Backing};
 use crate::format::{Format, Qcow2, Qed, Raw, probe};

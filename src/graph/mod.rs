@@ -4,17 +4,28 @@
 //! one thing that changes: when they do, every [`Root`] above gets its chain anew. Control
 //! commands come here, guests never do.
 
+mod below;
+mod descent;
+mod open;
+pub mod recorded;
+mod resize;
+mod together;
+mod writable;
+
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, Weak};
 
 use parking_lot::Mutex;
 
-use super::{Chain, Layer, Root};
+use crate::chain::{Chain, Layer, Root};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::journal::Folder;
 use crate::options::BlockdevOptions;
+
+pub use below::{backing_options, layer_options};
+pub use recorded::{Recorded, RecordedLink, RecordedNode};
 
 /// A named layer, as of one moment.
 #[derive(Clone, Debug)]

@@ -10,8 +10,8 @@ use std::ops::Range;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use super::graph::{Graph, Node};
 use super::together::Place;
+use super::{Graph, Node};
 use crate::error::{Error, Result};
 use crate::options::{BlockRef, BlockdevOptions, Driver, RawOptions};
 

@@ -9,12 +9,13 @@ use super::guests::Guests;
 use super::state::Recording;
 use super::{Exports, state};
 
-use crate::chain::graph::{Node, resolve};
-use crate::chain::{Chain, Graph, Root, Span, Status, View, with_room};
+use crate::chain::{Chain, Root, Span, Status, View, with_room};
 use crate::control::backend::StreamSpec;
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::{Backing, Qcow2};
+use crate::graph::Graph;
+use crate::graph::{Node, resolve};
 use crate::job::source::{ChunkStatus, GuestLoad, JobIoError, StreamSource};
 use crate::state::record;
 

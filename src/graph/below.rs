@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::graph::{Graph, Node, resolve};
+use super::{Graph, Node, resolve};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::Backing;

@@ -7,9 +7,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::Layer;
-use super::graph::{Graph, Node};
 use super::open::text;
+use super::{Graph, Node};
+use crate::chain::Layer;
 use crate::error::{Error, Result};
 use crate::format::{Format, Qcow2};
 use crate::options::Driver;

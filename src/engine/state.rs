@@ -9,19 +9,18 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
-use crate::chain::graph::Node;
-use crate::chain::recorded::{is_same_image, is_same_place, other_file};
-use crate::chain::{Graph, Recorded, RecordedLink, RecordedNode};
-use crate::config::{Config, StateOptions};
 use crate::control::backend::{Backend, StreamSpec};
 use crate::control::stream_body;
 use crate::error::SyncFailure;
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::Backing;
+use crate::graph::Node;
+use crate::graph::recorded::{is_same_image, is_same_place, other_file};
+use crate::graph::{Graph, Recorded, RecordedLink, RecordedNode};
 use crate::job::{Manager, Refused, Untold};
 use crate::state::record::{self, Identity, State, Work, are_different};
-use crate::state::{StateError, Store};
+use crate::state::{StateError, StateOptions, Store};
 use crate::storage::{Syncs, is_same_path};
 
 impl From<StateError> for Error {
@@ -34,8 +33,8 @@ impl From<StateError> for Error {
 ///
 /// # Errors
 /// When it cannot be read, or belongs to another process.
-pub fn open(config: &Config) -> Result<Option<Arc<Store>>> {
-    let Some(StateOptions { dir, name }) = &config.state else {
+pub fn open(options: Option<&StateOptions>) -> Result<Option<Arc<Store>>> {
+    let Some(StateOptions { dir, name }) = options else {
         return Ok(None);
     };
     let store = Store::open(dir, name)?;
@@ -230,8 +229,12 @@ pub struct Plan {
 ///
 /// # Errors
 /// What differs, and what to do about it.
-pub fn plan(config: &Config, graph: &Graph, store: Option<&Arc<Store>>) -> Result<Plan> {
-    let (Some(store), Some(options)) = (store, &config.state) else {
+pub fn plan(
+    options: Option<&StateOptions>,
+    graph: &Graph,
+    store: Option<&Arc<Store>>,
+) -> Result<Plan> {
+    let (Some(store), Some(options)) = (store, options) else {
         return Ok(Plan::default());
     };
     let state = store.state();

@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::state::identity;
-use crate::chain::Graph;
-use crate::chain::recorded::{is_same_image, is_same_place};
-use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::graph::Graph;
+use crate::graph::recorded::{is_same_image, is_same_place};
+use crate::options::ExportOptions;
 use crate::state::record::{self, Identity, State, Work};
-use crate::state::{self, Store};
+use crate::state::{self, StateOptions, Store};
 use crate::storage::is_same_file;
 
 /// Refuses to serve images that another state of the folder has something to say about: under
@@ -20,15 +20,20 @@ use crate::storage::is_same_file;
 ///
 /// # Errors
 /// Says which state that is, and what to do.
-pub fn check(config: &Config, graph: &Graph, store: Option<&Arc<Store>>) -> Result<()> {
-    let (Some(options), Some(store)) = (&config.state, store) else {
+pub fn check(
+    exports: &[ExportOptions],
+    options: Option<&StateOptions>,
+    graph: &Graph,
+    store: Option<&Arc<Store>>,
+) -> Result<()> {
+    let (Some(options), Some(store)) = (options, store) else {
         return Ok(());
     };
     let others = state::others(&options.dir, &options.name)?;
     if others.is_empty() {
         return Ok(());
     }
-    let served = served(config, graph)?;
+    let served = served(exports, graph)?;
     for other in others {
         let found = match &other.state {
             Ok(state) => served.iter().find_map(|image| {
@@ -155,9 +160,9 @@ impl Served {
 }
 
 /// All images that the exports serve.
-fn served(config: &Config, graph: &Graph) -> Result<Vec<Served>> {
+fn served(exports: &[ExportOptions], graph: &Graph) -> Result<Vec<Served>> {
     let mut served = Vec::new();
-    for export in &config.exports {
+    for export in exports {
         let top = graph.image_node(&export.node_name)?;
         let mut below = None;
         for node in graph.chain_nodes(&top.name)?.into_iter().rev() {

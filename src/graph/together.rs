@@ -14,7 +14,7 @@ use std::task::{Poll, Waker};
 
 use futures_util::future::join_all;
 
-use super::graph::Graph;
+use super::Graph;
 use super::recorded::Recorded;
 use crate::error::Result;
 use crate::options::BlockdevOptions;

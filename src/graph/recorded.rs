@@ -13,8 +13,8 @@ use serde_json::Value;
 
 use super::below::backing_options;
 use super::descent::Descent;
-use super::graph::{Graph, Node};
 use super::open::Origin;
+use super::{Graph, Node};
 use crate::error::{Error, Result, utc};
 use crate::format::qcow2::Backing;
 use crate::options::{BackingRef, BlockRef, BlockdevOptions, Driver, FileOptions};

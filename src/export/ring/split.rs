@@ -20,8 +20,8 @@ use virtio_bindings::virtio_ring::{
     VRING_USED_F_NO_NOTIFY,
 };
 
-use super::inflight::{Again, Order, QueueRegion, Refusal, RingState, Tracker};
-use super::memory::GuestMemory;
+use crate::export::inflight::{Again, Order, QueueRegion, Refusal, RingState, Tracker};
+use crate::export::memory::GuestMemory;
 
 /// The descriptor continues with the one named by `next`.
 pub const DESC_NEXT: u16 = VRING_DESC_F_NEXT as u16;
@@ -513,5 +513,5 @@ fn invalid(text: String) -> io::Error {
 }
 
 #[cfg(test)]
-#[path = "ring_tests.rs"]
+#[path = "split_tests.rs"]
 mod tests;

@@ -11,12 +11,13 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::{Exports, state};
-use crate::chain::graph::Node;
-use crate::chain::{Graph, Layer};
+use crate::chain::Layer;
 use crate::control::backend::SyncError;
 use crate::control::events::EventHub;
 use crate::error::{Error, Result, SyncFailure, errno_text};
 use crate::format::Format;
+use crate::graph::Graph;
+use crate::graph::Node;
 use crate::job::{Event, Refused};
 use crate::state::Store;
 use crate::state::record::FailedSync;

@@ -1,0 +1,5 @@
+//! Limits of rates.
+//!
+//! - [`pacing`]: the speed limit of jobs
+
+pub mod pacing;
