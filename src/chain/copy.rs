@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::rc::Rc;
 
-use super::{Status, View};
+use super::{CopyStatus, View};
 use crate::error::Result;
 use crate::format::qcow2::Clear;
 use crate::format::{Format, Qcow2};
@@ -117,9 +117,9 @@ impl View {
         while at < stop {
             let (status, now) = self.chain.status(span, at, stop - at).await?;
             let step = match status {
-                Status::Present | Status::Absent => Copied::default(),
-                Status::Zero => self.copy_zeros(qcow2, span, at, now).await?,
-                Status::Data => self.copy_data(qcow2, span, at, now).await?,
+                CopyStatus::Present | CopyStatus::Absent => Copied::default(),
+                CopyStatus::Zero => self.copy_zeros(qcow2, span, at, now).await?,
+                CopyStatus::Data => self.copy_data(qcow2, span, at, now).await?,
             };
             copied.data += step.data;
             copied.zero += step.zero;

@@ -37,7 +37,7 @@ use crate::sync::{self, ArcSwap};
 
 pub use copy::{Copied, Span};
 pub use room::with_room;
-pub use status::Status;
+pub use status::CopyStatus;
 
 /// How many pieces a request is cut into before it takes the slow path.
 pub const MAX_PIECES: usize = 8;

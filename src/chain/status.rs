@@ -8,7 +8,7 @@ use crate::storage::Storage;
 
 /// Whether a range is to be copied by a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Status {
+pub enum CopyStatus {
     /// The layer itself has it.
     Present,
     /// No layer above the base has it.
@@ -38,7 +38,7 @@ impl Chain {
     ///
     /// # Errors
     /// When metadata cannot be read.
-    pub async fn status(&self, span: Span, offset: u64, len: u64) -> Result<(Status, u64)> {
+    pub async fn status(&self, span: Span, offset: u64, len: u64) -> Result<(CopyStatus, u64)> {
         let target = span.target();
         let layer = self.layer(target)?;
         let cluster = layer.format.unit_size();
@@ -50,7 +50,7 @@ impl Chain {
             .max(start + 1);
         let own = layer.map_loaded(start, stop - start).await?;
         if own.place != Place::Below {
-            return Ok((Status::Present, clip(own.len, start, offset, len)));
+            return Ok((CopyStatus::Present, clip(own.len, start, offset, len)));
         }
         let stop = stop.min(start + own.len);
         let (status, run) = self.status_below(span, start, stop, cluster).await?;
@@ -64,8 +64,8 @@ impl Chain {
         start: u64,
         stop: u64,
         cluster: u64,
-    ) -> Result<(Status, u64)> {
-        let mut run: Option<Status> = None;
+    ) -> Result<(CopyStatus, u64)> {
+        let mut run: Option<CopyStatus> = None;
         let mut at = start;
         while at < stop {
             let (status, now) = self.extent_status(span, at, stop - at).await?;
@@ -85,12 +85,12 @@ impl Chain {
             }
             at += now;
         }
-        Ok((run.unwrap_or(Status::Absent), at - start))
+        Ok((run.unwrap_or(CopyStatus::Absent), at - start))
     }
 
     /// The status of one cluster that consists of several extents.
-    async fn mixed_status(&self, span: Span, start: u64, stop: u64) -> Result<Status> {
-        let mut all: Option<Status> = None;
+    async fn mixed_status(&self, span: Span, start: u64, stop: u64) -> Result<CopyStatus> {
+        let mut all: Option<CopyStatus> = None;
         let mut at = start;
         while at < stop {
             let (status, now) = self.extent_status(span, at, stop - at).await?;
@@ -98,19 +98,18 @@ impl Chain {
                 (None, status) => status,
                 (Some(a), b) if a == b => a,
                 // Without a base what nobody has is zeros; with one it would have to be read.
-                (Some(Status::Zero | Status::Absent), Status::Zero | Status::Absent)
-                    if span.end() >= self.layers().len() =>
-                {
-                    Status::Zero
-                }
-                _ => Status::Data,
+                (
+                    Some(CopyStatus::Zero | CopyStatus::Absent),
+                    CopyStatus::Zero | CopyStatus::Absent,
+                ) if span.end() >= self.layers().len() => CopyStatus::Zero,
+                _ => CopyStatus::Data,
             });
             at += now;
         }
-        Ok(all.unwrap_or(Status::Absent))
+        Ok(all.unwrap_or(CopyStatus::Absent))
     }
 
-    async fn extent_status(&self, span: Span, offset: u64, len: u64) -> Result<(Status, u64)> {
+    async fn extent_status(&self, span: Span, offset: u64, len: u64) -> Result<(CopyStatus, u64)> {
         let mut len = len;
         let between = self.layers().iter().take(span.end());
         for layer in between.skip(span.target() + 1) {
@@ -118,23 +117,23 @@ impl Chain {
             len = extent.len;
             match extent.place {
                 Place::Below => {}
-                Place::Zero => return Ok((Status::Zero, len)),
+                Place::Zero => return Ok((CopyStatus::Zero, len)),
                 Place::Data(at) if span.is_sparse() && matches!(layer.format, Format::Raw(_)) => {
                     return Ok(raw_status(&*layer.storage, at, len));
                 }
-                _ => return Ok((Status::Data, len)),
+                _ => return Ok((CopyStatus::Data, len)),
             }
         }
-        Ok((Status::Absent, len))
+        Ok((CopyStatus::Absent, len))
     }
 }
 
 /// What a raw layer has at `at` of its storage: the holes of a sparse file are zeros.
-fn raw_status(storage: &dyn Storage, at: u64, len: u64) -> (Status, u64) {
+fn raw_status(storage: &dyn Storage, at: u64, len: u64) -> (CopyStatus, u64) {
     match storage.next_data(at) {
-        None => (Status::Zero, len),
-        Some((start, _)) if start > at => (Status::Zero, len.min(start - at)),
-        Some((_, end)) => (Status::Data, len.min(end.saturating_sub(at)).max(1)),
+        None => (CopyStatus::Zero, len),
+        Some((start, _)) if start > at => (CopyStatus::Zero, len.min(start - at)),
+        Some((_, end)) => (CopyStatus::Data, len.min(end.saturating_sub(at)).max(1)),
     }
 }
 

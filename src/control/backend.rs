@@ -2,19 +2,11 @@
 
 use serde_json::{Value, json};
 
-use crate::job::source::StreamSource;
-use crate::job::{JobError, Refused};
+use crate::job::stream::StreamSpec;
+use crate::job::{BodyFactory, Refused};
 use crate::state::record::Work;
 
 pub use super::stats::{ExportStats, QueueStats};
-
-/// Makes the source of a stream job, on the job's thread.
-pub type SourceFactory = Box<
-    dyn FnOnce() -> futures_util::future::LocalBoxFuture<
-            'static,
-            Result<Box<dyn StreamSource>, JobError>,
-        > + Send,
->;
 
 /// The rest of the daemon, as commands see it. Calls come from any client's thread.
 pub trait Backend: Send + Sync {
@@ -43,7 +35,7 @@ pub trait Backend: Send + Sync {
     /// Gets ready to stream, for the job called `job`. The layers concerned are reserved for the job
     /// already, and stay as they are until it ends. What can fail early (making a layer writable, a
     /// header without room for the base's name) should fail here.
-    fn open_stream(&self, spec: &StreamSpec, job: &str) -> Result<SourceFactory, Refused>;
+    fn open_stream(&self, spec: &StreamSpec, job: &str) -> Result<BodyFactory, Refused>;
 
     /// The flushes that have failed and stay failed, of the export's chain, top first.
     fn sync_errors(&self, export: &Export) -> Vec<SyncError>;
@@ -54,21 +46,6 @@ pub trait Backend: Send + Sync {
 
     /// Ends the daemon, soon: the answer to `quit` is still to be sent.
     fn quit(&self);
-}
-
-/// What to stream.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StreamSpec {
-    /// The node of the layer to stream into.
-    pub target: String,
-    /// The node of the layer to stop above; none to stream the whole chain.
-    pub base: Option<String>,
-    /// The layers that are streamed, top first: `target` and all others above `base`.
-    pub layers: Vec<String>,
-    /// What to write into the header as the base's name, where its own is not wanted.
-    pub backing_file: Option<String>,
-    /// Clusters are to be compressed where that makes them smaller.
-    pub compress: bool,
 }
 
 /// A chain, seen from one of its layers downwards.

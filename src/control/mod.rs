@@ -22,10 +22,9 @@ mod stats;
 mod stream;
 pub mod wire;
 
-pub use backend::{Backend, BlockNode, ChainView, Export, LayerView, StreamSpec, SyncError};
+pub use backend::{Backend, BlockNode, ChainView, Export, LayerView, SyncError};
 pub use command::{Answer, Control};
 pub use error::{CommandError, ErrorClass};
 pub use events::EventHub;
 pub use places::Limits;
 pub use server::{Endpoint, Server};
-pub use stream::stream_body;

@@ -5,12 +5,12 @@ use std::path::Path;
 use serde_json::json;
 
 use super::args::Args;
-use super::backend::{ChainView, LayerView, SourceFactory, StreamSpec};
+use super::backend::{ChainView, LayerView};
 use super::command::{Control, Done};
 use super::error::CommandError;
 use crate::job::handle::checked_speed;
-use crate::job::stream::Stream;
-use crate::job::{Body, BodyFactory, JobSpec, Lease, OnError};
+use crate::job::stream::StreamSpec;
+use crate::job::{JobSpec, Lease, OnError};
 
 /// How often a chain may change under us before we give up.
 const ATTEMPTS: usize = 8;
@@ -38,20 +38,9 @@ pub(super) fn block_stream(control: &Control, args: &Args) -> Done {
         ..job_spec(args, &chain)?
     };
     control.jobs.check_id(&job.id)?;
-    let source = control.backend.open_stream(&spec, &job.id)?;
-    let body = stream_body(source, spec.backing_file);
+    let body = control.backend.open_stream(&spec, &job.id)?;
     control.jobs.start(job, lease, body)?;
     Ok(json!({}).into())
-}
-
-/// The body of a stream job.
-pub fn stream_body(source: SourceFactory, backing_file: Option<String>) -> BodyFactory {
-    Box::new(move || {
-        let source = source();
-        Box::pin(
-            async move { Ok(Box::new(Stream::new(source.await?, backing_file)) as Box<dyn Body>) },
-        )
-    })
 }
 
 fn check_conflicts(args: &Args) -> Result<(), CommandError> {

@@ -6,19 +6,18 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use super::state::Recording;
-use super::stream::{GraphSource, check_base_name};
-use super::{Exports, on_this_thread, state, sync_errors};
+use super::guests::Guests;
+use super::{Exports, on_this_thread, sync_errors};
 use crate::control::backend::{
-    Backend, Backing, BlockNode, ChainView, Export, ExportStats, LayerView, SourceFactory,
-    StreamSpec, SyncError,
+    Backend, Backing, BlockNode, ChainView, Export, ExportStats, LayerView, SyncError,
 };
 use crate::format::Format;
 use crate::format::qcow2;
 use crate::graph::Graph;
 use crate::graph::{Node, resolve};
-use crate::job::source::StreamSource;
-use crate::job::{JobError, Refused};
+use crate::job::records::{self, Recording};
+use crate::job::stream::{Stream, StreamSpec, check_base_name};
+use crate::job::{Body, BodyFactory, JobError, Refused};
 use crate::options::{DetectZeroes, Driver};
 use crate::state::Store;
 use crate::state::record::{self, Work};
@@ -108,7 +107,7 @@ impl Backend for DaemonBackend {
         if self.store.is_none() {
             return Ok(None);
         }
-        let record = |name: &str| state::node(&self.graph, &self.graph.node(name)?);
+        let record = |name: &str| records::node(&self.graph, &self.graph.node(name)?);
         let base = spec
             .base
             .as_deref()
@@ -118,14 +117,14 @@ impl Backend for DaemonBackend {
         let target = self.graph.node(&spec.target).map_err(refused)?;
         Ok(Some(Work::Stream(record::Stream {
             target: record(&spec.target).map_err(refused)?,
-            identity: state::identity(&target),
+            identity: records::identity(&target),
             base,
             backing_file: spec.backing_file.clone(),
             compress: spec.compress,
         })))
     }
 
-    fn open_stream(&self, spec: &StreamSpec, job: &str) -> Result<SourceFactory, Refused> {
+    fn open_stream(&self, spec: &StreamSpec, job: &str) -> Result<BodyFactory, Refused> {
         check_base_name(&self.graph, spec).map_err(refused)?;
         let node = self.graph.node(&spec.target).map_err(refused)?;
         let restore = node.layer.read_only;
@@ -140,11 +139,12 @@ impl Backend for DaemonBackend {
         let recording = store.map(|store| Recording::new(store, job));
         Ok(Box::new(move || {
             Box::pin(async move {
-                match GraphSource::new(graph, exports, &spec, restore, recording) {
-                    Ok(source) => {
-                        // From here on the source sees to it.
+                let guests = Box::new(Guests::new(exports));
+                match Stream::new(graph, guests, &spec, restore, recording) {
+                    Ok(stream) => {
+                        // From here on the job sees to it.
                         unused.forget();
-                        Ok(Box::new(source) as Box<dyn StreamSource>)
+                        Ok(Box::new(stream) as Box<dyn Body>)
                     }
                     Err(error) => {
                         unused.give_back().await;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Exports;
-use crate::job::source::GuestLoad;
+use crate::job::source::{self, GuestLoad};
 use crate::sched;
 
 /// A guest without a request for so long is idle.
@@ -50,12 +50,23 @@ impl Guests {
         self.active.get().is_some_and(|at| at.elapsed() < QUIET)
     }
 
-    /// What they want at present.
-    pub fn load(&self) -> GuestLoad {
+    fn wait(&self) -> bool {
+        let now = Instant::now();
+        let mut look = self.looked.get();
+        if look.is_old(now) {
+            look = look.next(now, self.exports.waited());
+            self.looked.set(look);
+        }
+        look.waiting
+    }
+}
+
+impl source::Guests for Guests {
+    fn load(&self) -> GuestLoad {
         if !self.are_active() {
             GuestLoad::Idle
         } else if self.wait() {
-            GuestLoad::Crowded
+            GuestLoad::CpuContended
         } else {
             GuestLoad::Active
         }
@@ -67,20 +78,10 @@ impl Guests {
     /// milliseconds, and a guest that asks in the wrong one waits for all of it. Whoever yields
     /// has its turn again when the others' slices are over, which are short. Unlike a guest's thread,
     /// the job yields where slices cannot be set as well: it is the job that is late then.
-    pub fn give_way(&self) {
-        if self.load() == GuestLoad::Crowded {
+    fn give_way(&self) {
+        if self.load() == GuestLoad::CpuContended {
             sched::give_turn();
         }
-    }
-
-    fn wait(&self) -> bool {
-        let now = Instant::now();
-        let mut look = self.looked.get();
-        if look.is_old(now) {
-            look = look.next(now, self.exports.waited());
-            self.looked.set(look);
-        }
-        look.waiting
     }
 }
 
@@ -124,6 +125,7 @@ impl Look {
 mod tests {
     //! What would be caught: a job that never gives way, or always.
 
+    use super::source::Guests as _;
     use super::*;
 
     const MS: Duration = Duration::from_millis(1);
@@ -172,7 +174,7 @@ mod tests {
             (false, false, GuestLoad::Idle),
             (false, true, GuestLoad::Idle),
             (true, false, GuestLoad::Active),
-            (true, true, GuestLoad::Crowded),
+            (true, true, GuestLoad::CpuContended),
         ] {
             assert_eq!(guests(active, waiting).load(), load);
         }

@@ -7,7 +7,6 @@ mod guests;
 pub mod neighbours;
 pub mod parts;
 pub mod state;
-pub mod stream;
 pub mod sync_errors;
 
 use crate::error::{Error, Result};

@@ -6,10 +6,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::state::identity;
 use crate::error::{Error, Result};
 use crate::graph::Graph;
 use crate::graph::recorded::{is_same_image, is_same_place};
+use crate::job::records::identity;
 use crate::options::ExportOptions;
 use crate::state::record::{self, Identity, State, Work};
 use crate::state::{self, StateOptions, Store};

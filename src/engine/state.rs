@@ -9,8 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
-use crate::control::backend::{Backend, StreamSpec};
-use crate::control::stream_body;
+use crate::control::backend::Backend;
 use crate::error::SyncFailure;
 use crate::error::{Error, Result};
 use crate::format::Format;
@@ -18,6 +17,8 @@ use crate::format::qcow2::Backing;
 use crate::graph::Node;
 use crate::graph::recorded::{is_same_image, is_same_place, other_file};
 use crate::graph::{Graph, Recorded, RecordedLink, RecordedNode};
+use crate::job::records::{header, identity};
+use crate::job::stream::StreamSpec;
 use crate::job::{Manager, Refused, Untold};
 use crate::state::record::{self, Identity, State, Work, are_different};
 use crate::state::{StateError, StateOptions, Store};
@@ -122,92 +123,6 @@ fn backing(header: &record::Header) -> Backing {
     Backing {
         name: header.name.clone(),
         format: header.format.clone(),
-    }
-}
-
-/// The record of what a header says.
-pub fn header(backing: &Backing) -> record::Header {
-    record::Header {
-        name: backing.name.clone(),
-        format: backing.format.clone(),
-    }
-}
-
-/// The record of a node.
-pub fn node(graph: &Graph, node: &Node) -> Result<record::Node> {
-    Ok(record::Node {
-        // Names that were made up may be other ones the next time.
-        name: Some(node.name.clone()).filter(|name| !name.starts_with('#')),
-        format: node.format_name().to_owned(),
-        file: graph.file_of(node)?,
-    })
-}
-
-/// What tells the file of a node's image from others.
-pub fn identity(node: &Node) -> Identity {
-    let storage = match &node.layer.format {
-        Format::Qcow2(image) => image.storage(),
-        Format::Raw(_) | Format::Qed(_) => &node.layer.storage,
-    };
-    storage.identity().unwrap_or_default()
-}
-
-/// The record of a node that lies under another one.
-pub fn below(graph: &Graph, below: &Node) -> Result<record::Below> {
-    Ok(record::Below {
-        node: node(graph, below)?,
-        open_as: graph.header_name(&below.name)?,
-    })
-}
-
-/// The names of nodes and of those that they alone are laid out in.
-pub fn names_of<'a>(graph: &Graph, nodes: impl Iterator<Item = &'a Node>) -> Vec<String> {
-    let mut names = Vec::new();
-    let mut next: Vec<Node> = nodes.cloned().collect();
-    while let Some(node) = next.pop() {
-        let under = [&node.file, &node.data_file];
-        let under = under.into_iter().flatten();
-        next.extend(under.filter_map(|name| graph.node(name).ok()));
-        if !node.name.starts_with('#') {
-            names.push(node.name);
-        }
-    }
-    names
-}
-
-/// Where a stream's result is recorded.
-#[derive(Clone)]
-pub struct Recording {
-    store: Arc<Store>,
-    job: String,
-}
-
-impl Recording {
-    /// For the job called `job`.
-    pub fn new(store: Arc<Store>, job: &str) -> Self {
-        Self {
-            store,
-            job: job.to_owned(),
-        }
-    }
-
-    /// Records what the result is going to be, or that it is in force: it is not otherwise.
-    pub fn commit(&self, commit: &record::Commit) -> Result<()> {
-        let recorded = self.store.change(|state| self.put(state, commit));
-        Ok(recorded?)
-    }
-
-    /// Records that the result is in force, as the header says.
-    pub fn in_force(&self, commit: &record::Commit) {
-        if let Err(error) = self.store.happened(|state| self.put(state, commit)) {
-            log::error!("a stream's end is not recorded yet: {error}");
-        }
-    }
-
-    fn put(&self, state: &mut State, commit: &record::Commit) {
-        if let Some(job) = state.job_named(&self.job) {
-            job.commit = Some(commit.clone());
-        }
     }
 }
 
@@ -533,7 +448,6 @@ fn restore(
     job: &record::Job,
     spec: &StreamSpec,
 ) -> std::result::Result<(), Refused> {
-    let Work::Stream(stream) = &job.work;
     let lease = manager.reserve(&spec.layers, "stream").map_err(|busy| {
         let node = spec.layers.get(busy.index).map_or("", String::as_str);
         Refused(format!(
@@ -541,8 +455,7 @@ fn restore(
             busy.kind
         ))
     })?;
-    let source = backend.open_stream(spec, &job.id)?;
-    let body = stream_body(source, stream.backing_file.clone());
+    let body = backend.open_stream(spec, &job.id)?;
     manager.restore(job, lease, body)?;
     log::info!("job '{}' goes on", job.id);
     Ok(())

@@ -15,16 +15,20 @@
 //! - [`manager`]: all jobs, and the nodes they hold
 //! - [`ledger`]: where jobs are recorded, so that another process can go on with them
 //! - [`runner`]: the thread a job runs on
-//! - [`source`]: where a stream reads and writes
-//! - [`stream`]: the stream job itself
+//! - [`source`]: what a job copies, and what it sees of guests
+//! - [`copier`]: copies, in order and within limits: the common part of jobs
+//! - [`stream`]: the stream job
+//! - [`records`]: what is recorded of nodes and results
 //! - `survey`: what is left to copy
 //! - `settle`: what was copied becomes stable while the job runs
 
 pub mod context;
+pub mod copier;
 mod driver;
 pub mod handle;
 pub mod ledger;
 pub mod manager;
+pub mod records;
 pub mod runner;
 mod settle;
 pub mod source;

@@ -12,14 +12,14 @@ use event_listener::Event as Signal;
 
 use super::JobError;
 use super::context::{ErrorAction, JobContext};
-use super::source::{JobIoError, StreamSource};
+use super::source::{CopySource, JobIoError};
 
 /// How long copies wait, at most. The rest of the five seconds is for making them stable.
 pub const PERIOD: Duration = Duration::from_secs(4);
 
 /// Makes the copies of a stream stable.
 pub(super) struct Settle<'a> {
-    source: &'a dyn StreamSource,
+    source: &'a dyn CopySource,
     context: &'a JobContext,
     /// There are copies that are not known to be stable.
     unstable: Cell<bool>,
@@ -29,7 +29,7 @@ pub(super) struct Settle<'a> {
 }
 
 impl<'a> Settle<'a> {
-    pub fn new(source: &'a dyn StreamSource, context: &'a JobContext) -> Self {
+    pub fn new(source: &'a dyn CopySource, context: &'a JobContext) -> Self {
         Self {
             source,
             context,

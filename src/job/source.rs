@@ -1,5 +1,4 @@
-//! Where a stream job reads and writes: what it needs of a graph, and what the parts of the job have
-//! in common.
+//! What a job that copies needs of its disk, and what it sees of guests.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -7,18 +6,7 @@ use std::task::{Context, Poll};
 
 use futures_util::future::{self, LocalBoxFuture};
 
-/// What a range needs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ChunkStatus {
-    /// The layer has its own data (or zeros) there.
-    AlreadyPresent,
-    /// No layer above the base has data there.
-    NotNeeded,
-    /// A layer between has data there: it has to be copied.
-    NeedsCopy,
-    /// The layers between say that it is zeros: the layer has to say so, too. No data is moved.
-    NeedsZeroes,
-}
+use crate::chain::CopyStatus;
 
 /// How much the guests want of what a job uses as well.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,7 +17,7 @@ pub enum GuestLoad {
     /// They have.
     Active,
     /// They have, and the threads that serve them wait for a processor.
-    Crowded,
+    CpuContended,
 }
 
 /// An I/O error, as a job needs to know it.
@@ -44,11 +32,31 @@ pub struct JobIoError {
     pub text: String,
 }
 
-/// Where a stream job reads and writes.
+/// Sees how much guests want.
+pub trait Guests {
+    /// What they want at present.
+    fn load(&self) -> GuestLoad;
+
+    /// Lets the threads that serve them run, where they wait for a processor.
+    fn give_way(&self);
+}
+
+/// Nobody uses the disk but the job.
+pub struct NoGuests;
+
+impl Guests for NoGuests {
+    fn load(&self) -> GuestLoad {
+        GuestLoad::Idle
+    }
+
+    fn give_way(&self) {}
+}
+
+/// What a job copies.
 ///
 /// Futures are polled on the job's thread, several at once; a copy that was begun is always polled
 /// to its end, unless the thread dies.
-pub trait StreamSource {
+pub trait CopySource {
     /// The length of the device in bytes.
     fn len(&self) -> u64;
 
@@ -57,7 +65,7 @@ pub trait StreamSource {
         self.len() == 0
     }
 
-    /// The cluster size of the layer streamed into.
+    /// The cluster size of the layer copied into.
     fn cluster_size(&self) -> u64;
 
     /// What the guests want at present.
@@ -67,11 +75,11 @@ pub trait StreamSource {
 
     /// What the range at `offset` needs, and how far that holds: at least one byte, at most
     /// `max_len`. It may change before the range is copied.
-    fn chunk_status(
+    fn status(
         &self,
         offset: u64,
         max_len: u64,
-    ) -> LocalBoxFuture<'_, Result<(u64, ChunkStatus), JobIoError>>;
+    ) -> LocalBoxFuture<'_, Result<(u64, CopyStatus), JobIoError>>;
 
     /// Copies what the range still needs. Says how many bytes were moved: none where a guest has
     /// written in the meantime, more than `len` where clusters are larger.
@@ -80,16 +88,6 @@ pub trait StreamSource {
     /// Makes what was copied so far, and all mappings to it, stable.
     fn settle(&self) -> LocalBoxFuture<'_, Result<(), JobIoError>> {
         Box::pin(future::ready(Ok(())))
-    }
-
-    /// Makes what was copied, and all mappings to it, stable; then makes the layer's header point
-    /// at the base, under the name `backing_file` or, without one, its own; and when that is stable,
-    /// puts the shorter chain in force. Nothing of it happens when this is not called.
-    fn finish(&self, backing_file: Option<String>) -> LocalBoxFuture<'_, Result<(), JobIoError>>;
-
-    /// Gives back what the stream had taken, however it ended: called last.
-    fn close(&self) -> LocalBoxFuture<'_, ()> {
-        Box::pin(future::ready(()))
     }
 }
 

@@ -1,439 +1,457 @@
 //! The stream job: copies into a layer what it takes from the layers below, down to a base, so that
 //! the layers between are no longer needed.
 //!
-//! The job walks through the device from its start. Ranges that need no copy are passed over at no
-//! cost; of the others several copies are in flight at once, in pieces small enough for the speed
-//! limit to be kept smoothly. While a guest is active, there is one at a time, and a smaller one
-//! where it would wait for the processor meanwhile. Copies may land in any order; what clients see
-//! as `offset` is the mark below which all have landed.
-//!
-//! How ranges are looked up and copied, and what makes the result count, is the business of a
-//! [`StreamSource`].
+//! The copying is the [`copier`]'s. Here is what a range needs and how it is copied, and what makes
+//! the result count: everything copied is stable, then the image's header names the base, then the
+//! graph has the base under the image.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::pin::pin;
+use std::rc::Rc;
+use std::sync::Arc;
 
-use futures_util::StreamExt;
-use futures_util::future::{self, Either, LocalBoxFuture};
-use futures_util::stream::FuturesUnordered;
+use futures_util::future::LocalBoxFuture;
 
-use super::context::{ErrorAction, Flow, JobContext};
-use super::settle::Settle;
-use super::source::{ChunkStatus, GuestLoad, JobIoError, StreamSource, yield_now};
-use super::survey::Survey;
-use super::{Body, JobError};
+use super::context::JobContext;
+use super::records::{self, Recording};
+use super::source::{CopySource, GuestLoad, Guests, JobIoError};
+use super::{Body, JobError, copier};
+use crate::chain::{Chain, CopyStatus, Root, Span, View, with_room};
+use crate::error::{Error, Result};
+use crate::format::Format;
+use crate::format::qcow2::{Backing, Qcow2};
+use crate::graph::{Graph, Node, resolve};
+use crate::state::record;
 
-/// The most that is copied by one request. Larger clusters are copied whole all the same: the first
-/// request that touches one does it.
-pub const MAX_COPY: u64 = 512 << 10;
-
-/// How many copies are in flight at most.
-pub const MAX_IN_FLIGHT: usize = 4;
-
-/// How many copies are in flight at most while a guest is active: it may have to wait for that long
-/// behind them at the disk.
-pub const POLITE_IN_FLIGHT: usize = 1;
-
-/// The most that is copied by one request while a guest's threads wait for a processor, which the
-/// job may hold: they wait until it is done. Less costs the stream more than it brings them.
-pub const CROWDED_COPY: u64 = 128 << 10;
-
-/// How far ahead ranges are looked up at once.
-const LOOK_AHEAD: u64 = 64 << 20;
-
-/// The body of a stream job.
-pub struct Stream {
-    source: Box<dyn StreamSource>,
-    backing_file: Option<String>,
+/// What to stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StreamSpec {
+    /// The node of the layer to stream into.
+    pub target: String,
+    /// The node of the layer to stop above; none to stream the whole chain.
+    pub base: Option<String>,
+    /// The layers that are streamed, top first: `target` and all others above `base`.
+    pub layers: Vec<String>,
+    /// What to write into the header as the base's name, where its own is not wanted.
+    pub backing_file: Option<String>,
+    /// Clusters are to be compressed where that makes them smaller.
+    pub compress: bool,
 }
 
-impl Stream {
-    /// Streams `source`; `backing_file` is what to write into the header, where the base's own name
-    /// is not wanted.
-    pub fn new(source: Box<dyn StreamSource>, backing_file: Option<String>) -> Self {
-        Self {
-            source,
-            backing_file,
-        }
+/// The layers of a stream.
+///
+/// It has a disk of its own whose top is the layer streamed into: what happens above that layer
+/// does not concern it.
+struct Layers {
+    root: Arc<Root>,
+    base: Option<String>,
+    compress: bool,
+    guests: Box<dyn Guests>,
+}
+
+impl Layers {
+    /// The index of the base, or the number of layers.
+    fn end(&self, chain: &Chain) -> Result<usize> {
+        let Some(base) = &self.base else {
+            return Ok(chain.layers().len());
+        };
+        chain
+            .layers()
+            .iter()
+            .position(|layer| layer.name == *base)
+            .ok_or_else(|| Error::Invalid(format!("base '{base}' has left the chain")))
+    }
+
+    async fn find_status(&self, offset: u64, max_len: u64) -> Result<(u64, CopyStatus)> {
+        let chain = self.root.chain();
+        let end = self.end(&chain)?;
+        let (status, len) = chain
+            .status(Span::new(0, end).sparse(), offset, max_len)
+            .await?;
+        Ok((len, status))
+    }
+
+    async fn copy_range(&self, offset: u64, len: u64) -> Result<u64> {
+        let copy = async |view: Rc<View>| {
+            let end = self.end(&view.chain)?;
+            let span = Span::new(0, end).sparse().compressed(self.compress);
+            view.copy(span, offset, len).await
+        };
+        let view = View::of(self.root.chain());
+        let copied = with_room(view, || self.root.chain(), copy).await?;
+        self.guests.give_way();
+        Ok(copied.data)
     }
 }
 
-impl Body for Stream {
-    fn run<'a>(&'a mut self, context: &'a JobContext) -> LocalBoxFuture<'a, Result<(), JobError>> {
+fn io_error(error: &Error) -> JobIoError {
+    JobIoError {
+        errno: error.errno(),
+        write: error.is_write(),
+        text: error.to_string(),
+    }
+}
+
+impl CopySource for Layers {
+    fn len(&self) -> u64 {
+        self.root.chain().size()
+    }
+
+    fn cluster_size(&self) -> u64 {
+        self.root.chain().cluster_size()
+    }
+
+    fn guest_load(&self) -> GuestLoad {
+        self.guests.load()
+    }
+
+    fn status(
+        &self,
+        offset: u64,
+        max_len: u64,
+    ) -> LocalBoxFuture<'_, std::result::Result<(u64, CopyStatus), JobIoError>> {
         Box::pin(async move {
-            let source = self.source.as_ref();
-            context.set_len(source.len());
-            let survey = Survey::new(source, context);
-            let settle = Settle::new(source, context);
-            let copying = pin!(async {
-                let mut result = Copier::new(source, context, &survey, &settle).run().await;
-                // What they have begun comes to its end.
-                drop(survey.rest().await);
-                match &result {
-                    _ if context.is_suspended() => {}
-                    Ok(()) => result = settle.last().await,
-                    Err(_) => settle.try_now().await,
-                }
-                drop(settle.rest().await);
-                result
-            });
-            let (surveying, settling) = (pin!(survey.run()), pin!(settle.run()));
-            let beside = future::select(surveying, settling);
-            match future::select(copying, beside).await {
-                Either::Left((result, _)) => result,
-                Either::Right((Either::Left((never, _)) | Either::Right((never, _)), _)) => {
-                    match never {}
-                }
-            }
+            let found = self.find_status(offset, max_len).await;
+            found.map_err(|error| io_error(&error))
         })
+    }
+
+    fn copy(
+        &self,
+        offset: u64,
+        len: u64,
+    ) -> LocalBoxFuture<'_, std::result::Result<u64, JobIoError>> {
+        Box::pin(async move {
+            let copied = self.copy_range(offset, len).await;
+            copied.map_err(|error| io_error(&error))
+        })
+    }
+
+    fn settle(&self) -> LocalBoxFuture<'_, std::result::Result<(), JobIoError>> {
+        Box::pin(async move {
+            let chain = self.root.chain();
+            let flushed = chain.top().flush().await;
+            flushed.map_err(|error| io_error(&error))
+        })
+    }
+}
+
+/// The body of a stream job.
+pub struct Stream {
+    graph: Arc<Graph>,
+    layers: Layers,
+    target: String,
+    /// What to write into the header, where the base's own name is not wanted.
+    backing_file: Option<String>,
+    /// The layer was read-only before, and is to be so again.
+    restore: bool,
+    /// Where the result is recorded.
+    recording: Option<Recording>,
+}
+
+impl Stream {
+    /// A stream as `spec` wants it. The target can be written to; with `restore` only for the
+    /// stream's time.
+    ///
+    /// # Errors
+    /// When the target does not exist.
+    pub fn new(
+        graph: Arc<Graph>,
+        guests: Box<dyn Guests>,
+        spec: &StreamSpec,
+        restore: bool,
+        recording: Option<Recording>,
+    ) -> Result<Self> {
+        Ok(Self {
+            layers: Layers {
+                root: graph.root(&spec.target)?,
+                base: spec.base.clone(),
+                compress: spec.compress,
+                guests,
+            },
+            graph,
+            target: spec.target.clone(),
+            backing_file: spec.backing_file.clone(),
+            restore,
+            recording,
+        })
+    }
+
+    /// The order matters: everything copied is stable before the header changes, and the header
+    /// is stable before anybody hears of it. What the header will say is recorded before, so that a
+    /// process that finds it knows that the stream has ended; and that it does say so is recorded
+    /// before the layers between are let go of, since what is discarded from then on must never be
+    /// read through to them.
+    async fn put_in_force(&self) -> Result<()> {
+        let chain = self.layers.root.chain();
+        let Format::Qcow2(image) = &chain.top().format else {
+            // A raw layer has nothing under it, and no header that could say so.
+            return Ok(());
+        };
+        let backing = match &self.layers.base {
+            None => None,
+            Some(base) => Some(backing(
+                &self.graph,
+                &self.target,
+                base,
+                self.backing_file.clone(),
+            )?),
+        };
+        let Some(recording) = &self.recording else {
+            image.set_backing(backing.as_ref()).await?;
+            return self
+                .graph
+                .set_backing(&self.target, self.layers.base.as_deref());
+        };
+        let mut commit = self.commit(image, backing.as_ref())?;
+        // A header that stays as it is tells nothing: then the record is what counts.
+        let shows = image.backing() != backing;
+        if shows {
+            recording.commit(&commit)?;
+        }
+        image.set_backing(backing.as_ref()).await?;
+        commit.done = true;
+        match shows {
+            true => recording.in_force(&commit),
+            false => recording.commit(&commit)?,
+        }
+        self.graph
+            .set_backing(&self.target, self.layers.base.as_deref())
+    }
+
+    /// The stream's result, as it is recorded, where the header is to name `backing`. It stays
+    /// recorded when the job is gone: the options of a later start may name other layers, whatever
+    /// those of this one say.
+    fn commit(&self, image: &Qcow2, backing: Option<&Backing>) -> Result<record::Commit> {
+        let nodes = self.graph.chain_nodes(&self.target)?;
+        let base = nodes
+            .iter()
+            .find(|node| Some(&node.name) == self.layers.base.as_ref());
+        let target = self.graph.node(&self.target)?;
+        let below = base
+            .map(|base| records::below(&self.graph, base))
+            .transpose()?;
+        let streamed = nodes.iter().skip(1);
+        let streamed = streamed.take_while(|node| Some(&node.name) != self.layers.base.as_ref());
+        let released_files = streamed.clone().map(|node| self.graph.file_of(node));
+        Ok(record::Commit {
+            link: record::Link {
+                node: records::node(&self.graph, &target)?,
+                identity: image.storage().identity().unwrap_or_default(),
+                header: backing.map(records::header),
+                below,
+                released_files: released_files.collect::<Result<_>>()?,
+                let_go: false,
+                released: records::names_of(&self.graph, streamed),
+            },
+            done: false,
+        })
+    }
+}
+
+/// The node `base` as the header of node `target`'s image is to name it: by `name`, if one is given.
+fn backing(graph: &Graph, target: &str, base: &str, name: Option<String>) -> Result<Backing> {
+    let nodes = graph.chain_nodes(target)?;
+    let at = nodes
+        .iter()
+        .position(|node| node.name == base)
+        .ok_or_else(|| Error::Invalid(format!("base '{base}' has left the chain")))?;
+    let (Some(target), Some(node)) = (nodes.first(), nodes.get(at)) else {
+        return Err(Error::Invalid(format!("base '{base}' has left the chain")));
+    };
+    let above = at.checked_sub(1).and_then(|index| nodes.get(index));
+    let name = match name.or(named_above(graph, target, node, above)?) {
+        Some(name) => name,
+        None => graph.header_name(base)?,
+    };
+    Ok(Backing {
+        name,
+        format: Some(node.format_name().to_owned()),
+    })
+}
+
+/// The name of `base` in the header of the image above it, if it means that node, and the same
+/// from the folder of `target`.
+fn named_above(
+    graph: &Graph,
+    target: &Node,
+    base: &Node,
+    above: Option<&Node>,
+) -> Result<Option<String>> {
+    let Some(above) = above.filter(|above| above.filename.parent() == target.filename.parent())
+    else {
+        return Ok(None);
+    };
+    let Format::Qcow2(image) = &above.layer.format else {
+        return Ok(None);
+    };
+    let Some(backing) = image.backing() else {
+        return Ok(None);
+    };
+    // The options may have put another node there than the header names.
+    let means_it =
+        resolve(&above.filename, &backing.name) == base.filename && graph.is_whole_file(base)?;
+    Ok(means_it.then_some(backing.name))
+}
+
+/// Checks that the header of the layer streamed into can name its base at the end, which may be
+/// hours away.
+///
+/// # Errors
+/// When it cannot.
+pub fn check_base_name(graph: &Graph, spec: &StreamSpec) -> Result<()> {
+    let Some(base) = &spec.base else {
+        return Ok(());
+    };
+    let Format::Qcow2(image) = &graph.image_node(&spec.target)?.layer.format else {
+        return Ok(());
+    };
+    let backing = backing(graph, &spec.target, base, spec.backing_file.clone())?;
+    image.check_backing(&backing).map_err(|error| {
+        Error::Invalid(format!(
+            "The image of node '{}' could not name its new backing file, node '{base}', at the \
+             end: {error} (give a shorter name with 'backing-file', or files with shorter paths)",
+            spec.target
+        ))
+    })
+}
+
+impl Body for Stream {
+    fn run<'a>(
+        &'a mut self,
+        context: &'a JobContext,
+    ) -> LocalBoxFuture<'a, std::result::Result<(), JobError>> {
+        Box::pin(copier::run(&self.layers, context))
     }
 
     fn commit<'a>(
         &'a mut self,
         _context: &'a JobContext,
-    ) -> LocalBoxFuture<'a, Result<(), JobError>> {
-        let finish = self.source.finish(self.backing_file.take());
-        Box::pin(async move { finish.await.map_err(|error| JobError::new(error.text)) })
+    ) -> LocalBoxFuture<'a, std::result::Result<(), JobError>> {
+        Box::pin(async move {
+            let done = self.put_in_force().await;
+            done.map_err(|error| JobError::new(error.to_string()))
+        })
     }
 
     fn close(&mut self) -> LocalBoxFuture<'_, ()> {
-        self.source.close()
-    }
-}
-
-/// A stretch of the device.
-#[derive(Clone, Copy, Debug)]
-struct Range {
-    start: u64,
-    end: u64,
-    /// It has data to move, not only zeros to be noted.
-    data: bool,
-}
-
-impl Range {
-    fn len(self) -> u64 {
-        self.end - self.start
-    }
-}
-
-/// A copy that came to its end.
-struct Landed {
-    range: Range,
-    /// It was let through by a speed limit, which has to know what it moved.
-    limited: bool,
-    result: Result<u64, JobIoError>,
-}
-
-/// What is to be done next.
-enum Work {
-    /// Copy this; it was tried before.
-    Again(Range),
-    /// Copy this, the next in order.
-    Next(Range),
-    /// A range was passed over, or an error was seen to.
-    Moved,
-    /// All has been begun.
-    None,
-}
-
-struct Copier<'a> {
-    source: &'a dyn StreamSource,
-    context: &'a JobContext,
-    survey: &'a Survey<'a>,
-    settle: &'a Settle<'a>,
-    /// All before it was begun or passed over.
-    next: u64,
-    /// What is known to need copying from `next` on.
-    known: Option<Range>,
-    /// What failed and is to be tried again.
-    failed: VecDeque<Range>,
-    in_flight: FuturesUnordered<LocalBoxFuture<'a, Landed>>,
-    /// All before it is done.
-    low_water: u64,
-    /// What is done beyond `low_water`: starts and ends.
-    done: BTreeMap<u64, u64>,
-    /// The job was told to stop at an error, and did not get there yet.
-    stopping: bool,
-    /// The first error that was ignored.
-    ignored: Option<JobError>,
-    /// The error that ends the job.
-    fatal: Option<JobError>,
-}
-
-impl<'a> Copier<'a> {
-    fn new(
-        source: &'a dyn StreamSource,
-        context: &'a JobContext,
-        survey: &'a Survey<'a>,
-        settle: &'a Settle<'a>,
-    ) -> Self {
-        Self {
-            source,
-            context,
-            survey,
-            settle,
-            next: 0,
-            known: None,
-            failed: VecDeque::new(),
-            in_flight: FuturesUnordered::new(),
-            low_water: 0,
-            done: BTreeMap::new(),
-            stopping: false,
-            ignored: None,
-            fatal: None,
-        }
-    }
-
-    async fn run(&mut self) -> Result<(), JobError> {
-        if self.context.is_restored() {
-            self.pass_over().await;
-        }
-        loop {
-            // `stopping` by itself, too: the job may have been resumed before it got here.
-            if self.fatal.is_some() || self.stopping || self.context.interrupted() {
-                self.land_all().await;
-                if let Some(error) = self.fatal.take() {
-                    return Err(error);
-                }
-                let resting = self.survey.rest().await;
-                if !self.context.should_stop() {
-                    self.settle.try_now().await;
-                }
-                self.context.pause_point().await;
-                drop(resting);
-                if self.context.should_stop() {
-                    return Ok(());
-                }
-                self.stopping = false;
+        Box::pin(async move {
+            if self.restore
+                && let Err(error) = self.graph.make_read_only(&self.target).await
+            {
+                log::error!("node '{}': back to read-only: {error}", self.target);
             }
-            if self.in_flight.len() >= self.max_in_flight() {
-                self.land_one().await;
-                continue;
-            }
-            match self.find_work().await {
-                Work::Again(range) => {
-                    if self.pay(range).await {
-                        self.failed.pop_front();
-                        self.launch(range);
-                    }
-                }
-                Work::Next(range) => {
-                    if self.pay(range).await {
-                        self.next = range.end;
-                        if range.data {
-                            self.survey.begin(range.start, range.len());
-                        }
-                        self.launch(range);
-                    }
-                }
-                Work::Moved => yield_now().await,
-                Work::None if self.in_flight.is_empty() => break,
-                Work::None => self.land_one().await,
-            }
-        }
-        self.ignored.take().map_or(Ok(()), Err)
+        })
     }
+}
 
-    /// Goes on to the first range that needs something, paused or not: to where the process came
-    /// that began the job.
-    async fn pass_over(&mut self) {
-        while !self.context.should_stop() && !self.stopping && self.fatal.is_none() {
-            match self.find_work().await {
-                Work::Moved => yield_now().await,
-                Work::Again(_) | Work::Next(_) | Work::None => return,
-            }
-        }
-    }
+#[cfg(test)]
+mod tests {
+    //! What would be caught: a stream that fails for want of room, although the guest has discarded
+    //! as much and the copy's own view is what holds it up; or one that waits in vain.
 
-    fn max_in_flight(&self) -> usize {
-        match self.source.guest_load() {
-            GuestLoad::Idle => MAX_IN_FLIGHT,
-            GuestLoad::Active | GuestLoad::Crowded => POLITE_IN_FLIGHT,
-        }
-    }
+    use std::path::PathBuf;
 
-    /// The most to copy at once, where clusters have `cluster` bytes.
-    fn max_copy(&self, cluster: u64) -> u64 {
-        match self.source.guest_load() {
-            GuestLoad::Idle | GuestLoad::Active => MAX_COPY,
-            // A cluster is copied whole in any case.
-            GuestLoad::Crowded => CROWDED_COPY.max(cluster),
-        }
-    }
+    use serde_json::json;
 
-    async fn find_work(&mut self) -> Work {
-        if let Some(range) = self.failed.front() {
-            return Work::Again(*range);
-        }
-        let len = self.source.len();
-        if self.next >= len {
-            self.survey.passed(u64::MAX);
-            return Work::None;
-        }
-        if let Some(known) = self.known
-            && known.end > self.next
-        {
-            return Work::Next(self.piece_of(known.end, known.data));
-        }
-        self.survey.passed(self.next);
-        let source = self.source;
-        let lookup = source.chunk_status(self.next, LOOK_AHEAD.min(len - self.next));
-        match self.meanwhile(lookup).await {
-            None => Work::Moved,
-            Some(Ok((0, _))) => self.lookup_failed(JobIoError {
-                errno: libc::EIO,
-                write: false,
-                text: format!("nothing is known about the device at {}", self.next),
+    use super::super::source::NoGuests;
+    use super::*;
+    use crate::chain::Layer;
+    use crate::format::Raw;
+    use crate::format::qcow2::create::{CreateOptions, create};
+    use crate::format::qcow2::{Options, Qcow2};
+    use crate::options::{BlockdevOptions, Dialect};
+    use crate::reactor::Reactor;
+    use crate::storage::memory::MemoryStorage;
+    use crate::storage::{AlignedBuf, IoBufs, Storage};
+
+    const CLUSTER: u64 = 4096;
+    const SIZE: u64 = 1 << 20;
+    const DEVICE: usize = 256 << 10;
+
+    fn add(graph: &Graph, name: &str, format: Format, storage: Arc<dyn Storage>, below: bool) {
+        let options = json!({"driver": "raw", "node-name": name,
+            "file": {"driver": "file", "filename": "/disk"}});
+        let node = Node {
+            name: name.to_owned(),
+            driver: format.name(),
+            layer: Arc::new(Layer {
+                name: name.to_owned(),
+                format,
+                storage,
+                read_only: !below,
+                discard: true,
+                copy_on_read: false,
             }),
-            Some(Ok((found, status))) => {
-                let end = self.next.saturating_add(found).min(len);
-                let found = Range {
-                    start: self.next,
-                    end,
-                    data: status == ChunkStatus::NeedsCopy,
-                };
-                if found.data || status == ChunkStatus::NeedsZeroes {
-                    self.known = Some(found);
-                    return Work::Next(self.piece_of(end, found.data));
-                }
-                self.mark_done(found);
-                self.next = end;
-                Work::Moved
-            }
-            Some(Err(error)) => self.lookup_failed(error),
-        }
-    }
-
-    /// The next piece to copy, where all up to `end` needs it. Pieces end where clusters do.
-    fn piece_of(&self, end: u64, data: bool) -> Range {
-        let cluster = self.source.cluster_size().clamp(1, MAX_COPY);
-        let size = self.context.smooth_request(cluster, self.max_copy(cluster));
-        let wanted = self.next.saturating_add(size);
-        let aligned = wanted - wanted % cluster;
-        let piece_end = if aligned > self.next { aligned } else { wanted };
-        Range {
-            start: self.next,
-            end: piece_end.min(end),
-            data,
-        }
-    }
-
-    fn lookup_failed(&mut self, error: JobIoError) -> Work {
-        let range = self.piece_of(self.source.len(), false);
-        if self.decide(&error) == Some(ErrorAction::Ignore) {
-            self.mark_done(range);
-            self.next = range.end;
-        }
-        Work::Moved
-    }
-
-    /// Waits for the speed limit; false if there is something else to see to first.
-    async fn pay(&mut self, range: Range) -> bool {
-        let context = self.context;
-        self.meanwhile(context.limit(range.len())).await == Some(Flow::Go)
-    }
-
-    fn launch(&mut self, range: Range) {
-        let source = self.source;
-        let limited = self.context.is_limited();
-        self.in_flight.push(Box::pin(async move {
-            let result = source.copy(range.start, range.len()).await;
-            Landed {
-                range,
-                limited,
-                result,
-            }
-        }));
-    }
-
-    /// Waits for `future` while copies go on; nothing if one of them ends the job.
-    async fn meanwhile<T>(&mut self, future: impl Future<Output = T>) -> Option<T> {
-        let mut future = pin!(future);
-        while !self.in_flight.is_empty() {
-            match future::select(future.as_mut(), self.in_flight.next()).await {
-                Either::Left((value, _)) => return Some(value),
-                Either::Right((landed, _)) => {
-                    if let Some(landed) = landed {
-                        self.land(landed);
-                    }
-                    if self.fatal.is_some() {
-                        return None;
-                    }
-                }
-            }
-        }
-        Some(future.await)
-    }
-
-    async fn land_one(&mut self) {
-        if let Some(landed) = self.in_flight.next().await {
-            self.land(landed);
-        }
-    }
-
-    async fn land_all(&mut self) {
-        while !self.in_flight.is_empty() {
-            self.land_one().await;
-        }
-    }
-
-    fn land(&mut self, landed: Landed) {
-        let Landed {
-            range,
-            limited,
-            result,
-        } = landed;
-        let ended = |moved| {
-            if range.data {
-                self.survey.end(range.len(), moved);
-            }
+            filename: PathBuf::from("/disk"),
+            backing: below.then(|| "base".to_owned()),
+            file: None,
+            data_file: None,
+            options: BlockdevOptions::from_value(&options, Dialect::Json).unwrap(),
+            implicit: false,
+            fixed_read_only: false,
         };
-        match result {
-            Ok(moved) => {
-                ended(moved);
-                self.settle.copied();
-                if limited {
-                    self.context.settle(range.len(), moved);
-                }
-                self.mark_done(range);
-            }
-            Err(error) => match self.decide(&error) {
-                Some(ErrorAction::Ignore) => {
-                    ended(0);
-                    self.mark_done(range);
-                }
-                _ => self.failed.push_back(range),
-            },
-        }
+        graph.add(node).unwrap();
     }
 
-    /// What is done about an error; nothing if the job is about to stop anyway. Then whatever
-    /// failed is tried again later, and fails again if it must.
-    fn decide(&mut self, error: &JobIoError) -> Option<ErrorAction> {
-        log::warn!("stream: {error}");
-        if self.stopping || self.fatal.is_some() || self.context.should_stop() {
-            return None;
-        }
-        let action = self.context.error_action(error.errno, error.write);
-        match action {
-            ErrorAction::Report => self.fatal = Some(JobError::from_errno(error.errno)),
-            ErrorAction::Ignore => {
-                self.ignored
-                    .get_or_insert_with(|| JobError::from_errno(error.errno));
-            }
-            ErrorAction::Stop => self.stopping = true,
-        }
-        Some(action)
+    /// An image on a device smaller than the disk, over a disk of sevens.
+    fn graph(reactor: &Reactor) -> Arc<Graph> {
+        let blank = MemoryStorage::new(Vec::new());
+        let options = CreateOptions {
+            cluster_size: CLUSTER,
+            backing: Some(Backing {
+                name: "base".into(),
+                format: Some("raw".into()),
+            }),
+            ..CreateOptions::new(SIZE)
+        };
+        reactor.block_on(create(&blank, &options)).unwrap();
+        let mut bytes = blank.snapshot();
+        bytes.resize(DEVICE, 0xd5);
+        let storage = Arc::new(MemoryStorage::device(bytes));
+        let options = Options {
+            writable: true,
+            discard: true,
+            ..Options::default()
+        };
+        let image = reactor.block_on(Qcow2::open(storage.clone(), options));
+        let image = Format::Qcow2(Arc::new(image.unwrap()));
+        let base = Arc::new(MemoryStorage::new(vec![7; SIZE as usize]));
+        let graph = Arc::new(Graph::default());
+        add(&graph, "base", Format::Raw(Raw::new(SIZE)), base, false);
+        add(&graph, "top", image, storage, true);
+        graph
     }
 
-    fn mark_done(&mut self, range: Range) {
-        self.done.insert(range.start, range.end);
-        while let Some(entry) = self.done.first_entry() {
-            if *entry.key() > self.low_water {
-                break;
-            }
-            self.low_water = self.low_water.max(entry.remove());
+    #[test]
+    fn a_copy_takes_the_room_that_the_guest_has_just_given_up() {
+        let reactor = Reactor::for_this_thread().unwrap();
+        for compress in [false, true] {
+            let graph = graph(&reactor);
+            let spec = StreamSpec {
+                target: "top".into(),
+                base: None,
+                layers: vec!["top".into()],
+                backing_file: None,
+                compress,
+            };
+            let guests = Box::new(NoGuests);
+            let stream = Stream::new(graph.clone(), guests, &spec, false, None).unwrap();
+            let source = &stream.layers;
+            let root = graph.root("top").unwrap();
+            let buffer = AlignedBuf::copy_of(&[1; CLUSTER as usize]);
+            let write = |at: u64| {
+                // SAFETY: `buffer` outlives the operation.
+                let bufs = unsafe { IoBufs::of(&buffer, 0, buffer.len()) };
+                reactor.block_on(View::of(root.chain()).write(at, bufs))
+            };
+            // From the end down, so that the stream finds what it has to copy at the start.
+            let mut places = (0..SIZE / CLUSTER).rev().map(|cluster| cluster * CLUSTER);
+            let full = places.find(|&at| write(at).is_err()).unwrap();
+            let copied = reactor.block_on(source.copy(0, 4 * CLUSTER));
+            assert_eq!(copied.map_err(|error| error.errno), Err(libc::ENOSPC));
+            let given_up = View::of(root.chain()).discard(full + CLUSTER, 4 * CLUSTER);
+            reactor.block_on(given_up).unwrap();
+            let copied = reactor.block_on(source.copy(0, 4 * CLUSTER));
+            assert_eq!(copied, Ok(4 * CLUSTER), "compressed: {compress}");
         }
-        self.context.advance(self.low_water);
     }
 }

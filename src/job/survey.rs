@@ -16,7 +16,8 @@ use std::cell::RefCell;
 use async_lock::{Mutex, MutexGuard};
 
 use super::context::{JobContext, Progress};
-use super::source::{ChunkStatus, GuestLoad, StreamSource, yield_now};
+use super::source::{CopySource, GuestLoad, yield_now};
+use crate::chain::CopyStatus;
 
 /// The least that is summed up in one number.
 const WINDOW: u64 = 64 << 20;
@@ -28,7 +29,7 @@ const POLITE_WAIT: std::time::Duration = std::time::Duration::from_millis(1);
 
 /// A survey of a stream's device.
 pub(super) struct Survey<'a> {
-    source: &'a dyn StreamSource,
+    source: &'a dyn CopySource,
     context: &'a JobContext,
     len: u64,
     window: u64,
@@ -65,9 +66,9 @@ struct Account {
 
 impl Account {
     /// Counts a range that was looked at.
-    fn add(&mut self, at: u64, len: u64, status: ChunkStatus) {
+    fn add(&mut self, at: u64, len: u64, status: CopyStatus) {
         self.looked = at + len;
-        if status == ChunkStatus::NeedsCopy {
+        if status == CopyStatus::Data {
             self.found += self.looked.saturating_sub(at.max(self.next));
         } else if (at..self.looked).contains(&self.next) {
             // The rest of a cluster that the copier is in the middle of: moved, but not begun.
@@ -93,7 +94,7 @@ impl Account {
 }
 
 impl<'a> Survey<'a> {
-    pub fn new(source: &'a dyn StreamSource, context: &'a JobContext) -> Self {
+    pub fn new(source: &'a dyn CopySource, context: &'a JobContext) -> Self {
         let len = source.len();
         let window = len
             .div_ceil(MAX_WINDOWS)
@@ -126,7 +127,9 @@ impl<'a> Survey<'a> {
             self.looked_at(number, seen);
             match self.source.guest_load() {
                 GuestLoad::Idle => yield_now().await,
-                GuestLoad::Active | GuestLoad::Crowded => self.context.sleep(POLITE_WAIT).await,
+                GuestLoad::Active | GuestLoad::CpuContended => {
+                    self.context.sleep(POLITE_WAIT).await
+                }
             }
         }
         std::future::pending().await
@@ -142,7 +145,7 @@ impl<'a> Survey<'a> {
         while at < end {
             let looking = self.looking.lock().await;
             // What cannot be looked up is the copier's to report.
-            let lookup = self.source.chunk_status(at, WINDOW.min(end - at));
+            let lookup = self.source.status(at, WINDOW.min(end - at));
             let Ok((len, status)) = lookup.await else {
                 return false;
             };

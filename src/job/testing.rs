@@ -14,9 +14,9 @@ use futures_util::future::LocalBoxFuture;
 use parking_lot::Mutex;
 
 use super::ledger::Change;
-use super::source::{ChunkStatus, GuestLoad, JobIoError, StreamSource, yield_now};
-use super::stream::Stream;
+use super::source::{CopySource, GuestLoad, JobIoError, yield_now};
 use super::*;
+use crate::chain::CopyStatus;
 use crate::state::record::{self, State};
 
 pub const KIB: u64 = 1 << 10;
@@ -149,8 +149,8 @@ pub struct Disk {
     pub copied: Mutex<Vec<(u64, u64)>>,
     /// Reads at these offsets fail, each as often as it is listed, with this error number.
     pub faults: Mutex<Vec<(u64, i32)>>,
-    /// What `finish` was called with.
-    pub finished: Mutex<Option<Option<String>>>,
+    /// Whether the result was put in force.
+    pub finished: Mutex<bool>,
     pub finish_error: Mutex<Option<i32>>,
     /// What is done when the result is put in force.
     pub on_finish: Mutex<Option<Box<dyn FnOnce() + Send>>>,
@@ -259,7 +259,7 @@ impl FakeSource {
     }
 }
 
-impl StreamSource for FakeSource {
+impl CopySource for FakeSource {
     fn len(&self) -> u64 {
         self.0.len
     }
@@ -272,20 +272,20 @@ impl StreamSource for FakeSource {
         *self.0.guest_load.lock()
     }
 
-    fn chunk_status(
+    fn status(
         &self,
         offset: u64,
         max_len: u64,
-    ) -> LocalBoxFuture<'_, Result<(u64, ChunkStatus), JobIoError>> {
+    ) -> LocalBoxFuture<'_, Result<(u64, CopyStatus), JobIoError>> {
         let disk = &self.0;
         self.step();
         *disk.looks.lock() += 1;
         Box::pin(async move {
             let needed = disk.needed.lock();
             let status = |at: u64| match at / disk.cluster {
-                cluster if needed.contains(&cluster) => ChunkStatus::NeedsCopy,
-                cluster if disk.zeroes.contains(&cluster) => ChunkStatus::NeedsZeroes,
-                _ => ChunkStatus::AlreadyPresent,
+                cluster if needed.contains(&cluster) => CopyStatus::Data,
+                cluster if disk.zeroes.contains(&cluster) => CopyStatus::Zero,
+                _ => CopyStatus::Present,
             };
             let mut end = offset - offset % disk.cluster + disk.cluster;
             while end < offset + max_len && status(end) == status(offset) {
@@ -358,26 +358,35 @@ impl StreamSource for FakeSource {
             Ok(())
         })
     }
+}
 
-    fn finish(&self, backing_file: Option<String>) -> LocalBoxFuture<'_, Result<(), JobIoError>> {
+/// Copies a [`Disk`].
+struct FakeBody(FakeSource);
+
+impl Body for FakeBody {
+    fn run<'a>(&'a mut self, context: &'a JobContext) -> LocalBoxFuture<'a, Result<(), JobError>> {
+        Box::pin(copier::run(&self.0, context))
+    }
+
+    fn commit<'a>(
+        &'a mut self,
+        _context: &'a JobContext,
+    ) -> LocalBoxFuture<'a, Result<(), JobError>> {
+        let disk = &self.0.0;
         Box::pin(async move {
-            if let Some(errno) = *self.0.finish_error.lock() {
-                return Err(JobIoError {
-                    errno,
-                    write: true,
-                    text: "cannot finish".to_owned(),
-                });
+            if disk.finish_error.lock().is_some() {
+                return Err(JobError::new("cannot finish"));
             }
-            *self.0.finished.lock() = Some(backing_file);
-            if let Some(act) = self.0.on_finish.lock().take() {
+            *disk.finished.lock() = true;
+            if let Some(act) = disk.on_finish.lock().take() {
                 act();
             }
             Ok(())
         })
     }
 
-    fn close(&self) -> LocalBoxFuture<'_, ()> {
-        Box::pin(async { *self.0.closed.lock() += 1 })
+    fn close(&mut self) -> LocalBoxFuture<'_, ()> {
+        Box::pin(async { *self.0.0.closed.lock() += 1 })
     }
 }
 
@@ -454,8 +463,8 @@ impl Bench {
         let disk = disk.clone();
         *disk.clock.lock() = Some(self.time.clone());
         Box::new(move || {
-            let source = Box::new(FakeSource(disk));
-            Box::pin(async move { Ok(Box::new(Stream::new(source, None)) as Box<dyn Body>) })
+            let body = FakeBody(FakeSource(disk));
+            Box::pin(async move { Ok(Box::new(body) as Box<dyn Body>) })
         })
     }
 

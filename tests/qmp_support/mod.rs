@@ -13,13 +13,17 @@ use std::time::Duration;
 use event_listener::Event as Signal;
 use futures_util::future::LocalBoxFuture;
 use serde_json::{Value, json};
-use stratablk::control::backend::{Backing, ExportStats, QueueStats, SourceFactory};
+use stratablk::chain::CopyStatus;
+use stratablk::control::backend::{Backing, ExportStats, QueueStats};
 use stratablk::control::{
     Backend, BlockNode, ChainView, Control, Endpoint, EventHub, Export, LayerView, Limits, Server,
-    StreamSpec, SyncError,
+    SyncError,
 };
-use stratablk::job::source::{ChunkStatus, JobIoError, StreamSource};
-use stratablk::job::{Manager, ParkRunner, Refused, SystemClock};
+use stratablk::job::source::{CopySource, JobIoError};
+use stratablk::job::stream::StreamSpec;
+use stratablk::job::{
+    Body, BodyFactory, JobContext, JobError, Manager, ParkRunner, Refused, SystemClock, copier,
+};
 use tempfile::TempDir;
 
 pub const MIB: u64 = 1 << 20;
@@ -176,13 +180,13 @@ impl Backend for Shared {
         })
     }
 
-    fn open_stream(&self, spec: &StreamSpec, _job: &str) -> Result<SourceFactory, Refused> {
-        let source = FakeSource {
+    fn open_stream(&self, spec: &StreamSpec, _job: &str) -> Result<BodyFactory, Refused> {
+        let body = FakeBody(FakeSource {
             daemon: self.0.clone(),
             spec: spec.clone(),
-        };
+        });
         Ok(Box::new(move || {
-            Box::pin(async move { Ok(Box::new(source) as Box<dyn StreamSource>) })
+            Box::pin(async move { Ok(Box::new(body) as Box<dyn Body>) })
         }))
     }
 
@@ -203,7 +207,7 @@ struct FakeSource {
     spec: StreamSpec,
 }
 
-impl StreamSource for FakeSource {
+impl CopySource for FakeSource {
     fn len(&self) -> u64 {
         4 * MIB
     }
@@ -212,12 +216,12 @@ impl StreamSource for FakeSource {
         65536
     }
 
-    fn chunk_status(
+    fn status(
         &self,
         _offset: u64,
         max_len: u64,
-    ) -> LocalBoxFuture<'_, Result<(u64, ChunkStatus), JobIoError>> {
-        Box::pin(async move { Ok((max_len, ChunkStatus::NeedsCopy)) })
+    ) -> LocalBoxFuture<'_, Result<(u64, CopyStatus), JobIoError>> {
+        Box::pin(async move { Ok((max_len, CopyStatus::Data)) })
     }
 
     fn copy(&self, _offset: u64, len: u64) -> LocalBoxFuture<'_, Result<u64, JobIoError>> {
@@ -239,13 +243,27 @@ impl StreamSource for FakeSource {
             }
         })
     }
+}
 
-    fn finish(&self, backing_file: Option<String>) -> LocalBoxFuture<'_, Result<(), JobIoError>> {
-        self.daemon
+struct FakeBody(FakeSource);
+
+impl Body for FakeBody {
+    fn run<'a>(&'a mut self, context: &'a JobContext) -> LocalBoxFuture<'a, Result<(), JobError>> {
+        Box::pin(copier::run(&self.0, context))
+    }
+
+    fn commit<'a>(
+        &'a mut self,
+        _context: &'a JobContext,
+    ) -> LocalBoxFuture<'a, Result<(), JobError>> {
+        let spec = self.0.spec.clone();
+        let backing_file = spec.backing_file.clone();
+        self.0
+            .daemon
             .finished
             .lock()
             .unwrap()
-            .push((self.spec.clone(), backing_file));
+            .push((spec, backing_file));
         Box::pin(async { Ok(()) })
     }
 }
