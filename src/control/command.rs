@@ -2,12 +2,11 @@
 
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
 
 use super::args::{Arg, Args};
-use super::backend::Backend;
 use super::error::CommandError;
+use crate::engine::Engine;
 use crate::job::Manager;
 
 /// The command that ends the negotiation.
@@ -68,37 +67,25 @@ pub(super) const fn command(
 
 /// What commands act on; shared by all clients.
 pub struct Control {
-    pub(super) backend: Arc<dyn Backend>,
-    pub(super) jobs: Arc<Manager>,
-    /// Held while a job is being made, so that two of them see each other's nodes.
-    pub(super) starting: Mutex<()>,
+    pub(super) engine: Arc<Engine>,
     /// All that can be asked for.
     pub(super) commands: &'static [Command],
 }
 
 impl Control {
-    /// `commands` that act on `backend` and `jobs`.
-    pub(super) fn with(
-        backend: Arc<dyn Backend>,
-        jobs: Arc<Manager>,
-        commands: &'static [Command],
-    ) -> Self {
-        Self {
-            backend,
-            jobs,
-            starting: Mutex::new(()),
-            commands,
-        }
+    /// `commands` that act on `engine`.
+    pub(super) fn with(engine: Arc<Engine>, commands: &'static [Command]) -> Self {
+        Self { engine, commands }
     }
 
     /// The jobs.
     pub fn jobs(&self) -> &Arc<Manager> {
-        &self.jobs
+        &self.engine.jobs
     }
 
     /// Ends the daemon.
     pub fn quit(&self) {
-        self.backend.quit();
+        (self.engine.quit)();
     }
 
     /// Carries out a command, as a negotiated client would have it done.

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use super::args::{Arg, Args, Kind};
-use super::backend::{Backend, SyncError};
 use super::command::{Answer, Command, Control, Done, NEGOTIATE, Returns, command, version};
 use super::error::{CommandError, ErrorClass};
-use super::{hmp, schema, stream};
-use crate::job::{Job, Manager};
+use super::nodes::{NodeView, io_status, sync_error};
+use super::{hmp, schema, stats, stream};
+use crate::engine::{Engine, Served};
+use crate::job::Job;
 
 const CAPABILITIES: Kind = Kind::EnumList("QMPCapability", &["oob"]);
 const ON_ERROR: Kind = Kind::Enum(
@@ -90,9 +91,9 @@ static COMMANDS: &[Command] = &[
 ];
 
 impl Control {
-    /// Commands that act on `backend` and `jobs`.
-    pub fn new(backend: Arc<dyn Backend>, jobs: Arc<Manager>) -> Arc<Self> {
-        Arc::new(Self::with(backend, jobs, COMMANDS))
+    /// Commands that act on `engine`.
+    pub fn new(engine: Arc<Engine>) -> Arc<Self> {
+        Arc::new(Self::with(engine, COMMANDS))
     }
 }
 
@@ -110,42 +111,46 @@ fn negotiate(_: &Control, args: &Args) -> Done {
 }
 
 fn query_named_block_nodes(control: &Control, args: &Args) -> Done {
-    let nodes = control.backend.block_nodes();
-    let all = (args.bool("flat") != Some(true)).then_some(nodes.as_slice());
-    Ok(nodes
-        .iter()
-        .map(|node| node.to_value(all))
+    let nodes = control.engine.graph.nodes();
+    let nested = args.bool("flat") != Some(true);
+    let views = NodeView::each(&nodes);
+    Ok(views
+        .map(|node| node.to_value(nested))
         .collect::<Value>()
         .into())
 }
 
 fn query_block_exports(control: &Control, _: &Args) -> Done {
-    let exports = control.backend.exports();
-    Ok(exports
-        .iter()
-        .map(|export| export.to_value())
-        .collect::<Value>()
-        .into())
+    let exports = control.engine.exports.list();
+    let to_value = |served: &Served| {
+        json!({
+            "node-name": served.options.node_name,
+            "shutting-down": served.export.info().shutting_down,
+            "type": "vhost-user-blk",
+            "id": served.options.id,
+        })
+    };
+    Ok(exports.iter().map(to_value).collect::<Value>().into())
 }
 
 fn query_block(control: &Control, _: &Args) -> Done {
-    let nodes = control.backend.block_nodes();
-    let devices = control.backend.exports().into_iter().map(|export| {
-        let failed = control.backend.sync_errors(&export);
+    let nodes = control.engine.graph.nodes();
+    let devices = control.engine.exports.list().into_iter().map(|served| {
+        let node_name = &served.options.node_name;
+        let failed = control.engine.sync_errors(node_name);
         let mut device = json!({
-            "device": export.id,
-            "io-status": SyncError::io_status(&failed),
+            "device": served.options.id,
+            "io-status": io_status(&failed),
             "locked": false,
             "removable": false,
             "type": "unknown",
         });
-        let node = nodes.iter().find(|node| node.node_name == export.node_name);
         if let Some(members) = device.as_object_mut() {
-            if let Some(node) = node {
-                members.insert("inserted".to_owned(), node.to_value(Some(&nodes)));
+            if let Some(node) = NodeView::find(&nodes, node_name) {
+                members.insert("inserted".to_owned(), node.to_value(true));
             }
             if !failed.is_empty() {
-                let failed = failed.iter().map(SyncError::to_value).collect();
+                let failed = failed.iter().map(sync_error).collect();
                 members.insert("x-sync-errors".to_owned(), failed);
             }
         }
@@ -155,16 +160,13 @@ fn query_block(control: &Control, _: &Args) -> Done {
 }
 
 fn query_blockstats(control: &Control, _: &Args) -> Done {
-    let exports = control.backend.export_stats();
-    Ok(exports
-        .iter()
-        .map(|export| export.to_value())
-        .collect::<Value>()
-        .into())
+    let exports = control.engine.exports.list();
+    Ok(exports.iter().map(stats::export).collect::<Value>().into())
 }
 
 fn query_block_jobs(control: &Control, _: &Args) -> Done {
     Ok(control
+        .engine
         .jobs
         .list()
         .iter()
@@ -175,6 +177,7 @@ fn query_block_jobs(control: &Control, _: &Args) -> Done {
 
 fn query_jobs(control: &Control, _: &Args) -> Done {
     Ok(control
+        .engine
         .jobs
         .list()
         .iter()
@@ -196,7 +199,7 @@ fn no_job() -> CommandError {
 
 /// The job that the older commands call `device`.
 fn block_job(control: &Control, id: &str) -> Result<Arc<Job>, CommandError> {
-    control.jobs.job(id).ok_or_else(|| no_block_job(id))
+    control.engine.jobs.job(id).ok_or_else(|| no_block_job(id))
 }
 
 type JobVerb = fn(&Job) -> Result<(), crate::job::Refused>;
@@ -208,6 +211,7 @@ fn on_block_job(control: &Control, args: &Args, verb: JobVerb) -> Done {
 
 fn on_job(control: &Control, args: &Args, verb: JobVerb) -> Done {
     let job = control
+        .engine
         .jobs
         .job(args.required_str("id")?)
         .ok_or_else(no_job)?;
@@ -234,18 +238,23 @@ fn block_job_finalize(control: &Control, args: &Args) -> Done {
 
 fn block_job_dismiss(control: &Control, args: &Args) -> Done {
     let id = args.required_str("id")?;
-    control.jobs.dismiss(id).ok_or_else(|| no_block_job(id))??;
+    control
+        .engine
+        .jobs
+        .dismiss(id)
+        .ok_or_else(|| no_block_job(id))??;
     nothing()
 }
 
 fn clear_sync_error(control: &Control, args: &Args) -> Done {
     let device = args.required_str("device")?;
-    control.backend.clear_sync_error(device)?;
+    control.engine.clear_sync_error(device)?;
     nothing()
 }
 
 fn job_dismiss(control: &Control, args: &Args) -> Done {
     control
+        .engine
         .jobs
         .dismiss(args.required_str("id")?)
         .ok_or_else(no_job)??;

@@ -8,9 +8,10 @@ use std::fmt::Write;
 use serde_json::{Map, Value};
 
 use super::args::Args;
-use super::backend::{BlockNode, Export, SyncError};
 use super::command::{Answer, Control, Done};
 use super::error::CommandError;
+use super::nodes::{NodeView, io_status};
+use crate::engine::Served;
 
 /// What a word of a command line is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -373,7 +374,7 @@ fn help(name: &str, item: &str) -> Output {
 }
 
 fn info_block_jobs(control: &Control) -> Output {
-    let jobs = control.jobs.list();
+    let jobs = control.engine.jobs.list();
     if jobs.is_empty() {
         return "No active jobs\n".into();
     }
@@ -395,28 +396,28 @@ fn info_block_jobs(control: &Control) -> Output {
 
 fn info_block(control: &Control, words: Words) -> Result<Output, CommandError> {
     let wanted = word(&words, "device");
-    let nodes = control.backend.block_nodes();
+    let nodes = control.engine.graph.nodes();
     let mut parts = Vec::new();
     if words.contains_key("nodes") {
-        for node in &nodes {
-            if wanted.is_empty() || wanted == node.node_name {
-                parts.push(describe_node(&node.node_name, node, &nodes));
+        for node in NodeView::each(&nodes) {
+            if wanted.is_empty() || wanted == node.name() {
+                parts.push(node.describe(node.name()));
             }
         }
     } else {
-        for export in control.backend.exports() {
-            let Export { id, node_name, .. } = &export;
+        for Served { options, .. } in control.engine.exports.list() {
+            let (id, node_name) = (&options.id, &options.node_name);
             if !wanted.is_empty() && wanted != id && wanted != node_name {
                 continue;
             }
             let title = format!("{id} ({node_name})");
-            let mut text = match nodes.iter().find(|node| node.node_name == *node_name) {
-                Some(node) => describe_node(&title, node, &nodes),
+            let mut text = match NodeView::find(&nodes, node_name) {
+                Some(node) => node.describe(&title),
                 None => format!("{title}: [not inserted]\n"),
             };
-            let failed = control.backend.sync_errors(&export);
+            let failed = control.engine.sync_errors(node_name);
             if !failed.is_empty() {
-                let status = SyncError::io_status(&failed);
+                let status = io_status(&failed);
                 let _ = writeln!(text, "    I/O status:       {status}");
             }
             for error in failed {
@@ -426,27 +427,4 @@ fn info_block(control: &Control, words: Words) -> Result<Output, CommandError> {
         }
     }
     Ok(parts.join("\n").into())
-}
-
-fn describe_node(title: &str, node: &BlockNode, all: &[BlockNode]) -> String {
-    let read_only = if node.read_only { ", read-only" } else { "" };
-    let mut text = format!("{title}: {} ({}{read_only})\n", node.filename, node.driver);
-    let mode = if node.cache_writeback {
-        "writeback"
-    } else {
-        "writethrough"
-    };
-    let direct = if node.cache_direct { ", direct" } else { "" };
-    let ignored = if node.cache_no_flush {
-        ", ignore flushes"
-    } else {
-        ""
-    };
-    let _ = writeln!(text, "    Cache mode:       {mode}{direct}{ignored}");
-    if let Some(backing) = &node.backing {
-        let depth = node.depth(all);
-        let file = &backing.full_filename;
-        let _ = writeln!(text, "    Backing file:     {file} (chain depth: {depth})");
-    }
-    text
 }

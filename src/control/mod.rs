@@ -2,18 +2,19 @@
 //!
 //! A [`Server`] accepts clients and gives each a thread. A client's bytes become JSON values in
 //! [`wire`], a [`session`] negotiates and checks them, [`commands`] holds the table of what can be
-//! asked for, and [`backend`] is the door to the rest of the daemon. Events go out through an
+//! [`wire`], a [`session`] negotiates and checks them, [`commands`] holds the table of what can be
+//! asked for of the [engine](crate::engine), whose views become answers here. Events go out through an
 //! [`EventHub`] to all clients. `docs/qmp.md` is the manual.
 //!
 //! Wherever it can be observed, names, texts and order are those of qemu-storage-daemon.
 
 pub mod args;
-pub mod backend;
 mod command;
 pub mod commands;
 mod error;
 pub mod events;
 mod hmp;
+mod nodes;
 mod places;
 mod schema;
 pub mod server;
@@ -22,7 +23,6 @@ mod stats;
 mod stream;
 pub mod wire;
 
-pub use backend::{Backend, BlockNode, ChainView, Export, LayerView, SyncError};
 pub use command::{Answer, Control};
 pub use error::{CommandError, ErrorClass};
 pub use events::EventHub;

@@ -21,9 +21,9 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::config::Config;
 use crate::control::{Control, EventHub};
-use crate::engine::backend::DaemonBackend;
+use crate::engine::stream::on_graph;
 use crate::engine::sync_errors::Watch;
-use crate::engine::{Exports, ending, neighbours, parts, state};
+use crate::engine::{Engine, Exports, Served, ending, neighbours, parts, state};
 use crate::error::{Error, Result};
 use crate::export::{Export, ExportConfig, SocketSource};
 use crate::format::Format;
@@ -256,28 +256,25 @@ fn set_up(
     }
     warn_without_journal(config, exports);
     end_with_last_front_end(config, exports, stop);
-    let backend = Arc::new(DaemonBackend::new(
-        graph.clone(),
-        exports.clone(),
-        {
-            let stop = stop.clone();
-            // When nobody listens any more, the daemon is ending already.
-            move || {
-                let _ = stop.send(Call::Stop);
-            }
-        },
-        store.clone(),
-    ));
     let hub = EventHub::new();
-    watch.tell(&hub);
-    let manager = Manager::recorded(
-        Arc::new(ReactorRunner),
-        Arc::new(SystemClock::new()),
-        hub.sink(),
-        store.map(|store| store as Arc<dyn Ledger>),
-    );
-    state::go_on(plan, &manager, &*backend);
-    let control = Control::new(backend, manager.clone());
+    watch.tell(hub.sink());
+    let ledger = store.clone().map(|store| store as Arc<dyn Ledger>);
+    let clock = Arc::new(SystemClock::new());
+    let quit = stop.clone();
+    let engine = Arc::new(Engine {
+        jobs: Manager::recorded(Arc::new(ReactorRunner), clock, hub.sink(), ledger),
+        streams: on_graph(graph, exports, store.as_ref()),
+        graph: graph.clone(),
+        exports: exports.clone(),
+        store,
+        quit: Box::new(move || {
+            // When nobody listens any more, the daemon is ending already.
+            let _ = quit.send(Call::Stop);
+        }),
+    });
+    engine.go_on(plan);
+    let manager = engine.jobs.clone();
+    let control = Control::new(engine);
     let monitors = Monitors::start(config, control, hub, stop).inspect_err(|_| {
         // Before the images are closed.
         manager.shut_down();
@@ -292,8 +289,10 @@ fn warn_without_journal(config: &Config, exports: &Exports) {
         let top = chain.top();
         !top.read_only && matches!(top.format, Format::Qcow2(_))
     };
-    let mut exports = exports.all().into_iter();
-    if config.journal.is_none() && exports.any(|(one, how)| how.writable && has_mapping(&one)) {
+    let mut exports = exports.list().into_iter();
+    if config.journal.is_none()
+        && exports.any(|one| one.options.writable && has_mapping(&one.export))
+    {
         log::warn!(
             "without --journal, writes to qcow2 images that a guest has not flushed are lost if \
              this process is killed"
@@ -389,7 +388,7 @@ fn end_with_last_front_end(config: &Config, exports: &Exports, stop: &Sender<Cal
     if config.exports.len() != 1 || !config.monitors.is_empty() {
         return;
     }
-    for (export, _) in exports.all() {
+    for Served { export, .. } in exports.list() {
         let stop = stop.clone();
         export.on_end(move || {
             let _ = stop.send(Call::Stop);

@@ -1,18 +1,88 @@
-//! The engine: everything that can change, and the operations that change it.
+//! The engine: the owner of everything that can change (nodes, exports, jobs), and the operations
+//! that change it. The command line, the control socket, the recorded state and tests use the
+//! same ones.
+//!
+//! - [`exports`]: what guests are served
+//! - [`stream`]: stream jobs
+//! - [`state`]: what is recorded, and how the next process goes on with it
+//! - [`neighbours`]: what other processes have recorded of the same images
+//! - [`sync_errors`]: failed flushes
+//! - [`parts`], [`ending`]: the end
 
-pub mod backend;
 pub mod ending;
 pub mod exports;
 mod guests;
 pub mod neighbours;
 pub mod parts;
 pub mod state;
+pub mod stream;
 pub mod sync_errors;
 
-use crate::error::{Error, Result};
-use crate::reactor::Reactor;
+use std::sync::Arc;
 
-pub use exports::Exports;
+use crate::error::{Error, Result};
+use crate::graph::Graph;
+use crate::job::{Manager, Refused};
+use crate::reactor::Reactor;
+use crate::state::Store;
+
+pub use exports::{Exports, Served};
+use stream::Streams;
+pub use sync_errors::SyncError;
+
+/// Everything that can change.
+pub struct Engine {
+    /// The nodes.
+    pub graph: Arc<Graph>,
+    /// What guests are served.
+    pub exports: Arc<Exports>,
+    /// The jobs.
+    pub jobs: Arc<Manager>,
+    /// Where jobs and failed flushes are recorded, if they are.
+    pub store: Option<Arc<Store>>,
+    /// Makes the bodies of streams.
+    pub streams: Streams,
+    /// Ends the process, soon.
+    pub quit: Box<dyn Fn() + Send + Sync>,
+}
+
+impl Engine {
+    /// The node that a device's name stands for (the id of an export, the name of a node), and the
+    /// export that it is the top of.
+    #[must_use]
+    pub fn find_device(&self, device: &str) -> Option<(String, Option<String>)> {
+        let exports = self.exports.list();
+        let found = exports.iter().find(|served| served.options.id == device);
+        if let Some(Served { options, .. }) = found {
+            return Some((options.node_name.clone(), Some(options.id.clone())));
+        }
+        self.graph.node(device).ok()?;
+        let export = exports
+            .iter()
+            .find(|served| served.options.node_name == device);
+        let id = export.map(|served| served.options.id.clone());
+        Some((device.to_owned(), id))
+    }
+
+    /// The flushes that have failed and stay failed, in the chain of a node, top first.
+    #[must_use]
+    pub fn sync_errors(&self, node: &str) -> Vec<SyncError> {
+        sync_errors::of(&self.graph, node)
+    }
+
+    /// Lets the flushes of a device be tried again, which fail since one of them has failed.
+    ///
+    /// # Errors
+    /// When there is no such device, or none of its flushes has failed.
+    pub fn clear_sync_error(&self, device: &str) -> std::result::Result<(), Refused> {
+        let Some((node, _)) = self.find_device(device) else {
+            return Err(Refused(format!(
+                "Cannot find device='{device}' nor node-name='{device}'"
+            )));
+        };
+        sync_errors::clear(&self.graph, &node, self.store.as_deref())
+    }
+}
 
 /// Runs `work` with a reactor on a thread that has none of its own.
 fn on_this_thread<T>(work: impl FnOnce(&Reactor) -> Result<T>) -> Result<T> {

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::ending::Part;
-use super::{Exports, on_this_thread, sync_errors};
+use super::{Exports, Served, on_this_thread, sync_errors};
 use crate::error::{Error, Result};
 use crate::graph::Graph;
 use crate::graph::Node;
@@ -56,7 +56,7 @@ pub fn of(
             lament: Box::new(|| "the control sockets do not end".to_owned()),
         });
     }
-    for (export, options) in exports.all() {
+    for Served { export, options } in exports.list() {
         let name = format!("export '{}'", options.id);
         users.push((name.clone(), images_of(&nodes, &options.node_name)));
         let (ending, stuck, what) = (export.clone(), export.clone(), name.clone());

@@ -2,14 +2,14 @@
 //!
 //! At the start what is recorded decides what lies under images ([`recorded`]), and is compared with
 //! the nodes that the command line has made ([`plan`]): a job or a chain of another image is
-//! nothing to guess about. Then jobs go on ([`go_on`]).
+//! nothing to guess about. Then jobs go on ([`Engine::go_on`]).
 
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
-use crate::control::backend::Backend;
+use super::Engine;
 use crate::error::SyncFailure;
 use crate::error::{Error, Result};
 use crate::format::Format;
@@ -19,7 +19,7 @@ use crate::graph::recorded::{is_same_image, is_same_place, other_file};
 use crate::graph::{Graph, Recorded, RecordedLink, RecordedNode};
 use crate::job::records::{header, identity};
 use crate::job::stream::StreamSpec;
-use crate::job::{Manager, Refused, Untold};
+use crate::job::{Refused, Untold};
 use crate::state::record::{self, Identity, State, Work, are_different};
 use crate::state::{StateError, StateOptions, Store};
 use crate::storage::{Syncs, is_same_path};
@@ -418,45 +418,31 @@ fn header_of(node: &Node) -> Option<record::Header> {
     }
 }
 
-/// Goes on with the jobs.
-pub fn go_on(plan: Plan, manager: &Arc<Manager>, backend: &dyn Backend) {
-    for (job, target, next) in plan.jobs {
-        let id = job.id.clone();
-        let result = match next {
-            Next::GoOn(spec) => restore(manager, backend, &job, &spec).or_else(|Refused(text)| {
-                let lease = lease_of(manager, target);
-                manager.restore_over(&job, lease, Some(Untold::Failed(text)))
-            }),
-            Next::List(untold) => {
-                let lease = lease_of(manager, target);
-                manager.restore_over(&job, lease, untold)
+impl Engine {
+    /// Goes on with the jobs.
+    pub fn go_on(&self, plan: Plan) {
+        for (job, target, next) in plan.jobs {
+            let id = job.id.clone();
+            let result = match next {
+                Next::GoOn(spec) => self
+                    .restore_stream(&job, &spec)
+                    .or_else(|Refused(text)| self.list(&job, target, Some(Untold::Failed(text)))),
+                Next::List(untold) => self.list(&job, target, untold),
+            };
+            if let Err(error) = result {
+                log::error!("job '{id}', which is recorded: {error}");
             }
-        };
-        if let Err(error) = result {
-            log::error!("job '{id}', which is recorded: {error}");
         }
     }
-}
 
-fn lease_of(manager: &Manager, node: Option<String>) -> Option<crate::job::Lease> {
-    manager.reserve(node.as_slice(), "stream").ok()
-}
-
-fn restore(
-    manager: &Arc<Manager>,
-    backend: &dyn Backend,
-    job: &record::Job,
-    spec: &StreamSpec,
-) -> std::result::Result<(), Refused> {
-    let lease = manager.reserve(&spec.layers, "stream").map_err(|busy| {
-        let node = spec.layers.get(busy.index).map_or("", String::as_str);
-        Refused(format!(
-            "Node '{node}' is busy: block device is in use by block job: {}",
-            busy.kind
-        ))
-    })?;
-    let body = backend.open_stream(spec, &job.id)?;
-    manager.restore(job, lease, body)?;
-    log::info!("job '{}' goes on", job.id);
-    Ok(())
+    /// Lists a job that is over, and streamed into node `target`.
+    fn list(
+        &self,
+        job: &record::Job,
+        target: Option<String>,
+        untold: Option<Untold>,
+    ) -> std::result::Result<(), Refused> {
+        let lease = self.jobs.reserve(target.as_slice(), "stream").ok();
+        self.jobs.restore_over(job, lease, untold)
+    }
 }

@@ -10,19 +10,30 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::{Exports, state};
+use super::{Exports, Served, state};
 use crate::chain::Layer;
-use crate::control::backend::SyncError;
-use crate::control::events::EventHub;
 use crate::error::{Error, Result, SyncFailure, errno_text};
 use crate::format::Format;
 use crate::graph::Graph;
 use crate::graph::Node;
-use crate::job::{Event, Refused};
+use crate::job::{Event, EventSink, Refused};
 use crate::state::Store;
 use crate::state::record::FailedSync;
 use crate::storage::syncs::on_failure;
 use crate::storage::{Identity, Syncs, is_same_file};
+
+/// A flush that has failed, since which all flushes of its file fail.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SyncError {
+    /// The node that is in the file.
+    pub node_name: String,
+    /// The file.
+    pub filename: String,
+    /// It failed for lack of space.
+    pub no_space: bool,
+    /// When and why it failed, what that means and what to do.
+    pub description: String,
+}
 
 /// The syncs that a flush of a layer needs.
 pub(super) fn syncs_of(layer: &Layer) -> Vec<Arc<Syncs>> {
@@ -45,7 +56,7 @@ enum Message {
 /// there can be some.
 pub struct Watch {
     messages: Sender<Message>,
-    hub: Arc<OnceLock<Arc<EventHub>>>,
+    sink: Arc<OnceLock<EventSink>>,
     /// Told by the thread when it has ended.
     ended: Receiver<()>,
 }
@@ -63,8 +74,8 @@ impl Watch {
         let (messages, received) = channel();
         let (end, ended) = channel();
         let (graph, exports) = (Arc::downgrade(graph), Arc::downgrade(exports));
-        let hub: Arc<OnceLock<Arc<EventHub>>> = Arc::default();
-        let told = hub.clone();
+        let sink: Arc<OnceLock<EventSink>> = Arc::default();
+        let told = sink.clone();
         std::thread::Builder::new()
             .name("sync-errors".into())
             .spawn(move || {
@@ -72,9 +83,9 @@ impl Watch {
                     if let Some(store) = &store {
                         record(store, &failure, syncs.identity());
                     }
-                    if let Some(hub) = told.get() {
+                    if let Some(tell) = told.get() {
                         for event in events(&graph, &exports, &syncs, &failure) {
-                            hub.send(&event);
+                            tell(event);
                         }
                     }
                 }
@@ -92,14 +103,14 @@ impl Watch {
         });
         Ok(Self {
             messages,
-            hub,
+            sink,
             ended,
         })
     }
 
-    /// From now on the clients of `hub` are told.
-    pub fn tell(&self, hub: &Arc<EventHub>) {
-        let _ = self.hub.set(hub.clone());
+    /// From now on clients are told through `sink`.
+    pub fn tell(&self, sink: EventSink) {
+        let _ = self.sink.set(sink);
     }
 
     /// Waits until what has failed so far is recorded, and with it all else that could not be
@@ -162,11 +173,11 @@ fn events(
     let served: Vec<Event> = exports
         .list()
         .iter()
-        .filter_map(|export| {
-            let image = graph.image_node(&export.node_name).ok()?;
+        .filter_map(|Served { options, .. }| {
+            let image = graph.image_node(&options.node_name).ok()?;
             let nodes = graph.chain_nodes(&image.name).ok()?;
             let node = nodes.iter().find(|node| concerned(node))?;
-            Some(event(&export.id, &node.name))
+            Some(event(&options.id, &node.name))
         })
         .collect();
     if !served.is_empty() {
@@ -254,10 +265,7 @@ mod tests {
 
     use std::path::PathBuf;
 
-    use serde_json::Value;
-
     use super::*;
-    use crate::control::events::Outbox;
     use crate::format::Raw;
     use crate::options::{BlockdevOptions, Dialect};
     use crate::reactor::Reactor;
@@ -307,7 +315,7 @@ mod tests {
 
     #[test]
     fn a_failure_is_told_and_stays_until_it_is_cleared() {
-        let (graph, exports, hub) = (Arc::default(), Arc::default(), EventHub::new());
+        let (graph, exports) = (Arc::default(), Arc::default());
         add(
             &graph,
             "file",
@@ -317,10 +325,8 @@ mod tests {
         let file = add(&graph, "file", "g", None);
         add(&graph, "raw", "disk", Some(&file));
         let watch = Watch::start(&graph, &exports, None).unwrap();
-        watch.tell(&hub);
-        let client = Arc::new(Outbox::default());
-        client.answer(&json!({"return": {}}), true);
-        hub.add(&client, Box::new(|| {}));
+        let (sender, events) = channel();
+        watch.tell(Arc::new(move |event| drop(sender.send(event))));
         let reactor = Reactor::for_this_thread().unwrap();
         let flush = |name: &str| {
             let layer = graph.node(name).unwrap().layer;
@@ -334,21 +340,12 @@ mod tests {
         flush("disk").unwrap_err();
         flush("other").unwrap();
 
-        let (lines, line) = channel();
-        let reader = client.clone();
-        std::thread::spawn(move || {
-            while let Some(line) = reader.next() {
-                let _ = lines.send(line);
-            }
-        });
-        let next = || line.recv_timeout(Duration::from_secs(20)).unwrap();
-        next();
-        let event: Value = serde_json::from_slice(&next()).unwrap();
-        assert_eq!(event["event"], "BLOCK_IO_ERROR");
+        let event = events.recv_timeout(Duration::from_secs(20)).unwrap();
+        assert_eq!(event.name, "BLOCK_IO_ERROR");
         let data = json!({"qom-path": "", "device": "", "node-name": "disk",
             "operation": "write", "action": "report", "nospace": false,
             "reason": "Input/output error"});
-        assert_eq!(event["data"], data);
+        assert_eq!(event.data, data);
 
         let refused = clear(&graph, "other", None).unwrap_err().0;
         assert_eq!(refused, "No flush of node 'other' has failed");
@@ -357,10 +354,9 @@ mod tests {
         clear(&graph, "disk", None).unwrap();
         flush("disk").unwrap();
         clear(&graph, "disk", None).unwrap_err();
-        // One event for one failure.
-        client.close();
-        assert!(line.recv_timeout(Duration::from_secs(20)).is_err());
         watch.finish(Duration::from_secs(20));
+        // One event for one failure.
+        assert!(events.try_recv().is_err());
         Reactor::leave_thread();
     }
 

@@ -41,7 +41,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 pub use config::{DEFAULT_POLL_MAX_US, DEFAULT_QUEUE_SIZE, ExportConfig, MAX_QUEUES, SocketSource};
-pub use stats::QueueStats;
+pub use stats::{Counter, QueueStats};
 
 use config::Geometry;
 use handler::Handler;

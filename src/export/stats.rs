@@ -20,43 +20,59 @@ impl Counter {
     }
 }
 
-/// What a queue has done since the export began. On cache lines of its own.
-#[derive(Debug, Default)]
-#[repr(align(128))]
-pub struct QueueStats {
+/// Defines [`QueueStats`]: a line for each counter, with the name that clients know it by.
+macro_rules! queue_stats {
+    ($($(#[$doc:meta])* $field:ident: $name:literal,)*) => {
+        /// What a queue has done since the export began. On cache lines of its own.
+        #[derive(Debug, Default)]
+        #[repr(align(128))]
+        pub struct QueueStats {
+            $($(#[$doc])* pub $field: Counter,)*
+            /// Requests that a queue which is being given back still waits for.
+            pub unfinished: AtomicU32,
+            /// The worker's thread, as the kernel numbers it.
+            pub thread: AtomicI32,
+        }
+
+        impl QueueStats {
+            /// All counters: their names and values.
+            pub fn counters(&self) -> impl Iterator<Item = (&'static str, u64)> {
+                [$(($name, self.$field.get()),)*].into_iter()
+            }
+        }
+    };
+}
+
+queue_stats! {
     /// Requests that read.
-    pub reads: Counter,
+    reads: "reads",
     /// Bytes read.
-    pub read_bytes: Counter,
+    read_bytes: "read-bytes",
     /// Requests that wrote.
-    pub writes: Counter,
+    writes: "writes",
     /// Bytes written.
-    pub write_bytes: Counter,
+    write_bytes: "write-bytes",
     /// Flushes.
-    pub flushes: Counter,
+    flushes: "flushes",
     /// Discards and requests to write zeros.
-    pub discards: Counter,
+    discards: "discards",
     /// Requests answered with an error.
-    pub errors: Counter,
+    errors: "errors",
     /// Requests that needed a task of their own.
-    pub slow: Counter,
+    slow: "slow",
     /// Signals sent to the driver.
-    pub signals: Counter,
+    signals: "signals",
     /// Times that the worker slept.
-    pub sleeps: Counter,
-    /// Requests that a queue which is being given back still waits for.
-    pub unfinished: AtomicU32,
-    /// The worker's thread, as the kernel numbers it.
-    pub thread: AtomicI32,
+    sleeps: "sleeps",
     /// Times that the worker's ring entered the kernel, up to when it last slept.
-    pub enters: Counter,
+    enters: "enters",
     /// Polls before a sleep that found work.
-    pub polls_found: Counter,
+    polls_found: "polls-found",
     /// Polls before a sleep that found none.
-    pub polls_missed: Counter,
+    polls_missed: "polls-missed",
     /// Nanoseconds that the polls took, as far as the clock was read: what found work within its
     /// first looks counts as nothing.
-    pub poll_ns: Counter,
+    poll_ns: "poll-ns",
 }
 
 impl QueueStats {

@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use crate::error::Result;
 
+use qcow2::Backing;
 pub use qcow2::Qcow2;
 pub use qed::Qed;
 pub use raw::Raw;
@@ -102,6 +103,16 @@ impl Format {
             Self::Raw(_) => 1,
             Self::Qcow2(qcow2) => qcow2.unit_size(),
             Self::Qed(qed) => qed.cluster_size(),
+        }
+    }
+
+    /// The backing file that the image's header names.
+    #[must_use]
+    pub fn backing(&self) -> Option<Backing> {
+        match self {
+            Self::Raw(_) => None,
+            Self::Qcow2(qcow2) => qcow2.backing(),
+            Self::Qed(qed) => qed.backing().cloned(),
         }
     }
 

@@ -64,10 +64,10 @@ impl Node {
     }
 
     /// The nodes under it, each with its role.
-    fn children(&self) -> impl Iterator<Item = (&str, &'static str)> {
+    pub fn children(&self) -> impl Iterator<Item = (&str, &'static str)> {
         // A filter has its child's chain, and one child.
         let own = self.driver != "copy-on-read";
-        let of_its_own = [(&self.data_file, "data-file"), (&self.backing, "backing")];
+        let of_its_own = [(&self.backing, "backing"), (&self.data_file, "data-file")];
         let of_its_own = of_its_own.into_iter().filter(move |_| own);
         std::iter::once((&self.file, "file"))
             .chain(of_its_own)

@@ -1,6 +1,6 @@
 //! All jobs of the process, and which nodes they hold.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
@@ -30,6 +30,20 @@ impl Drop for Lease {
         for node in &self.nodes {
             all.remove(node);
         }
+    }
+}
+
+/// The name of a job that is being made. It is free again when this is dropped, if the job has not
+/// come to be.
+#[derive(Debug)]
+pub struct ClaimedId {
+    id: String,
+    all: Arc<Mutex<HashSet<String>>>,
+}
+
+impl Drop for ClaimedId {
+    fn drop(&mut self) {
+        self.all.lock().remove(&self.id);
     }
 }
 
@@ -102,6 +116,8 @@ pub struct Manager {
     /// Told when no thread is being made any more.
     started: Condvar,
     nodes: Nodes,
+    /// Names of jobs that are being made.
+    ids: Arc<Mutex<HashSet<String>>>,
     runner: Arc<dyn JobRunner>,
     clock: Arc<dyn Clock>,
     events: EventSink,
@@ -131,6 +147,7 @@ impl Manager {
             inner: Mutex::default(),
             started: Condvar::new(),
             nodes: Nodes::default(),
+            ids: Arc::default(),
             runner,
             clock,
             events,
@@ -165,8 +182,11 @@ impl Manager {
         self.nodes.lock().get(node).copied()
     }
 
-    /// Whether a job could have this name.
-    pub fn check_id(&self, id: &str) -> Result<(), Refused> {
+    /// Takes a name for a job that is to be made.
+    ///
+    /// # Errors
+    /// When it is no name, or another job's, that one being made or listed.
+    pub fn claim_id(&self, id: &str) -> Result<ClaimedId, Refused> {
         let mut characters = id.chars();
         let well_formed = characters
             .next()
@@ -175,10 +195,15 @@ impl Manager {
         if !well_formed {
             return Err(Refused(format!("Invalid job ID '{id}'")));
         }
-        if self.job(id).is_some() {
+        let inner = self.inner.lock();
+        let listed = inner.jobs.iter().any(|job| job.id() == id);
+        if listed || !self.ids.lock().insert(id.to_owned()) {
             return Err(Refused(format!("Job ID '{id}' already in use")));
         }
-        Ok(())
+        Ok(ClaimedId {
+            id: id.to_owned(),
+            all: self.ids.clone(),
+        })
     }
 
     /// Makes a job that holds `lease` and starts it.
@@ -188,7 +213,19 @@ impl Manager {
         lease: Lease,
         body: BodyFactory,
     ) -> Result<Arc<Job>, Refused> {
-        self.check_id(&spec.id)?;
+        let id = self.claim_id(&spec.id)?;
+        self.start_claimed(&id, spec, lease, body)
+    }
+
+    /// As [`start`](Self::start), of a job whose name has been [claimed](Self::claim_id).
+    pub fn start_claimed(
+        &self,
+        id: &ClaimedId,
+        spec: JobSpec,
+        lease: Lease,
+        body: BodyFactory,
+    ) -> Result<Arc<Job>, Refused> {
+        debug_assert_eq!(id.id, spec.id);
         let nodes = lease.nodes.clone();
         let mut job = Job::new(
             spec,
@@ -216,7 +253,7 @@ impl Manager {
         lease: Lease,
         body: BodyFactory,
     ) -> Result<Arc<Job>, Refused> {
-        self.check_id(&from.id)?;
+        let _id = self.claim_id(&from.id)?;
         let nodes = lease.nodes.clone();
         let job = Arc::new(self.restored(from, Some(lease)));
         self.run(&job, nodes, body)?;
@@ -231,7 +268,7 @@ impl Manager {
         lease: Option<Lease>,
         untold: Option<Untold>,
     ) -> Result<(), Refused> {
-        self.check_id(&from.id)?;
+        let _id = self.claim_id(&from.id)?;
         let job = Arc::new(self.restored(from, lease));
         {
             let mut state = job.lock();
@@ -302,9 +339,6 @@ impl Manager {
             let mut inner = self.inner.lock();
             if inner.closed {
                 return Err(shutting_down());
-            }
-            if inner.jobs.iter().any(|other| other.id() == job.id()) {
-                return Err(Refused(format!("Job ID '{}' already in use", job.id())));
             }
             inner.jobs.push(job.clone());
             inner.starting += 1;

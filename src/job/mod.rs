@@ -53,7 +53,7 @@ use serde_json::Value;
 pub use context::{ErrorAction, JobContext, Progress};
 pub use handle::{Job, JobInfo, JobSpec, OnError};
 pub use ledger::Ledger;
-pub use manager::{Busy, Lease, Manager, Untold};
+pub use manager::{Busy, ClaimedId, Lease, Manager, Untold};
 pub use runner::{Clock, JobMain, JobRunner, ParkRunner, SystemClock, Timer};
 pub use status::{IoStatus, Status, Verb};
 

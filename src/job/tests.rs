@@ -479,13 +479,13 @@ fn names_and_nodes_belong_to_one_job() {
     let bench = Bench::frozen();
     for bad in ["", "1", "a b", "-a", "\u{e4}"] {
         assert_eq!(
-            bench.manager.check_id(bad).unwrap_err().0,
+            bench.manager.claim_id(bad).unwrap_err().0,
             format!("Invalid job ID '{bad}'")
         );
     }
     bench.start(JobSpec { speed: 1, ..spec() }, &Disk::new(100, 0..100));
     assert_eq!(
-        bench.manager.check_id("j").unwrap_err().0,
+        bench.manager.claim_id("j").unwrap_err().0,
         "Job ID 'j' already in use"
     );
     let nodes = ["a".to_owned(), "j".to_owned()];

@@ -13,17 +13,24 @@ use std::time::Duration;
 use event_listener::Event as Signal;
 use futures_util::future::LocalBoxFuture;
 use serde_json::{Value, json};
-use stratablk::chain::CopyStatus;
-use stratablk::control::backend::{Backing, ExportStats, QueueStats};
-use stratablk::control::{
-    Backend, BlockNode, ChainView, Control, Endpoint, EventHub, Export, LayerView, Limits, Server,
-    SyncError,
-};
+use stratablk::chain::{CopyStatus, Layer};
+use stratablk::control::{Control, Endpoint, EventHub, Limits, Server};
+use stratablk::engine::{Engine, Exports};
+use stratablk::export::{Export, ExportConfig, SocketSource};
+use stratablk::format::Format;
+use stratablk::format::qcow2::create::{CreateOptions, create};
+use stratablk::format::qcow2::{Backing, Options, Qcow2};
+use stratablk::graph::{Graph, Node};
 use stratablk::job::source::{CopySource, JobIoError};
 use stratablk::job::stream::StreamSpec;
 use stratablk::job::{
-    Body, BodyFactory, JobContext, JobError, Manager, ParkRunner, Refused, SystemClock, copier,
+    Body, BodyFactory, JobContext, JobError, Manager, ParkRunner, SystemClock, copier,
 };
+use stratablk::options::{BlockdevOptions, Dialect, ExportOptions};
+use stratablk::reactor::Reactor;
+use stratablk::storage::Storage;
+use stratablk::storage::fault::FaultStorage;
+use stratablk::storage::memory::MemoryStorage;
 use tempfile::TempDir;
 
 pub const MIB: u64 = 1 << 20;
@@ -31,9 +38,13 @@ pub const MIB: u64 = 1 << 20;
 /// How long anything may take before a test gives up.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A daemon of names: chains of `top`, `mid`, `base` (exported as `e0`) and a lone `solo`.
+type File = FaultStorage<MemoryStorage>;
+
+/// An engine on images in memory: a chain of `top`, `mid`, `low`, `base` (exported as `e0`) and a
+/// lone `solo`. Its streams copy nothing.
 pub struct FakeDaemon {
     pub quit: AtomicBool,
+    pub graph: Arc<Graph>,
     /// While true, copies wait.
     gate: Mutex<bool>,
     gate_moved: Signal,
@@ -41,21 +52,28 @@ pub struct FakeDaemon {
     pub finished: Mutex<Vec<(StreamSpec, Option<String>)>>,
     /// The next copies fail with these.
     pub faults: Mutex<Vec<i32>>,
-    layers: Mutex<Vec<&'static str>>,
-    /// The flushes that have failed.
-    pub sync_errors: Mutex<Vec<SyncError>>,
+    files: Vec<(&'static str, Arc<File>)>,
 }
 
 impl FakeDaemon {
     pub fn new() -> Arc<Self> {
+        let graph = Arc::new(Graph::default());
+        let reactor = Reactor::for_this_thread().unwrap();
+        let chain = ["top", "mid", "low", "base"];
+        let below = chain.into_iter().skip(1).map(Some).chain([None]);
+        let names = chain.into_iter().zip(below).chain([("solo", None)]);
+        let files = names
+            .map(|(name, below)| (name, reactor.block_on(add(&graph, name, below))))
+            .collect();
+        Reactor::leave_thread();
         Arc::new(Self {
             quit: AtomicBool::new(false),
+            graph,
             gate: Mutex::new(false),
             gate_moved: Signal::new(),
             finished: Mutex::default(),
             faults: Mutex::default(),
-            layers: Mutex::new(vec!["top", "mid", "low", "base"]),
-            sync_errors: Mutex::default(),
+            files,
         })
     }
 
@@ -68,138 +86,107 @@ impl FakeDaemon {
         self.gate_moved.notify(usize::MAX);
     }
 
-    fn view(name: &str) -> LayerView {
-        LayerView {
-            node_name: name.to_owned(),
-            filenames: vec![format!("{name}.qcow2")],
-            read_only: name == "solo",
-        }
-    }
-}
-
-fn node(name: &str, below: Option<&str>) -> BlockNode {
-    BlockNode {
-        node_name: name.to_owned(),
-        driver: "qcow2".to_owned(),
-        filename: format!("{name}.qcow2"),
-        read_only: name == "solo",
-        virtual_size: 4 * MIB,
-        actual_size: 200_704,
-        cluster_size: Some(65536),
-        dirty: false,
-        cache_direct: false,
-        cache_no_flush: false,
-        cache_writeback: true,
-        detect_zeroes: "off".to_owned(),
-        backing: below.map(|below| Backing {
-            filename: format!("{below}.qcow2"),
-            full_filename: format!("{below}.qcow2"),
-            format: Some("qcow2".to_owned()),
-            node_name: below.to_owned(),
-        }),
-        children: below
-            .map(|below| ("backing", below.to_owned()))
-            .into_iter()
-            .collect(),
-        format_specific: None,
-    }
-}
-
-/// The daemon as the control socket has it.
-pub struct Shared(pub Arc<FakeDaemon>);
-
-impl Backend for Shared {
-    fn block_nodes(&self) -> Vec<BlockNode> {
-        let layers = self.0.layers.lock().unwrap();
-        let mut nodes: Vec<_> = layers
-            .iter()
-            .enumerate()
-            .map(|(at, name)| node(name, layers.get(at + 1).copied()))
-            .collect();
-        nodes.push(node("solo", None));
-        nodes
+    /// Lets a flush of a node's image fail. What is to be done then is what the daemon says of it.
+    pub fn fail_flush(&self, node: &str, errno: i32) -> String {
+        let (_, file) = self.files.iter().find(|(name, _)| *name == node).unwrap();
+        file.inner().fail_after(0, errno);
+        let layer = self.graph.node(node).unwrap().layer;
+        let reactor = Reactor::for_this_thread().unwrap();
+        let storage: Arc<dyn Storage> = layer.storage.clone();
+        let failed = reactor.block_on(stratablk::storage::io::sync_shared(&storage));
+        Reactor::leave_thread();
+        failed.unwrap_err().to_string()
     }
 
-    fn exports(&self) -> Vec<Export> {
-        vec![Export {
-            id: "e0".to_owned(),
-            kind: "vhost-user-blk".to_owned(),
-            node_name: "top".to_owned(),
-            shutting_down: false,
-        }]
-    }
-
-    fn export_stats(&self) -> Vec<ExportStats> {
-        let busy = QueueStats {
-            reads: 3,
-            read_bytes: 12288,
-            writes: 1,
-            write_bytes: 512,
-            flushes: 2,
-            polls_found: 5,
-            polls_missed: 1,
-            poll_ns: 250_000,
-            ..QueueStats::default()
-        };
-        let other = QueueStats {
-            reads: 1,
-            read_bytes: 4096,
-            ..QueueStats::default()
-        };
-        vec![ExportStats {
-            id: "e0".to_owned(),
-            node_name: "top".to_owned(),
-            elapsed_ns: 1_000_000,
-            poll_max_ns: 64_000,
-            queues: vec![busy, other],
-        }]
-    }
-
-    fn sync_errors(&self, _: &Export) -> Vec<SyncError> {
-        self.0.sync_errors.lock().unwrap().clone()
-    }
-
-    fn chain(&self, device: &str) -> Option<ChainView> {
-        if device == "solo" {
-            return Some(ChainView {
-                export: None,
-                len: MIB,
-                layers: vec![FakeDaemon::view("solo")],
-            });
-        }
-        let layers = self.0.layers.lock().unwrap();
-        let name = if device == "e0" { "top" } else { device };
-        let at = layers.iter().position(|layer| *layer == name)?;
-        Some(ChainView {
-            export: (at == 0).then(|| "e0".to_owned()),
-            len: 4 * MIB,
-            layers: layers[at..]
-                .iter()
-                .map(|name| FakeDaemon::view(name))
-                .collect(),
+    /// An engine that has `exports`, and runs `jobs`.
+    pub fn engine(self: &Arc<Self>, exports: Arc<Exports>, jobs: Arc<Manager>) -> Arc<Engine> {
+        let (daemon, quitting) = (self.clone(), self.clone());
+        Arc::new(Engine {
+            graph: self.graph.clone(),
+            exports,
+            jobs,
+            store: None,
+            streams: Box::new(move |spec, _job| {
+                let body = FakeBody(FakeSource {
+                    daemon: daemon.clone(),
+                    spec: spec.clone(),
+                });
+                let body: BodyFactory =
+                    Box::new(move || Box::pin(async move { Ok(Box::new(body) as Box<dyn Body>) }));
+                Ok(body)
+            }),
+            quit: Box::new(move || quitting.quit.store(true, Ordering::SeqCst)),
         })
     }
+}
 
-    fn open_stream(&self, spec: &StreamSpec, _job: &str) -> Result<BodyFactory, Refused> {
-        let body = FakeBody(FakeSource {
-            daemon: self.0.clone(),
-            spec: spec.clone(),
-        });
-        Ok(Box::new(move || {
-            Box::pin(async move { Ok(Box::new(body) as Box<dyn Body>) })
-        }))
-    }
+/// Adds an image in memory to the graph.
+async fn add(graph: &Graph, name: &'static str, below: Option<&str>) -> Arc<File> {
+    let memory = Arc::new(MemoryStorage::new(Vec::new()));
+    let options = CreateOptions {
+        backing: below.map(|below| Backing {
+            name: format!("{below}.qcow2"),
+            format: Some("qcow2".to_owned()),
+        }),
+        ..CreateOptions::new(4 * MIB)
+    };
+    create(&*memory, &options).await.unwrap();
+    let file = Arc::new(FaultStorage::over(memory).with_page_cache());
+    let image = Qcow2::open(file.clone(), Options::default()).await.unwrap();
+    let filename = format!("{name}.qcow2");
+    let options = json!({"driver": "qcow2", "node-name": name, "read-only": name == "solo",
+        "file": {"driver": "file", "filename": filename}});
+    let node = Node {
+        name: name.to_owned(),
+        driver: "qcow2",
+        layer: Arc::new(Layer {
+            name: name.to_owned(),
+            format: Format::Qcow2(Arc::new(image)),
+            storage: file.clone(),
+            read_only: true,
+            discard: false,
+            copy_on_read: false,
+        }),
+        filename: filename.into(),
+        backing: below.map(str::to_owned),
+        file: None,
+        data_file: None,
+        options: BlockdevOptions::from_value(&options, Dialect::Json).unwrap(),
+        implicit: false,
+        fixed_read_only: name == "solo",
+    };
+    graph.add(node).unwrap();
+    file
+}
 
-    fn clear_sync_error(&self, device: &str) -> Result<(), Refused> {
-        match device {
-            "e0" => Ok(()),
-            _ => Err(Refused(format!("No flush of node '{device}' has failed"))),
-        }
-    }
-
-    fn quit(&self) {
-        self.0.quit.store(true, Ordering::SeqCst);
-    }
+/// The export `e0`, with what two queues have done.
+fn exports(graph: &Graph, directory: &Path) -> Arc<Exports> {
+    let path = directory.join("e0.sock");
+    let options = json!({"type": "vhost-user-blk", "id": "e0", "node-name": "top",
+        "addr": {"type": "unix", "path": path}});
+    let options = ExportOptions::from_value(&options, Dialect::Json).unwrap();
+    let config = ExportConfig {
+        queues: 2,
+        poll_max_us: 64,
+        ..ExportConfig::new("e0", SocketSource::Path(path))
+    };
+    let export = Export::start(config, graph.root("top").unwrap()).unwrap();
+    let [busy, other] = export.stats() else {
+        panic!("two queues");
+    };
+    busy.reads.add(3);
+    busy.read_bytes.add(12288);
+    busy.writes.add(1);
+    busy.write_bytes.add(512);
+    busy.flushes.add(2);
+    busy.polls_found.add(5);
+    busy.polls_missed.add(1);
+    busy.poll_ns.add(250_000);
+    other.reads.add(1);
+    other.read_bytes.add(4096);
+    let exports = Arc::new(Exports::default());
+    exports.add(export, options);
+    exports
 }
 
 struct FakeSource {
@@ -287,13 +274,14 @@ impl Bench {
         let directory = TempDir::new().unwrap();
         let path = directory.path().join("qmp.sock");
         let daemon = FakeDaemon::new();
+        let exports = exports(&daemon.graph, directory.path());
         let hub = EventHub::new();
         let jobs = Manager::new(
             Arc::new(ParkRunner),
             Arc::new(SystemClock::new()),
             hub.sink(),
         );
-        let control = Control::new(Arc::new(Shared(daemon.clone())), jobs.clone());
+        let control = Control::new(daemon.engine(exports, jobs.clone()));
         let endpoint = Endpoint::bind(&path).unwrap();
         let server = Server::with_limits(limits, vec![endpoint], control, hub.clone()).unwrap();
         Self {

@@ -1,0 +1,208 @@
+//! Nodes and their failed flushes as answers: `query-named-block-nodes`, `query-block`.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::engine::SyncError;
+use crate::format::{Format, qcow2};
+use crate::graph::{Node, resolve};
+use crate::options::{DetectZeroes, Driver};
+
+/// A node among all nodes.
+#[derive(Clone, Copy)]
+pub(super) struct NodeView<'a> {
+    node: &'a Node,
+    all: &'a [Node],
+}
+
+/// The backing file of an image.
+struct Backing<'a> {
+    node: NodeView<'a>,
+    /// Its name as the header has it.
+    filename: String,
+    /// Its name as seen from here.
+    full_filename: String,
+    format: String,
+}
+
+impl<'a> NodeView<'a> {
+    /// The node called `name`.
+    pub fn find(all: &'a [Node], name: &str) -> Option<Self> {
+        let node = all.iter().find(|node| node.name == name)?;
+        Some(Self { node, all })
+    }
+
+    /// Each node of `all`.
+    pub fn each(all: &'a [Node]) -> impl Iterator<Item = Self> {
+        all.iter().map(move |node| Self { node, all })
+    }
+
+    /// Its name.
+    pub fn name(self) -> &'a str {
+        &self.node.name
+    }
+
+    /// The node as an item of `query-named-block-nodes`. With `nested`, the images below are
+    /// described within the node's own.
+    pub fn to_value(self, nested: bool) -> Value {
+        let cache = self.node.options.cache;
+        let mut value = json!({
+            "iops_rd": 0,
+            "detect_zeroes": self.detect_zeroes(),
+            "active": true,
+            "image": self.image(nested),
+            "iops_wr": 0,
+            "ro": self.node.options.read_only,
+            "node-name": self.name(),
+            "backing_file_depth": if nested { self.depth() } else { 0 },
+            "drv": self.node.driver,
+            "iops": 0,
+            "bps_wr": 0,
+            "write_threshold": 0,
+            "encrypted": false,
+            "bps": 0,
+            "bps_rd": 0,
+            "cache": {"no-flush": cache.no_flush, "direct": cache.direct, "writeback": true},
+            "file": self.filename(),
+            "children": self.children(),
+        });
+        if let Some(backing) = self.backing() {
+            set(&mut value, "backing_file", backing.full_filename);
+        }
+        value
+    }
+
+    /// What `info block` says of the node, under a title.
+    pub fn describe(self, title: &str) -> String {
+        let cache = self.node.options.cache;
+        let told = |yes: bool, text: &'static str| if yes { text } else { "" };
+        let mut text = format!(
+            "{title}: {} ({}{})\n    Cache mode:       writeback{}{}\n",
+            self.filename(),
+            self.node.driver,
+            told(self.node.options.read_only, ", read-only"),
+            told(cache.direct, ", direct"),
+            told(cache.no_flush, ", ignore flushes"),
+        );
+        if let Some(backing) = self.backing() {
+            text += &format!(
+                "    Backing file:     {} (chain depth: {})\n",
+                backing.full_filename,
+                self.depth()
+            );
+        }
+        text
+    }
+
+    fn filename(self) -> String {
+        self.node.filename.display().to_string()
+    }
+
+    fn detect_zeroes(self) -> &'static str {
+        match self.node.options.detect_zeroes {
+            DetectZeroes::Off => "off",
+            DetectZeroes::On => "on",
+            DetectZeroes::Unmap => "unmap",
+        }
+    }
+
+    /// The nodes that it stands on, as QEMU has it from 10.1 on. Only here is told which node is
+    /// below: several may be on the same file.
+    fn children(self) -> Value {
+        let children = self.node.children();
+        children
+            .map(|(node, child)| json!({"child": child, "node-name": node}))
+            .collect()
+    }
+
+    fn backing(self) -> Option<Backing<'a>> {
+        let below = Self::find(self.all, self.node.backing.as_ref()?)?;
+        let full_filename = below.filename();
+        let header = self.node.layer.format.backing();
+        // The header may name another file than the one that was asked for.
+        let named = header.as_ref().map(|header| header.name.clone());
+        let named = named.filter(|name| resolve(&self.node.filename, name) == below.node.filename);
+        Some(Backing {
+            filename: named.unwrap_or_else(|| full_filename.clone()),
+            full_filename,
+            format: header
+                .and_then(|header| header.format)
+                .unwrap_or_else(|| below.node.driver.to_owned()),
+            node: below,
+        })
+    }
+
+    /// How many layers are under this one.
+    fn depth(self) -> usize {
+        let below = |view: &Self| Some(view.backing()?.node);
+        let layers = std::iter::successors(Some(self), below).skip(1);
+        layers.take(self.all.len()).count()
+    }
+
+    fn image(self, nested: bool) -> Value {
+        let format = &self.node.layer.format;
+        let mut value = json!({
+            "virtual-size": format.size(),
+            "filename": self.filename(),
+            "format": self.node.driver,
+            "actual-size": actual_size(&self.node.filename),
+            "dirty-flag": false,
+        });
+        if !matches!(format, Format::Raw(_)) {
+            set(&mut value, "cluster-size", format.cluster_size());
+        }
+        if let Some(specific) = self.format_specific() {
+            set(&mut value, "format-specific", specific);
+        }
+        let Some(backing) = self.backing() else {
+            return value;
+        };
+        set(&mut value, "backing-filename", backing.filename);
+        set(&mut value, "full-backing-filename", backing.full_filename);
+        set(&mut value, "backing-filename-format", backing.format);
+        if nested {
+            set(&mut value, "backing-image", backing.node.image(true));
+        }
+        value
+    }
+
+    fn format_specific(self) -> Option<Value> {
+        match (&self.node.layer.format, &self.node.options.driver) {
+            // The bitmaps would have to be read.
+            (Format::Qcow2(image), _) => Some(qcow2::format_specific(&image.header(), &[], None)),
+            (_, Driver::File(_)) => Some(json!({"type": "file", "data": {}})),
+            _ => None,
+        }
+    }
+}
+
+/// The failed flushes of a device as QEMU names them.
+pub(super) fn io_status(errors: &[SyncError]) -> &'static str {
+    match errors {
+        [] => "ok",
+        errors if errors.iter().all(|error| error.no_space) => "nospace",
+        _ => "failed",
+    }
+}
+
+/// A failed flush as an item of `x-sync-errors`.
+pub(super) fn sync_error(error: &SyncError) -> Value {
+    json!({
+        "node-name": error.node_name,
+        "filename": error.filename,
+        "desc": error.description,
+    })
+}
+
+/// What an image takes on the disk.
+fn actual_size(path: &Path) -> u64 {
+    std::fs::metadata(path).map_or(0, |stat| stat.blocks() * 512)
+}
+
+fn set(value: &mut Value, member: &str, content: impl Into<Value>) {
+    if let Some(members) = value.as_object_mut() {
+        members.insert(member.to_owned(), content.into());
+    }
+}
