@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use serde_json::Value;
+use stratablk::reactor::Reactor;
 use stratablk::storage::file::OpenFlags;
 use stratablk::storage::{Access, FileStorage, Storage};
 
@@ -137,7 +138,8 @@ fn an_image_in_use_is_left_alone() {
     // A reader minds a repair, but no check.
     assert_eq!(check(&[], &path).0, 3);
     assert_eq!(check(&["-r", "all"], &path).0, 1);
-    user.set_access(Access::Write).unwrap();
+    let reactor = Reactor::for_this_thread().unwrap();
+    reactor.block_on(user.set_access(Access::Write)).unwrap();
     let (code, _, messages) = check(&[], &path);
     assert!(code == 1 && messages.contains("lock"), "{messages}");
     assert_eq!(check(&["-U"], &path).0, 3);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use stratablk::reactor::{Reactor, Token};
-use stratablk::storage::{Limits, Op, Storage, Submission};
+use stratablk::storage::{Answer, Limits, Op, Storage, Submission};
 
 /// Answers each operation after the same time, any number of them together.
 #[derive(Debug)]
@@ -35,11 +35,11 @@ impl Storage for Delay {
         Submission::Pending
     }
 
-    fn len(&self) -> std::io::Result<u64> {
+    fn len(&self) -> Answer<'_, std::io::Result<u64>> {
         self.inner.len()
     }
 
-    fn set_len(&self, len: u64) -> std::io::Result<()> {
+    fn set_len(&self, len: u64) -> Answer<'_, std::io::Result<()>> {
         self.inner.set_len(len)
     }
 

@@ -123,7 +123,8 @@ fn layer(path: &Path, options: &Options, writable: bool, cache_bytes: u64) -> Re
         let image = reactor.block_on(Qcow2::open(storage.clone(), options))?;
         Format::Qcow2(Arc::new(image))
     } else {
-        Format::Raw(Raw::new(storage.len()?))
+        let reactor = Reactor::for_this_thread()?;
+        Format::Raw(Raw::new(reactor.block_on(storage.len())?))
     };
     Ok(Arc::new(Layer {
         name: text(path)?.into(),

@@ -5,7 +5,6 @@
 //! no code with the engine.
 
 use stratablk::format::qcow2::check::{Repair, check, repair};
-use stratablk::storage::Storage;
 
 use super::image::reactor;
 use super::recipe::{self, Input};
@@ -27,7 +26,7 @@ pub fn qcow2_check(data: &[u8]) {
     reactor().block_on(async {
         let image = &*files.image;
         let contents = || {
-            let len = image.len().unwrap_or(0).min(COMPARED);
+            let len = image.end().min(COMPARED);
             image.bytes(0, len as usize)
         };
         let before = contents();

@@ -10,7 +10,6 @@ use std::sync::OnceLock;
 
 use stratablk::format::qcow2::journal::{Folder, Record, encode, seed_of};
 use stratablk::format::qcow2::l2::Words;
-use stratablk::storage::Storage;
 
 use super::image::{Files, How, reactor, write};
 use super::read::walk;
@@ -93,7 +92,7 @@ pub fn qcow2_journal(data: &[u8]) {
     let Some(mark) = header.journal else { return };
     drop(image);
     let cluster = recipe::cluster_size(&seed.bytes);
-    let end = files.image.len().unwrap_or(0) / cluster + 2;
+    let end = files.image.end() / cluster + 2;
     let mut records = Vec::new();
     while !input.is_empty() && records.len() < MOST {
         records.push(record(&mut input, cluster, end));
@@ -106,13 +105,9 @@ pub fn qcow2_journal(data: &[u8]) {
         place.copy_from_slice(&word.to_ne_bytes());
     }
     std::fs::write(&path, journal).expect("a journal");
-    let before = files
-        .image
-        .bytes(0, files.image.len().unwrap_or(0) as usize);
+    let before = files.image.bytes(0, files.image.end() as usize);
     let adopted = open();
-    let after = files
-        .image
-        .bytes(0, files.image.len().unwrap_or(0) as usize);
+    let after = files.image.bytes(0, files.image.end() as usize);
     assert!(before == after, "adopting has changed the image");
     if let Ok((image, chain)) = adopted {
         reactor.block_on(async {

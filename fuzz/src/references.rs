@@ -63,7 +63,7 @@ impl Image {
 /// Judges the image in `storage`; `None`: it is too large, or no image at all.
 #[must_use]
 pub fn check(storage: &SparseStorage) -> Option<Report> {
-    let len = stratablk::storage::Storage::len(storage).ok()?;
+    let len = storage.end();
     if len > LARGEST {
         return None;
     }

@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use stratablk::reactor::{Reactor, Token};
-use stratablk::storage::{IoBufs, Limits, Op, Storage, Submission};
+use stratablk::storage::{Answer, IoBufs, Limits, Op, Storage, Submission, at_once};
 
 const PAGE: usize = 4096;
 /// How far behind its end an image may grow in one run, beside 96 clusters: a run writes at most
@@ -63,6 +63,12 @@ impl SparseStorage {
     /// damaged refcounts say that far away.
     pub fn without_limit(&self) {
         self.limit.store(u64::MAX, Ordering::Relaxed);
+    }
+
+    /// Where its bytes end.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        self.changes().len
     }
 
     /// The bytes of `[offset, offset + len)`, as far as there are any.
@@ -180,11 +186,11 @@ impl Storage for SparseStorage {
         Submission::Ready(Ok(count as u32))
     }
 
-    fn len(&self) -> io::Result<u64> {
-        Ok(self.changes().len)
+    fn len(&self) -> Answer<'_, io::Result<u64>> {
+        at_once(Ok(self.changes().len))
     }
 
-    fn set_len(&self, len: u64) -> io::Result<()> {
+    fn set_len(&self, len: u64) -> Answer<'_, io::Result<()>> {
         self.check("a new length", len, 0);
         let mut changes = self.changes();
         let end = changes.len;
@@ -192,7 +198,7 @@ impl Storage for SparseStorage {
             changes.zero(&self.base, len, end - len);
         }
         changes.len = len;
-        Ok(())
+        at_once(Ok(()))
     }
 
     fn limits(&self) -> Limits {

@@ -130,7 +130,7 @@ impl Layer {
     /// more are an error, not zeros: a job would write these down for good.
     async fn fetch(&self, offset: u64, bufs: &IoBufs) -> std::io::Result<()> {
         if matches!(self.format, Format::Raw(_))
-            && let Some(end) = self.storage.capacity()?
+            && let Some(end) = self.storage.capacity().await?
             && offset + bufs.len() as u64 > end
         {
             return Err(std::io::Error::from_raw_os_error(libc::EIO));

@@ -59,6 +59,7 @@ pub async fn grow(chain: &Chain, wanted: Resize, in_force: &InForce) -> Result<(
     let data = data_file(image);
     if let Some(data) = &data {
         data.set_len(size)
+            .await
             .map_err(|error| Error::io(Action::Write, data.name(), size, &error))?;
     }
     let options = qcow2::Options {
@@ -130,6 +131,7 @@ pub async fn shrink(chain: &Chain, size: u64, in_force: &InForce) -> Result<()> 
     image.trim_file().await?;
     if let Some(data) = data_file(image) {
         data.set_len(size)
+            .await
             .map_err(|error| Error::io(Action::Write, data.name(), size, &error))?;
     }
     Ok(())

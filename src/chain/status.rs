@@ -119,7 +119,7 @@ impl Chain {
                 Place::Below => {}
                 Place::Zero => return Ok((CopyStatus::Zero, len)),
                 Place::Data(at) if span.is_sparse() && matches!(layer.format, Format::Raw(_)) => {
-                    return Ok(raw_status(&*layer.storage, at, len));
+                    return Ok(raw_status(&*layer.storage, at, len).await);
                 }
                 _ => return Ok((CopyStatus::Data, len)),
             }
@@ -129,8 +129,8 @@ impl Chain {
 }
 
 /// What a raw layer has at `at` of its storage: the holes of a sparse file are zeros.
-fn raw_status(storage: &dyn Storage, at: u64, len: u64) -> (CopyStatus, u64) {
-    match storage.next_data(at) {
+async fn raw_status(storage: &dyn Storage, at: u64, len: u64) -> (CopyStatus, u64) {
+    match storage.next_data(at).await {
         None => (CopyStatus::Zero, len),
         Some((start, _)) if start > at => (CopyStatus::Zero, len.min(start - at)),
         Some((_, end)) => (CopyStatus::Data, len.min(end.saturating_sub(at)).max(1)),

@@ -142,6 +142,7 @@ fn is_descriptor(start: &[u8]) -> bool {
 pub async fn detect_in(storage: &dyn Storage) -> Result<Detected> {
     let len = storage
         .len()
+        .await
         .map_err(|error| Error::io(crate::error::Action::Read, storage.name(), 0, &error))?;
     let first = storage::io::fetch(storage, 0, len.min(START as u64) as usize).await?;
     let ending = len.min(END as u64);

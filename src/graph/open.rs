@@ -72,7 +72,7 @@ impl Graph {
             };
             let node = match &options.driver {
                 Driver::File(file) | Driver::HostDevice(file) => {
-                    open_file(&name, options, file, descent)?
+                    open_file(&name, options, file, descent).await?
                 }
                 Driver::Raw(raw) => self.open_raw(&name, options, raw, descent).await?,
                 Driver::Qcow2(qcow2) => self.open_qcow2(&name, options, qcow2, descent).await?,
@@ -130,9 +130,9 @@ impl Graph {
         let file = self.open_ref(&raw.file, descent).await?;
         descent.wanted = part;
         let file = self.node(&file)?;
-        let storage = Window::of(bytes(name, "raw", &file)?, raw.offset, raw.size)?;
+        let storage = Window::of(bytes(name, "raw", &file)?, raw.offset, raw.size).await?;
         // What a file's last sector lacks reads as zeros; a window has whole sectors.
-        let size = storage_len(&*storage)?.next_multiple_of(512);
+        let size = storage_len(&*storage).await?.next_multiple_of(512);
         let format = Format::Raw(Raw::new(size));
         Ok(make_node(
             name,
@@ -335,9 +335,10 @@ pub(super) fn text(error: std::io::Error) -> Error {
     }
 }
 
-fn storage_len(storage: &dyn Storage) -> Result<u64> {
+async fn storage_len(storage: &dyn Storage) -> Result<u64> {
     storage
         .len()
+        .await
         .map_err(|error| Error::io(Action::Read, storage.name(), 0, &error))
 }
 
@@ -389,7 +390,7 @@ fn file_flags(options: &BlockdevOptions) -> OpenFlags {
     }
 }
 
-fn open_file(
+async fn open_file(
     name: &str,
     options: &BlockdevOptions,
     file: &FileOptions,
@@ -419,7 +420,7 @@ fn open_file(
         other => other,
     };
     let storage: Arc<dyn Storage> = Arc::new(storage.map_err(text)?);
-    let size = storage_len(&*storage)?.next_multiple_of(512);
+    let size = storage_len(&*storage).await?.next_multiple_of(512);
     Ok(Node {
         name: name.to_owned(),
         driver: if matches!(options.driver, Driver::File(_)) {

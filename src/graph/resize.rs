@@ -79,15 +79,15 @@ async fn check_qcow2(image: &Qcow2, wanted: Resize, below: bool) -> Result<InFor
 async fn resize_raw(layer: &Layer, wanted: Resize) -> Result<()> {
     let storage = &*layer.storage;
     let failed = |error| Error::io(Action::Write, storage.name(), wanted.size, &error);
-    let old = storage.len().map_err(failed)?;
-    if storage.capacity().map_err(failed)?.is_some() && wanted.size != old {
+    let old = storage.len().await.map_err(failed)?;
+    if storage.capacity().await.map_err(failed)?.is_some() && wanted.size != old {
         return Err(Error::Invalid(format!(
             "{}: a block device of {old} bytes cannot be resized here (expected a change of the \
              device itself)",
             storage.name()
         )));
     }
-    storage.set_len(wanted.size).map_err(failed)?;
+    storage.set_len(wanted.size).await.map_err(failed)?;
     preallocate_raw(storage, old, wanted.size, wanted.preallocation)
         .await
         .map_err(failed)?;

@@ -32,8 +32,8 @@ impl Graph {
         }
         let (format, storage) = match &node.layer.format {
             Format::Raw(raw) => {
-                let storage = self.writable_bytes(&node.name)?;
-                (storage.set_access(Access::Write).map_err(text))
+                let storage = self.writable_bytes(&node.name).await?;
+                (storage.set_access(Access::Write).await.map_err(text))
                     .map_err(|error| self.explain(error, &node))?;
                 (Format::Raw(*raw), storage)
             }
@@ -62,19 +62,19 @@ impl Graph {
 
     /// Opens an image anew, to write it. When that fails, others may go on reading it.
     async fn reopen_qcow2(&self, node: &Node, image: &Qcow2) -> Result<Qcow2> {
-        let writable = |storage: &Arc<dyn Storage>, below: &Option<String>| match below {
-            Some(below) if !storage.writable() => self.writable_bytes(below),
+        let writable = async |storage: &Arc<dyn Storage>, below: &Option<String>| match below {
+            Some(below) if !storage.writable() => self.writable_bytes(below).await,
             _ => Ok(storage.clone()),
         };
-        let storage = writable(image.storage(), &node.file)?;
+        let storage = writable(image.storage(), &node.file).await?;
         let data = match &node.data_file {
-            Some(_) => Some(writable(image.data_storage(), &node.data_file)?),
+            Some(_) => Some(writable(image.data_storage(), &node.data_file).await?),
             None => None,
         };
         let files: Vec<_> = [&storage].into_iter().chain(&data).cloned().collect();
         let opened = async {
             for file in &files {
-                file.set_access(Access::Write).map_err(text)?;
+                file.set_access(Access::Write).await.map_err(text)?;
             }
             Qcow2::open_with_data(storage, data, self.image_options(&node.options, true)).await
         }
@@ -82,7 +82,7 @@ impl Graph {
         .map(|opened| opened.in_place_of(image));
         if opened.is_err() {
             for file in &files {
-                let _ = self.lower(node, file);
+                let _ = self.lower(node, file).await;
             }
         }
         opened
@@ -90,7 +90,7 @@ impl Graph {
 
     /// The bytes of a node without a format of its own, open for writing: those of the file at the
     /// bottom, through the same windows.
-    fn writable_bytes(&self, name: &str) -> Result<Arc<dyn Storage>> {
+    async fn writable_bytes(&self, name: &str) -> Result<Arc<dyn Storage>> {
         let node = self.node(name)?;
         if node.fixed_read_only {
             return Err(Error::Invalid(format!("Block node '{name}' is read-only")));
@@ -100,10 +100,11 @@ impl Graph {
         }
         match (&node.options.driver, &node.file) {
             (Driver::Raw(raw), Some(file)) => {
-                Window::of(self.writable_bytes(file)?, raw.offset, raw.size)
+                let bytes = Box::pin(self.writable_bytes(file)).await?;
+                Window::of(bytes, raw.offset, raw.size).await
             }
-            (_, Some(file)) => self.writable_bytes(file),
-            (_, None) => node.layer.storage.open_writable().map_err(text),
+            (_, Some(file)) => Box::pin(self.writable_bytes(file)).await,
+            (_, None) => node.layer.storage.open_writable().await.map_err(text),
         }
     }
 
@@ -153,14 +154,14 @@ impl Graph {
             return Err(error);
         }
         if let Format::Qcow2(image) = &node.layer.format {
-            self.lower(&node, image.storage())?;
+            self.lower(&node, image.storage()).await?;
         }
-        self.lower(&node, &node.layer.storage)
+        self.lower(&node, &node.layer.storage).await
     }
 
     /// Lets other programs read what a node is in, unless another node goes on writing through the
     /// same descriptor: windows of one file share it.
-    fn lower(&self, node: &Node, storage: &Arc<dyn Storage>) -> Result<()> {
+    async fn lower(&self, node: &Node, storage: &Arc<dyn Storage>) -> Result<()> {
         let bottom = self.bottom(node)?;
         for other in self.nodes() {
             let writes = !other.layer.read_only && other.driver != "copy-on-read";
@@ -168,7 +169,7 @@ impl Graph {
                 return Ok(());
             }
         }
-        storage.set_access(reading(node)).map_err(text)
+        storage.set_access(reading(node)).await.map_err(text)
     }
 
     /// The node at the bottom of a node's file children.

@@ -8,7 +8,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Limits, Op, Storage, Submission, Syncs};
+use super::{Answer, Limits, Op, Storage, Submission, Syncs, at_once};
 use crate::reactor::{Reactor, Token};
 
 /// Decides what becomes of each operation.
@@ -132,15 +132,15 @@ impl<S: Storage> Storage for FaultStorage<S> {
         unsafe { self.inner.submit(reactor, op, token) }
     }
 
-    fn len(&self) -> io::Result<u64> {
+    fn len(&self) -> Answer<'_, io::Result<u64>> {
         self.inner.len()
     }
 
-    fn capacity(&self) -> io::Result<Option<u64>> {
+    fn capacity(&self) -> Answer<'_, io::Result<Option<u64>>> {
         self.inner.capacity()
     }
 
-    fn set_len(&self, len: u64) -> io::Result<()> {
+    fn set_len(&self, len: u64) -> Answer<'_, io::Result<()>> {
         self.inner.set_len(len)
     }
 
@@ -160,9 +160,11 @@ impl<S: Storage> Storage for FaultStorage<S> {
         self.inner.syncs().filter(|_| self.tells_syncs)
     }
 
-    fn next_data(&self, offset: u64) -> Option<(u64, u64)> {
+    fn next_data(&self, offset: u64) -> Answer<'_, Option<(u64, u64)>> {
         match &self.data {
-            Some(data) => (offset < data.end).then_some((offset.max(data.start), data.end)),
+            Some(data) => {
+                at_once((offset < data.end).then_some((offset.max(data.start), data.end)))
+            }
             None => self.inner.next_data(offset),
         }
     }
@@ -179,11 +181,13 @@ mod tests {
 
     #[test]
     fn it_is_what_it_was_told_to_be() {
+        let reactor = Reactor::for_this_thread().unwrap();
+        let found = |storage: &dyn Storage, at| reactor.block_on(storage.next_data(at));
         let inner = Arc::new(MemoryStorage::new(vec![7; 16384]));
         let plain = FaultStorage::over(inner.clone());
         assert_eq!(
-            (plain.limits(), plain.next_data(9)),
-            (inner.limits(), inner.next_data(9))
+            (plain.limits(), found(&plain, 9)),
+            (inner.limits(), found(&*inner, 9))
         );
         assert!(plain.syncs().is_some());
         assert!(
@@ -193,10 +197,9 @@ mod tests {
                 .is_none()
         );
         let holes = FaultStorage::over(inner.clone()).with_data(4096..8192);
-        let found = [0, 5000, 8192].map(|at| holes.next_data(at));
-        assert_eq!(found, [Some((4096, 8192)), Some((5000, 8192)), None]);
+        let seen = [0, 5000, 8192].map(|at| found(&holes, at));
+        assert_eq!(seen, [Some((4096, 8192)), Some((5000, 8192)), None]);
         let blocks = FaultStorage::over(inner).with_blocks(512, 4096);
-        let reactor = Reactor::for_this_thread().unwrap();
         let new = AlignedBuf::zeroed(4096);
         reactor.block_on(write_buf(&blocks, 4096, &new)).unwrap();
         let seen = reactor.block_on(read_buf(&blocks, 0, 8192)).unwrap();

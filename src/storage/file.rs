@@ -2,9 +2,14 @@
 //!
 //! Files on tmpfs are memory: there the call is made in line, since io_uring would hand it to a
 //! kernel worker thread (tmpfs has no non-blocking I/O), at twice the cost.
+//!
+//! What io_uring cannot do, closing included, may hang as long as the file system or its server
+//! does: it is done on another thread ([`Calls`]), except in memory and where the kernel answers
+//! from memory of its own.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -13,8 +18,12 @@ use std::time::UNIX_EPOCH;
 
 use io_uring::{opcode, types};
 
+use super::calls::Calls;
 use super::locking::{Access, ImageLock};
-use super::{Identity, Limits, Op, Storage, Submission, Syncs, are_different, is_known};
+use super::{
+    Answer, Identity, Limits, Op, Storage, Submission, Syncs, are_different, at_once, is_known,
+    later,
+};
 use crate::reactor::{Reactor, Token};
 
 /// How to open a file.
@@ -35,24 +44,55 @@ pub struct OpenFlags {
 /// An open image file.
 #[derive(Debug)]
 pub struct FileStorage {
-    file: Arc<File>,
-    /// The descriptor of `file`, at hand.
+    opened: Arc<Opened>,
+    /// The descriptor of the file, at hand.
     fd: RawFd,
-    /// None where nothing is locked.
-    lock: Option<ImageLock>,
     name: String,
     flags: OpenFlags,
     limits: Limits,
     syncs: Arc<Syncs>,
+    identity: Option<Identity>,
     /// The file is memory: calls are made in line.
     in_line: bool,
     block_device: bool,
 }
 
+/// What is closed when the file is used no more: by its storage, and by calls that go on though
+/// nobody waits for them.
+#[derive(Debug)]
+struct Opened {
+    /// Taken by `drop`.
+    held: ManuallyDrop<Held>,
+    calls: Calls,
+    /// Closing takes no time.
+    in_line: bool,
+}
+
+#[derive(Debug)]
+struct Held {
+    /// None where nothing is locked. Given back before the file is closed.
+    lock: Option<ImageLock>,
+    file: Arc<File>,
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        // SAFETY: it is taken here alone, and not used afterwards.
+        let held = unsafe { ManuallyDrop::take(&mut self.held) };
+        if self.in_line {
+            return drop(held);
+        }
+        // Whoever opens the file next, here or in another process, finds it unlocked. Where to
+        // unlock may take long too, others of this process know that it is being done.
+        let leaving = held.lock.as_ref().and_then(ImageLock::leave);
+        self.calls.dispose((held, leaving));
+    }
+}
+
 impl FileStorage {
     /// Opens `path` and takes QEMU's image locks on it, as a reader: who is going to write asks
     /// for that with [`Storage::set_access`], so that an image which might be written can be
-    /// shared as long as it is not.
+    /// shared as long as it is not. It blocks the thread: for those that serve nobody.
     ///
     /// # Errors
     /// When it cannot be opened, is in use, or is neither a file nor a block device; the text
@@ -61,11 +101,13 @@ impl FileStorage {
         let (file, block_device) = open_image(path, flags)?;
         let lock = (!flags.no_lock).then(|| ImageLock::new(file.clone(), path));
         let storage = Self::new(file, path, flags, block_device, lock)?;
-        storage.set_access(if flags.force_share {
-            Access::ReadShared
-        } else {
-            Access::Read
-        })?;
+        if let Some(lock) = &storage.opened.held.lock {
+            lock.set(if flags.force_share {
+                Access::ReadShared
+            } else {
+                Access::Read
+            })?;
+        }
         Ok(storage)
     }
 
@@ -76,22 +118,43 @@ impl FileStorage {
         block_device: bool,
         lock: Option<ImageLock>,
     ) -> io::Result<Self> {
+        let metadata = file.metadata()?;
         let syncs = match flags.no_flush {
             // They do nothing, and say nothing of the file.
             true => Syncs::new(false),
-            false => Syncs::of_file(&file.metadata()?, flags.writable && !flags.direct),
+            false => Syncs::of_file(&metadata, flags.writable && !flags.direct),
         };
+        // The node of a device is in memory, and the device is not.
+        let in_line = !block_device && is_memory(&file);
         Ok(Self {
             syncs,
             fd: file.as_raw_fd(),
             limits: limits_of(&file, flags.direct, block_device),
-            // The node of a device is in memory, and the device is not.
-            in_line: !block_device && is_memory(&file),
+            in_line,
             name: path.display().to_string(),
-            file,
-            lock,
+            identity: identity_of(&metadata),
+            opened: Arc::new(Opened {
+                held: ManuallyDrop::new(Held { lock, file }),
+                calls: Calls::default(),
+                in_line,
+            }),
             flags,
             block_device,
+        })
+    }
+
+    /// Makes a system call: in line where the file is memory, elsewhere on another thread.
+    fn call_outside<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&File) -> io::Result<T> + Send + 'static,
+    ) -> Answer<'_, io::Result<T>> {
+        if self.in_line {
+            return at_once(call(&self.opened.held.file));
+        }
+        let opened = self.opened.clone();
+        later(async move {
+            let calls = opened.calls.clone();
+            calls.run(move || call(&opened.held.file)).await?
         })
     }
 
@@ -328,27 +391,28 @@ impl Storage for FileStorage {
         }
     }
 
-    fn len(&self) -> io::Result<u64> {
+    fn len(&self) -> Answer<'_, io::Result<u64>> {
         if self.block_device {
-            return device_len(&self.file);
+            return at_once(device_len(&self.opened.held.file));
         }
-        Ok(self.file.metadata()?.len())
+        self.call_outside(|file| Ok(file.metadata()?.len()))
     }
 
-    fn capacity(&self) -> io::Result<Option<u64>> {
-        let device = self.block_device.then(|| device_len(&self.file));
-        device.transpose()
+    fn capacity(&self) -> Answer<'_, io::Result<Option<u64>>> {
+        // The kernel has the length of a device in memory.
+        let device = (self.block_device).then(|| device_len(&self.opened.held.file));
+        at_once(device.transpose())
     }
 
-    fn set_len(&self, len: u64) -> io::Result<()> {
+    fn set_len(&self, len: u64) -> Answer<'_, io::Result<()>> {
         if self.block_device {
-            return if len <= device_len(&self.file)? {
-                Ok(())
-            } else {
-                Err(io::Error::from_raw_os_error(libc::ENOSPC))
-            };
+            let fits = device_len(&self.opened.held.file).and_then(|all| match len <= all {
+                true => Ok(()),
+                false => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+            });
+            return at_once(fits);
         }
-        self.file.set_len(len)
+        self.call_outside(move |file| file.set_len(len))
     }
 
     fn limits(&self) -> Limits {
@@ -363,56 +427,86 @@ impl Storage for FileStorage {
         self.flags.writable
     }
 
-    fn set_access(&self, access: Access) -> io::Result<()> {
-        self.lock.as_ref().map_or(Ok(()), |lock| lock.set(access))
+    fn set_access(&self, access: Access) -> Answer<'_, io::Result<()>> {
+        if self.opened.held.lock.is_none() {
+            return at_once(Ok(()));
+        }
+        // Also in memory: a lock that another process holds is waited for.
+        let opened = self.opened.clone();
+        later(async move {
+            let calls = opened.calls.clone();
+            let set = move || {
+                opened
+                    .held
+                    .lock
+                    .as_ref()
+                    .map_or(Ok(()), |lock| lock.set(access))
+            };
+            calls.run(set).await?
+        })
     }
 
-    fn open_writable(&self) -> io::Result<Arc<dyn Storage>> {
+    fn open_writable(&self) -> Answer<'_, io::Result<Arc<dyn Storage>>> {
+        let (opened, path) = (self.opened.clone(), self.path());
         let flags = OpenFlags {
             writable: true,
             ..self.flags
         };
-        let path = self.path();
-        let (file, block_device) = open_image(&path, flags)?;
-        if identity(&file)? != identity(&self.file)? {
-            return Err(io::Error::other(format!(
-                "Could not open '{}': it is another file than the one that was opened for reading",
-                self.name
-            )));
-        }
-        let lock = self.lock.as_ref().map(ImageLock::another);
-        let storage = Self::new(file, &path, flags, block_device, lock)?;
-        Ok(Arc::new(storage))
+        later(async move {
+            let calls = opened.calls.clone();
+            calls.run(move || opened.once_more(&path, flags)).await?
+        })
     }
 
     fn identity(&self) -> Option<Identity> {
-        if self.block_device {
-            return None;
-        }
-        identity_of(&self.file.metadata().ok()?)
+        self.identity
     }
 
     fn syncs(&self) -> Option<&Arc<Syncs>> {
         Some(&self.syncs)
     }
 
-    fn next_data(&self, offset: u64) -> Option<(u64, u64)> {
+    fn next_data(&self, offset: u64) -> Answer<'_, Option<(u64, u64)>> {
         if self.block_device {
             // It has no holes; what the kernel would call one is behind its end.
-            return Some((offset, u64::MAX));
+            return at_once(Some((offset, u64::MAX)));
         }
-        // SAFETY: no memory is passed. The file position is used by nobody.
-        let start = unsafe { libc::lseek(self.fd(), offset as i64, libc::SEEK_DATA) };
-        if start < 0 {
-            return match io::Error::last_os_error().raw_os_error() {
-                Some(libc::ENXIO) => None,
-                _ => Some((offset, u64::MAX)),
-            };
+        if self.in_line {
+            return at_once(next_data(&self.opened.held.file, offset));
         }
-        // SAFETY: as above.
-        let end = unsafe { libc::lseek(self.fd(), start, libc::SEEK_HOLE) };
-        Some((start as u64, u64::try_from(end).unwrap_or(u64::MAX)))
+        let found = self.call_outside(move |file| Ok(next_data(file, offset)));
+        later(async move { found.await.unwrap_or(Some((offset, u64::MAX))) })
     }
+}
+
+impl Opened {
+    /// The same file, opened to be written, under the same locks.
+    fn once_more(&self, path: &Path, flags: OpenFlags) -> io::Result<Arc<dyn Storage>> {
+        let (file, block_device) = open_image(path, flags)?;
+        if identity(&file)? != identity(&self.held.file)? {
+            return Err(io::Error::other(format!(
+                "Could not open '{}': it is another file than the one that was opened for reading",
+                path.display()
+            )));
+        }
+        let lock = self.held.lock.as_ref().map(ImageLock::another);
+        let storage = FileStorage::new(file, path, flags, block_device, lock)?;
+        Ok(Arc::new(storage))
+    }
+}
+
+fn next_data(file: &File, offset: u64) -> Option<(u64, u64)> {
+    // SAFETY: no memory is passed. The file position is used by nobody.
+    let start = unsafe { libc::lseek(file.as_raw_fd(), offset as i64, libc::SEEK_DATA) };
+    if start < 0 {
+        return match io::Error::last_os_error().raw_os_error() {
+            Some(libc::ENXIO) => None,
+            _ => Some((offset, u64::MAX)),
+        };
+    }
+    // SAFETY: as above.
+    let end = unsafe { libc::lseek(file.as_raw_fd(), start, libc::SEEK_HOLE) };
+    Some((start as u64, u64::try_from(end).unwrap_or(u64::MAX)))
 }
 
 fn device_len(file: &File) -> io::Result<u64> {

@@ -67,7 +67,7 @@ async fn run_once(reactor: &Reactor, storage: &dyn Storage, op: Op<'_>) -> io::R
 /// What the storage reports.
 pub async fn read(storage: &dyn Storage, bufs: &IoBufs, offset: u64) -> io::Result<()> {
     let len = bufs.len() as u64;
-    match storage.capacity()? {
+    match storage.capacity().await? {
         Some(end) if offset >= end && len > 0 => Err(io::Error::from_raw_os_error(libc::EIO)),
         Some(end) if len > end.saturating_sub(offset) => {
             let within = (end - offset) as usize;
@@ -474,8 +474,8 @@ mod tests {
     #[test]
     fn nothing_begins_behind_a_fixed_end() {
         let bytes = Arc::new(MemoryStorage::new(vec![7; 8192]));
-        let window = Window::of(bytes, 0, Some(4096)).unwrap();
         let reactor = Reactor::for_this_thread().unwrap();
+        let window = reactor.block_on(Window::of(bytes, 0, Some(4096))).unwrap();
         let read = |offset, len| reactor.block_on(read_buf(&*window, offset, len));
         let across = read(3584, 1024).unwrap();
         assert!(across[..512].iter().all(|&byte| byte == 7));

@@ -10,10 +10,16 @@
 //! no running process is seen to hold is waited for, within [`Patience`]. A running holder is
 //! named at once, or nearly: it may be a tool that only looks. The wait blocks the thread, which
 //! opens images and serves nobody.
+//!
+//! **Unlocking** takes no time where the kernel keeps the locks, and is done before a storage that
+//! is let go of is closed: the next to open the file, whoever that is, finds it free. Over a network
+//! it may hang like any other call, and is done with the closing ([`ImageLock::leave`]); who opens
+//! the file again in this process waits for that as for a process that ends.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -137,7 +143,27 @@ pub struct ImageLock {
 struct Locks {
     file: Arc<File>,
     path: PathBuf,
+    /// Device and inode.
+    number: Option<(u64, u64)>,
+    /// The kernel keeps the locks, and asks no server.
+    local: bool,
     users: Mutex<Users>,
+}
+
+/// Files whose locks are about to be given back, by device and inode.
+static LEAVING: Mutex<Vec<(u64, u64)>> = Mutex::new(Vec::new());
+
+/// Says, as long as it is there, that the locks of a file are about to be given back.
+#[derive(Debug)]
+pub struct Leaving((u64, u64));
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        let mut leaving = LEAVING.lock();
+        if let Some(index) = leaving.iter().position(|number| *number == self.0) {
+            leaving.swap_remove(index);
+        }
+    }
 }
 
 /// How many descriptors are used for what; those that share all are not counted.
@@ -179,8 +205,11 @@ impl Users {
 impl ImageLock {
     /// Locks nothing yet; the locks will be those of `file`, whose path is for messages.
     pub fn new(file: Arc<File>, path: &Path) -> Self {
+        let metadata = file.metadata().ok();
         Self {
             all: Arc::new(Locks {
+                number: metadata.map(|file| (file.dev(), file.ino())),
+                local: keeps_locks(&file),
                 file,
                 path: path.to_owned(),
                 users: Mutex::default(),
@@ -211,6 +240,25 @@ impl ImageLock {
         self.set_in(&mut system, access)
     }
 
+    /// Gives its locks back, if that takes no time. If it may take some, they go when this is
+    /// dropped, which may block; who wants them in this process waits for that meanwhile.
+    pub fn leave(&self) -> Option<Leaving> {
+        if self.all.local
+            && let (Some(mut own), Some(mut users)) =
+                (self.access.try_lock(), self.all.users.try_lock())
+        {
+            *users = users.with(*own, Access::ReadShared);
+            *own = Access::ReadShared;
+            match release_all_but(&self.all.file, users.access()) {
+                Ok(()) => return None,
+                Err(error) => log::debug!("unlocking an image: {error}"),
+            }
+        }
+        let number = self.all.number?;
+        LEAVING.lock().push(number);
+        Some(Leaving(number))
+    }
+
     fn set_in(&self, world: &mut dyn World, access: Access) -> io::Result<()> {
         let mut own = self.access.lock();
         self.all.change(world, *own, access)?;
@@ -230,6 +278,17 @@ impl Drop for ImageLock {
 }
 
 impl Locks {
+    fn patience(&self, holder: &Holder) -> Duration {
+        let leaving = || {
+            self.number
+                .is_some_and(|number| LEAVING.lock().contains(&number))
+        };
+        match holder {
+            Holder::Own if leaving() => Patience::UNKNOWN,
+            holder => Patience::with(holder),
+        }
+    }
+
     fn change(&self, world: &mut dyn World, old: Access, new: Access) -> io::Result<()> {
         let mut users = self.users.lock();
         let wanted = users.with(old, new);
@@ -253,7 +312,7 @@ impl Locks {
             };
             release_all_but(&self.file, held)?;
             match holder {
-                Some(holder) if world.waited() < Patience::with(&holder) => {
+                Some(holder) if world.waited() < self.patience(&holder) => {
                     log::debug!("waiting for a lock on '{}': {holder}", self.path.display());
                     world.pause();
                 }
@@ -261,6 +320,27 @@ impl Locks {
             }
         }
     }
+}
+
+/// Whether a file's locks are in the kernel's memory alone. Of file systems that are not known to
+/// do that, those over a network ask a server.
+fn keeps_locks(file: &File) -> bool {
+    // SAFETY: all-zero bytes are a valid statfs.
+    let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the call writes one statfs.
+    let result = unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut stat) };
+    result == 0
+        && matches!(
+            stat.f_type,
+            libc::EXT4_SUPER_MAGIC
+                | libc::XFS_SUPER_MAGIC
+                | libc::BTRFS_SUPER_MAGIC
+                | libc::F2FS_SUPER_MAGIC
+                | libc::OVERLAYFS_SUPER_MAGIC
+                | libc::TMPFS_MAGIC
+                | 0x8584_58f6 // ramfs
+                | 0x2fc1_2fc1 // ZFS
+        )
 }
 
 fn release_all_but(file: &File, access: Access) -> io::Result<()> {
@@ -390,7 +470,8 @@ fn held_by_other(file: &File, byte: i64) -> io::Result<bool> {
 mod tests {
     //! What would be caught: a lock that is not waited for though nobody who runs holds it, a wait
     //! that is not ended by the lock's release or by the deadline, a command that waits long for a
-    //! program that goes on, a failure that does not say who holds the lock; locks that are given
+    //! program that goes on, a failure that does not say who holds the lock; locks of our own that are
+    //! about to go and are not waited for; locks that are given
     //! back before others are taken, so that another program gets in between, and an attempt that
     //! failed and holds more or less than before.
 
@@ -513,6 +594,28 @@ mod tests {
             );
             assert!(text.starts_with(&qemus), "{text}");
             assert!(text.contains(said), "{text}");
+        }
+    }
+
+    #[test]
+    fn locks_that_are_about_to_be_given_back_are_waited_for() {
+        for local in [true, false] {
+            let (_named, mut other, own) = held(Access::Write);
+            Arc::get_mut(&mut other.all).unwrap().local = local;
+            let leaving = other.leave();
+            assert_eq!(leaving.is_none(), local);
+            let mut other = Some((other, leaving));
+            let mut pauses = 0;
+            let mut world = Scripted {
+                holder: Holder::Own,
+                waited: Duration::ZERO,
+                at_pause: |_| {
+                    pauses += 1;
+                    other = None;
+                },
+            };
+            own.set_in(&mut world, Access::Write).unwrap();
+            assert_eq!(pauses, u32::from(!local));
         }
     }
 

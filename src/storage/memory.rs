@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use parking_lot::Mutex;
 
 use super::fault::Uneven;
-use super::{Limits, Op, Storage, Submission, Syncs};
+use super::{Answer, Limits, Op, Storage, Submission, Syncs, at_once};
 use crate::reactor::{Reactor, Token};
 
 /// One step of the recording.
@@ -155,6 +155,16 @@ impl MemoryStorage {
         Ok(())
     }
 
+    fn resize(&self, len: u64) -> io::Result<()> {
+        self.maybe_fail()?;
+        if self.fixed {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        self.bytes.lock().resize(len as usize, 0);
+        self.step(|| Step::SetLen(len));
+        Ok(())
+    }
+
     /// # Safety
     /// The vectors of `op` are valid.
     unsafe fn call(&self, op: Op<'_>) -> io::Result<u32> {
@@ -224,22 +234,16 @@ impl Storage for MemoryStorage {
         Submission::Ready(unsafe { self.call(op) })
     }
 
-    fn len(&self) -> io::Result<u64> {
-        Ok(self.bytes.lock().len() as u64)
+    fn len(&self) -> Answer<'_, io::Result<u64>> {
+        at_once(Ok(self.bytes.lock().len() as u64))
     }
 
-    fn capacity(&self) -> io::Result<Option<u64>> {
-        Ok(self.fixed.then(|| self.bytes.lock().len() as u64))
+    fn capacity(&self) -> Answer<'_, io::Result<Option<u64>>> {
+        at_once(Ok(self.fixed.then(|| self.bytes.lock().len() as u64)))
     }
 
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.maybe_fail()?;
-        if self.fixed {
-            return Err(io::Error::from_raw_os_error(libc::EINVAL));
-        }
-        self.bytes.lock().resize(len as usize, 0);
-        self.step(|| Step::SetLen(len));
-        Ok(())
+    fn set_len(&self, len: u64) -> Answer<'_, io::Result<()>> {
+        at_once(self.resize(len))
     }
 
     fn limits(&self) -> Limits {

@@ -9,8 +9,14 @@
 //! EAGAIN, which mean that nothing was done. [`io`] goes on where a transfer ended and tries such
 //! an operation again, for a bounded time. The data path does neither: what has not moved every
 //! byte it gives to a task, which goes through [`io`].
+//!
+//! No call blocks its thread, whatever the storage. What is known is told at once (limits, name,
+//! identity); everything else is an operation or an [`Answer`], which may take minutes and may be
+//! cancelled by dropping it. Operations may be completed by other threads
+//! ([`crate::reactor::Remote::complete`]).
 
 pub mod buffer;
+mod calls;
 pub mod fault;
 pub mod file;
 pub(crate) mod holder;
@@ -19,6 +25,10 @@ pub mod locking;
 pub mod memory;
 pub mod syncs;
 pub mod window;
+
+use std::future::{Ready, ready};
+
+use futures_util::future::{Either, FutureExt, LocalBoxFuture};
 
 use crate::reactor::{Reactor, Token};
 
@@ -107,6 +117,20 @@ pub fn are_different(one: Identity, other: Identity) -> bool {
     is_known(one) && is_known(other) && one != other
 }
 
+/// What a call to storage comes to: at once, where that takes no time, or later. Dropped before its
+/// end, it releases the waiter; a call that has begun goes on to its end all the same.
+pub type Answer<'a, T> = Either<Ready<T>, LocalBoxFuture<'a, T>>;
+
+/// An answer that is known.
+pub fn at_once<'a, T>(result: T) -> Answer<'a, T> {
+    Either::Left(ready(result))
+}
+
+/// An answer that is waited for.
+pub fn later<'a, T>(result: impl Future<Output = T> + 'a) -> Answer<'a, T> {
+    Either::Right(result.boxed_local())
+}
+
 /// A place that holds the bytes of one layer.
 #[allow(clippy::len_without_is_empty)] // An empty file is nothing special.
 pub trait Storage: Send + Sync + std::fmt::Debug {
@@ -122,23 +146,24 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     ///
     /// # Errors
     /// What the system reports.
-    fn len(&self) -> std::io::Result<u64>;
+    fn len(&self) -> Answer<'_, std::io::Result<u64>>;
 
     /// The length that it has for good, as a block device does: nothing can be written behind it.
     /// `None`: writes make it longer. Asked anew where space runs out, since an administrator may
-    /// have made the device larger.
+    /// have made the device larger, and by every read of a task: storage that writes make longer
+    /// answers at once.
     ///
     /// # Errors
     /// What the system reports.
-    fn capacity(&self) -> std::io::Result<Option<u64>> {
-        Ok(None)
+    fn capacity(&self) -> Answer<'_, std::io::Result<Option<u64>>> {
+        at_once(Ok(None))
     }
 
     /// Sets the length; new bytes read as zeros.
     ///
     /// # Errors
     /// What the system reports.
-    fn set_len(&self, len: u64) -> std::io::Result<()>;
+    fn set_len(&self, len: u64) -> Answer<'_, std::io::Result<()>>;
 
     /// What callers must keep to.
     fn limits(&self) -> Limits;
@@ -153,8 +178,8 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     ///
     /// # Errors
     /// When their use of it does not go with `access`.
-    fn set_access(&self, _access: Access) -> std::io::Result<()> {
-        Ok(())
+    fn set_access(&self, _access: Access) -> Answer<'_, std::io::Result<()>> {
+        at_once(Ok(()))
     }
 
     /// The same file once more, open for writing, under the locks that this one holds: who wants
@@ -163,15 +188,15 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// When it cannot be opened for writing, or its name stands for another file by now. Storage
     /// that is no file of its own cannot do it.
-    fn open_writable(&self) -> std::io::Result<std::sync::Arc<dyn Storage>> {
-        Err(std::io::Error::new(
+    fn open_writable(&self) -> Answer<'_, std::io::Result<std::sync::Arc<dyn Storage>>> {
+        at_once(Err(std::io::Error::new(
             std::io::ErrorKind::Unsupported,
             format!("{}: cannot be opened for writing", self.name()),
-        ))
+        )))
     }
 
-    /// What tells the file from a copy of it that has taken its place: inode and time of birth.
-    /// `None`: it is no file of its own, or there is no telling.
+    /// What tells the file from a copy of it that has taken its place: inode and time of birth, as
+    /// they were when it was opened. `None`: it is no file of its own, or there is no telling.
     fn identity(&self) -> Option<Identity> {
         None
     }
@@ -184,7 +209,7 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
 
     /// The first range of data at or after `offset` (`SEEK_DATA`, `SEEK_HOLE`), start and end.
     /// `None`: only zeros follow. Storage that cannot tell says everything is data.
-    fn next_data(&self, offset: u64) -> Option<(u64, u64)> {
-        Some((offset, u64::MAX))
+    fn next_data(&self, offset: u64) -> Answer<'_, Option<(u64, u64)>> {
+        at_once(Some((offset, u64::MAX)))
     }
 }

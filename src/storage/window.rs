@@ -6,7 +6,7 @@
 use std::io;
 use std::sync::Arc;
 
-use super::{Access, Limits, Op, Storage, Submission, Syncs};
+use super::{Access, Answer, Limits, Op, Storage, Submission, Syncs, at_once, later};
 use crate::error::{Action, Error, Result};
 use crate::reactor::{Reactor, Token};
 
@@ -31,14 +31,18 @@ impl Window {
     /// # Errors
     /// When the part is not within the storage, or does not consist of whole blocks of it: to
     /// write a part of a block the rest must be written too, over what others write there.
-    pub fn of(inner: Arc<dyn Storage>, offset: u64, size: Option<u64>) -> Result<Arc<dyn Storage>> {
+    pub async fn of(
+        inner: Arc<dyn Storage>,
+        offset: u64,
+        size: Option<u64>,
+    ) -> Result<Arc<dyn Storage>> {
         if offset == 0 && size.is_none() {
             return Ok(inner);
         }
         let name = inner.name();
         let read = |error| Error::io(Action::Read, name, 0, &error);
-        let len = inner.len().map_err(read)?;
-        let capacity = inner.capacity().map_err(read)?;
+        let len = inner.len().await.map_err(read)?;
+        let capacity = inner.capacity().await.map_err(read)?;
         if offset > len {
             return Err(Error::Invalid(format!(
                 "{name}: Offset ({offset}) cannot be greater than size of the containing file \
@@ -150,25 +154,32 @@ impl Storage for Window {
         }
     }
 
-    fn len(&self) -> io::Result<u64> {
-        let rest = self.inner.len()?.saturating_sub(self.offset);
-        Ok(self.size.map_or(rest, |size| size.min(rest)))
+    fn len(&self) -> Answer<'_, io::Result<u64>> {
+        later(async {
+            let rest = self.inner.len().await?.saturating_sub(self.offset);
+            Ok(self.size.map_or(rest, |size| size.min(rest)))
+        })
     }
 
-    fn capacity(&self) -> io::Result<Option<u64>> {
+    fn capacity(&self) -> Answer<'_, io::Result<Option<u64>>> {
         if self.size.is_some() {
-            return Ok(self.size);
+            return at_once(Ok(self.size));
         }
-        let capacity = self.inner.capacity()?;
-        Ok(capacity.map(|capacity| capacity.saturating_sub(self.offset)))
+        later(async {
+            let capacity = self.inner.capacity().await?;
+            Ok(capacity.map(|capacity| capacity.saturating_sub(self.offset)))
+        })
     }
 
-    fn set_len(&self, len: u64) -> io::Result<()> {
+    fn set_len(&self, len: u64) -> Answer<'_, io::Result<()>> {
         match self.size {
             // As a block device: nothing is cut off, and it does not grow.
-            Some(size) if len <= size => Ok(()),
-            Some(_) => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
-            None => self.inner.set_len(self.place(len, 0, libc::EFBIG)?),
+            Some(size) if len <= size => at_once(Ok(())),
+            Some(_) => at_once(Err(io::Error::from_raw_os_error(libc::ENOSPC))),
+            None => match self.place(len, 0, libc::EFBIG) {
+                Ok(len) => self.inner.set_len(len),
+                Err(error) => at_once(Err(error)),
+            },
         }
     }
 
@@ -188,7 +199,7 @@ impl Storage for Window {
         self.inner.writable()
     }
 
-    fn set_access(&self, access: Access) -> io::Result<()> {
+    fn set_access(&self, access: Access) -> Answer<'_, io::Result<()>> {
         self.inner.set_access(access)
     }
 
@@ -200,15 +211,19 @@ impl Storage for Window {
         Some(&self.syncs)
     }
 
-    fn next_data(&self, offset: u64) -> Option<(u64, u64)> {
-        if self.size.is_some_and(|size| offset >= size) {
-            return None;
-        }
-        let (start, end) = self.inner.next_data(offset.checked_add(self.offset)?)?;
-        let start = start.saturating_sub(self.offset);
-        let end = end.saturating_sub(self.offset);
-        let size = self.size.unwrap_or(u64::MAX);
-        (start < size).then_some((start, end.min(size)))
+    fn next_data(&self, offset: u64) -> Answer<'_, Option<(u64, u64)>> {
+        let from = offset.checked_add(self.offset);
+        let from = from.filter(|_| self.size.is_none_or(|size| offset < size));
+        let Some(from) = from else {
+            return at_once(None);
+        };
+        later(async move {
+            let (start, end) = self.inner.next_data(from).await?;
+            let start = start.saturating_sub(self.offset);
+            let end = end.saturating_sub(self.offset);
+            let size = self.size.unwrap_or(u64::MAX);
+            (start < size).then_some((start, end.min(size)))
+        })
     }
 }
 
@@ -233,7 +248,11 @@ mod tests {
     }
 
     fn window(inner: &Arc<MemoryStorage>, offset: u64, size: Option<u64>) -> Arc<dyn Storage> {
-        Window::of(inner.clone(), offset, size).unwrap()
+        wait(Window::of(inner.clone(), offset, size)).unwrap()
+    }
+
+    fn wait<T>(future: impl Future<Output = T>) -> T {
+        Reactor::for_this_thread().unwrap().block_on(future)
     }
 
     fn bytes(value: u8, len: usize) -> AlignedBuf {
@@ -250,12 +269,19 @@ mod tests {
         for (window, start, end) in [
             (outer.clone(), 1024, 9216),
             // A window of a window.
-            (Window::of(outer, 512, Some(1024)).unwrap(), 1536, 2560),
+            (
+                wait(Window::of(outer, 512, Some(1024))).unwrap(),
+                1536,
+                2560,
+            ),
         ] {
             let before = inner.snapshot();
             let len = (end - start) as u64;
             assert_eq!(
-                (window.len().unwrap(), window.capacity().unwrap()),
+                (
+                    wait(window.len()).unwrap(),
+                    wait(window.capacity()).unwrap()
+                ),
                 (len, Some(len))
             );
             // Across the end: what is there, and zeros.
@@ -282,10 +308,10 @@ mod tests {
                 assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::ENOSPC));
             }
             assert_eq!(
-                window.set_len(len + 1).unwrap_err().raw_os_error(),
+                wait(window.set_len(len + 1)).unwrap_err().raw_os_error(),
                 Some(libc::ENOSPC)
             );
-            window.set_len(512).unwrap();
+            wait(window.set_len(512)).unwrap();
             let mut expected = before;
             expected[start..start + 512].fill(0xaa);
             expected[end - 512..end].fill(0);
@@ -299,27 +325,32 @@ mod tests {
         let inner = memory();
         let reactor = Reactor::for_this_thread().unwrap();
         let window = window(&inner, 1024, None);
-        let end = window.len().unwrap();
-        assert_eq!((end, window.capacity().unwrap()), (LEN as u64 - 1024, None));
+        let end = wait(window.len()).unwrap();
+        let capacity = wait(window.capacity()).unwrap();
+        assert_eq!((end, capacity), (LEN as u64 - 1024, None));
         reactor
             .block_on(storage_io::write_buf(&*window, end, &bytes(0xaa, 512)))
             .unwrap();
         assert_eq!(inner.snapshot()[LEN..], [0xaa; 512]);
-        window.set_len(4096).unwrap();
-        assert_eq!((inner.len().unwrap(), window.len().unwrap()), (5120, 4096));
-        assert!(window.set_len(u64::MAX).is_err());
+        wait(window.set_len(4096)).unwrap();
+        let ends = [inner.len(), window.len()].map(|len| wait(len).unwrap());
+        assert_eq!(ends, [5120, 4096]);
+        assert!(wait(window.set_len(u64::MAX)).is_err());
         Reactor::leave_thread();
     }
 
     #[test]
     fn data_and_holes_are_those_within() {
         let holes = || Arc::new(FaultStorage::over(memory()).with_data(4096..12288));
-        let of = |offset, size| Window::of(holes(), offset, size).unwrap();
-        assert_eq!(of(1024, Some(2048)).next_data(0), None);
-        assert_eq!(of(1024, Some(8192)).next_data(0), Some((3072, 8192)));
-        assert_eq!(of(1024, Some(8192)).next_data(8192), None);
-        assert_eq!(of(5120, None).next_data(1024), Some((1024, 7168)));
-        assert_eq!(of(5120, None).next_data(7168), None);
+        let data = |offset, size, at| {
+            let window = wait(Window::of(holes(), offset, size)).unwrap();
+            wait(window.next_data(at))
+        };
+        assert_eq!(data(1024, Some(2048), 0), None);
+        assert_eq!(data(1024, Some(8192), 0), Some((3072, 8192)));
+        assert_eq!(data(1024, Some(8192), 8192), None);
+        assert_eq!(data(5120, None, 1024), Some((1024, 7168)));
+        assert_eq!(data(5120, None, 7168), None);
     }
 
     #[test]
@@ -350,16 +381,15 @@ mod tests {
             ),
             (&odd, 100, None, "the rest behind the offset (8092)"),
         ] {
-            let error = Window::of(inner.clone(), offset, size)
-                .unwrap_err()
-                .to_string();
+            let window = wait(Window::of(inner.clone(), offset, size));
+            let error = window.unwrap_err().to_string();
             assert!(error.contains(expected), "{offset} {size:?}: {error}");
         }
         // A file grows by what its last sector lacks.
-        assert!(Window::of(small.clone(), 100, None).is_ok());
-        assert!(Window::of(large, 4096, Some(4096)).is_ok());
+        assert!(wait(Window::of(small.clone(), 100, None)).is_ok());
+        assert!(wait(Window::of(large, 4096, Some(4096))).is_ok());
         assert!(Arc::ptr_eq(
-            &Window::of(small.clone(), 0, None).unwrap(),
+            &wait(Window::of(small.clone(), 0, None)).unwrap(),
             &small
         ));
     }

@@ -5,6 +5,7 @@
 use super::tools::{Dir, errors, rng};
 use serde_json::Value;
 use std::path::Path;
+use stratablk::reactor::Reactor;
 use stratablk::storage::file::OpenFlags;
 use stratablk::storage::{Access, FileStorage, Storage};
 
@@ -259,7 +260,8 @@ fn in_use(path: &Path) -> FileStorage {
         ..OpenFlags::default()
     };
     let storage = FileStorage::open(path, flags).unwrap();
-    storage.set_access(Access::Write).unwrap();
+    let reactor = Reactor::for_this_thread().unwrap();
+    reactor.block_on(storage.set_access(Access::Write)).unwrap();
     storage
 }
 

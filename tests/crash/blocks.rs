@@ -28,10 +28,11 @@ fn blocks(file: Arc<File>) -> Arc<dyn Storage> {
     Arc::new(FaultStorage::over(file).with_blocks(512, BLOCK))
 }
 
-fn raw(storage: Arc<dyn Storage>) -> Arc<Chain> {
+fn raw(reactor: &Reactor, storage: Arc<dyn Storage>) -> Arc<Chain> {
+    let size = reactor.block_on(storage.len()).unwrap();
     let layer = Layer {
         name: "raw".into(),
-        format: Format::Raw(Raw::new(storage.len().unwrap())),
+        format: Format::Raw(Raw::new(size)),
         storage,
         read_only: false,
         discard: true,
@@ -67,10 +68,12 @@ fn neighbours_in_a_window_keep_their_bytes() {
         let storage = blocks(machine.file(0));
         // Each block of such a disk would lie in two of the storage's.
         for (offset, size) in [(512, 64 << 10), (BLOCK, (64 << 10) + 512)] {
-            let error = Window::of(storage.clone(), offset, Some(size)).unwrap_err();
+            let window = Window::of(storage.clone(), offset, Some(size));
+            let error = reactor.block_on(window).unwrap_err();
             assert!(error.to_string().contains("multiple of 4096"), "{error}");
         }
-        let chain = raw(Window::of(storage, BLOCK, Some(64 << 10)).unwrap());
+        let window = Window::of(storage, BLOCK, Some(64 << 10));
+        let chain = raw(&reactor, reactor.block_on(window).unwrap());
         machine.hold(true);
         let done = Rc::new(Cell::new(0));
         for block in 0..4 {
@@ -104,7 +107,7 @@ fn parts_of_blocks_are_refused() {
     let blocks = |index| blocks(machine.file(index));
     let opened = reactor.block_on(disk.open_files(blocks, true)).unwrap();
     // Whole blocks first, so that there is something to lose.
-    for chain in [raw(blocks(1)), opened.chain] {
+    for chain in [raw(&reactor, blocks(1)), opened.chain] {
         let failures = Rc::new(Cell::new(0));
         spawn_write(&reactor, &chain, (0, 8192, 5), |result| result.unwrap());
         machine.run(&reactor, &mut rng);

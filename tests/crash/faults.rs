@@ -384,10 +384,11 @@ fn of_a_barrier_of_raw_disks() {
     let memory = || Arc::new(MemoryStorage::new(vec![0; 8192]));
     let storage = || Arc::new(Silent::over(memory()).with_page_cache());
     let disk = |storage: &Arc<Silent>, start: u64| {
+        let window = Window::of(storage.clone(), start, Some(4096));
         let layer = Layer {
             name: "raw".into(),
             format: Format::Raw(Raw::new(4096)),
-            storage: Window::of(storage.clone(), start, Some(4096)).unwrap(),
+            storage: reactor.block_on(window).unwrap(),
             read_only: false,
             discard: true,
             copy_on_read: false,

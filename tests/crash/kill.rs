@@ -18,7 +18,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use stratablk::reactor::{Reactor, Token};
 use stratablk::storage::file::OpenFlags;
-use stratablk::storage::{Access, FileStorage, Limits, Op, Storage, Submission};
+use stratablk::storage::{
+    Access, Answer, FileStorage, Limits, Op, Storage, Submission, at_once, later,
+};
 
 use crate::disk::{Below, Disk, Recipe};
 use crate::history::{Change, History};
@@ -165,25 +167,27 @@ impl Storage for Deadly {
         submission
     }
 
-    fn len(&self) -> std::io::Result<u64> {
+    fn len(&self) -> Answer<'_, std::io::Result<u64>> {
         self.file.len()
     }
 
-    fn capacity(&self) -> std::io::Result<Option<u64>> {
-        Ok(self.device)
+    fn capacity(&self) -> Answer<'_, std::io::Result<Option<u64>>> {
+        at_once(Ok(self.device))
     }
 
-    fn set_len(&self, len: u64) -> std::io::Result<()> {
+    fn set_len(&self, len: u64) -> Answer<'_, std::io::Result<()>> {
         assert!(self.device.is_none(), "a device has its length");
         let last = self.counts();
         if last && self.place == Place::Before {
             die();
         }
-        let result = self.file.set_len(len);
-        if last {
-            die();
-        }
-        result
+        later(async move {
+            let result = self.file.set_len(len).await;
+            if last {
+                die();
+            }
+            result
+        })
     }
 
     fn limits(&self) -> Limits {
@@ -201,7 +205,7 @@ impl Storage for Deadly {
         true
     }
 
-    fn set_access(&self, access: Access) -> std::io::Result<()> {
+    fn set_access(&self, access: Access) -> Answer<'_, std::io::Result<()>> {
         self.file.set_access(access)
     }
 }

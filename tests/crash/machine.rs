@@ -18,7 +18,7 @@ use stratablk::format::qcow2::journal::Folder;
 use stratablk::reactor::{Reactor, Token};
 use stratablk::shared_memory::Gate;
 use stratablk::storage::fault::Uneven;
-use stratablk::storage::{IoBufs, Limits, Op, Storage, Submission, Syncs};
+use stratablk::storage::{Answer, IoBufs, Limits, Op, Storage, Submission, Syncs, at_once};
 
 use crate::journals::{Journals, Left, Store};
 use crate::states::State as Ended;
@@ -625,6 +625,28 @@ pub fn apply(file: &mut Vec<u8>, effect: &Effect) {
     }
 }
 
+impl File {
+    fn resize(&self, len: u64) -> io::Result<()> {
+        let mut state = self.machine.state.lock();
+        if let Some(capacity) = state.capacity(self.index) {
+            let fits = len <= capacity;
+            let full = io::Error::from_raw_os_error(libc::ENOSPC);
+            return fits.then_some(()).ok_or(full);
+        }
+        let effect = Effect::SetLen(len);
+        if let Some(errno) = state.verdict(self.index, &effect) {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        let id = state.issue(self.index, &effect);
+        apply(&mut state.files[self.index], &effect);
+        if let Some(cache) = &mut state.cache {
+            cache.add(self.index, &effect);
+        }
+        state.push(Event::Done { id });
+        Ok(())
+    }
+}
+
 impl Storage for File {
     unsafe fn submit(&self, _reactor: &Reactor, op: Op<'_>, token: Token) -> Submission {
         let mut target = Vec::new();
@@ -671,32 +693,16 @@ impl Storage for File {
         Submission::Ready(state.perform(pending))
     }
 
-    fn len(&self) -> io::Result<u64> {
-        Ok(self.machine.state.lock().files[self.index].len() as u64)
+    fn len(&self) -> Answer<'_, io::Result<u64>> {
+        at_once(Ok(self.machine.state.lock().files[self.index].len() as u64))
     }
 
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        let mut state = self.machine.state.lock();
-        if let Some(capacity) = state.capacity(self.index) {
-            let fits = len <= capacity;
-            let full = io::Error::from_raw_os_error(libc::ENOSPC);
-            return fits.then_some(()).ok_or(full);
-        }
-        let effect = Effect::SetLen(len);
-        if let Some(errno) = state.verdict(self.index, &effect) {
-            return Err(io::Error::from_raw_os_error(errno));
-        }
-        let id = state.issue(self.index, &effect);
-        apply(&mut state.files[self.index], &effect);
-        if let Some(cache) = &mut state.cache {
-            cache.add(self.index, &effect);
-        }
-        state.push(Event::Done { id });
-        Ok(())
+    fn set_len(&self, len: u64) -> Answer<'_, io::Result<()>> {
+        at_once(self.resize(len))
     }
 
-    fn capacity(&self) -> io::Result<Option<u64>> {
-        Ok(self.machine.state.lock().capacity(self.index))
+    fn capacity(&self) -> Answer<'_, io::Result<Option<u64>>> {
+        at_once(Ok(self.machine.state.lock().capacity(self.index)))
     }
 
     fn limits(&self) -> Limits {

@@ -54,7 +54,7 @@ fn a_disk_works_flushes_and_closes_while_another_hangs() {
             reactor.block_on(chain.flush()).unwrap();
         }
         // The disk has 1 MiB; 16 MiB may wait to be freed.
-        let len = file.len().unwrap();
+        let len = reactor.block_on(file.len()).unwrap();
         assert!(len < 20 << 20, "a file of {} MiB", len >> 20);
     }
     write(&reactor, &chain, 9, 1, 8).unwrap();

@@ -11,7 +11,9 @@ use stratablk::error::Error;
 use stratablk::format::{Format, Qcow2, qcow2};
 use stratablk::reactor::{Reactor, Token};
 use stratablk::storage::file::OpenFlags;
-use stratablk::storage::{AlignedBuf, FileStorage, IoBufs, Limits, Op, Storage, Submission};
+use stratablk::storage::{
+    AlignedBuf, Answer, FileStorage, IoBufs, Limits, Op, Storage, Submission,
+};
 
 use crate::support::*;
 
@@ -40,11 +42,11 @@ impl Storage for Counting {
         unsafe { self.file.submit(reactor, op, token) }
     }
 
-    fn len(&self) -> io::Result<u64> {
+    fn len(&self) -> Answer<'_, io::Result<u64>> {
         self.file.len()
     }
 
-    fn set_len(&self, len: u64) -> io::Result<()> {
+    fn set_len(&self, len: u64) -> Answer<'_, io::Result<()>> {
         self.file.set_len(len)
     }
 

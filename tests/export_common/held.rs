@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use io_uring::{opcode, types};
 use stratablk::reactor::{Reactor, Token};
 use stratablk::storage::memory::MemoryStorage;
-use stratablk::storage::{Limits, Op, Storage, Submission};
+use stratablk::storage::{Answer, Limits, Op, Storage, Submission};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Storage in memory whose operations hang until `release`.
@@ -70,11 +70,11 @@ impl Storage for Held {
         Submission::Pending
     }
 
-    fn len(&self) -> std::io::Result<u64> {
+    fn len(&self) -> Answer<'_, std::io::Result<u64>> {
         self.inner.len()
     }
 
-    fn set_len(&self, len: u64) -> std::io::Result<()> {
+    fn set_len(&self, len: u64) -> Answer<'_, std::io::Result<()>> {
         self.inner.set_len(len)
     }
 

@@ -71,7 +71,7 @@ pub fn memory_root(bytes: Vec<u8>) -> (Arc<Root>, Arc<MemoryStorage>) {
 /// A disk in a file.
 pub fn file_root(path: &Path, flags: OpenFlags) -> Arc<Root> {
     let storage = Arc::new(FileStorage::open(path, flags).unwrap());
-    let size = storage.len().unwrap();
+    let size = std::fs::metadata(path).unwrap().len();
     raw_root(storage, size, false)
 }
 

@@ -22,7 +22,9 @@ use stratablk::format::{Format, Qcow2, Raw, qcow2};
 use stratablk::reactor::{Reactor, Token};
 use stratablk::shared_memory::Gate;
 use stratablk::storage::memory::MemoryStorage;
-use stratablk::storage::{AlignedBuf, IoBufs, Limits, Op, Storage, Submission, Syncs};
+use stratablk::storage::{
+    AlignedBuf, Answer, IoBufs, Limits, Op, Storage, Submission, Syncs, at_once,
+};
 
 use crate::model::{SECTOR, seed};
 use crate::support::*;
@@ -75,13 +77,13 @@ impl Storage for Mortal {
         unsafe { self.inner.submit(reactor, op, token) }
     }
 
-    fn len(&self) -> std::io::Result<u64> {
+    fn len(&self) -> Answer<'_, std::io::Result<u64>> {
         self.inner.len()
     }
 
-    fn set_len(&self, len: u64) -> std::io::Result<()> {
+    fn set_len(&self, len: u64) -> Answer<'_, std::io::Result<()>> {
         if !self.life.step() {
-            return Err(std::io::Error::from_raw_os_error(libc::EIO));
+            return at_once(Err(std::io::Error::from_raw_os_error(libc::EIO)));
         }
         self.inner.set_len(len)
     }

@@ -18,7 +18,9 @@ use stratablk_model::shared_memory::Gate;
 use stratablk_model::shuttle::future::block_on;
 use stratablk_model::shuttle::rand::{Rng, thread_rng};
 use stratablk_model::shuttle::thread;
-use stratablk_model::storage::{AlignedBuf, IoBufs, Limits, Op, Storage, Submission, Syncs};
+use stratablk_model::storage::{
+    AlignedBuf, Answer, IoBufs, Limits, Op, Storage, Submission, Syncs,
+};
 use stratablk_model::sync::atomic::{AtomicBool, Ordering};
 
 use crate::many_orders;
@@ -165,11 +167,11 @@ impl Storage for Watched {
         submission
     }
 
-    fn len(&self) -> std::io::Result<u64> {
+    fn len(&self) -> Answer<'_, std::io::Result<u64>> {
         self.0.disk.len()
     }
 
-    fn set_len(&self, len: u64) -> std::io::Result<()> {
+    fn set_len(&self, len: u64) -> Answer<'_, std::io::Result<()>> {
         self.0.disk.set_len(len)
     }
 

@@ -97,7 +97,9 @@ pub fn run(args: &CheckArgs, json: bool, out: &mut dyn Write) -> Result<(), Fail
     let summary = match args.repair {
         None => images.run(check::check(&storage, &mut report)),
         Some(what) => {
-            storage.set_access(Access::Write).map_err(busy)?;
+            images
+                .run(storage.set_access(Access::Write))
+                .map_err(busy)?;
             images.run(check::repair(&storage, what.into(), &mut report))
         }
     };

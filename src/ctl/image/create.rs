@@ -213,10 +213,10 @@ fn create_qcow2(images: &Images, file: &Path, wanted: &Wanted) -> Result<()> {
         }
     }
     // Both are open, and locked, before either is written to.
-    let storage = NewFile::open(file)?;
-    let data = data.map(|data| NewFile::open(&data)).transpose()?;
+    let storage = NewFile::open(images, file)?;
+    let data = data.map(|data| NewFile::open(images, &data)).transpose()?;
     if let Some(data) = &data {
-        data.set_size(options.size)?;
+        images.run(data.set_size(options.size))?;
     }
     images.run(async {
         create::create(&*storage.storage, &wanted.options).await?;
@@ -248,8 +248,8 @@ fn create_raw(images: &Images, path: &Path, size: u64, mode: Preallocation) -> R
                 .into(),
         ));
     }
-    let file = NewFile::open(path)?;
-    file.set_size(size)?;
+    let file = NewFile::open(images, path)?;
+    images.run(file.set_size(size))?;
     images
         .run(preallocate_raw(&*file.storage, 0, size, mode))
         .map_err(|error| Error::io(Action::Write, file.storage.name(), 0, &error))?;
@@ -302,7 +302,7 @@ struct NewFile {
 
 impl NewFile {
     /// Opens or makes the file. It is locked, so that nobody loses an image in use.
-    fn open(path: &Path) -> Result<Self> {
+    fn open(images: &Images, path: &Path) -> Result<Self> {
         let failed = |error: std::io::Error| {
             let text = match error.raw_os_error() {
                 Some(code) => errno_text(code),
@@ -331,7 +331,9 @@ impl NewFile {
             path: path.to_owned(),
             fresh,
         };
-        file.storage.set_access(Access::Write).map_err(text)?;
+        images
+            .run(file.storage.set_access(Access::Write))
+            .map_err(text)?;
         Ok(file)
     }
 
@@ -340,14 +342,14 @@ impl NewFile {
     }
 
     /// Empties the file and makes it `size` bytes of zeros.
-    fn set_size(&self, size: u64) -> Result<()> {
+    async fn set_size(&self, size: u64) -> Result<()> {
         let failed = |error| Error::io(Action::Write, self.storage.name(), size, &error);
         // Where the file system has no files of that size, the old contents stay.
-        if self.storage.len().map_err(failed)? < size {
-            self.storage.set_len(size).map_err(failed)?;
+        if self.storage.len().await.map_err(failed)? < size {
+            self.storage.set_len(size).await.map_err(failed)?;
         }
-        self.storage.set_len(0).map_err(failed)?;
-        self.storage.set_len(size).map_err(failed)
+        self.storage.set_len(0).await.map_err(failed)?;
+        self.storage.set_len(size).await.map_err(failed)
     }
 
     fn keep(mut self) {

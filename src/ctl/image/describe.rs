@@ -38,7 +38,7 @@ pub async fn describe(path: &Path, format: Option<&str>) -> Result<Described> {
     };
     let storage = FileStorage::open(path, flags).map_err(|e| Error::Invalid(e.to_string()))?;
     let storage: Arc<dyn Storage> = Arc::new(storage);
-    let file = FileInfo::of(path, &*storage)?;
+    let file = FileInfo::of(path, &*storage).await?;
     let mut value = Map::new();
     value.insert(
         "children".to_owned(),
@@ -90,12 +90,12 @@ struct FileInfo {
 }
 
 impl FileInfo {
-    fn of(path: &Path, storage: &dyn Storage) -> Result<Self> {
+    async fn of(path: &Path, storage: &dyn Storage) -> Result<Self> {
         let failed = |error| Error::io(Action::Read, storage.name(), 0, &error);
         let metadata = std::fs::metadata(path).map_err(failed)?;
         Ok(Self {
             name: path.display().to_string(),
-            len: storage.len().map_err(failed)?,
+            len: storage.len().await.map_err(failed)?,
             allocated: metadata.blocks() * 512,
             device: metadata.file_type().is_block_device(),
         })

@@ -31,8 +31,8 @@ pub struct ForgetArgs {
 
 /// Carries out `forget-journal`.
 pub fn run(args: &ForgetArgs, json: bool, out: &mut dyn Write) -> std::result::Result<(), Failure> {
-    let storage = open(args)?;
     let images = Images::new()?;
+    let storage = open(&images, args)?;
     let forgotten = images.run(journal::forget(&storage))?;
     if json {
         let file = forgotten.map(|mark| mark.file_name());
@@ -55,13 +55,15 @@ pub fn run(args: &ForgetArgs, json: bool, out: &mut dyn Write) -> std::result::R
     Ok(())
 }
 
-fn open(args: &ForgetArgs) -> Result<FileStorage> {
+fn open(images: &Images, args: &ForgetArgs) -> Result<FileStorage> {
     let flags = OpenFlags {
         writable: true,
         ..OpenFlags::default()
     };
     let busy = |error: io::Error| Error::Busy(error.to_string());
     let storage = FileStorage::open(&args.file, flags).map_err(busy)?;
-    storage.set_access(Access::Write).map_err(busy)?;
+    images
+        .run(storage.set_access(Access::Write))
+        .map_err(busy)?;
     Ok(storage)
 }

@@ -77,7 +77,7 @@ impl Mapper {
             let extent = layer.map_loaded(offset, len).await?;
             len = extent.len;
             if extent.place != Place::Below {
-                return Ok(self.here(depth, layer, extent.place, offset, len));
+                return Ok(self.here(depth, layer, extent.place, offset, len).await);
             }
             let more = layers
                 .get(depth + 1)
@@ -94,7 +94,14 @@ impl Mapper {
     }
 
     /// The status of what layer `depth` has itself.
-    fn here(&self, depth: usize, layer: &Layer, place: Place, offset: u64, len: u64) -> Status {
+    async fn here(
+        &self,
+        depth: usize,
+        layer: &Layer,
+        place: Place,
+        offset: u64,
+        len: u64,
+    ) -> Status {
         let zeros = Status {
             present: true,
             ..Status::zeros(depth, len)
@@ -107,7 +114,7 @@ impl Mapper {
         match place {
             Place::Data(host) => {
                 let (hole, len) = if self.holes.get(depth) == Some(&true) {
-                    hole(layer, host, len)
+                    hole(layer, host, len).await
                 } else {
                     (false, len)
                 };
@@ -144,8 +151,8 @@ fn kept(layer: &Layer, offset: u64, len: u64) -> (Option<u64>, u64) {
 }
 
 /// Whether the layer's file has a hole at `offset`, and how far that goes on.
-fn hole(layer: &Layer, offset: u64, len: u64) -> (bool, u64) {
-    match layer.storage.next_data(offset) {
+async fn hole(layer: &Layer, offset: u64, len: u64) -> (bool, u64) {
+    match layer.storage.next_data(offset).await {
         None => (true, len),
         Some((start, _)) if start > offset => (true, len.min(start - offset)),
         Some((_, end)) => (false, len.min(end.saturating_sub(offset).max(1))),

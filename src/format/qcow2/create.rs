@@ -233,7 +233,7 @@ pub async fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<()
     let cluster = options.cluster_size;
     let failed = |offset| move |error| Error::io(Action::Write, storage.name(), offset, &error);
     let needed = layout.clusters() * cluster;
-    if let Some(capacity) = storage.capacity().map_err(failed(0))?
+    if let Some(capacity) = storage.capacity().await.map_err(failed(0))?
         && capacity < needed
     {
         return Err(Error::Invalid(format!(
@@ -243,14 +243,14 @@ pub async fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<()
         )));
     }
     // Whatever header was here is gone for good before anything that it names is overwritten.
-    storage.set_len(0).map_err(failed(0))?;
+    storage.set_len(0).await.map_err(failed(0))?;
     if !storage.limits().zero_past_end {
         storage::io::zero(storage, 0, needed, false)
             .await
             .map_err(failed(0))?;
     }
     storage::io::sync(storage).await.map_err(failed(0))?;
-    storage.set_len(needed).map_err(failed(0))?;
+    storage.set_len(needed).await.map_err(failed(0))?;
     let refcounts = AlignedBuf::copy_of(&layout.refcounts(options));
     storage::io::write_buf(storage, cluster, &refcounts)
         .await

@@ -373,7 +373,7 @@ impl Qcow2 {
         };
         let growth = match growth {
             Ok(growth) => growth,
-            Err(_) if self.has_more_room() => return Ok(Ok(())),
+            Err(_) if self.has_more_room().await => return Ok(Ok(())),
             Err(need) => return Ok(Err(need)),
         };
         let mut thaw = Thaw(Some(self));

@@ -58,6 +58,7 @@ impl Qcow2 {
         let len = self
             .storage
             .len()
+            .await
             .map_err(|error| self.io_error(Action::Read, 0, &error))?;
         let real = allocated >> self.cluster_bits;
         let threshold = (real * 10 / 9).max(real + 2);

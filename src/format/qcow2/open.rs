@@ -68,10 +68,11 @@ impl Qcow2 {
         };
         let len = storage
             .len()
+            .await
             .map_err(|error| Error::io(Action::Read, storage.name(), 0, &error))?;
         let end = len.div_ceil(cluster).max(1);
         let tables = (&mut *l1, &mut *table);
-        let end = adoption.put_over(&header, &*storage, tables, end)?;
+        let end = adoption.put_over(&header, &*storage, tables, end).await?;
         metadata::check_tables(&header, &l1, &table, storage.name())?;
         let metadata = if options.writable {
             metadata::Clusters::new(&header, &l1, &table, end, storage.name())?
@@ -91,6 +92,7 @@ impl Qcow2 {
         );
         let capacity = storage
             .capacity()
+            .await
             .map_err(|error| Error::io(Action::Read, storage.name(), 0, &error))?;
         if let Some(capacity) = capacity {
             allocator.set_limit(capacity / cluster);

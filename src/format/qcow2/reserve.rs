@@ -82,14 +82,16 @@ impl Qcow2 {
         }
         let first = self.meta.lock().allocator.frontier();
         let end = first << self.cluster_bits;
-        let Ok(len) = self.storage.len() else { return };
+        let Ok(len) = self.storage.len().await else {
+            return;
+        };
         // An image made by others may have clusters in use behind the end of its file.
         let clusters = len.div_ceil(self.cluster_size());
         if self.end_of_use(first..clusters, usize::MAX).await > first {
             return;
         }
         if len > end
-            && let Err(error) = self.storage.set_len(end)
+            && let Err(error) = self.storage.set_len(end).await
         {
             log::warn!(
                 "{}: giving back reserved space: {error}",
@@ -107,7 +109,8 @@ impl Qcow2 {
         if used < end {
             self.meta.lock().allocator.lower_frontier(used);
             // Left by somebody who was killed; a device has its length for good.
-            let can_shrink = self.storage.capacity().is_ok_and(|fixed| fixed.is_none());
+            let capacity = self.storage.capacity().await;
+            let can_shrink = capacity.is_ok_and(|fixed| fixed.is_none());
             self.reservation.used.store(can_shrink, Ordering::Relaxed);
         }
         Ok(())

@@ -166,14 +166,14 @@ impl Qcow2 {
     /// When refcounts cannot be read, or the file cannot be cut.
     pub async fn trim_file(&self) -> Result<()> {
         let failed = |error| Error::io(Action::Write, self.storage.name(), 0, &error);
-        if self.storage.capacity().map_err(failed)?.is_some() {
+        if self.storage.capacity().await.map_err(failed)?.is_some() {
             return Ok(());
         }
-        let len = self.storage.len().map_err(failed)?;
+        let len = self.storage.len().await.map_err(failed)?;
         let clusters = 1..len.div_ceil(self.cluster_size()).max(1);
         let end = self.end_of_use(clusters, usize::MAX).await << self.cluster_bits;
         if end < len {
-            self.storage.set_len(end).map_err(failed)?;
+            self.storage.set_len(end).await.map_err(failed)?;
         }
         Ok(())
     }
@@ -276,8 +276,8 @@ impl Qcow2 {
     async fn cover_end(&self) -> Result<()> {
         let failed = |error| Error::io(Action::Write, self.storage.name(), 0, &error);
         let end = self.meta.lock().allocator.frontier() << self.cluster_bits;
-        if self.storage.len().map_err(failed)? < end {
-            self.storage.set_len(end).map_err(failed)?;
+        if self.storage.len().await.map_err(failed)? < end {
+            self.storage.set_len(end).await.map_err(failed)?;
         }
         Ok(())
     }

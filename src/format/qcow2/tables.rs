@@ -82,7 +82,7 @@ impl Qcow2 {
     async fn reach(&self, offset: u64) -> Result<()> {
         let last = self.storage.limits().offset_align.max(SECTOR as u64);
         let at = offset + self.cluster_size() - last;
-        let len = self.storage.len();
+        let len = self.storage.len().await;
         if len.is_ok_and(|len| len >= at + last) {
             return Ok(());
         }

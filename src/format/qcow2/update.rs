@@ -198,22 +198,22 @@ impl Qcow2 {
             };
             match need {
                 Need::Turn => drop(self.flush_turn().await),
-                Need::Full if self.has_more_room() => {}
+                Need::Full if self.has_more_room().await => {}
                 Need::Full | Need::Limit(_)
                     if flushes < FLUSHES_TO_FREE && self.flush_takes_further() =>
                 {
                     self.flush().await?;
                     flushes += 1;
                 }
-                need => return Err(self.lacking(need)),
+                need => return Err(self.lacking(need).await),
             }
         }
     }
 
     /// Whether the storage has become longer than the allocator thinks: a device that an
     /// administrator has extended.
-    pub(super) fn has_more_room(&self) -> bool {
-        let capacity = self.storage.capacity().ok().flatten().unwrap_or(0);
+    pub(super) async fn has_more_room(&self) -> bool {
+        let capacity = self.storage.capacity().await.ok().flatten().unwrap_or(0);
         let clusters = capacity >> self.cluster_bits;
         self.meta.lock().allocator.raise_limit(clusters)
     }
@@ -259,11 +259,11 @@ impl Qcow2 {
         }
     }
 
-    pub(super) fn lacking(&self, need: Need) -> Error {
+    pub(super) async fn lacking(&self, need: Need) -> Error {
         let what = match need {
             Need::Full => {
                 let full = std::io::Error::from_raw_os_error(libc::ENOSPC);
-                let end = self.storage.len().unwrap_or(0);
+                let end = self.storage.len().await.unwrap_or(0);
                 return self.io_error(Action::Write, end, &full);
             }
             Need::Limit(what) => return Error::full(self.storage.name(), what),
@@ -307,7 +307,7 @@ impl Qcow2 {
         match released {
             Ok(Ok(true)) => return true,
             Ok(Ok(false)) => self.release_later(cluster),
-            Ok(Err(need)) => log::error!("freeing a cluster: {}", self.lacking(need)),
+            Ok(Err(need)) => log::error!("freeing a cluster: {}", self.lacking(need).await),
             Err(error) => {
                 log::warn!("freeing a cluster, to be tried again: {error}");
                 self.release_later(cluster);

@@ -46,13 +46,13 @@ impl<'a> Image<'a> {
             ));
         }
         let failed = |error| Error::io(Action::Read, storage.name(), 0, &error);
-        let len = storage.len().map_err(failed)?;
+        let len = storage.len().await.map_err(failed)?;
         Ok(Self {
             storage,
             shape: header.shape(),
             header,
             len: len.next_multiple_of(SECTOR as u64),
-            fixed: storage.capacity().map_err(failed)?.is_some(),
+            fixed: storage.capacity().await.map_err(failed)?.is_some(),
             plan: Mutex::default(),
         })
     }
@@ -81,7 +81,8 @@ impl<'a> Image<'a> {
             move |error: std::io::Error| Error::io(action, self.storage.name(), offset, &error)
         };
         let plan = std::mem::take(&mut *self.plan.lock());
-        let capacity = self.storage.capacity().map_err(failed(Action::Write, 0))?;
+        let capacity = self.storage.capacity().await;
+        let capacity = capacity.map_err(failed(Action::Write, 0))?;
         if let Some(capacity) = capacity.filter(|&capacity| plan.end() > capacity) {
             let full = std::io::Error::from_raw_os_error(libc::ENOSPC);
             return Err(failed(Action::Write, capacity)(full));
@@ -163,7 +164,7 @@ impl<'a> Image<'a> {
         let end = self.len.min(table.saturating_add(count.saturating_mul(8)));
         let mut at = table;
         while at < end {
-            let data = self.storage.next_data(at).map(|(data, _)| data);
+            let data = self.storage.next_data(at).await.map(|(data, _)| data);
             let Some(data) = data.into_iter().chain(self.plan.lock().next(at)).min() else {
                 return Ok(());
             };

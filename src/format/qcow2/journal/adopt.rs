@@ -15,7 +15,7 @@ use futures_util::future::try_join_all;
 
 use super::super::header::Header;
 use super::super::l2::{self, Descriptor, Slice, Words};
-use super::super::refcount::{Geometry, Need};
+use super::super::refcount::Geometry;
 use super::super::{Meta, Options, Qcow2};
 use super::file::{Folder, Identity};
 use super::ids;
@@ -117,7 +117,7 @@ impl Adoption {
     ///
     /// # Errors
     /// At the first record that contradicts the image.
-    pub(in super::super) fn put_over(
+    pub(in super::super) async fn put_over(
         &mut self,
         header: &Header,
         storage: &dyn Storage,
@@ -129,6 +129,7 @@ impl Adoption {
         };
         let len = storage
             .len()
+            .await
             .map_err(|error| Error::io(Action::Read, storage.name(), 0, &error))?;
         found
             .put_over(header, l1, table, len)
@@ -412,13 +413,15 @@ impl Qcow2 {
             }))
             .await?;
         }
-        let mut meta = self.meta.lock();
-        for (clusters, value) in runs {
-            meta.allocator
-                .adopt_refcounts(clusters, value)
-                .map_err(|need: Need| self.lacking(need))?;
+        let adopted = {
+            let allocator = &mut self.meta.lock().allocator;
+            let mut runs = runs.into_iter();
+            runs.try_for_each(|(clusters, value)| allocator.adopt_refcounts(clusters, value))
+        };
+        match adopted {
+            Ok(()) => Ok(()),
+            Err(need) => Err(self.lacking(need).await),
         }
-        Ok(())
     }
 
     /// Adopts the mapping, when it is known what is metadata and where the file ends; and goes on

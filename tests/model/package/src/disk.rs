@@ -4,7 +4,7 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::reactor::{Reactor, Token};
-use crate::storage::{IoBufs, Limits, Op, Storage, Submission, Syncs};
+use crate::storage::{Answer, IoBufs, Limits, Op, Storage, Submission, Syncs, at_once};
 use crate::sync::atomic::{AtomicBool, Ordering};
 
 /// A file in memory.
@@ -102,17 +102,17 @@ impl Storage for Disk {
         Submission::Ready(result)
     }
 
-    fn len(&self) -> io::Result<u64> {
-        Ok(self.bytes().len() as u64)
+    fn len(&self) -> Answer<'_, io::Result<u64>> {
+        at_once(Ok(self.bytes().len() as u64))
     }
 
-    fn capacity(&self) -> io::Result<Option<u64>> {
-        Ok(self.device.then(|| self.bytes().len() as u64))
+    fn capacity(&self) -> Answer<'_, io::Result<Option<u64>>> {
+        at_once(Ok(self.device.then(|| self.bytes().len() as u64)))
     }
 
-    fn set_len(&self, len: u64) -> io::Result<()> {
+    fn set_len(&self, len: u64) -> Answer<'_, io::Result<()>> {
         self.bytes().resize(len as usize, 0);
-        Ok(())
+        at_once(Ok(()))
     }
 
     fn limits(&self) -> Limits {
