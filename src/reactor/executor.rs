@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::Future;
+use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,6 +11,7 @@ use std::task::{Context, Poll, Wake, Waker};
 
 use slab::Slab;
 
+use super::Token;
 use super::remote::Remote;
 
 type BoxedTask = Pin<Box<dyn Future<Output = ()>>>;
@@ -62,6 +64,8 @@ pub(super) struct Executor {
     ready: RefCell<VecDeque<usize>>,
     /// Kept for its memory.
     arrived: RefCell<Vec<usize>>,
+    /// Kept for its memory.
+    completed: RefCell<Vec<(Token, io::Result<u32>)>>,
     running: Cell<bool>,
     remote: Arc<Remote>,
 }
@@ -72,6 +76,7 @@ impl Executor {
             tasks: RefCell::new(Slab::new()),
             ready: RefCell::new(VecDeque::new()),
             arrived: RefCell::new(Vec::new()),
+            completed: RefCell::new(Vec::new()),
             running: Cell::new(false),
             remote,
         }
@@ -109,25 +114,22 @@ impl Executor {
         })
     }
 
-    /// Polls a few of the tasks that are ready. The others, and those that become ready
+    /// Gives `complete` what other threads have completed, and polls a few of the tasks that are
+    /// ready. The others, and those that become ready
     /// meanwhile, wait for the next call: neither the ring nor the requests that the first have
     /// completed wait for the last.
-    pub(super) fn run_ready(&self) -> bool {
-        if (!self.remote.has_work() && self.ready.borrow().is_empty()) || self.running.replace(true)
-        {
+    pub(super) fn run_ready(&self, complete: impl Fn(Token, io::Result<u32>)) -> bool {
+        if !self.remote.has_work() && self.ready.borrow().is_empty() {
             return false;
+        }
+        let completed = self.take_arrived(complete);
+        if self.running.replace(true) {
+            return completed;
         }
         let mut batch = [ROOT; BATCH];
         let mut count = 0;
         {
             let mut ready = self.ready.borrow_mut();
-            self.remote.take(&mut self.arrived.borrow_mut());
-            ready.extend(
-                self.arrived
-                    .borrow_mut()
-                    .drain(..)
-                    .filter(|&task| task != ROOT),
-            );
             for slot in &mut batch {
                 let Some(task) = ready.pop_front() else { break };
                 *slot = task;
@@ -143,6 +145,20 @@ impl Executor {
         }
         self.running.set(false);
         true
+    }
+
+    /// Takes what other threads have left here; true if operations were completed.
+    pub(super) fn take_arrived(&self, complete: impl Fn(Token, io::Result<u32>)) -> bool {
+        let mut arrived = self.arrived.borrow_mut();
+        let mut completed = self.completed.borrow_mut();
+        self.remote.take(&mut arrived, &mut completed);
+        let tasks = arrived.drain(..).filter(|&task| task != ROOT);
+        self.ready.borrow_mut().extend(tasks);
+        let any = !completed.is_empty();
+        for (token, result) in completed.drain(..) {
+            complete(token, result);
+        }
+        any
     }
 
     fn poll_task(&self, key: usize) {

@@ -12,6 +12,8 @@
 //! * the **data path** names its own request in a client [`Token`]; its completions are handed
 //!   back by [`Reactor::next_completion`] with no task, no waker and no allocation.
 //!
+//! Both may be completed by another thread ([`Remote::complete`]), for storage that is no file.
+//!
 //! Everything a thread waits for is in the ring, file descriptors included (multishot polls, see
 //! [`Reactor::watch`]): a busy worker then submits its batch, waits, and learns of new kicks with
 //! one system call, where a separate `epoll_wait` and the read of each eventfd would cost three.
@@ -199,7 +201,10 @@ impl Reactor {
     pub fn collect(&self) -> bool {
         let mut busy = self.reap();
         busy |= self.fire_timers();
-        busy |= self.inner.executor.run_ready();
+        busy |= self
+            .inner
+            .executor
+            .run_ready(|token, result| self.complete(token, result));
         busy
     }
 
@@ -437,6 +442,13 @@ impl Reactor {
         let timers = self.inner.timers.borrow();
         let (&(when, _), _) = timers.first_key_value()?;
         Some(when.saturating_duration_since(Instant::now()))
+    }
+
+    /// Takes completions, and nothing else; for callers that wait within a task.
+    fn take_completions(&self) {
+        self.reap();
+        let complete = |token, result| self.complete(token, result);
+        self.inner.executor.take_arrived(complete);
     }
 
     pub(crate) fn with_ops<T>(&self, f: impl FnOnce(&mut OpSlots) -> T) -> T {

@@ -192,7 +192,7 @@ impl Drop for OpGuard {
             // Only completions are collected: running tasks from inside a task's drop would
             // poll them out of turn.
             self.reactor.wait(None);
-            self.reactor.reap();
+            self.reactor.take_completions();
         }
         self.reactor.with_ops(|ops| ops.release(self.token));
     }

@@ -1,4 +1,4 @@
-//! What would be caught: lost wake-ups, operations whose memory is freed under the kernel,
+//! What would be caught: lost wake-ups and completions, operations whose memory is freed under the kernel,
 //! timers that fire early, tasks that starve others.
 
 use std::cell::Cell;
@@ -95,4 +95,43 @@ fn a_watch_that_was_ended_is_not_armed_again() {
     event.write(1).unwrap();
     while reactor.turn() {}
     assert!(reactor.next_completion().is_none());
+}
+
+#[test]
+fn operations_are_completed_by_another_thread() {
+    let reactor = Reactor::for_this_thread().unwrap();
+    let (sender, started) = std::sync::mpsc::channel::<Token>();
+    let remote = reactor.remote();
+    let other = std::thread::spawn(move || {
+        for token in started {
+            let count = match token.is_client() {
+                true => token.value() as u32,
+                false => 7,
+            };
+            remote.complete(token, Ok(count));
+        }
+    });
+    let mut polled = 0;
+    for number in 0..2000 {
+        // Of a task; the reactor may be about to sleep, asleep or awake.
+        let mut guard = reactor.reserve();
+        guard.mark_started();
+        sender.send(guard.token()).unwrap();
+        assert_eq!(reactor.block_on(guard).unwrap(), 7);
+        // Of the data path.
+        sender.send(Token::client(number)).unwrap();
+        let completion = loop {
+            reactor.turn();
+            if let Some(completion) = reactor.next_completion() {
+                break completion;
+            }
+            polled += 1;
+            reactor.wait(None);
+        };
+        assert_eq!(completion.value, number);
+        assert_eq!(completion.result.unwrap(), number as u32);
+    }
+    assert!(polled > 0, "it never waited");
+    drop(sender);
+    other.join().unwrap();
 }
