@@ -656,15 +656,15 @@ fn queries_about_nodes() {
     let mut client = bench.client();
     let nodes = client.get("query-named-block-nodes", json!({}));
     assert_eq!(nodes.as_array().unwrap().len(), 5);
-    assert_eq!(nodes[0]["node-name"], "top");
-    assert_eq!(nodes[0]["backing_file_depth"], 3);
-    let image = &nodes[0]["image"];
+    assert_eq!(nodes[3]["node-name"], "top");
+    assert_eq!(nodes[3]["backing_file_depth"], 3);
+    let image = &nodes[3]["image"];
     assert_eq!(
         image["backing-image"]["backing-image"]["filename"],
         "low.qcow2"
     );
     let flat = client.get("query-named-block-nodes", json!({"flat": true}));
-    assert!(flat[0]["image"].get("backing-image").is_none());
+    assert!(flat[3]["image"].get("backing-image").is_none());
     let exports = client.get("query-block-exports", json!({}));
     assert_eq!(
         exports,

@@ -324,9 +324,10 @@ impl Root {
         self.chain.load_full()
     }
 
-    /// Publishes a new chain: requests that begin from now on use it.
-    pub fn publish(&self, chain: Arc<Chain>) {
-        self.chain.store(chain);
+    /// Publishes a new chain: requests that begin from now on use it. Returns the old one, which
+    /// may be the last to hold a file open.
+    pub fn publish(&self, chain: Arc<Chain>) -> Arc<Chain> {
+        self.chain.swap(chain)
     }
 }
 

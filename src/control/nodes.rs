@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::engine::SyncError;
 use crate::format::{Format, qcow2};
-use crate::graph::{Node, resolve};
+use crate::graph::{Node, Role, resolve};
 use crate::options::{DetectZeroes, Driver};
 
 /// A node among all nodes.
@@ -57,7 +57,7 @@ impl<'a> NodeView<'a> {
             "ro": self.node.options.read_only,
             "node-name": self.name(),
             "backing_file_depth": if nested { self.depth() } else { 0 },
-            "drv": self.node.driver,
+            "drv": self.node.driver_name(),
             "iops": 0,
             "bps_wr": 0,
             "write_threshold": 0,
@@ -81,7 +81,7 @@ impl<'a> NodeView<'a> {
         let mut text = format!(
             "{title}: {} ({}{})\n    Cache mode:       writeback{}{}\n",
             self.filename(),
-            self.node.driver,
+            self.node.driver_name(),
             told(self.node.options.read_only, ", read-only"),
             told(cache.direct, ", direct"),
             told(cache.no_flush, ", ignore flushes"),
@@ -111,14 +111,19 @@ impl<'a> NodeView<'a> {
     /// The nodes that it stands on, as QEMU has it from 10.1 on. Only here is told which node is
     /// below: several may be on the same file.
     fn children(self) -> Value {
-        let children = self.node.children();
-        children
-            .map(|(node, child)| json!({"child": child, "node-name": node}))
-            .collect()
+        let roles = [Role::Filtered, Role::File, Role::Backing, Role::DataFile];
+        let children = roles.iter().filter_map(|role| {
+            Some(json!({"child": role.key(), "node-name": self.node.child(*role)?}))
+        });
+        children.collect()
     }
 
     fn backing(self) -> Option<Backing<'a>> {
-        let below = Self::find(self.all, self.node.backing.as_ref()?)?;
+        let mut image = self;
+        while let Some(filtered) = image.node.child(Role::Filtered) {
+            image = Self::find(self.all, filtered)?;
+        }
+        let below = Self::find(self.all, image.node.child(Role::Backing)?)?;
         let full_filename = below.filename();
         let header = self.node.layer.format.backing();
         // The header may name another file than the one that was asked for.
@@ -129,7 +134,7 @@ impl<'a> NodeView<'a> {
             full_filename,
             format: header
                 .and_then(|header| header.format)
-                .unwrap_or_else(|| below.node.driver.to_owned()),
+                .unwrap_or_else(|| below.node.driver_name().to_owned()),
             node: below,
         })
     }
@@ -146,7 +151,7 @@ impl<'a> NodeView<'a> {
         let mut value = json!({
             "virtual-size": format.size(),
             "filename": self.filename(),
-            "format": self.node.driver,
+            "format": self.node.driver_name(),
             "actual-size": actual_size(&self.node.filename),
             "dirty-flag": false,
         });

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::graph::Graph;
 use crate::graph::recorded::{is_same_image, is_same_place};
+use crate::graph::{Graph, Role};
 use crate::job::records::identity;
 use crate::options::ExportOptions;
 use crate::state::record::{self, Identity, State, Work};
@@ -168,7 +168,7 @@ fn served(exports: &[ExportOptions], graph: &Graph) -> Result<Vec<Served>> {
         for node in graph.chain_nodes(&top.name)?.into_iter().rev() {
             let file = graph.file_of(&node)?;
             let mut files = vec![(node.filename.clone(), identity(&node))];
-            if let Some(data) = &node.data_file {
+            if let Some(data) = node.child(Role::DataFile) {
                 let data = graph.node(data)?;
                 let identity = data.layer.storage.identity();
                 files.push((data.filename, identity.unwrap_or_default()));

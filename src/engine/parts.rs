@@ -78,7 +78,7 @@ pub fn of(
         // A filter is the image that it is over: two threads would close the same one. What is
         // only read has nothing to close; but a job may be about to close what it has written.
         let is_written = !node.layer.read_only || written.contains(&node.name);
-        if node.driver != "copy-on-read" && is_written {
+        if !node.is_filter() && is_written {
             parts.push(image(graph, node, &users));
         }
     }
@@ -117,8 +117,7 @@ fn images_of(nodes: &[Node], top: &str) -> BTreeSet<String> {
         if let Some(node) = nodes.iter().find(|node| node.name == name)
             && found.insert(name)
         {
-            let under = [&node.backing, &node.file, &node.data_file];
-            next.extend(under.into_iter().flatten().cloned());
+            next.extend(node.edges.iter().map(|edge| edge.child.clone()));
         }
     }
     found
@@ -162,6 +161,7 @@ mod tests {
     use super::*;
     use crate::chain::Layer;
     use crate::format::{Format, Raw};
+    use crate::graph::Role;
     use crate::job::{BodyFactory, JobError, JobSpec, ParkRunner, SystemClock};
     use crate::options::{BlockdevOptions, Dialect};
     use crate::storage::memory::MemoryStorage;
@@ -169,26 +169,17 @@ mod tests {
     fn add(graph: &Graph, name: &str, backing: Option<&str>, read_only: bool) {
         let options = json!({"driver": "raw", "node-name": name,
             "file": {"driver": "file", "filename": "/disk"}});
-        let node = Node {
+        let layer = Layer {
             name: name.to_owned(),
-            driver: "raw",
-            layer: Arc::new(Layer {
-                name: name.to_owned(),
-                format: Format::Raw(Raw::new(512)),
-                storage: Arc::new(MemoryStorage::new(vec![0; 512])),
-                read_only,
-                discard: true,
-                copy_on_read: false,
-            }),
-            filename: PathBuf::from("/disk"),
-            backing: backing.map(str::to_owned),
-            file: None,
-            data_file: None,
-            options: BlockdevOptions::from_value(&options, Dialect::Json).unwrap(),
-            implicit: false,
-            fixed_read_only: false,
+            format: Format::Raw(Raw::new(512)),
+            storage: Arc::new(MemoryStorage::new(vec![0; 512])),
+            read_only,
+            discard: true,
+            copy_on_read: false,
         };
-        graph.add(node).unwrap();
+        let options = BlockdevOptions::from_value(&options, Dialect::Json).unwrap();
+        let node = Node::new(options, layer, PathBuf::from("/disk"));
+        graph.add(node.over(Role::Backing, backing)).unwrap();
     }
 
     /// A job that ends with an error after it has done `work`.

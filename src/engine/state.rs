@@ -283,7 +283,7 @@ fn find(
 ) -> std::result::Result<Option<Node>, String> {
     let file_of = |node: &Node| graph.file_of(node).unwrap_or_default();
     let is_it = |node: &&Node| {
-        node.driver != "file" && is_same_image((&wanted.file, of), (&file_of(node), identity(node)))
+        !node.is_file() && is_same_image((&wanted.file, of), (&file_of(node), identity(node)))
     };
     let nodes = graph.nodes();
     let images: Vec<&Node> = nodes.iter().filter(is_it).collect();

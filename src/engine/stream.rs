@@ -461,11 +461,7 @@ mod tests {
         let make = make.unwrap();
         let is_read_only = || graph.node("mid").unwrap().layer.read_only;
         assert!(!is_read_only());
-        // So that the chain cannot be made any more.
-        graph.remove("base");
-        let reactor = Reactor::for_this_thread().unwrap();
-        assert!(reactor.block_on(make()).is_err());
+        drop(make);
         assert!(is_read_only());
-        Reactor::leave_thread();
     }
 }

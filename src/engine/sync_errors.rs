@@ -186,7 +186,7 @@ fn events(
     let nodes = graph.nodes();
     let mut found = nodes.iter().filter(|node| concerned(node));
     let first = found.clone().next();
-    let image = found.find(|node| node.driver != "file").or(first);
+    let image = found.find(|node| !node.is_file()).or(first);
     image
         .map(|node| event("", &node.name))
         .into_iter()
@@ -288,27 +288,21 @@ mod tests {
         file: Option<&Arc<Cached>>,
     ) -> Arc<Cached> {
         let storage = file.cloned().unwrap_or_else(cached);
-        let options = json!({"driver": "raw", "node-name": name,
-            "file": {"driver": "file", "filename": "/disk"}});
-        let node = Node {
+        let mut options = json!({"driver": driver, "node-name": name});
+        match driver {
+            "file" => options["filename"] = json!("/disk"),
+            _ => options["file"] = json!({"driver": "file", "filename": "/disk"}),
+        }
+        let layer = Layer {
             name: name.to_owned(),
-            driver,
-            layer: Arc::new(Layer {
-                name: name.to_owned(),
-                format: Format::Raw(Raw::new(512)),
-                storage: storage.clone(),
-                read_only: false,
-                discard: true,
-                copy_on_read: false,
-            }),
-            filename: PathBuf::from("/disk"),
-            backing: None,
-            file: None,
-            data_file: None,
-            options: BlockdevOptions::from_value(&options, Dialect::Json).unwrap(),
-            implicit: false,
-            fixed_read_only: false,
+            format: Format::Raw(Raw::new(512)),
+            storage: storage.clone(),
+            read_only: false,
+            discard: true,
+            copy_on_read: false,
         };
+        let options = BlockdevOptions::from_value(&options, Dialect::Json).unwrap();
+        let node = Node::new(options, layer, PathBuf::from("/disk"));
         graph.add(node).unwrap();
         storage
     }

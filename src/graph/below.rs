@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::{Graph, Node, resolve};
+use super::descent::WHOLE;
+use super::{Graph, Node, Role, State, resolve};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::Backing;
@@ -197,6 +198,24 @@ pub(super) fn file_named(image: &Path, name: &str, what: &str) -> Result<PathBuf
 }
 
 impl Graph {
+    /// As [`State::header_name`], now.
+    ///
+    /// # Errors
+    /// When a node does not exist.
+    pub fn header_name(&self, name: &str) -> Result<String> {
+        self.state().header_name(name)
+    }
+
+    /// As [`State::is_whole_file`], now.
+    ///
+    /// # Errors
+    /// When a node does not exist.
+    pub fn is_whole_file(&self, node: &Node) -> Result<bool> {
+        self.state().is_whole_file(node)
+    }
+}
+
+impl State {
     /// How the header of an image in another folder is to name node `name`: by the path of its
     /// file, if an image of the node's format in that file is all there is to it.
     ///
@@ -204,10 +223,10 @@ impl Graph {
     /// When a node does not exist.
     pub fn header_name(&self, name: &str) -> Result<String> {
         let node = self.image_node(name)?;
-        if self.is_whole_file(&node)? {
-            return Ok(absolute(&node));
+        if self.is_whole_file(node)? {
+            return Ok(absolute(node));
         }
-        Ok(format!("json:{}", self.described(&node)?))
+        Ok(format!("json:{}", self.described(node)?))
     }
 
     /// Whether a node is what its file holds from its beginning to its end, with what the headers
@@ -216,31 +235,31 @@ impl Graph {
     /// # Errors
     /// When a node does not exist.
     pub fn is_whole_file(&self, node: &Node) -> Result<bool> {
-        let window = match &node.options.driver {
-            Driver::Raw(raw) => raw.offset != 0 || raw.size.is_some(),
-            _ => false,
+        let is_whole = node.driver().behind(&WHOLE) == WHOLE;
+        let as_named = || -> Result<bool> {
+            let backing = self.other_backing(node)?.is_none();
+            Ok(backing && self.other_data_file(node)?.is_none())
         };
-        if window || self.other_backing(node)?.is_some() || self.other_data_file(node)?.is_some() {
-            return Ok(false);
-        }
-        match &node.file {
-            Some(file) => self.is_whole_file(&self.node(file)?),
+        match node.file() {
+            _ if !is_whole || !as_named()? => Ok(false),
+            Some(file) => self.is_whole_file(self.node(file)?),
             None => Ok(true),
         }
     }
 
     /// What is under an image where the options, and not its header, have put it: a node or
     /// nothing.
-    fn other_backing(&self, node: &Node) -> Result<Option<Option<Node>>> {
-        let (options, header) = match (&node.options.driver, &node.layer.format) {
-            (Driver::Qcow2(options), Format::Qcow2(image)) => (&options.backing, image.backing()),
-            (Driver::Qed(options), Format::Qed(image)) => {
-                (&options.backing, image.backing().cloned())
-            }
-            _ => return Ok(None),
+    fn other_backing(&self, node: &Node) -> Result<Option<Option<&Node>>> {
+        let Some(options) = node.driver().backing() else {
+            return Ok(None);
         };
-        let below = node.backing.as_deref().map(|below| self.node(below));
-        let below = below.transpose()?;
+        let header = match &node.layer.format {
+            Format::Qcow2(image) => image.backing(),
+            Format::Qed(image) => image.backing().cloned(),
+            Format::Raw(_) => None,
+        };
+        let below = node.child(Role::Backing).map(|below| self.node(below));
+        let below = below.transpose()?.map(|below| &**below);
         let named = match (options, &header, &below) {
             (BackingRef::Default, _, _) | (_, None, None) => true,
             (_, Some(header), Some(below)) => {
@@ -253,49 +272,44 @@ impl Graph {
     }
 
     /// The data file of an image, where it is another than the header names.
-    fn other_data_file(&self, node: &Node) -> Result<Option<Node>> {
-        let (Driver::Qcow2(options), Format::Qcow2(image), Some(data)) =
-            (&node.options.driver, &node.layer.format, &node.data_file)
-        else {
+    fn other_data_file(&self, node: &Node) -> Result<Option<&Node>> {
+        let (true, Format::Qcow2(image), Some(data)) = (
+            node.driver().has_own_data_file(),
+            &node.layer.format,
+            node.child(Role::DataFile),
+        ) else {
             return Ok(None);
         };
-        if options.data_file.is_none() {
-            return Ok(None);
-        }
         let data = self.node(data)?;
         let named = image
             .header()
             .data_file
             .as_ref()
             .is_some_and(|name| resolve(&node.filename, name) == data.filename);
-        let named = named && self.is_whole_file(&data)?;
-        Ok((!named).then_some(data))
+        let named = named && self.is_whole_file(data)?;
+        Ok((!named).then_some(&**data))
     }
 
     /// What makes the bytes of a node, in the form of its options.
     fn described(&self, node: &Node) -> Result<Value> {
         let mut map = Map::new();
-        map.insert("driver".into(), json!(node.driver));
-        let Some(file) = &node.file else {
+        map.insert("driver".into(), json!(node.driver_name()));
+        let Some(file) = node.file() else {
             map.insert("filename".into(), json!(absolute(node)));
             return Ok(Value::Object(map));
         };
-        let file = self.described(&self.node(file)?)?;
-        match &node.options.driver {
-            Driver::CopyOnRead(_) => return Ok(file),
-            Driver::Raw(raw) => {
-                map.insert("offset".into(), json!(raw.offset));
-                map.extend(raw.size.map(|size| ("size".into(), json!(size))));
-            }
-            _ => {}
+        let file = self.described(self.node(file)?)?;
+        if node.is_filter() {
+            return Ok(file);
         }
+        node.driver().describe(&mut map);
         map.insert("file".into(), file);
         if let Some(below) = self.other_backing(node)? {
-            let below = below.map(|below| self.described(&below)).transpose()?;
+            let below = below.map(|below| self.described(below)).transpose()?;
             map.insert("backing".into(), below.unwrap_or(Value::Null));
         }
         if let Some(data) = self.other_data_file(node)? {
-            map.insert("data-file".into(), self.described(&data)?);
+            map.insert("data-file".into(), self.described(data)?);
         }
         Ok(Value::Object(map))
     }

@@ -1,5 +1,4 @@
-//! The way down while an image is opened: what has been opened, to find loops, and to take it back
-//! after an error.
+//! The way down while an image is opened: what has been opened, to find loops.
 //!
 //! An image may be laid out in a part of a file, and its backing file in another part of the same
 //! one. So a chain is a loop where two of its images have bytes in common, not where they have a
@@ -10,10 +9,10 @@ use std::ops::Range;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use super::together::Place;
-use super::{Graph, Node};
+use super::drivers;
+use super::{Node, State};
 use crate::error::{Error, Result};
-use crate::options::{BlockRef, BlockdevOptions, Driver, RawOptions};
+use crate::options::{BlockRef, BlockdevOptions};
 
 /// Layers that a chain may have.
 const MAX_DEPTH: usize = 200;
@@ -41,18 +40,16 @@ pub(super) struct Descent {
     /// The part of the next file that is wanted.
     pub(super) wanted: Extent,
     depth: usize,
-    /// The nodes that have been added.
-    pub(super) added: Vec<String>,
-    pub(super) place: Place,
+    /// The place of the uppermost node in the list of those that are opened together.
+    pub(super) place: usize,
 }
 
 impl Descent {
-    pub fn new(place: Place) -> Self {
+    pub fn new(place: usize) -> Self {
         Self {
             used: Vec::new(),
             wanted: WHOLE,
             depth: 0,
-            added: Vec::new(),
             place,
         }
     }
@@ -113,49 +110,27 @@ fn told(extent: &Extent) -> String {
     }
 }
 
-/// The part of a node's file that is behind the part `of` a raw node over it.
-pub(super) fn behind(raw: &RawOptions, of: &Extent) -> Extent {
-    let end = raw
-        .size
-        .map_or(u64::MAX, |size| raw.offset.saturating_add(size));
-    let start = of.start.saturating_add(raw.offset).min(end);
-    start..of.end.saturating_add(raw.offset).min(end)
-}
-
 /// What an image that is described in place is in: the file's own options, which part of it, and
 /// where that is said. `None`: the file is no part of the description.
 fn file_of(options: &mut BlockdevOptions) -> Option<(&mut BlockRef, Extent)> {
     let mut extent = WHOLE;
-    let mut driver = &mut options.driver;
+    let mut node = options;
     loop {
-        let below = match driver {
-            Driver::Raw(raw) => {
-                extent = behind(raw, &extent);
-                &mut raw.file
-            }
-            Driver::Qcow2(qcow2) => &mut qcow2.file,
-            Driver::Qed(qed) => &mut qed.file,
-            Driver::Auto(auto) => &mut auto.file,
-            Driver::CopyOnRead(filter) => &mut filter.file,
-            Driver::File(_) | Driver::HostDevice(_) => return None,
-        };
-        let is_file = |below: &BlockRef| match below {
-            BlockRef::Inline(below) => {
-                matches!(below.driver, Driver::File(_) | Driver::HostDevice(_))
-            }
+        extent = drivers::of(&node.driver).behind(&extent);
+        let below = node.driver.file_mut()?;
+        let is_file = match below {
+            BlockRef::Inline(below) => drivers::of(&below.driver).path().is_some(),
             BlockRef::Name(_) => true,
         };
-        if is_file(below) {
-            return Some((below, extent));
+        match below {
+            below if is_file => return Some((below, extent)),
+            BlockRef::Inline(below) => node = below,
+            BlockRef::Name(_) => return None,
         }
-        let BlockRef::Inline(below) = below else {
-            return None;
-        };
-        driver = &mut below.driver;
     }
 }
 
-impl Graph {
+impl State {
     /// Puts the backing file that `options` describe into the node that the image `above`, whose
     /// header names it, is in, if it is another part of the same file: two nodes on one file would
     /// lock each other out.
@@ -174,11 +149,11 @@ impl Graph {
         let BlockRef::Inline(inline) = &*file else {
             return Ok(());
         };
-        let (Driver::File(named) | Driver::HostDevice(named)) = &inline.driver else {
+        let Some(path) = drivers::of(&inline.driver).path() else {
             return Ok(());
         };
         let stat = |path: &Path| std::fs::metadata(path).ok();
-        let (Some(own), Some(other)) = (stat(&above.filename), stat(&named.filename)) else {
+        let (Some(own), Some(other)) = (stat(&above.filename), stat(path)) else {
             return Ok(());
         };
         if identity(&own) != identity(&other) {
@@ -186,10 +161,10 @@ impl Graph {
         }
         let image = self.extent(above)?;
         if meet(&image, &extent) {
-            return Err(is_loop(&named.filename, &image, &extent));
+            return Err(is_loop(path, &image, &extent));
         }
         descent.wanted = extent;
-        descent.enter(&named.filename, &other)?;
+        descent.enter(path, &other)?;
         descent.wanted = WHOLE;
         *file = BlockRef::Name(self.bottom(above)?);
         Ok(())
@@ -200,12 +175,10 @@ impl Graph {
     /// # Errors
     /// When a node does not exist.
     pub(super) fn extent(&self, node: &Node) -> Result<Extent> {
-        let (mut node, mut extent) = (node.clone(), WHOLE);
+        let (mut node, mut extent) = (node, WHOLE);
         loop {
-            if let Driver::Raw(raw) = &node.options.driver {
-                extent = behind(raw, &extent);
-            }
-            let Some(file) = &node.file else {
+            extent = node.driver().behind(&extent);
+            let Some(file) = node.file() else {
                 return Ok(extent);
             };
             node = self.node(file)?;
@@ -219,7 +192,8 @@ mod tests {
     //! other that are taken for one, or the other way round.
 
     use super::*;
-    use crate::options::BlockRef;
+    use crate::graph::drivers::Driver;
+    use crate::options::RawOptions;
 
     fn raw(offset: u64, size: Option<u64>) -> RawOptions {
         RawOptions {
@@ -231,19 +205,19 @@ mod tests {
 
     #[test]
     fn parts_of_parts_are_found_in_the_file() {
-        assert_eq!(behind(&raw(0, None), &WHOLE), WHOLE);
-        let inner = behind(&raw(512, Some(1024)), &WHOLE);
+        assert_eq!(raw(0, None).behind(&WHOLE), WHOLE);
+        let inner = raw(512, Some(1024)).behind(&WHOLE);
         assert_eq!(inner, 512..1536);
-        assert_eq!(behind(&raw(4096, None), &inner), 4608..5632);
+        assert_eq!(raw(4096, None).behind(&inner), 4608..5632);
         // What is said to be longer than what it is in.
-        assert_eq!(behind(&raw(4096, Some(1000)), &inner), 4608..5096);
-        assert_eq!(behind(&raw(u64::MAX, Some(9)), &inner), u64::MAX..u64::MAX);
+        assert_eq!(raw(4096, Some(1000)).behind(&inner), 4608..5096);
+        assert_eq!(raw(u64::MAX, Some(9)).behind(&inner), u64::MAX..u64::MAX);
     }
 
     #[test]
     fn only_what_has_bytes_in_common_is_a_loop() {
         let file = std::fs::metadata("/").unwrap();
-        let mut descent = Descent::new(Place::default());
+        let mut descent = Descent::new(0);
         let mut enter = |part: Extent| {
             descent.wanted = part;
             descent.enter(Path::new("disk"), &file)

@@ -1,236 +1,108 @@
-//! The graph of nodes: names, files, backing links; and the disks that hang on it.
+//! The graph of nodes, and the disks that hang on it.
 //!
-//! A node is a layer with a name, and what it was opened with. The links between nodes are the
-//! one thing that changes: when they do, every [`Root`] above gets its chain anew. Control
-//! commands come here, guests never do.
+//! * [`nodes`]: nodes, edges with roles, and the graph as an immutable value;
+//! * [`transaction`]: changes that happen together or not at all;
+//! * [`compile`]: from the graph to the flat chains of the data path;
+//! * `opening`, `together`, `descent`, `below`, `recorded`: from options, headers and records to
+//!   nodes; `drivers`: what each driver needs and opens;
+//! * `writable`, `resize`: what writers ask for.
+//!
+//! Readers load the present value ([`Graph::state`]) and never wait for a change. All that is
+//! published goes through [`Graph::commit`], which neither opens, syncs nor waits: what takes time
+//! (opening images) happens before, in a [`Transaction`] that nobody else sees, and what only the
+//! old value held is dropped after, by who asked for the change. Guests never come here.
 
 mod below;
+mod compile;
 mod descent;
-mod open;
+mod drivers;
+mod nodes;
+mod opening;
 pub mod recorded;
 mod resize;
+#[cfg(test)]
+mod tests;
 mod together;
+mod transaction;
 mod writable;
 
-use std::collections::HashSet;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
+use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 
 use crate::chain::{Chain, Layer, Root};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::journal::Folder;
-use crate::options::BlockdevOptions;
 
 pub use below::{backing_options, layer_options};
+pub use nodes::{Edge, Node, Role, State};
 pub use recorded::{Recorded, RecordedLink, RecordedNode};
+pub use transaction::Transaction;
 
-/// A named layer, as of one moment.
-#[derive(Clone, Debug)]
-pub struct Node {
-    /// Its name.
-    pub name: String,
-    /// Its driver: `file`, `raw`, `qcow2`, `copy-on-read`.
-    pub driver: &'static str,
-    /// The layer that it stands for.
-    pub layer: Arc<Layer>,
-    /// The file that its bytes are in.
-    pub filename: PathBuf,
-    /// The node under it that supplies what it lacks.
-    pub backing: Option<String>,
-    /// The node that it is a filter of, or that its bytes are in.
-    pub file: Option<String>,
-    /// The node that its guest data is in, where that is not `file`.
-    pub data_file: Option<String>,
-    /// What it was opened with.
-    pub options: BlockdevOptions,
-    /// Nobody asked for it by name: it goes when nothing uses it any longer.
-    pub implicit: bool,
-    /// It is never to be written, whoever asks.
-    pub fixed_read_only: bool,
-}
+/// All nodes, and the disks that hang on them. Clones are the same graph.
+#[derive(Clone, Debug, Default)]
+pub struct Graph(Arc<Inner>);
 
-impl Node {
-    /// Its format, as a header would name it: a bare file is a raw disk.
-    #[must_use]
-    pub fn format_name(&self) -> &'static str {
-        match self.driver {
-            "qcow2" => "qcow2",
-            "qed" => "qed",
-            _ => "raw",
-        }
-    }
-
-    /// The nodes under it, each with its role.
-    pub fn children(&self) -> impl Iterator<Item = (&str, &'static str)> {
-        // A filter has its child's chain, and one child.
-        let own = self.driver != "copy-on-read";
-        let of_its_own = [(&self.backing, "backing"), (&self.data_file, "data-file")];
-        let of_its_own = of_its_own.into_iter().filter(move |_| own);
-        std::iter::once((&self.file, "file"))
-            .chain(of_its_own)
-            .filter_map(|(below, role)| Some((below.as_deref()?, role)))
-    }
-}
-
-/// All nodes, and the disks that hang on them.
 #[derive(Debug, Default)]
-pub struct Graph {
-    state: Mutex<State>,
+struct Inner {
+    state: ArcSwap<State>,
+    /// Held while a new value is made from the present one, and for nothing else.
+    publishing: Mutex<()>,
+    /// Names made up so far.
+    named: AtomicU64,
     journals: OnceLock<Arc<Folder>>,
 }
 
+/// What only an old value of the graph held, layers and files among it. To drop it may close
+/// files, which may wait for their storage.
 #[derive(Debug, Default)]
-struct State {
-    nodes: Vec<Node>,
-    roots: Vec<(Weak<Root>, String)>,
-    named: u64,
-}
-
-impl State {
-    fn node(&self, name: &str) -> Result<&Node> {
-        self.nodes
-            .iter()
-            .find(|node| node.name == name)
-            .ok_or_else(|| Error::Invalid(format!("Cannot find node '{name}'")))
-    }
-
-    /// The names of the filters on a node, and of those on them.
-    fn filters_of(&self, name: &str) -> Vec<String> {
-        let mut names = vec![name.to_owned()];
-        // A node refers to those before it alone, but the list can be in any order.
-        let mut at = 0;
-        while let Some(below) = names.get(at) {
-            let filters = self
-                .nodes
-                .iter()
-                .filter(|node| node.driver == "copy-on-read" && node.file.as_ref() == Some(below))
-                .map(|node| node.name.clone());
-            let filters: Vec<_> = filters.collect();
-            names.extend(filters);
-            at += 1;
-        }
-        names.split_off(1)
-    }
-
-    fn node_mut(&mut self, name: &str) -> Result<&mut Node> {
-        self.nodes
-            .iter_mut()
-            .find(|node| node.name == name)
-            .ok_or_else(|| Error::Invalid(format!("Cannot find node '{name}'")))
-    }
-
-    /// The nodes that are over `name`, each with its child's role.
-    fn over<'a>(&'a self, name: &'a str) -> impl Iterator<Item = (&'a Node, &'static str)> {
-        self.nodes.iter().flat_map(move |node| {
-            let to_it = node.children().filter(move |(below, _)| *below == name);
-            to_it.map(move |(_, role)| (node, role))
-        })
-    }
-
-    /// Whether `node` lets others write what it has as `role`: an image does not let anybody change
-    /// the bytes that it is laid out in, nor does what passes them on to one.
-    fn shares_writes(&self, node: &Node, role: &str) -> bool {
-        let passes_on = role == "backing" || matches!(node.driver, "raw" | "copy-on-read");
-        passes_on
-            && self
-                .over(&node.name)
-                .all(|(above, role)| self.shares_writes(above, role))
-    }
-
-    /// Refuses that `name` is written, in QEMU's words, if another node relies on bytes that
-    /// change with it. `by` is the node whose write it is, `None` for one that is asked for.
-    fn check_write(&self, name: &str, by: Option<&Node>) -> Result<()> {
-        let rival = self.over(name).find(|(node, role)| {
-            by.is_none_or(|by| by.name != node.name) && !self.shares_writes(node, role)
-        });
-        if let Some((node, role)) = rival {
-            let child = by.and_then(|by| by.children().find(|(below, _)| *below == name));
-            let child = child.map_or("root", |(_, role)| role);
-            let who = match by {
-                Some(by) => format!("node '{}'", by.name),
-                None => "an unnamed block device".to_owned(),
-            };
-            return Err(Error::Invalid(format!(
-                "Permission conflict on node '{name}': permissions 'write' are both required by \
-                 {who} (uses node '{name}' as '{child}' child) and unshared by node '{}' (uses \
-                 node '{name}' as '{role}' child).",
-                node.name
-            )));
-        }
-        let node = self.node(name)?;
-        node.children()
-            .filter(|(_, role)| *role != "backing")
-            .try_for_each(|(below, _)| self.check_write(below, Some(node)))
-    }
-
-    /// The nodes that supply a disk's bytes, top first: filters stand for what they filter.
-    fn chain_nodes(&self, top: &str) -> Result<Vec<&Node>> {
-        let mut nodes = Vec::new();
-        let mut next = Some(top.to_owned());
-        while let Some(name) = next {
-            let node = self.node(&name)?;
-            if nodes.len() >= self.nodes.len() {
-                return Err(Error::Invalid(format!("node '{name}' is under itself")));
-            }
-            nodes.push(node);
-            next = node.backing.clone();
-        }
-        Ok(nodes)
-    }
-
-    fn chain(&self, top: &str) -> Result<Chain> {
-        let nodes = self.chain_nodes(top)?;
-        Chain::new(nodes.iter().map(|node| node.layer.clone()).collect())
-    }
-
-    /// Gives every disk its chain anew.
-    fn publish(&mut self) -> Result<()> {
-        self.roots.retain(|(root, _)| root.strong_count() > 0);
-        for (root, top) in &self.roots {
-            if let Some(root) = root.upgrade() {
-                root.publish(Arc::new(self.chain(top)?));
-            }
-        }
-        Ok(())
-    }
-
-    /// Drops implicit nodes that nothing refers to.
-    fn collect(&mut self) {
-        let mut used: HashSet<String> = HashSet::new();
-        let explicit = self
-            .nodes
-            .iter()
-            .filter(|node| !node.implicit)
-            .map(|n| n.name.clone());
-        let tops = self
-            .roots
-            .iter()
-            .filter(|(r, _)| r.strong_count() > 0)
-            .map(|(_, t)| t.clone());
-        let mut open: Vec<String> = explicit.chain(tops).collect();
-        while let Some(name) = open.pop() {
-            if let Ok(node) = self.node(&name)
-                && used.insert(name)
-            {
-                let below = [&node.backing, &node.file, &node.data_file];
-                open.extend(below.into_iter().flatten().cloned());
-            }
-        }
-        self.nodes.retain(|node| used.contains(&node.name));
-    }
+pub struct Released {
+    _states: Vec<Arc<State>>,
+    /// Disks that were looked at, each with a chain that is not in force.
+    _chains: Vec<(Arc<Root>, Option<Arc<Chain>>)>,
 }
 
 impl Graph {
     /// From now on the images that are opened have their journals in `folder`. Can be said once.
     pub fn keep_journals(&self, folder: Arc<Folder>) {
-        let _ = self.journals.set(folder);
+        let _ = self.0.journals.set(folder);
     }
 
     pub(super) fn journal(&self) -> Option<Arc<Folder>> {
-        self.journals.get().cloned()
+        self.0.journals.get().cloned()
+    }
+
+    /// The graph as it is now.
+    #[must_use]
+    pub fn state(&self) -> Arc<State> {
+        self.0.state.load_full()
+    }
+
+    /// Begins a transaction on the graph as it is now.
+    #[must_use]
+    pub fn transaction(&self) -> Transaction {
+        Transaction::new(State::clone(&self.state()))
+    }
+
+    /// Publishes the changes of `transaction`, with the chains of all disks that they affect; or
+    /// none of them. Returns what is left of the old value.
+    ///
+    /// # Errors
+    /// What does not go with the graph as it is by now.
+    pub fn commit(&self, transaction: Transaction) -> Result<Released> {
+        let (result, released) = self.0.publish(|state| transaction.apply(state));
+        result.map(|()| released)
+    }
+
+    /// Makes one change.
+    fn change(&self, make: impl FnOnce(&mut Transaction) -> Result<()>) -> Result<()> {
+        let mut transaction = self.transaction();
+        make(&mut transaction)?;
+        self.commit(transaction).map(drop)
     }
 
     /// Adds a node.
@@ -238,29 +110,14 @@ impl Graph {
     /// # Errors
     /// When its name is taken.
     pub fn add(&self, node: Node) -> Result<()> {
-        let mut state = self.state.lock();
-        if state.nodes.iter().any(|other| other.name == node.name) {
-            return Err(Error::Invalid(format!(
-                "Duplicate nodes with node-name='{}'",
-                node.name
-            )));
-        }
-        state.nodes.push(node);
-        Ok(())
-    }
-
-    /// Puts the nodes that have a place first, in its order.
-    pub(super) fn arrange(&self, place: impl Fn(&str) -> Option<usize>) {
-        let key = |node: &Node| place(&node.name).unwrap_or(usize::MAX);
-        self.state.lock().nodes.sort_by_key(key);
+        self.change(|transaction| transaction.add(node))
     }
 
     /// A name for a node that was given none.
     #[must_use]
     pub fn make_name(&self) -> String {
-        let mut state = self.state.lock();
-        state.named += 1;
-        format!("#block{:03}", state.named)
+        let number = self.0.named.fetch_add(1, Ordering::Relaxed) + 1;
+        format!("#block{number:03}")
     }
 
     /// A node as it is now.
@@ -268,7 +125,7 @@ impl Graph {
     /// # Errors
     /// When there is none of this name.
     pub fn node(&self, name: &str) -> Result<Node> {
-        self.state.lock().node(name).cloned()
+        Ok(Node::clone(self.state().node(name)?))
     }
 
     /// The node that has the image of `name`: the one under a filter, any other itself.
@@ -276,28 +133,13 @@ impl Graph {
     /// # Errors
     /// When there is no such node.
     pub fn image_node(&self, name: &str) -> Result<Node> {
-        let mut node = self.node(name)?;
-        while node.driver == "copy-on-read"
-            && let Some(file) = &node.file
-        {
-            node = self.node(file)?;
-        }
-        Ok(node)
-    }
-
-    /// Refuses that node `name` is written, if another one relies on its bytes, or on those that
-    /// it is laid out in.
-    ///
-    /// # Errors
-    /// When that is so, naming the other one; or there is no such node.
-    pub(super) fn check_write(&self, name: &str) -> Result<()> {
-        self.state.lock().check_write(name, None)
+        Ok(Node::clone(self.state().image_node(name)?))
     }
 
     /// All nodes as they are now.
     #[must_use]
     pub fn nodes(&self) -> Vec<Node> {
-        self.state.lock().nodes.clone()
+        cloned(self.state().nodes())
     }
 
     /// The nodes of a disk, top first.
@@ -305,15 +147,15 @@ impl Graph {
     /// # Errors
     /// When there is no such node.
     pub fn chain_nodes(&self, top: &str) -> Result<Vec<Node>> {
-        let state = self.state.lock();
-        Ok(state.chain_nodes(top)?.into_iter().cloned().collect())
+        Ok(cloned(self.state().chain_nodes(top)?))
     }
 
-    /// Removes a node and what only it used, for instance when opening did not go to its end.
-    pub fn remove(&self, name: &str) {
-        let mut state = self.state.lock();
-        state.nodes.retain(|node| node.name != name);
-        state.collect();
+    /// Removes a node and what only it used.
+    ///
+    /// # Errors
+    /// When there is no such node, or it is in use.
+    pub fn remove(&self, name: &str) -> Result<()> {
+        self.change(|transaction| transaction.remove(name))
     }
 
     /// A disk whose top is node `top`. It is kept up to date while somebody holds it.
@@ -321,12 +163,14 @@ impl Graph {
     /// # Errors
     /// When there is no such node.
     pub fn root(&self, top: &str) -> Result<Arc<Root>> {
-        let mut state = self.state.lock();
-        let root = Root::new(state.chain(top)?);
-        // Jobs come and go: what they have left would pile up until the next change.
-        state.roots.retain(|(root, _)| root.strong_count() > 0);
-        state.roots.push((Arc::downgrade(&root), top.to_owned()));
-        Ok(root)
+        let mut made = Err(Error::Invalid(format!("Cannot find node '{top}'")));
+        let (result, _released) = self.0.publish(|state| {
+            let root = Root::new(compile::compile(state, top)?);
+            state.roots.push((Arc::downgrade(&root), top.to_owned()));
+            made = Ok(root);
+            Ok(())
+        });
+        result.and(made)
     }
 
     /// Gives a node another layer: one that can be written, or no longer.
@@ -334,14 +178,7 @@ impl Graph {
     /// # Errors
     /// When there is no such node.
     pub fn replace_layer(&self, name: &str, layer: Arc<Layer>) -> Result<()> {
-        let mut state = self.state.lock();
-        let filters = state.filters_of(name);
-        for filter in filters {
-            let of = filter_layer(&layer, &filter);
-            state.node_mut(&filter)?.layer = of;
-        }
-        state.node_mut(name)?.layer = layer;
-        state.publish()
+        self.change(|transaction| transaction.set_layer(name, layer))
     }
 
     /// Puts another node under `name`, or none. Nodes that nobody uses any longer go.
@@ -349,17 +186,7 @@ impl Graph {
     /// # Errors
     /// When a node does not exist.
     pub fn set_backing(&self, name: &str, backing: Option<&str>) -> Result<()> {
-        let mut state = self.state.lock();
-        if let Some(backing) = backing {
-            state.node(backing)?;
-        }
-        let filters = state.filters_of(name);
-        for changed in filters.iter().map(String::as_str).chain([name]) {
-            state.node_mut(changed)?.backing = backing.map(str::to_owned);
-        }
-        state.publish()?;
-        state.collect();
-        Ok(())
+        self.change(|transaction| transaction.set_child(name, Role::Backing, backing))
     }
 
     /// Flushes and closes every image that was written.
@@ -385,13 +212,63 @@ impl Graph {
     }
 }
 
-/// The layer of a copy-on-read filter over `layer`.
-pub(super) fn filter_layer(layer: &Layer, name: &str) -> Arc<Layer> {
-    Arc::new(Layer {
-        name: name.to_owned(),
-        copy_on_read: true,
-        ..layer.clone()
-    })
+impl Inner {
+    /// Makes a new value of the graph, and the chains of the disks that differ in it, and puts
+    /// them in the place of the old ones; after an error all is as before. Nothing is dropped here
+    /// that could wait: the caller has it then.
+    fn publish(&self, change: impl FnOnce(&mut State) -> Result<()>) -> (Result<()>, Released) {
+        let _publishing = self.publishing.lock();
+        let old = self.state.load_full();
+        let mut new = State::clone(&old);
+        // Jobs come and go: what they have left would pile up.
+        new.roots.retain(|(root, _)| root.strong_count() > 0);
+        let mut chains = Vec::new();
+        let result = change(&mut new)
+            .and_then(|()| new.settle_filters(&old))
+            .and_then(|()| compile_changed(&old, &new, &mut chains));
+        let mut states = vec![Arc::new(new)];
+        if result.is_ok() {
+            for (root, chain) in &mut chains {
+                *chain = chain.take().map(|chain| root.publish(chain));
+            }
+            states = states.drain(..).map(|new| self.state.swap(new)).collect();
+            states.push(old);
+        }
+        (
+            result,
+            Released {
+                _states: states,
+                _chains: chains,
+            },
+        )
+    }
+}
+
+/// The chains of the disks that are other ones in `new` than in `old`.
+fn compile_changed(
+    old: &State,
+    new: &State,
+    chains: &mut Vec<(Arc<Root>, Option<Arc<Chain>>)>,
+) -> Result<()> {
+    for (root, top) in &new.roots {
+        let Some(root) = root.upgrade() else {
+            continue;
+        };
+        chains.push((root, None));
+        let nodes = new.chain_nodes(top)?;
+        let same = old.chain_nodes(top).is_ok_and(|old| {
+            let mut pairs = old.iter().zip(&nodes);
+            old.len() == nodes.len() && pairs.all(|(one, other)| Arc::ptr_eq(one, other))
+        });
+        if !same && let Some((_, chain)) = chains.last_mut() {
+            *chain = Some(Arc::new(compile::compile(new, top)?));
+        }
+    }
+    Ok(())
+}
+
+fn cloned<N: std::ops::Deref<Target = Arc<Node>>>(nodes: impl IntoIterator<Item = N>) -> Vec<Node> {
+    nodes.into_iter().map(|node| Node::clone(&node)).collect()
 }
 
 /// Where the file that an image names is: relative names start from the image's own folder.

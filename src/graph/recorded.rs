@@ -6,18 +6,19 @@
 //! wins over the options, as long as the image's header is as the stream has left it.
 
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
 
 use serde_json::Value;
 
 use super::below::backing_options;
 use super::descent::Descent;
-use super::open::Origin;
-use super::{Graph, Node};
+use super::drivers;
+use super::opening::{Opening, Origin};
+use super::{Graph, Node, State};
 use crate::error::{Error, Result, utc};
 use crate::format::qcow2::Backing;
-use crate::options::{BackingRef, BlockRef, BlockdevOptions, Driver, FileOptions};
+use crate::options::{BackingRef, BlockRef, BlockdevOptions};
 use crate::storage::{Identity, are_different, is_known, is_same_file};
 
 /// What is recorded of chains.
@@ -64,7 +65,7 @@ pub struct RecordedNode {
 }
 
 impl RecordedNode {
-    fn is(&self, graph: &Graph, node: &Node) -> bool {
+    fn is(&self, graph: &State, node: &Node) -> bool {
         let is_here = |file: String| is_same_place(&file, &self.file);
         node.format_name() == self.format && graph.file_of(node).is_ok_and(is_here)
     }
@@ -201,8 +202,8 @@ pub fn other_file(file: &str, found: Identity, wanted: Identity) -> String {
 
 /// Whether a file is missing that the node's own bytes are in.
 fn is_gone(options: &BlockdevOptions, gone: &HashSet<&str>) -> bool {
-    if let Driver::File(file) | Driver::HostDevice(file) = &options.driver {
-        return matches!(file.filename.try_exists(), Ok(false));
+    if let Some(path) = drivers::of(&options.driver).path() {
+        return matches!(path.try_exists(), Ok(false));
     }
     let children = options.children();
     let mut own = children.iter().filter(|(key, _)| *key != "backing");
@@ -213,28 +214,58 @@ fn is_gone(options: &BlockdevOptions, gone: &HashSet<&str>) -> bool {
 }
 
 impl Graph {
+    /// As [`State::file_of`], now.
+    ///
+    /// # Errors
+    /// When a node under it does not exist.
+    pub fn file_of(&self, node: &Node) -> Result<String> {
+        self.state().file_of(node)
+    }
+}
+
+impl State {
     /// What the bytes of a node's image are in: the path of a file, or a part of one in the form
     /// of a header's `json:` name.
     ///
     /// # Errors
     /// When a node under it does not exist.
     pub fn file_of(&self, node: &Node) -> Result<String> {
-        self.header_name(node.file.as_deref().unwrap_or(&node.name))
+        self.header_name(node.file().unwrap_or(&node.name))
     }
 
+    /// Whether a node with these options is the recorded one.
+    fn describes(&self, options: &BlockdevOptions, node: &RecordedNode) -> bool {
+        let (format, file) = match drivers::of(&options.driver).path() {
+            Some(path) => ("raw", absolute(path)),
+            None => {
+                let children = options.children();
+                let file = children.into_iter().find(|(key, _)| *key == "file");
+                let file = file.and_then(|(_, file)| match file {
+                    BlockRef::Name(name) => self.header_name(name).ok(),
+                    BlockRef::Inline(file) => drivers::of(&file.driver).path().and_then(absolute),
+                });
+                (options.driver.name(), file)
+            }
+        };
+        let is_here = |file: String| is_same_place(&file, &node.file);
+        (format == node.format || format == "auto") && file.is_some_and(is_here)
+    }
+}
+
+impl Opening<'_> {
     /// What is recorded of the image in node `file`, whose header names `header`.
     pub(super) fn recorded_link(
         &self,
         format: &str,
         file: &Node,
         header: Option<&Backing>,
-        descent: &Descent,
     ) -> Result<Option<RecordedLink>> {
-        let Some(recorded) = descent.place.recorded().filter(|all| !all.links.is_empty()) else {
+        let recorded = &self.together.recorded;
+        if recorded.links.is_empty() {
             return Ok(None);
-        };
+        }
         let identity = file.layer.storage.identity().unwrap_or_default();
-        let file = self.header_name(&file.name)?;
+        let file = self.state().header_name(&file.name)?;
         Ok(recorded.link(format, &file, identity, header)?.cloned())
     }
 
@@ -250,67 +281,43 @@ impl Graph {
         descent: &mut Descent,
     ) -> Result<String> {
         if let Some(name) = &below.name {
-            descent.place.wait_for(name).await;
+            self.together.wait_for(descent.place, name).await;
             if let Ok(node) = self.node(name)
-                && below.is(self, &node)
+                && below.is(&self.state(), &node)
             {
-                return Ok(node.name);
+                return Ok(name.clone());
             }
         }
         let mut next = Some(wanted);
         while let Some(BackingRef::Node(node)) = next {
             match node {
                 BlockRef::Name(name) => {
-                    descent.place.wait_for(name).await;
-                    let nodes = self.chain_nodes(name).unwrap_or_default();
-                    if let Some(found) = nodes.iter().find(|node| below.is(self, node)) {
+                    self.together.wait_for(descent.place, name).await;
+                    let state = self.state();
+                    let nodes = state.chain_nodes(name).unwrap_or_default();
+                    if let Some(found) = nodes.iter().find(|node| below.is(&state, node)) {
                         return Ok(found.name.clone());
                     }
                     break;
                 }
                 BlockRef::Inline(options) => {
-                    if self.describes(options, below) {
+                    if self.state().describes(options, below) {
                         return self.open_node(options, descent, Origin::Nested).await;
                     }
-                    next = match &options.driver {
-                        Driver::Qcow2(options) => Some(&options.backing),
-                        Driver::Qed(options) => Some(&options.backing),
-                        _ => None,
-                    };
+                    next = drivers::of(&options.driver).backing();
                 }
             }
         }
         descent.step_down(&image.filename)?;
         let mut options = backing_options(above, &image.filename, &below.open_as)?;
-        self.share_file(&mut options, image, descent)?;
+        self.state().share_file(&mut options, image, descent)?;
         options.node_name = below.name.clone().filter(|name| self.node(name).is_err());
         self.open_node(&options, descent, Origin::Header).await
     }
-
-    /// Whether a node with these options is the recorded one.
-    fn describes(&self, options: &BlockdevOptions, node: &RecordedNode) -> bool {
-        let (format, file) = match &options.driver {
-            Driver::File(file) | Driver::HostDevice(file) => ("raw", absolute(file)),
-            driver => {
-                let children = options.children();
-                let file = children.into_iter().find(|(key, _)| *key == "file");
-                let file = file.and_then(|(_, file)| match file {
-                    BlockRef::Name(name) => self.header_name(name).ok(),
-                    BlockRef::Inline(file) => match &file.driver {
-                        Driver::File(file) | Driver::HostDevice(file) => absolute(file),
-                        _ => None,
-                    },
-                });
-                (driver.name(), file)
-            }
-        };
-        let is_here = |file: String| is_same_place(&file, &node.file);
-        (format == node.format || format == "auto") && file.is_some_and(is_here)
-    }
 }
 
-fn absolute(file: &FileOptions) -> Option<String> {
-    let path = std::path::absolute(&file.filename).ok()?;
+fn absolute(path: &Path) -> Option<String> {
+    let path = std::path::absolute(path).ok()?;
     Some(path.display().to_string())
 }
 

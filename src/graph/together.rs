@@ -9,24 +9,27 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::future::poll_fn;
 use std::ops::Range;
-use std::rc::Rc;
 use std::task::{Poll, Waker};
 
 use futures_util::future::join_all;
 
 use super::Graph;
+use super::descent::Descent;
+use super::opening::{Opening, Origin};
 use super::recorded::Recorded;
 use crate::error::Result;
 use crate::options::BlockdevOptions;
 
-/// Nodes that are being opened together, known by their places in the list.
-struct Together {
+/// Nodes that are being opened together, known by their places in the list; none, where one is
+/// opened alone.
+#[derive(Default)]
+pub(super) struct Together {
     /// The first place of each name.
-    places: HashMap<String, usize>,
+    pub(super) places: HashMap<String, usize>,
     /// Whether the node of a place is open, or has failed; and who waits for that.
     nodes: RefCell<Vec<(bool, Vec<Waker>)>>,
     /// What is recorded of their chains.
-    recorded: Recorded,
+    pub(super) recorded: Recorded,
 }
 
 impl Together {
@@ -68,39 +71,36 @@ impl Together {
             waiting.drain(..).for_each(Waker::wake);
         }
     }
-}
 
-/// One node of those that are opened together, or one that is opened alone.
-#[derive(Clone, Default)]
-pub(super) struct Place(Option<(Rc<Together>, usize)>);
-
-impl Place {
-    /// Waits for the node called `name`, if it is one of those before this one.
-    pub(super) async fn wait_for(&self, name: &str) {
-        let Some((together, own)) = &self.0 else {
-            return;
-        };
-        if let Some(&place) = together.places.get(name)
-            && place < *own
+    /// Waits for the node called `name`, if it is one of those before `own`.
+    pub(super) async fn wait_for(&self, own: usize, name: &str) {
+        if let Some(&place) = self.places.get(name)
+            && place < own
         {
-            together.done(place..place + 1).await;
+            self.done(place..place + 1).await;
         }
     }
 
-    /// What is recorded of chains.
-    pub(super) fn recorded(&self) -> Option<&Recorded> {
-        self.0.as_ref().map(|(together, _)| &together.recorded)
-    }
-
-    /// Waits until all nodes before this one are open, or have failed.
-    pub(super) async fn turn(&self) {
-        if let Some((together, own)) = &self.0 {
-            together.done(0..*own).await;
-        }
+    /// Waits until all nodes before `own` are open, or have failed.
+    pub(super) async fn turn(&self, own: usize) {
+        self.done(0..own).await;
     }
 }
 
 impl Graph {
+    /// Opens an image with everything under it. Returns the node's name.
+    ///
+    /// # Errors
+    /// When a file cannot be opened or is no image that can be served. No node is added then.
+    pub async fn open(&self, options: &BlockdevOptions) -> Result<String> {
+        let opening = Opening::new(self, Together::default());
+        let mut descent = Descent::new(0);
+        let opened = opening.open_node(options, &mut descent, Origin::Named);
+        let name = opened.await?;
+        opening.commit()?;
+        Ok(name)
+    }
+
     /// Opens images, each with everything under it. A node may refer to those before it.
     ///
     /// # Errors
@@ -119,21 +119,17 @@ impl Graph {
         recorded: Recorded,
     ) -> Result<()> {
         let list = recorded.present(list);
-        let together = Rc::new(Together::new(&list, recorded));
+        let opening = Opening::new(self, Together::new(&list, recorded));
         let opened = join_all(list.iter().enumerate().map(async |(place, options)| {
-            let own = Place(Some((together.clone(), place)));
-            let result = self.open_in(options, own).await;
-            together.set_done(place);
+            let mut descent = Descent::new(place);
+            let node = opening.open_node(options, &mut descent, Origin::Named);
+            let result = node.await;
+            opening.together.set_done(place);
             result
         }))
         .await;
-        if opened.iter().any(Result::is_err) {
-            for name in opened.iter().rev().flatten() {
-                self.remove(name);
-            }
-        }
-        self.arrange(|name| together.places.get(name).copied());
-        opened.into_iter().try_for_each(|result| result.map(drop))
+        opened.into_iter().try_for_each(|result| result.map(drop))?;
+        opening.commit()
     }
 }
 

@@ -7,13 +7,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::open::text;
+use super::opening::text;
 use super::{Graph, Node};
 use crate::chain::Layer;
 use crate::error::{Error, Result};
-use crate::format::{Format, Qcow2};
-use crate::options::Driver;
-use crate::storage::{Access, Storage, Window};
+use crate::format::Format;
+use crate::storage::{Access, Storage};
 
 impl Graph {
     /// Makes a node's image ready to be written: takes the writer's locks and opens it anew.
@@ -21,7 +20,7 @@ impl Graph {
     /// # Errors
     /// When the node is read-only, somebody else uses the image, or its state forbids it.
     pub async fn make_writable(&self, name: &str) -> Result<()> {
-        self.check_write(name)?;
+        self.state().check_write(name)?;
         let node = self.image_node(name)?;
         // A filter may be read-only too.
         if node.fixed_read_only || self.node(name)?.fixed_read_only {
@@ -30,27 +29,8 @@ impl Graph {
         if !node.layer.read_only {
             return Ok(());
         }
-        let (format, storage) = match &node.layer.format {
-            Format::Raw(raw) => {
-                let storage = self.writable_bytes(&node.name).await?;
-                (storage.set_access(Access::Write).await.map_err(text))
-                    .map_err(|error| self.explain(error, &node))?;
-                (Format::Raw(*raw), storage)
-            }
-            Format::Qcow2(image) => {
-                let image = (self.reopen_qcow2(&node, image).await)
-                    .map_err(|error| self.explain(error, &node))?;
-                let image = Arc::new(image);
-                let storage = image.data_storage().clone();
-                (Format::Qcow2(image), storage)
-            }
-            Format::Qed(_) => {
-                return Err(Error::unsupported(
-                    node.layer.storage.name(),
-                    "QED images are only read: stream or convert it into a qcow2 image",
-                ));
-            }
-        };
+        let (format, storage) = (node.driver().reopen(self, &node).await)
+            .map_err(|error| self.explain(error, &node))?;
         let layer = Layer {
             format,
             storage,
@@ -60,37 +40,9 @@ impl Graph {
         self.replace_layer(&node.name, Arc::new(layer))
     }
 
-    /// Opens an image anew, to write it. When that fails, others may go on reading it.
-    async fn reopen_qcow2(&self, node: &Node, image: &Qcow2) -> Result<Qcow2> {
-        let writable = async |storage: &Arc<dyn Storage>, below: &Option<String>| match below {
-            Some(below) if !storage.writable() => self.writable_bytes(below).await,
-            _ => Ok(storage.clone()),
-        };
-        let storage = writable(image.storage(), &node.file).await?;
-        let data = match &node.data_file {
-            Some(_) => Some(writable(image.data_storage(), &node.data_file).await?),
-            None => None,
-        };
-        let files: Vec<_> = [&storage].into_iter().chain(&data).cloned().collect();
-        let opened = async {
-            for file in &files {
-                file.set_access(Access::Write).await.map_err(text)?;
-            }
-            Qcow2::open_with_data(storage, data, self.image_options(&node.options, true)).await
-        }
-        .await
-        .map(|opened| opened.in_place_of(image));
-        if opened.is_err() {
-            for file in &files {
-                let _ = self.lower(node, file).await;
-            }
-        }
-        opened
-    }
-
     /// The bytes of a node without a format of its own, open for writing: those of the file at the
     /// bottom, through the same windows.
-    async fn writable_bytes(&self, name: &str) -> Result<Arc<dyn Storage>> {
+    pub(super) async fn writable_bytes(&self, name: &str) -> Result<Arc<dyn Storage>> {
         let node = self.node(name)?;
         if node.fixed_read_only {
             return Err(Error::Invalid(format!("Block node '{name}' is read-only")));
@@ -98,13 +50,12 @@ impl Graph {
         if node.layer.storage.writable() {
             return Ok(node.layer.storage.clone());
         }
-        match (&node.options.driver, &node.file) {
-            (Driver::Raw(raw), Some(file)) => {
+        match node.file() {
+            Some(file) => {
                 let bytes = Box::pin(self.writable_bytes(file)).await?;
-                Window::of(bytes, raw.offset, raw.size).await
+                node.driver().bytes_in(bytes).await
             }
-            (_, Some(file)) => Box::pin(self.writable_bytes(file)).await,
-            (_, None) => node.layer.storage.open_writable().await.map_err(text),
+            None => node.layer.storage.open_writable().await.map_err(text),
         }
     }
 
@@ -115,8 +66,8 @@ impl Graph {
         };
         let is_other = |other: &Node| {
             other.name != node.name
-                && other.file.is_some()
-                && other.file != node.file
+                && other.file().is_some()
+                && other.file() != node.file()
                 && same_file(&other.filename, &node.filename)
         };
         match self.nodes().iter().find(|other| is_other(other)) {
@@ -161,24 +112,16 @@ impl Graph {
 
     /// Lets other programs read what a node is in, unless another node goes on writing through the
     /// same descriptor: windows of one file share it.
-    async fn lower(&self, node: &Node, storage: &Arc<dyn Storage>) -> Result<()> {
-        let bottom = self.bottom(node)?;
-        for other in self.nodes() {
-            let writes = !other.layer.read_only && other.driver != "copy-on-read";
-            if writes && other.name != node.name && self.bottom(&other)? == bottom {
+    pub(super) async fn lower(&self, node: &Node, storage: &Arc<dyn Storage>) -> Result<()> {
+        let state = self.state();
+        let bottom = state.bottom(node)?;
+        for other in state.nodes() {
+            let writes = !other.layer.read_only && !other.is_filter();
+            if writes && other.name != node.name && state.bottom(other)? == bottom {
                 return Ok(());
             }
         }
         storage.set_access(reading(node)).await.map_err(text)
-    }
-
-    /// The node at the bottom of a node's file children.
-    pub(super) fn bottom(&self, node: &Node) -> Result<String> {
-        let mut node = node.clone();
-        while let Some(file) = &node.file {
-            node = self.node(file)?;
-        }
-        Ok(node.name)
     }
 }
 

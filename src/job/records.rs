@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::error::Result;
 use crate::format::Format;
 use crate::format::qcow2::Backing;
-use crate::graph::{Graph, Node};
+use crate::graph::{Graph, Node, Role};
 use crate::state::Store;
 use crate::state::record::{self, Identity, State};
 
@@ -50,7 +50,7 @@ pub fn names_of<'a>(graph: &Graph, nodes: impl Iterator<Item = &'a Node>) -> Vec
     let mut names = Vec::new();
     let mut next: Vec<Node> = nodes.cloned().collect();
     while let Some(node) = next.pop() {
-        let under = [&node.file, &node.data_file];
+        let under = [node.file(), node.child(Role::DataFile)];
         let under = under.into_iter().flatten();
         next.extend(under.filter_map(|name| graph.node(name).ok()));
         if !node.name.starts_with('#') {

@@ -358,6 +358,7 @@ mod tests {
     use crate::format::Raw;
     use crate::format::qcow2::create::{CreateOptions, create};
     use crate::format::qcow2::{Options, Qcow2};
+    use crate::graph::Role;
     use crate::options::{BlockdevOptions, Dialect};
     use crate::reactor::Reactor;
     use crate::storage::memory::MemoryStorage;
@@ -370,26 +371,19 @@ mod tests {
     fn add(graph: &Graph, name: &str, format: Format, storage: Arc<dyn Storage>, below: bool) {
         let options = json!({"driver": "raw", "node-name": name,
             "file": {"driver": "file", "filename": "/disk"}});
-        let node = Node {
+        let layer = Layer {
             name: name.to_owned(),
-            driver: format.name(),
-            layer: Arc::new(Layer {
-                name: name.to_owned(),
-                format,
-                storage,
-                read_only: !below,
-                discard: true,
-                copy_on_read: false,
-            }),
-            filename: PathBuf::from("/disk"),
-            backing: below.then(|| "base".to_owned()),
-            file: None,
-            data_file: None,
-            options: BlockdevOptions::from_value(&options, Dialect::Json).unwrap(),
-            implicit: false,
-            fixed_read_only: false,
+            format,
+            storage,
+            read_only: !below,
+            discard: true,
+            copy_on_read: false,
         };
-        graph.add(node).unwrap();
+        let options = BlockdevOptions::from_value(&options, Dialect::Json).unwrap();
+        let node = Node::new(options, layer, PathBuf::from("/disk"));
+        graph
+            .add(node.over(Role::Backing, below.then_some("base")))
+            .unwrap();
     }
 
     /// An image on a device smaller than the disk, over a disk of sevens.

@@ -306,6 +306,18 @@ impl BlockdevOptions {
 }
 
 impl Driver {
+    /// What it is stored in, or filters.
+    pub fn file_mut(&mut self) -> Option<&mut BlockRef> {
+        match self {
+            Driver::File(_) | Driver::HostDevice(_) => None,
+            Driver::Raw(RawOptions { file, .. })
+            | Driver::CopyOnRead(CopyOnReadOptions { file, .. })
+            | Driver::Auto(AutoOptions { file, .. })
+            | Driver::Qed(QedOptions { file, .. }) => Some(file),
+            Driver::Qcow2(options) => Some(&mut options.file),
+        }
+    }
+
     /// The driver's name, as in `driver=`.
     pub fn name(&self) -> &'static str {
         match self {

@@ -11,11 +11,11 @@ use std::rc::Rc;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use serde_json::json;
-use stratablk::chain::{Chain, Span, View};
+use stratablk::chain::{Chain, Layer, Span, View};
 use stratablk::error::Result;
 use stratablk::format::{Format, Place, Qcow2};
 use stratablk::graph::Graph;
-use stratablk::graph::Node;
+use stratablk::graph::{Node, Role};
 use stratablk::options::{BlockdevOptions, Dialect};
 use stratablk::reactor::Reactor;
 use stratablk::storage::{AlignedBuf, IoBufs};
@@ -61,23 +61,14 @@ fn graph_of(chain: &Chain) -> Graph {
         let name = format!("n{index}");
         let value = json!({"driver": "raw", "node-name": name,
             "file": {"driver": "file", "filename": "machine"}});
-        let driver = match layer.format {
-            Format::Qcow2(_) => "qcow2",
-            _ => "raw",
-        };
         let below = (index + 1 < count).then(|| format!("n{}", index + 1));
-        let node = Node {
+        let layer = Layer {
             name,
-            driver,
-            layer: layer.clone(),
-            filename: PathBuf::from("machine"),
-            backing: below,
-            file: None,
-            data_file: None,
-            options: BlockdevOptions::from_value(&value, Dialect::Json).unwrap(),
-            implicit: false,
-            fixed_read_only: false,
+            ..Layer::clone(layer)
         };
+        let options = BlockdevOptions::from_value(&value, Dialect::Json).unwrap();
+        let node = Node::new(options, layer, PathBuf::from("machine"));
+        let node = node.over(Role::Backing, below.as_deref());
         graph.add(node).unwrap();
     }
     graph

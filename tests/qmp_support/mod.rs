@@ -20,7 +20,7 @@ use stratablk::export::{Export, ExportConfig, SocketSource};
 use stratablk::format::Format;
 use stratablk::format::qcow2::create::{CreateOptions, create};
 use stratablk::format::qcow2::{Backing, Options, Qcow2};
-use stratablk::graph::{Graph, Node};
+use stratablk::graph::{Graph, Node, Role};
 use stratablk::job::source::{CopySource, JobIoError};
 use stratablk::job::stream::StreamSpec;
 use stratablk::job::{
@@ -59,9 +59,10 @@ impl FakeDaemon {
     pub fn new() -> Arc<Self> {
         let graph = Arc::new(Graph::default());
         let reactor = Reactor::for_this_thread().unwrap();
-        let chain = ["top", "mid", "low", "base"];
-        let below = chain.into_iter().skip(1).map(Some).chain([None]);
-        let names = chain.into_iter().zip(below).chain([("solo", None)]);
+        let below = [("base", None), ("low", Some("base")), ("mid", Some("low"))];
+        let names = below
+            .into_iter()
+            .chain([("top", Some("mid")), ("solo", None)]);
         let files = names
             .map(|(name, below)| (name, reactor.block_on(add(&graph, name, below))))
             .collect();
@@ -136,24 +137,18 @@ async fn add(graph: &Graph, name: &'static str, below: Option<&str>) -> Arc<File
     let filename = format!("{name}.qcow2");
     let options = json!({"driver": "qcow2", "node-name": name, "read-only": name == "solo",
         "file": {"driver": "file", "filename": filename}});
-    let node = Node {
+    let layer = Layer {
         name: name.to_owned(),
-        driver: "qcow2",
-        layer: Arc::new(Layer {
-            name: name.to_owned(),
-            format: Format::Qcow2(Arc::new(image)),
-            storage: file.clone(),
-            read_only: true,
-            discard: false,
-            copy_on_read: false,
-        }),
-        filename: filename.into(),
-        backing: below.map(str::to_owned),
-        file: None,
-        data_file: None,
-        options: BlockdevOptions::from_value(&options, Dialect::Json).unwrap(),
-        implicit: false,
+        format: Format::Qcow2(Arc::new(image)),
+        storage: file.clone(),
+        read_only: true,
+        discard: false,
+        copy_on_read: false,
+    };
+    let options = BlockdevOptions::from_value(&options, Dialect::Json).unwrap();
+    let node = Node {
         fixed_read_only: name == "solo",
+        ..Node::new(options, layer, filename.into()).over(Role::Backing, below)
     };
     graph.add(node).unwrap();
     file

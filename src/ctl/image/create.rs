@@ -149,7 +149,7 @@ fn look_below(
             file.display()
         )));
     }
-    needs_format(backing, node.driver)?;
+    needs_format(backing, node.driver_name())?;
     Ok(images.chain(&name)?.size())
 }
 

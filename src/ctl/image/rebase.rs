@@ -7,6 +7,7 @@ use crate::ctl::Failure;
 use crate::error::{Error, Result};
 use crate::format::qcow2::{Backing, Clear};
 use crate::format::{Format, Qcow2};
+use crate::graph::Role;
 use crate::storage::{AlignedBuf, IoBufs};
 use clap::Args;
 use serde_json::json;
@@ -76,8 +77,8 @@ pub fn run(args: &RebaseArgs, json: bool, out: &mut dyn Write) -> std::result::R
     let backing = named(backing, args.backing_format.as_deref())?;
     let images = Images::new()?;
     let name = images.open(&args.file, args.format.as_deref(), Purpose::Write)?;
-    let old = match images.graph.node(&name)?.backing {
-        Some(below) => Some(images.chain(&below)?),
+    let old = match images.graph.node(&name)?.child(Role::Backing) {
+        Some(below) => Some(images.chain(below)?),
         None => None,
     };
     // Opened before anything is changed: it must exist, and not have the image under it.

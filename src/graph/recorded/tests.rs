@@ -257,6 +257,24 @@ fn a_new_image_under_the_path_of_one_that_was_let_go_of_is_another_one() {
     assert_eq!(files(&chain), ["top"]);
 }
 
+/// Would catch a header that calls the image under a filter raw: what is read from it then is
+/// metadata.
+#[test]
+fn a_filter_is_recorded_by_the_format_of_its_image() {
+    let bed = Bed::new(None);
+    let graph = Graph::default();
+    let list = [
+        json!({"driver": "qcow2", "node-name": "n0", "file": bed.file("base")}),
+        json!({"driver": "copy-on-read", "node-name": "c", "file": "n0"}),
+    ];
+    let list = list.map(|value| BlockdevOptions::from_value(&value, Dialect::Json).unwrap());
+    bed.reactor.block_on(graph.open_all(&list)).unwrap();
+    let filter = graph.node("c").unwrap();
+    let path = bed.path("base").display().to_string();
+    assert_eq!(graph.header_name("c").unwrap(), path);
+    assert_eq!(filter.format_name(), "qcow2");
+}
+
 /// Parts of a file have its identity, each of them.
 #[test]
 fn a_record_of_a_part_of_a_file_is_about_that_part_alone() {

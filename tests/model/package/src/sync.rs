@@ -72,9 +72,12 @@ impl<P: Clone> ArcSwapAny<P> {
     }
 
     pub fn store(&self, pointer: P) {
-        let old = std::mem::replace(&mut *self.0.lock(), pointer);
         // Outside the lock: dropping it may do anything.
-        drop(old);
+        drop(self.swap(pointer));
+    }
+
+    pub fn swap(&self, pointer: P) -> P {
+        std::mem::replace(&mut *self.0.lock(), pointer)
     }
 }
 

@@ -1,0 +1,79 @@
+//! From the graph to what the data path sees: flat chains of layers.
+//!
+//! A filter is no layer of its own: it becomes an attribute of the layer that it is over, under
+//! the filter's name.
+
+use std::sync::Arc;
+
+use super::nodes::{Node, State};
+use crate::chain::{Chain, Layer};
+use crate::error::{Error, Result};
+use crate::format::Format;
+use crate::storage::Storage;
+
+/// The chain of the disk whose top is node `top`.
+///
+/// # Errors
+/// When there is no such node.
+pub(super) fn compile(state: &State, top: &str) -> Result<Chain> {
+    let nodes = state.chain_nodes(top)?;
+    Chain::new(nodes.into_iter().map(|node| node.layer.clone()).collect())
+}
+
+/// The layer of filter `name`, which has `attribute`, over `layer`.
+pub(super) fn filter(name: &str, attribute: fn(&mut Layer), layer: &Layer) -> Layer {
+    let mut layer = Layer {
+        name: name.to_owned(),
+        ..layer.clone()
+    };
+    attribute(&mut layer);
+    layer
+}
+
+impl State {
+    /// Gives filters that are not in `old` the layers of the nodes under them, and those over
+    /// layers that have changed since.
+    pub(super) fn settle_filters(&mut self, old: &State) -> Result<()> {
+        let filters = self.children_first().into_iter();
+        let filters = filters.filter(|node| node.is_filter());
+        let filters: Vec<_> = filters.map(|node| node.name.clone()).collect();
+        for name in filters {
+            let node = self.node(&name)?;
+            let (Some(child), Some(attribute)) = (node.file(), node.driver().attribute()) else {
+                continue;
+            };
+            let child = self.node(child)?;
+            let is_old = old.node(&name).is_ok_and(|old| Arc::ptr_eq(old, node));
+            let below = old.node(&child.name).map(|old| &old.layer);
+            if is_old && below.is_ok_and(|layer| Arc::ptr_eq(layer, &child.layer)) {
+                continue;
+            }
+            let layer = filter(&name, attribute, &child.layer);
+            self.node_mut(&name)?.layer = Arc::new(layer);
+        }
+        Ok(())
+    }
+}
+
+/// The bytes of node `file` as a storage, in which the image of node `above` is laid out.
+///
+/// What only passes bytes on is flattened: it is the storage of what is under it, or a window of
+/// that. The disk inside a format would have to be a storage over the node's chain, which would be
+/// made here.
+///
+/// # Errors
+/// The node's bytes are those of a disk that a format keeps: there is no storage that has them.
+pub(super) fn storage(above: &str, driver: &str, file: &Node) -> Result<Arc<dyn Storage>> {
+    match &file.layer.format {
+        Format::Raw(_) => Ok(file.layer.storage.clone()),
+        format => Err(Error::Invalid(format!(
+            "node '{above}' ({driver}) over node '{}' ({}): the disk inside a {} image cannot be \
+             the file of another node (expected a file, host_device or raw node; to serve the \
+             disk itself export '{}')",
+            file.name,
+            file.driver_name(),
+            format.name(),
+            file.name
+        ))),
+    }
+}

@@ -1,0 +1,55 @@
+//! `copy-on-read`: a filter that copies into its child what it had to read from further below.
+
+use std::future::ready;
+
+use futures_util::future::LocalBoxFuture;
+
+use super::{Driver, Opened};
+use crate::chain::Layer;
+use crate::error::{Error, Result};
+use crate::graph::compile::filter;
+use crate::graph::descent::Descent;
+use crate::graph::opening::Opening;
+use crate::graph::{Graph, Node, Role};
+use crate::options::{BlockdevOptions, CopyOnReadOptions};
+
+impl Driver for CopyOnReadOptions {
+    fn open<'a>(
+        &'a self,
+        opening: &'a Opening<'_>,
+        name: &'a str,
+        options: &'a BlockdevOptions,
+        descent: &'a mut Descent,
+    ) -> LocalBoxFuture<'a, Result<Node>> {
+        Box::pin(async move {
+            let file = opening.open_ref(&self.file, descent).await?;
+            let below = opening.node(&file)?;
+            let layer = filter(name, set, &below.layer);
+            let node = Node::new(options.clone(), layer, below.filename.clone());
+            Ok(node.over(Role::Filtered, Some(&file)))
+        })
+    }
+
+    fn reopen<'a>(
+        &'a self,
+        _graph: &'a Graph,
+        node: &'a Node,
+    ) -> LocalBoxFuture<'a, Result<Opened>> {
+        Box::pin(ready(Err(Error::Invalid(format!(
+            "node '{}' has no image of its own",
+            node.name
+        )))))
+    }
+
+    fn passes_on(&self) -> bool {
+        true
+    }
+
+    fn attribute(&self) -> Option<fn(&mut Layer)> {
+        Some(set)
+    }
+}
+
+fn set(layer: &mut Layer) {
+    layer.copy_on_read = true;
+}

@@ -1,0 +1,304 @@
+//! Nodes, their edges, and the graph as a value.
+//!
+//! A [`State`] never changes: a transaction makes another one, and readers keep the one that they
+//! have. Nodes refer to each other by name.
+//!
+//! Invariants, kept by [`Transaction`](super::Transaction): names are unique, every child exists,
+//! and no node is under itself.
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::sync::{Arc, Weak};
+
+use super::drivers::{self, Driver};
+use crate::chain::{Layer, Root};
+use crate::error::{Error, Result};
+use crate::options::BlockdevOptions;
+
+/// What a child is to the node over it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The node's bytes are in it.
+    File,
+    /// It supplies what the node lacks.
+    Backing,
+    /// Guest data is in it, and only metadata in the file.
+    DataFile,
+    /// The node is a filter of it: it shows the child's disk.
+    Filtered,
+}
+
+impl Role {
+    /// The name of the option that holds such a child.
+    #[must_use]
+    pub fn key(self) -> &'static str {
+        match self {
+            Self::File | Self::Filtered => "file",
+            Self::Backing => "backing",
+            Self::DataFile => "data-file",
+        }
+    }
+}
+
+/// The way from a node to a child.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Edge {
+    /// What the child is to the node.
+    pub role: Role,
+    /// The child's name.
+    pub child: String,
+}
+
+/// An element of the graph.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// Its name.
+    pub name: String,
+    /// The layer that it stands for. A filter has that of the node under it, with the filter's
+    /// attribute; the transaction that changes the one changes the other.
+    pub layer: Arc<Layer>,
+    /// The file that its bytes are in.
+    pub filename: PathBuf,
+    /// Its children, at most one in each role.
+    pub edges: Vec<Edge>,
+    /// What it was opened with.
+    pub options: BlockdevOptions,
+    /// Nobody asked for it by name: it goes when nothing uses it any longer.
+    pub implicit: bool,
+    /// It is never to be written, whoever asks.
+    pub fixed_read_only: bool,
+}
+
+impl Node {
+    /// A node without children, called as its layer is.
+    #[must_use]
+    pub fn new(options: BlockdevOptions, layer: Layer, filename: PathBuf) -> Self {
+        Self {
+            name: layer.name.clone(),
+            layer: Arc::new(layer),
+            filename,
+            edges: Vec::new(),
+            options,
+            implicit: false,
+            fixed_read_only: false,
+        }
+    }
+
+    /// The node with another child, if there is one.
+    #[must_use]
+    pub fn over(mut self, role: Role, child: Option<&str>) -> Self {
+        self.set_child(role, child);
+        self
+    }
+
+    pub(super) fn set_child(&mut self, role: Role, child: Option<&str>) {
+        let old = self.edges.iter_mut().find(|edge| edge.role == role);
+        match (old, child) {
+            (Some(edge), Some(child)) => child.clone_into(&mut edge.child),
+            (_, None) => self.edges.retain(|edge| edge.role != role),
+            (None, Some(child)) => self.edges.push(Edge {
+                role,
+                child: child.to_owned(),
+            }),
+        }
+    }
+
+    /// The child in this role.
+    #[must_use]
+    pub fn child(&self, role: Role) -> Option<&str> {
+        let edge = self.edges.iter().find(|edge| edge.role == role)?;
+        Some(&edge.child)
+    }
+
+    /// The node that it is a filter of, or that its bytes are in.
+    #[must_use]
+    pub fn file(&self) -> Option<&str> {
+        self.child(Role::File)
+            .or_else(|| self.child(Role::Filtered))
+    }
+
+    /// Whether it shows the disk of the node under it.
+    #[must_use]
+    pub fn is_filter(&self) -> bool {
+        self.child(Role::Filtered).is_some()
+    }
+
+    /// Whether it is a file or a device, and not an image in one.
+    #[must_use]
+    pub fn is_file(&self) -> bool {
+        self.driver().path().is_some()
+    }
+
+    pub(super) fn driver(&self) -> &dyn Driver {
+        drivers::of(&self.options.driver)
+    }
+
+    /// The name of its driver.
+    #[must_use]
+    pub fn driver_name(&self) -> &'static str {
+        self.options.driver.name()
+    }
+
+    /// Its format, as a header would name it: a bare file is a raw disk, and a filter has the
+    /// format of what it filters.
+    #[must_use]
+    pub fn format_name(&self) -> &'static str {
+        self.layer.format.name()
+    }
+}
+
+/// All nodes, and the disks that hang on them, as of one moment.
+#[derive(Clone, Debug, Default)]
+pub struct State {
+    pub(super) nodes: Vec<Arc<Node>>,
+    /// Disks, each with the name of its top.
+    pub(super) roots: Vec<(Weak<Root>, String)>,
+}
+
+impl State {
+    /// All nodes, in the order of their making.
+    #[must_use]
+    pub fn nodes(&self) -> &[Arc<Node>] {
+        &self.nodes
+    }
+
+    /// The node of this name.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn node(&self, name: &str) -> Result<&Arc<Node>> {
+        let found = self.nodes.iter().find(|node| node.name == name);
+        found.ok_or_else(|| no_node(name))
+    }
+
+    pub(super) fn node_mut(&mut self, name: &str) -> Result<&mut Node> {
+        let found = self.nodes.iter_mut().find(|node| node.name == name);
+        found.map(Arc::make_mut).ok_or_else(|| no_node(name))
+    }
+
+    /// The node that has the image of `name`: the one under filters, any other itself.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub fn image_node(&self, name: &str) -> Result<&Arc<Node>> {
+        let mut node = self.node(name)?;
+        while let Some(child) = node.child(Role::Filtered) {
+            node = self.node(child)?;
+        }
+        Ok(node)
+    }
+
+    /// The name of the node that supplies what `name` lacks; a filter lacks what its image does.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub fn backing(&self, name: &str) -> Result<Option<&str>> {
+        Ok(self.image_node(name)?.child(Role::Backing))
+    }
+
+    /// The nodes that supply a disk's bytes, top first: filters stand for what they filter.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub fn chain_nodes(&self, top: &str) -> Result<Vec<&Arc<Node>>> {
+        let mut nodes = vec![self.node(top)?];
+        let mut next = self.backing(top)?;
+        while let Some(name) = next {
+            nodes.push(self.node(name)?);
+            next = self.backing(name)?;
+        }
+        Ok(nodes)
+    }
+
+    /// The nodes over `name`, each with the child's role.
+    pub(super) fn over<'a>(&'a self, name: &'a str) -> impl Iterator<Item = (&'a Node, Role)> {
+        self.nodes.iter().flat_map(move |node| {
+            let to_it = node.edges.iter().filter(move |edge| edge.child == name);
+            to_it.map(move |edge| (&**node, edge.role))
+        })
+    }
+
+    /// Whether `node` lets others write what it has as `role`: an image does not let anybody change
+    /// the bytes that it is laid out in, nor does what passes them on to one.
+    fn shares_writes(&self, node: &Node, role: Role) -> bool {
+        let passes_on = role == Role::Backing || node.driver().passes_on();
+        passes_on
+            && self
+                .over(&node.name)
+                .all(|(above, role)| self.shares_writes(above, role))
+    }
+
+    /// Refuses that `name` is written, in QEMU's words, if another node relies on bytes that
+    /// change with it.
+    pub(super) fn check_write(&self, name: &str) -> Result<()> {
+        self.check_write_by(name, None)
+    }
+
+    /// `by` is the node whose write it is, `None` for one that is asked for.
+    fn check_write_by(&self, name: &str, by: Option<&Node>) -> Result<()> {
+        let rival = self.over(name).find(|(node, role)| {
+            by.is_none_or(|by| by.name != node.name) && !self.shares_writes(node, *role)
+        });
+        if let Some((node, role)) = rival {
+            let child = by.and_then(|by| by.edges.iter().find(|edge| edge.child == name));
+            let child = child.map_or("root", |edge| edge.role.key());
+            let who = match by {
+                Some(by) => format!("node '{}'", by.name),
+                None => "an unnamed block device".to_owned(),
+            };
+            return Err(Error::Invalid(format!(
+                "Permission conflict on node '{name}': permissions 'write' are both required by \
+                 {who} (uses node '{name}' as '{child}' child) and unshared by node '{}' (uses \
+                 node '{name}' as '{}' child).",
+                node.name,
+                role.key()
+            )));
+        }
+        let node = self.node(name)?;
+        let own = node.edges.iter().filter(|edge| edge.role != Role::Backing);
+        own.map(|edge| &edge.child)
+            .try_for_each(|below| self.check_write_by(below, Some(node)))
+    }
+
+    /// The node at the bottom of a node's file children.
+    pub(super) fn bottom(&self, node: &Node) -> Result<String> {
+        let mut node = node;
+        while let Some(file) = node.file() {
+            node = self.node(file)?;
+        }
+        Ok(node.name.clone())
+    }
+
+    /// The names of `tops` that exist, and of all nodes under them.
+    pub(super) fn below(&self, tops: Vec<String>) -> HashSet<String> {
+        let (mut found, mut open) = (HashSet::new(), tops);
+        while let Some(name) = open.pop() {
+            if let Ok(node) = self.node(&name)
+                && found.insert(name)
+            {
+                open.extend(node.edges.iter().map(|edge| edge.child.clone()));
+            }
+        }
+        found
+    }
+
+    /// The nodes, children before those over them.
+    pub(super) fn children_first(&self) -> Vec<&Arc<Node>> {
+        let (mut seen, mut order) = (HashSet::new(), Vec::new());
+        let mut open: Vec<_> = self.nodes.iter().rev().map(|node| (node, false)).collect();
+        while let Some((node, children_are_in)) = open.pop() {
+            if children_are_in {
+                order.push(node);
+            } else if seen.insert(&node.name) {
+                open.push((node, true));
+                let children = node.edges.iter().flat_map(|edge| self.node(&edge.child));
+                open.extend(children.map(|child| (child, false)));
+            }
+        }
+        order
+    }
+}
+
+fn no_node(name: &str) -> Error {
+    Error::Invalid(format!("Cannot find node '{name}'"))
+}

@@ -1,0 +1,198 @@
+//! Opening images: from options to nodes, down to the last backing file.
+//!
+//! All nodes that one command opens are one [`Transaction`]: nobody sees them before all are open,
+//! and nothing has to be taken back where one fails.
+//!
+//! Images are opened as readers: they share their files with other readers, and nothing is
+//! written to them. An export or a job that is going to write asks for it with
+//! [`Graph::make_writable`].
+
+use std::cell::{Ref, RefCell};
+use std::sync::Arc;
+
+use futures_util::future::LocalBoxFuture;
+
+use super::below::backing_options;
+use super::descent::{Descent, WHOLE};
+use super::drivers;
+use super::nodes::{Node, State};
+use super::together::Together;
+use super::{Graph, Transaction};
+use crate::error::{Action, Error, Result};
+use crate::format::qcow2::Backing;
+use crate::options::{BackingRef, BlockRef, BlockdevOptions};
+use crate::storage::Storage;
+
+/// Who asked for a node.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// A user, by name.
+    Named,
+    /// It is written inside another node.
+    Nested,
+    /// The header of the image above it.
+    Header,
+}
+
+/// Nodes that are being opened.
+pub(super) struct Opening<'a> {
+    graph: &'a Graph,
+    transaction: RefCell<Transaction>,
+    pub(super) together: Together,
+}
+
+impl<'a> Opening<'a> {
+    pub(super) fn new(graph: &'a Graph, together: Together) -> Self {
+        Self {
+            graph,
+            transaction: RefCell::new(graph.transaction()),
+            together,
+        }
+    }
+
+    pub(super) fn graph(&self) -> &Graph {
+        self.graph
+    }
+
+    /// The graph with the nodes that are open so far. It is not kept while others are opened.
+    pub(super) fn state(&self) -> Ref<'_, State> {
+        Ref::map(self.transaction.borrow(), Transaction::state)
+    }
+
+    pub(super) fn node(&self, name: &str) -> Result<Arc<Node>> {
+        self.state().node(name).cloned()
+    }
+
+    /// Publishes all nodes, in the order of the list that they are from.
+    pub(super) fn commit(self) -> Result<()> {
+        let mut transaction = self.transaction.into_inner();
+        transaction.arrange(&self.together.places);
+        self.graph.commit(transaction).map(drop)
+    }
+
+    pub(super) fn open_node<'o>(
+        &'o self,
+        options: &'o BlockdevOptions,
+        descent: &'o mut Descent,
+        origin: Origin,
+    ) -> LocalBoxFuture<'o, Result<String>> {
+        Box::pin(async move {
+            let name = match &options.node_name {
+                Some(name) => name.clone(),
+                None => {
+                    // So that the same configuration always gives the same names.
+                    self.together.turn(descent.place).await;
+                    self.graph.make_name()
+                }
+            };
+            let driver = drivers::of(&options.driver);
+            let node = driver.open(self, &name, options, descent).await?;
+            // A node that is not a user's own may be made writable by a job that needs it.
+            let own = origin == Origin::Named;
+            self.transaction.borrow_mut().add(Node {
+                implicit: !own,
+                fixed_read_only: options.read_only && own,
+                ..node
+            })?;
+            Ok(name)
+        })
+    }
+
+    pub(super) async fn open_ref(&self, node: &BlockRef, descent: &mut Descent) -> Result<String> {
+        match node {
+            BlockRef::Name(name) => {
+                self.together.wait_for(descent.place, name).await;
+                Ok(self.node(name)?.name.clone())
+            }
+            BlockRef::Inline(options) => self.open_node(options, descent, Origin::Nested).await,
+        }
+    }
+
+    /// Opens what lies under the image in node `image`: what the options say, or what its header
+    /// names; but first of all what is recorded.
+    pub(super) async fn open_below(
+        &self,
+        above: &BlockdevOptions,
+        image: &Node,
+        wanted: &BackingRef,
+        named: Option<Backing>,
+        descent: &mut Descent,
+    ) -> Result<Option<String>> {
+        let driver = above.driver.name();
+        if let Some(link) = self.recorded_link(driver, image, named.as_ref())? {
+            let Some(below) = &link.below else {
+                return Ok(None);
+            };
+            let opened = self.open_recorded(above, image, wanted, below, descent);
+            return Ok(Some(opened.await?));
+        }
+        match (wanted, named) {
+            (BackingRef::None, _) | (BackingRef::Default, None) => Ok(None),
+            (BackingRef::Node(node), _) => Ok(Some(self.open_ref(node, descent).await?)),
+            (BackingRef::Default, Some(backing)) => Ok(Some(
+                self.open_backing(above, image, &backing, descent).await?,
+            )),
+        }
+    }
+
+    /// Opens the backing file that a header names.
+    async fn open_backing(
+        &self,
+        above: &BlockdevOptions,
+        image: &Node,
+        backing: &Backing,
+        descent: &mut Descent,
+    ) -> Result<String> {
+        descent.step_down(&image.filename)?;
+        let context = |error: Error| match error {
+            Error::Invalid(text) => Error::Invalid(format!("Could not open backing file: {text}")),
+            Error::Busy(text) => Error::Busy(format!("Could not open backing file: {text}")),
+            other => other,
+        };
+        let mut options = backing_options(above, &image.filename, backing).map_err(context)?;
+        self.state()
+            .share_file(&mut options, image, descent)
+            .map_err(context)?;
+        self.open_node(&options, descent, Origin::Header)
+            .await
+            .map_err(context)
+    }
+}
+
+impl Graph {
+    /// Opens `backing` as the header of node `above`'s image would name it. It is not put under
+    /// that node. Returns the new node's name.
+    ///
+    /// # Errors
+    /// As for [`Graph::open`]; or the image is itself in that chain.
+    pub async fn open_as_backing(&self, above: &str, backing: &Backing) -> Result<String> {
+        let node = self.node(above)?;
+        let options = backing_options(&node.options, &node.filename, backing)?;
+        let mut descent = Descent::new(0);
+        if let Ok(stat) = std::fs::metadata(&node.filename) {
+            descent.wanted = self.state().extent(&node)?;
+            descent.enter(&node.filename, &stat)?;
+            descent.wanted = WHOLE;
+        }
+        let opening = Opening::new(self, Together::default());
+        let opened = opening.open_node(&options, &mut descent, Origin::Header);
+        let name = opened.await?;
+        opening.commit()?;
+        Ok(name)
+    }
+}
+
+pub(super) fn text(error: std::io::Error) -> Error {
+    match error.kind() {
+        // A lock is held by somebody else.
+        std::io::ErrorKind::WouldBlock => Error::Busy(error.to_string()),
+        _ => Error::Invalid(error.to_string()),
+    }
+}
+
+pub(super) async fn storage_len(storage: &dyn Storage) -> Result<u64> {
+    storage
+        .len()
+        .await
+        .map_err(|error| Error::io(Action::Read, storage.name(), 0, &error))
+}

@@ -1,0 +1,176 @@
+//! Changes of the graph that happen together or not at all.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::nodes::{Node, Role, State};
+use crate::chain::Layer;
+use crate::error::{Error, Result};
+
+/// One change.
+#[derive(Debug)]
+enum Change {
+    Add(Arc<Node>),
+    Remove(String),
+    Layer(String, Arc<Layer>),
+    Child(String, Role, Option<String>),
+}
+
+/// Changes that are to be published together ([`Graph::commit`](super::Graph::commit)).
+///
+/// Until then they are seen here alone. They are made a second time when they are published, in
+/// the graph as it is by then: what does not go with what others have published meanwhile fails.
+#[derive(Debug)]
+pub struct Transaction {
+    draft: State,
+    changes: Vec<Change>,
+}
+
+impl Transaction {
+    pub(super) fn new(state: State) -> Self {
+        Self {
+            draft: state,
+            changes: Vec::new(),
+        }
+    }
+
+    /// The graph with the changes so far.
+    #[must_use]
+    pub fn state(&self) -> &State {
+        &self.draft
+    }
+
+    /// Adds a node.
+    ///
+    /// # Errors
+    /// When its name is taken, or a child does not exist.
+    pub fn add(&mut self, node: Node) -> Result<()> {
+        self.make(Change::Add(Arc::new(node)))
+    }
+
+    /// Removes a node, and nodes without a user's name that only it used.
+    ///
+    /// # Errors
+    /// When there is no such node, or it is in use.
+    pub fn remove(&mut self, name: &str) -> Result<()> {
+        self.make(Change::Remove(name.to_owned()))
+    }
+
+    /// Gives a node another layer: one that can be written, or no longer. Filters over it follow.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub fn set_layer(&mut self, name: &str, layer: Arc<Layer>) -> Result<()> {
+        self.make(Change::Layer(name.to_owned(), layer))
+    }
+
+    /// Puts another node under `name`, or none. Nodes without a user's name go when nothing uses
+    /// them any longer.
+    ///
+    /// # Errors
+    /// When a node does not exist, or would be under itself.
+    pub fn set_child(&mut self, name: &str, role: Role, child: Option<&str>) -> Result<()> {
+        let child = child.map(str::to_owned);
+        self.make(Change::Child(name.to_owned(), role, child))
+    }
+
+    fn make(&mut self, change: Change) -> Result<()> {
+        if let Change::Add(node) = &change {
+            check_children(&self.draft, node)?;
+        }
+        change.apply(&mut self.draft)?;
+        self.changes.push(change);
+        Ok(())
+    }
+
+    /// Puts nodes that are added and have a place first, in its order.
+    pub(super) fn arrange(&mut self, places: &HashMap<String, usize>) {
+        let key = |change: &Change| match change {
+            Change::Add(node) => places.get(&node.name).copied().unwrap_or(usize::MAX),
+            _ => usize::MAX,
+        };
+        self.changes.sort_by_key(key);
+    }
+
+    /// Makes the changes in `state`.
+    pub(super) fn apply(&self, state: &mut State) -> Result<()> {
+        for change in &self.changes {
+            change.apply(state)?;
+        }
+        // A node may have been arranged before its children.
+        for node in &state.nodes {
+            check_children(state, node)?;
+        }
+        let frees = |change: &Change| matches!(change, Change::Remove(_) | Change::Child(..));
+        if self.changes.iter().any(frees) {
+            state.collect();
+        }
+        Ok(())
+    }
+}
+
+impl Change {
+    fn apply(&self, state: &mut State) -> Result<()> {
+        match self {
+            Self::Add(node) => {
+                if state.node(&node.name).is_ok() {
+                    return Err(Error::Invalid(format!(
+                        "Duplicate nodes with node-name='{}'",
+                        node.name
+                    )));
+                }
+                state.nodes.push(node.clone());
+            }
+            Self::Remove(name) => {
+                state.node(name)?;
+                if let Some((above, role)) = state.over(name).next() {
+                    return Err(in_use(name, above, role));
+                }
+                state.nodes.retain(|node| node.name != *name);
+            }
+            Self::Layer(name, layer) => state.node_mut(name)?.layer = layer.clone(),
+            Self::Child(name, role, child) => {
+                if let Some(child) = child {
+                    state.node(child)?;
+                    if state.below(vec![child.clone()]).contains(name) {
+                        return Err(Error::Invalid(format!(
+                            "Making '{child}' a {} child of '{name}' would create a cycle",
+                            role.key()
+                        )));
+                    }
+                }
+                state.node_mut(name)?.set_child(*role, child.as_deref());
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check_children(state: &State, node: &Node) -> Result<()> {
+    let mut edges = node.edges.iter();
+    edges.try_for_each(|edge| state.node(&edge.child).map(drop))
+}
+
+fn in_use(name: &str, above: &Node, role: Role) -> Error {
+    let what = match role {
+        Role::Backing => "backing hd",
+        other => other.key(),
+    };
+    Error::Invalid(format!(
+        "Node '{name}' is busy: node is used as {what} of '{}'",
+        above.name
+    ))
+}
+
+impl State {
+    /// Drops nodes that no user has named and nothing refers to.
+    fn collect(&mut self) {
+        let named = self.nodes.iter().filter(|node| !node.implicit);
+        let named = named.map(|node| node.name.clone());
+        let roots = self.roots.iter();
+        let tops = roots.filter(|(root, _)| root.strong_count() > 0);
+        let tops = tops.map(|(_, top)| top.clone());
+        let used = self.below(named.chain(tops).collect());
+        self.nodes.retain(|node| used.contains(&node.name));
+    }
+}
