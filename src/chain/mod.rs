@@ -64,6 +64,17 @@ impl Layer {
         Error::io(action, self.storage.name(), offset, error)
     }
 
+    /// The storages that the layer's bytes are in, that of its metadata first.
+    #[must_use]
+    pub fn storages(&self) -> Vec<&Arc<dyn Storage>> {
+        match &self.format {
+            Format::Qcow2(image) if image.header().has_data_file() => {
+                vec![image.storage(), image.data_storage()]
+            }
+            Format::Qcow2(_) | Format::Raw(_) | Format::Qed(_) => vec![&self.storage],
+        }
+    }
+
     /// Makes everything stable that was written to this layer.
     ///
     /// # Errors

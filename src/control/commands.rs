@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::args::{Arg, Args, Kind};
 use super::command::{Answer, Command, Control, Done, NEGOTIATE, Returns, command, version};
 use super::error::{CommandError, ErrorClass};
-use super::nodes::{NodeView, io_status, sync_error};
+use super::nodes::{Nodes, io_status, sync_error};
 use super::{hmp, schema, stats, stream};
 use crate::engine::{Engine, Served};
 use crate::job::Job;
@@ -111,10 +111,10 @@ fn negotiate(_: &Control, args: &Args) -> Done {
 }
 
 fn query_named_block_nodes(control: &Control, args: &Args) -> Done {
-    let nodes = control.engine.graph.nodes();
+    let nodes = Nodes::of(&control.engine);
     let nested = args.bool("flat") != Some(true);
-    let views = NodeView::each(&nodes);
-    Ok(views
+    Ok(nodes
+        .each()
         .map(|node| node.to_value(nested))
         .collect::<Value>()
         .into())
@@ -134,7 +134,7 @@ fn query_block_exports(control: &Control, _: &Args) -> Done {
 }
 
 fn query_block(control: &Control, _: &Args) -> Done {
-    let nodes = control.engine.graph.nodes();
+    let nodes = Nodes::of(&control.engine);
     let devices = control.engine.exports.list().into_iter().map(|served| {
         let node_name = &served.options.node_name;
         let failed = control.engine.sync_errors(node_name);
@@ -146,7 +146,7 @@ fn query_block(control: &Control, _: &Args) -> Done {
             "type": "unknown",
         });
         if let Some(members) = device.as_object_mut() {
-            if let Some(node) = NodeView::find(&nodes, node_name) {
+            if let Some(node) = nodes.find(node_name) {
                 members.insert("inserted".to_owned(), node.to_value(true));
             }
             if !failed.is_empty() {

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use super::args::Args;
 use super::command::{Answer, Control, Done};
 use super::error::CommandError;
-use super::nodes::{NodeView, io_status};
+use super::nodes::{Nodes, io_status};
 use crate::engine::Served;
 
 /// What a word of a command line is.
@@ -396,10 +396,10 @@ fn info_block_jobs(control: &Control) -> Output {
 
 fn info_block(control: &Control, words: Words) -> Result<Output, CommandError> {
     let wanted = word(&words, "device");
-    let nodes = control.engine.graph.nodes();
+    let nodes = Nodes::of(&control.engine);
     let mut parts = Vec::new();
     if words.contains_key("nodes") {
-        for node in NodeView::each(&nodes) {
+        for node in nodes.each() {
             if wanted.is_empty() || wanted == node.name() {
                 parts.push(node.describe(node.name()));
             }
@@ -411,7 +411,7 @@ fn info_block(control: &Control, words: Words) -> Result<Output, CommandError> {
                 continue;
             }
             let title = format!("{id} ({node_name})");
-            let mut text = match NodeView::find(&nodes, node_name) {
+            let mut text = match nodes.find(node_name) {
                 Some(node) => node.describe(&title),
                 None => format!("{title}: [not inserted]\n"),
             };

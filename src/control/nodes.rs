@@ -1,20 +1,46 @@
 //! Nodes and their failed flushes as answers: `query-named-block-nodes`, `query-block`.
 
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::collections::HashMap;
 
 use serde_json::{Value, json};
 
-use crate::engine::SyncError;
+use crate::engine::{Engine, SyncError};
 use crate::format::{Format, qcow2};
 use crate::graph::{Node, Role, resolve};
 use crate::options::{DetectZeroes, Driver};
+
+/// All nodes as they are now.
+pub(super) struct Nodes {
+    nodes: Vec<Node>,
+    /// What they take on the disk, in bytes.
+    sizes: HashMap<String, u64>,
+}
+
+impl Nodes {
+    /// Those of `engine`.
+    pub fn of(engine: &Engine) -> Self {
+        let nodes = engine.graph.nodes();
+        let sizes = engine.sizes.of(&nodes);
+        Self { nodes, sizes }
+    }
+
+    /// The node called `name`.
+    pub fn find(&self, name: &str) -> Option<NodeView<'_>> {
+        let node = self.nodes.iter().find(|node| node.name == name)?;
+        Some(NodeView { node, all: self })
+    }
+
+    /// Each node.
+    pub fn each(&self) -> impl Iterator<Item = NodeView<'_>> {
+        self.nodes.iter().map(|node| NodeView { node, all: self })
+    }
+}
 
 /// A node among all nodes.
 #[derive(Clone, Copy)]
 pub(super) struct NodeView<'a> {
     node: &'a Node,
-    all: &'a [Node],
+    all: &'a Nodes,
 }
 
 /// The backing file of an image.
@@ -28,17 +54,6 @@ struct Backing<'a> {
 }
 
 impl<'a> NodeView<'a> {
-    /// The node called `name`.
-    pub fn find(all: &'a [Node], name: &str) -> Option<Self> {
-        let node = all.iter().find(|node| node.name == name)?;
-        Some(Self { node, all })
-    }
-
-    /// Each node of `all`.
-    pub fn each(all: &'a [Node]) -> impl Iterator<Item = Self> {
-        all.iter().map(move |node| Self { node, all })
-    }
-
     /// Its name.
     pub fn name(self) -> &'a str {
         &self.node.name
@@ -121,9 +136,9 @@ impl<'a> NodeView<'a> {
     fn backing(self) -> Option<Backing<'a>> {
         let mut image = self;
         while let Some(filtered) = image.node.child(Role::Filtered) {
-            image = Self::find(self.all, filtered)?;
+            image = self.all.find(filtered)?;
         }
-        let below = Self::find(self.all, image.node.child(Role::Backing)?)?;
+        let below = self.all.find(image.node.child(Role::Backing)?)?;
         let full_filename = below.filename();
         let header = self.node.layer.format.backing();
         // The header may name another file than the one that was asked for.
@@ -143,7 +158,7 @@ impl<'a> NodeView<'a> {
     fn depth(self) -> usize {
         let below = |view: &Self| Some(view.backing()?.node);
         let layers = std::iter::successors(Some(self), below).skip(1);
-        layers.take(self.all.len()).count()
+        layers.take(self.all.nodes.len()).count()
     }
 
     fn image(self, nested: bool) -> Value {
@@ -152,7 +167,7 @@ impl<'a> NodeView<'a> {
             "virtual-size": format.size(),
             "filename": self.filename(),
             "format": self.node.driver_name(),
-            "actual-size": actual_size(&self.node.filename),
+            "actual-size": self.all.sizes.get(self.name()).copied().unwrap_or(0),
             "dirty-flag": false,
         });
         if !matches!(format, Format::Raw(_)) {
@@ -199,11 +214,6 @@ pub(super) fn sync_error(error: &SyncError) -> Value {
         "filename": error.filename,
         "desc": error.description,
     })
-}
-
-/// What an image takes on the disk.
-fn actual_size(path: &Path) -> u64 {
-    std::fs::metadata(path).map_or(0, |stat| stat.blocks() * 512)
 }
 
 fn set(value: &mut Value, member: &str, content: impl Into<Value>) {

@@ -23,7 +23,7 @@ use crate::config::Config;
 use crate::control::{Control, EventHub};
 use crate::engine::stream::on_graph;
 use crate::engine::sync_errors::Watch;
-use crate::engine::{Engine, Exports, Served, ending, neighbours, parts, state};
+use crate::engine::{Engine, Exports, Served, Sizes, ending, neighbours, parts, state};
 use crate::error::{Error, Result};
 use crate::export::{Export, ExportConfig, SocketSource};
 use crate::format::Format;
@@ -264,6 +264,7 @@ fn set_up(
     let engine = Arc::new(Engine {
         jobs: Manager::recorded(Arc::new(ReactorRunner), clock, hub.sink(), ledger),
         streams: on_graph(graph, exports, store.as_ref()),
+        sizes: Sizes::default(),
         graph: graph.clone(),
         exports: exports.clone(),
         store,

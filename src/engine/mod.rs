@@ -14,6 +14,7 @@ pub mod exports;
 mod guests;
 pub mod neighbours;
 pub mod parts;
+mod sizes;
 pub mod state;
 pub mod stream;
 pub mod sync_errors;
@@ -27,6 +28,7 @@ use crate::reactor::Reactor;
 use crate::state::Store;
 
 pub use exports::{Exports, Served};
+pub use sizes::Sizes;
 use stream::Streams;
 pub use sync_errors::SyncError;
 
@@ -42,6 +44,8 @@ pub struct Engine {
     pub store: Option<Arc<Store>>,
     /// Makes the bodies of streams.
     pub streams: Streams,
+    /// What images take on the disk.
+    pub sizes: Sizes,
     /// Ends the process, soon.
     pub quit: Box<dyn Fn() + Send + Sync>,
 }

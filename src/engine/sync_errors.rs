@@ -13,7 +13,6 @@ use serde_json::json;
 use super::{Exports, Served, state};
 use crate::chain::Layer;
 use crate::error::{Error, Result, SyncFailure, errno_text};
-use crate::format::Format;
 use crate::graph::Graph;
 use crate::graph::Node;
 use crate::job::{Event, EventSink, Refused};
@@ -37,12 +36,7 @@ pub struct SyncError {
 
 /// The syncs that a flush of a layer needs.
 pub(super) fn syncs_of(layer: &Layer) -> Vec<Arc<Syncs>> {
-    match &layer.format {
-        Format::Qcow2(image) => [image.storage(), image.data_storage()]
-            .map(Syncs::of)
-            .into(),
-        Format::Raw(_) | Format::Qed(_) => vec![Syncs::of(&layer.storage)],
-    }
+    layer.storages().into_iter().map(Syncs::of).collect()
 }
 
 /// What the thread is sent.
@@ -266,7 +260,7 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
-    use crate::format::Raw;
+    use crate::format::{Format, Raw};
     use crate::options::{BlockdevOptions, Dialect};
     use crate::reactor::Reactor;
     use crate::storage::fault::FaultStorage;

@@ -4,7 +4,6 @@
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::format::Format;
 use crate::format::qcow2::Backing;
 use crate::graph::{Graph, Node, Role};
 use crate::state::Store;
@@ -30,11 +29,9 @@ pub fn node(graph: &Graph, node: &Node) -> Result<record::Node> {
 
 /// What tells the file of a node's image from others.
 pub fn identity(node: &Node) -> Identity {
-    let storage = match &node.layer.format {
-        Format::Qcow2(image) => image.storage(),
-        Format::Raw(_) | Format::Qed(_) => &node.layer.storage,
-    };
-    storage.identity().unwrap_or_default()
+    let storages = node.layer.storages();
+    let identity = storages.first().and_then(|storage| storage.identity());
+    identity.unwrap_or_default()
 }
 
 /// The record of a node that lies under another one.

@@ -398,6 +398,10 @@ impl Storage for FileStorage {
         self.call_outside(|file| Ok(file.metadata()?.len()))
     }
 
+    fn allocated(&self) -> Answer<'_, io::Result<u64>> {
+        self.call_outside(|file| Ok(file.metadata()?.blocks() * 512))
+    }
+
     fn capacity(&self) -> Answer<'_, io::Result<Option<u64>>> {
         // The kernel has the length of a device in memory.
         let device = (self.block_device).then(|| device_len(&self.opened.held.file));

@@ -201,6 +201,14 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
         None
     }
 
+    /// What it takes on the disk, in bytes; 0 where that is not known.
+    ///
+    /// # Errors
+    /// What the system reports.
+    fn allocated(&self) -> Answer<'_, std::io::Result<u64>> {
+        at_once(Ok(0))
+    }
+
     /// The syncs of the file that its bytes are in, shared with whoever else has it; a storage over
     /// another one has that one's. `None`: it has a file of its own, written through a page cache.
     fn syncs(&self) -> Option<&std::sync::Arc<Syncs>> {

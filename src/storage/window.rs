@@ -207,6 +207,10 @@ impl Storage for Window {
         self.inner.identity()
     }
 
+    fn allocated(&self) -> Answer<'_, io::Result<u64>> {
+        self.inner.allocated()
+    }
+
     fn syncs(&self) -> Option<&Arc<Syncs>> {
         Some(&self.syncs)
     }
