@@ -18,6 +18,7 @@ mod descent;
 mod drivers;
 mod nodes;
 mod opening;
+mod owner;
 pub mod recorded;
 mod resize;
 #[cfg(test)]
@@ -37,9 +38,11 @@ use crate::chain::{Chain, Layer, Root};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::journal::Folder;
+use owner::Owner;
 
 pub use below::{backing_options, layer_options};
 pub use nodes::{Edge, Node, Role, State};
+pub use owner::Task;
 pub use recorded::{Recorded, RecordedLink, RecordedNode};
 pub use transaction::Transaction;
 
@@ -52,6 +55,7 @@ struct Inner {
     state: ArcSwap<State>,
     /// Held while a new value is made from the present one, and for nothing else.
     publishing: Mutex<()>,
+    owner: OnceLock<Owner>,
     /// Names made up so far.
     named: AtomicU64,
     journals: OnceLock<Arc<Folder>>,
@@ -94,7 +98,15 @@ impl Graph {
     /// # Errors
     /// What does not go with the graph as it is by now.
     pub fn commit(&self, transaction: Transaction) -> Result<Released> {
-        let (result, released) = self.0.publish(|state| transaction.apply(state));
+        let inner = self.0.clone();
+        let done = self.by_owner(move || {
+            let published = inner.publish(|state| transaction.apply(state));
+            // What is dropped may close files, and is not dropped there.
+            (published, transaction)
+        });
+        let Some(((result, released), _made)) = done else {
+            return Err(Error::Invalid("the graph could not be changed".into()));
+        };
         result.map(|()| released)
     }
 

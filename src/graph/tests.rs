@@ -1,6 +1,6 @@
 //! What would be caught: a transaction of which a part is done, a reader that sees half of one, a
 //! chain that is not what the graph says, nodes that go while they are used or stay when they are
-//! not.
+//! not; a change that is not made on the owner's thread, or that waits for itself there.
 
 #![allow(clippy::unwrap_used)]
 
@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
+use std::time::Duration;
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -16,6 +18,8 @@ use super::*;
 use crate::format::Raw;
 use crate::options::{BlockdevOptions, Dialect};
 use crate::storage::memory::MemoryStorage;
+
+const DEADLINE: Duration = Duration::from_secs(30);
 
 /// A layer in memory, which is known by its size in sectors.
 fn layer(name: &str, sectors: u64) -> Layer {
@@ -300,4 +304,65 @@ fn a_filter_has_the_layer_of_what_is_under_it() {
     assert!(!graph.node("image").unwrap().layer.copy_on_read);
     graph.set_backing("image", None).unwrap();
     assert_eq!(sectors(&root), [7]);
+}
+
+/// An owner, which tells whether the graph changed while it carried out a task.
+struct Owned {
+    graph: Graph,
+    owner: std::thread::JoinHandle<Vec<bool>>,
+}
+
+impl Owned {
+    fn new(run: bool) -> Self {
+        let (send, tasks) = channel::<Task>();
+        let graph = Graph::default();
+        let watched = graph.clone();
+        let owner = std::thread::spawn(move || {
+            let mut changed = Vec::new();
+            while let Ok(task) = tasks.recv_timeout(DEADLINE) {
+                let before = watched.state();
+                match run {
+                    true => task(),
+                    false => drop(task),
+                }
+                changed.push(!Arc::ptr_eq(&before, &watched.state()));
+                if watched.state().node("last").is_ok() {
+                    // On this thread it cannot be waited for.
+                    watched.add(node("own", 1)).unwrap();
+                    break;
+                }
+            }
+            changed
+        });
+        graph.owned_by(owner.thread().id(), move |task| drop(send.send(task)));
+        Self { graph, owner }
+    }
+}
+
+#[test]
+fn changes_are_made_on_the_owners_thread() {
+    let Owned { graph, owner } = Owned::new(true);
+    std::thread::scope(|scope| {
+        for number in 0..4 {
+            let graph = &graph;
+            scope.spawn(move || graph.add(node(&name(number), 1)).unwrap());
+        }
+    });
+    graph.add(node("n0", 1)).unwrap_err();
+    graph.add(node("last", 1)).unwrap();
+    let changed = owner.join().unwrap();
+    assert_eq!(changed.iter().filter(|changed| **changed).count(), 5);
+    assert_eq!(graph.nodes().len(), 6);
+    // It has ended.
+    graph.add(node("late", 1)).unwrap();
+    assert!(graph.node("late").is_ok());
+}
+
+#[test]
+fn a_task_that_the_owner_drops_is_carried_out_all_the_same() {
+    let Owned { graph, owner } = Owned::new(false);
+    graph.add(node("n0", 1)).unwrap();
+    assert!(graph.node("n0").is_ok());
+    drop(graph);
+    drop(owner);
 }
