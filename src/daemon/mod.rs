@@ -28,7 +28,7 @@ use crate::error::{Error, Result};
 use crate::export::{Export, ExportConfig, SocketSource};
 use crate::format::Format;
 use crate::format::qcow2::journal::Folder;
-use crate::graph::Graph;
+use crate::graph::{Graph, Holder, Request};
 use crate::job::{JobMain, JobRunner, Ledger, Manager, SystemClock, Timer};
 use crate::options::{DetectZeroes, ExportOptions, ObjectOptions, SocketAddress};
 use crate::reactor::Reactor;
@@ -244,13 +244,19 @@ fn set_up(
     )?;
     // All of them before the first guest is served: an image that does not answer would hold up the
     // end of those that are.
-    for options in config.exports.iter().filter(|export| export.writable) {
-        let writable = reactor.block_on(graph.make_writable(&options.node_name));
-        writable.map_err(about(options))?;
-    }
+    let mut grants = Vec::new();
     for options in &config.exports {
+        let holder = Holder::Export(options.id.clone());
+        let request = Request::disk(holder, &options.node_name, options.writable);
+        grants.push(
+            reactor
+                .block_on(graph.access(request))
+                .map_err(about(options))?,
+        );
+    }
+    for (options, grant) in config.exports.iter().zip(grants) {
         let export = start_export(config, options, graph)?;
-        exports.add(export, options.clone());
+        exports.add(export, options.clone(), grant);
         // A guest may be served from here on.
         starting.has_ended();
     }
@@ -262,7 +268,13 @@ fn set_up(
     let clock = Arc::new(SystemClock::new());
     let quit = stop.clone();
     let engine = Arc::new(Engine {
-        jobs: Manager::recorded(Arc::new(ReactorRunner), clock, hub.sink(), ledger),
+        jobs: Manager::recorded(
+            Graph::clone(graph),
+            Arc::new(ReactorRunner),
+            clock,
+            hub.sink(),
+            ledger,
+        ),
         streams: on_graph(graph, exports, store.as_ref()),
         sizes: Sizes::default(),
         graph: graph.clone(),

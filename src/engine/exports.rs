@@ -7,6 +7,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use crate::export::Export;
+use crate::graph::Grant;
 use crate::options::ExportOptions;
 use crate::sched;
 
@@ -17,6 +18,8 @@ pub struct Served {
     pub export: Arc<Export>,
     /// What it was made with.
     pub options: ExportOptions,
+    /// What it may do with its node.
+    pub grant: Arc<Grant>,
 }
 
 /// All exports.
@@ -27,9 +30,14 @@ pub struct Exports {
 
 impl Exports {
     /// Adds one that serves.
-    pub fn add(&self, export: Export, options: ExportOptions) {
-        let export = Arc::new(export);
-        self.list.lock().push(Served { export, options });
+    pub fn add(&self, export: Export, options: ExportOptions, grant: Grant) {
+        let (export, grant) = (Arc::new(export), Arc::new(grant));
+        let served = Served {
+            export,
+            options,
+            grant,
+        };
+        self.list.lock().push(served);
     }
 
     /// All exports as they are now, in the order of their making.

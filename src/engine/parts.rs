@@ -56,7 +56,10 @@ pub fn of(
             lament: Box::new(|| "the control sockets do not end".to_owned()),
         });
     }
-    for Served { export, options } in exports.list() {
+    for Served {
+        export, options, ..
+    } in exports.list()
+    {
         let name = format!("export '{}'", options.id);
         users.push((name.clone(), images_of(&nodes, &options.node_name)));
         let (ending, stuck, what) = (export.clone(), export.clone(), name.clone());
@@ -197,7 +200,12 @@ mod tests {
         add(&graph, "top", Some("base"), false);
         add(&graph, "other", None, false);
         let runner = Arc::new(ParkRunner);
-        let manager = Manager::new(runner, Arc::new(SystemClock::new()), Arc::new(|_| {}));
+        let manager = Manager::new(
+            Graph::default(),
+            runner,
+            Arc::new(SystemClock::new()),
+            Arc::new(|_| {}),
+        );
         let lease = manager.reserve(&["top".to_owned()], "stream").unwrap();
         let (release, hang) = channel::<()>();
         manager

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::guests::Guests;
 use super::{Engine, on_this_thread};
-use crate::graph::{Graph, Node};
+use crate::graph::{Grant, Graph, Node, Request};
 use crate::job::handle::checked_speed;
 use crate::job::records::{self, Recording};
 use crate::job::stream::{Stream, StreamSpec, check_base_name};
@@ -291,29 +291,20 @@ pub fn on_graph(
     let (graph, exports, store) = (graph.clone(), exports.clone(), store.cloned());
     Box::new(move |spec, job| {
         check_base_name(&graph, spec).map_err(refused)?;
-        let node = graph.node(&spec.target).map_err(refused)?;
-        let restore = node.layer.read_only;
-        if restore {
-            on_this_thread(|reactor| reactor.block_on(graph.make_writable(&spec.target)))
-                .map_err(refused)?;
-        }
-        let unused = Unused(restore.then(|| (graph.clone(), spec.target.clone())));
+        let request = Request::stream(&graph.state(), job, &spec.layers);
+        let grant = on_this_thread(|reactor| reactor.block_on(graph.access(request)));
+        let unused = Unused(Some(grant.map_err(refused)?));
         let (graph, exports, spec) = (graph.clone(), exports.clone(), spec.clone());
         let recording = store.clone().map(|store| Recording::new(store, job));
         Ok(Box::new(move || {
             Box::pin(async move {
                 let guests = Box::new(Guests::new(exports));
-                match Stream::new(graph, guests, &spec, restore, recording) {
-                    Ok(stream) => {
-                        // From here on the job sees to it.
-                        unused.forget();
-                        Ok(Box::new(stream) as Box<dyn Body>)
-                    }
-                    Err(error) => {
-                        unused.give_back().await;
-                        Err(JobError::new(error.to_string()))
-                    }
-                }
+                let Some(grant) = unused.take() else {
+                    return Err(JobError::new("the job's nodes are no longer its own"));
+                };
+                let stream = Stream::new(graph, guests, &spec, grant, recording);
+                let stream = stream.map_err(|error| JobError::new(error.to_string()))?;
+                Ok(Box::new(stream) as Box<dyn Body>)
             })
         }))
     })
@@ -333,36 +324,23 @@ fn no_such_device(device: &str, node: &str) -> Refused {
     ))
 }
 
-/// A node that was made writable for a job that may not come to be. It is given back when this is
-/// dropped.
-struct Unused(Option<(Arc<Graph>, String)>);
+/// The grant of a job that may not come to be. It is given back when this is dropped.
+struct Unused(Option<Grant>);
 
 impl Unused {
-    fn forget(mut self) {
-        self.0 = None;
-    }
-
-    /// Gives it back on a thread that has a reactor at work, such as a job's.
-    async fn give_back(mut self) {
-        if let Some((graph, node)) = self.0.take() {
-            told(&node, graph.make_read_only(&node).await);
-        }
+    fn take(mut self) -> Option<Grant> {
+        self.0.take()
     }
 }
 
 impl Drop for Unused {
     fn drop(&mut self) {
-        let Some((graph, node)) = self.0.take() else {
+        let Some(grant) = self.0.take() else {
             return;
         };
-        let given = on_this_thread(|reactor| reactor.block_on(graph.make_read_only(&node)));
-        told(&node, given);
-    }
-}
-
-fn told(node: &str, given: crate::error::Result<()>) {
-    if let Err(error) = given {
-        log::error!("node '{node}': back to read-only: {error}");
+        if let Err(error) = on_this_thread(|reactor| reactor.block_on(grant.give_back())) {
+            log::error!("a job that does not begin: back to read-only: {error}");
+        }
     }
 }
 
@@ -419,7 +397,7 @@ mod tests {
         StreamSpec {
             target: target.to_owned(),
             base: base.map(str::to_owned),
-            layers: Vec::new(),
+            layers: vec![target.to_owned()],
             backing_file,
             compress: false,
         }

@@ -2,10 +2,11 @@
 //!
 //! * [`nodes`]: nodes, edges with roles, and the graph as an immutable value;
 //! * [`transaction`]: changes that happen together or not at all;
+//! * [`grants`]: who does what with which node;
 //! * [`compile`]: from the graph to the flat chains of the data path;
 //! * `opening`, `together`, `descent`, `below`, `recorded`: from options, headers and records to
 //!   nodes; `drivers`: what each driver needs and opens;
-//! * `writable`, `resize`: what writers ask for.
+//! * `writable`, `resize`: images that are open to be written.
 //!
 //! Readers load the present value ([`Graph::state`]) and never wait for a change. All that is
 //! published goes through [`Graph::commit`], which neither opens, syncs nor waits: what takes time
@@ -16,6 +17,7 @@ mod below;
 mod compile;
 mod descent;
 mod drivers;
+pub mod grants;
 mod nodes;
 mod opening;
 mod owner;
@@ -38,9 +40,12 @@ use crate::chain::{Chain, Layer, Root};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::journal::Folder;
+use grants::Grants;
 use owner::Owner;
+use writable::Turns;
 
 pub use below::{backing_options, layer_options};
+pub use grants::{Busy, Grant, Holder, Request};
 pub use nodes::{Edge, Node, Role, State};
 pub use owner::Task;
 pub use recorded::{Recorded, RecordedLink, RecordedNode};
@@ -53,8 +58,10 @@ pub struct Graph(Arc<Inner>);
 #[derive(Debug, Default)]
 struct Inner {
     state: ArcSwap<State>,
-    /// Held while a new value is made from the present one, and for nothing else.
-    publishing: Mutex<()>,
+    /// All grants. Held while one is taken or given back, or a new value is made from the present
+    /// one, and for nothing else.
+    publishing: Mutex<Grants>,
+    turns: Turns,
     owner: OnceLock<Owner>,
     /// Names made up so far.
     named: AtomicU64,
@@ -100,7 +107,10 @@ impl Graph {
     pub fn commit(&self, transaction: Transaction) -> Result<Released> {
         let inner = self.0.clone();
         let done = self.by_owner(move || {
-            let published = inner.publish(|state| transaction.apply(state));
+            let published = inner.publish(|old, grants, state| {
+                transaction.apply(state)?;
+                grants.check_change(old, state, &transaction)
+            });
             // What is dropped may close files, and is not dropped there.
             (published, transaction)
         });
@@ -176,7 +186,7 @@ impl Graph {
     /// When there is no such node.
     pub fn root(&self, top: &str) -> Result<Arc<Root>> {
         let mut made = Err(Error::Invalid(format!("Cannot find node '{top}'")));
-        let (result, _released) = self.0.publish(|state| {
+        let (result, _released) = self.0.publish(|_, _, state| {
             let root = Root::new(compile::compile(state, top)?);
             state.roots.push((Arc::downgrade(&root), top.to_owned()));
             made = Ok(root);
@@ -228,14 +238,17 @@ impl Inner {
     /// Makes a new value of the graph, and the chains of the disks that differ in it, and puts
     /// them in the place of the old ones; after an error all is as before. Nothing is dropped here
     /// that could wait: the caller has it then.
-    fn publish(&self, change: impl FnOnce(&mut State) -> Result<()>) -> (Result<()>, Released) {
-        let _publishing = self.publishing.lock();
+    fn publish(
+        &self,
+        change: impl FnOnce(&State, &Grants, &mut State) -> Result<()>,
+    ) -> (Result<()>, Released) {
+        let grants = self.publishing.lock();
         let old = self.state.load_full();
         let mut new = State::clone(&old);
         // Jobs come and go: what they have left would pile up.
         new.roots.retain(|(root, _)| root.strong_count() > 0);
         let mut chains = Vec::new();
-        let result = change(&mut new)
+        let result = change(&old, &grants, &mut new)
             .and_then(|()| new.settle_filters(&old))
             .and_then(|()| compile_changed(&old, &new, &mut chains));
         let mut states = vec![Arc::new(new)];

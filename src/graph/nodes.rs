@@ -6,7 +6,7 @@
 //! Invariants, kept by [`Transaction`](super::Transaction): names are unique, every child exists,
 //! and no node is under itself.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 
@@ -150,7 +150,9 @@ impl Node {
 /// All nodes, and the disks that hang on them, as of one moment.
 #[derive(Clone, Debug, Default)]
 pub struct State {
-    pub(super) nodes: Vec<Arc<Node>>,
+    nodes: Vec<Arc<Node>>,
+    /// Where each is among them.
+    places: HashMap<String, usize>,
     /// Disks, each with the name of its top.
     pub(super) roots: Vec<(Weak<Root>, String)>,
 }
@@ -167,13 +169,30 @@ impl State {
     /// # Errors
     /// When there is none.
     pub fn node(&self, name: &str) -> Result<&Arc<Node>> {
-        let found = self.nodes.iter().find(|node| node.name == name);
+        let place = self.places.get(name);
+        let found = place.and_then(|&place| self.nodes.get(place));
         found.ok_or_else(|| no_node(name))
     }
 
     pub(super) fn node_mut(&mut self, name: &str) -> Result<&mut Node> {
-        let found = self.nodes.iter_mut().find(|node| node.name == name);
+        let place = self.places.get(name);
+        let found = place.and_then(|&place| self.nodes.get_mut(place));
         found.map(Arc::make_mut).ok_or_else(|| no_node(name))
+    }
+
+    /// Adds a node, whose name is not taken.
+    pub(super) fn push(&mut self, node: Arc<Node>) {
+        self.places.insert(node.name.clone(), self.nodes.len());
+        self.nodes.push(node);
+    }
+
+    /// Drops the nodes that are not to `keep`.
+    pub(super) fn retain(&mut self, keep: impl Fn(&Node) -> bool) {
+        self.nodes.retain(|node| keep(node));
+        let places = self.nodes.iter().enumerate();
+        self.places = places
+            .map(|(place, node)| (node.name.clone(), place))
+            .collect();
     }
 
     /// The node that has the image of `name`: the one under filters, any other itself.
@@ -210,54 +229,12 @@ impl State {
         Ok(nodes)
     }
 
-    /// The nodes over `name`, each with the child's role.
-    pub(super) fn over<'a>(&'a self, name: &'a str) -> impl Iterator<Item = (&'a Node, Role)> {
-        self.nodes.iter().flat_map(move |node| {
-            let to_it = node.edges.iter().filter(move |edge| edge.child == name);
-            to_it.map(move |edge| (&**node, edge.role))
+    /// A node over `name`, and the child's role.
+    pub(super) fn over(&self, name: &str) -> Option<(&Node, Role)> {
+        self.nodes.iter().find_map(|node| {
+            let edge = node.edges.iter().find(|edge| edge.child == name)?;
+            Some((&**node, edge.role))
         })
-    }
-
-    /// Whether `node` lets others write what it has as `role`: an image does not let anybody change
-    /// the bytes that it is laid out in, nor does what passes them on to one.
-    fn shares_writes(&self, node: &Node, role: Role) -> bool {
-        let passes_on = role == Role::Backing || node.driver().passes_on();
-        passes_on
-            && self
-                .over(&node.name)
-                .all(|(above, role)| self.shares_writes(above, role))
-    }
-
-    /// Refuses that `name` is written, in QEMU's words, if another node relies on bytes that
-    /// change with it.
-    pub(super) fn check_write(&self, name: &str) -> Result<()> {
-        self.check_write_by(name, None)
-    }
-
-    /// `by` is the node whose write it is, `None` for one that is asked for.
-    fn check_write_by(&self, name: &str, by: Option<&Node>) -> Result<()> {
-        let rival = self.over(name).find(|(node, role)| {
-            by.is_none_or(|by| by.name != node.name) && !self.shares_writes(node, *role)
-        });
-        if let Some((node, role)) = rival {
-            let child = by.and_then(|by| by.edges.iter().find(|edge| edge.child == name));
-            let child = child.map_or("root", |edge| edge.role.key());
-            let who = match by {
-                Some(by) => format!("node '{}'", by.name),
-                None => "an unnamed block device".to_owned(),
-            };
-            return Err(Error::Invalid(format!(
-                "Permission conflict on node '{name}': permissions 'write' are both required by \
-                 {who} (uses node '{name}' as '{child}' child) and unshared by node '{}' (uses \
-                 node '{name}' as '{}' child).",
-                node.name,
-                role.key()
-            )));
-        }
-        let node = self.node(name)?;
-        let own = node.edges.iter().filter(|edge| edge.role != Role::Backing);
-        own.map(|edge| &edge.child)
-            .try_for_each(|below| self.check_write_by(below, Some(node)))
     }
 
     /// The node at the bottom of a node's file children.

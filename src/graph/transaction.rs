@@ -1,8 +1,9 @@
 //! Changes of the graph that happen together or not at all.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
+use super::grants::{Grant, Held};
 use super::nodes::{Node, Role, State};
 use crate::chain::Layer;
 use crate::error::{Error, Result};
@@ -24,6 +25,8 @@ enum Change {
 pub struct Transaction {
     draft: State,
     changes: Vec<Change>,
+    /// What the grant holds whose holder makes them.
+    by: Weak<Held>,
 }
 
 impl Transaction {
@@ -31,7 +34,27 @@ impl Transaction {
         Self {
             draft: state,
             changes: Vec::new(),
+            by: Weak::new(),
         }
+    }
+
+    /// Made by the holder of `grant`: the links that it has frozen may change.
+    #[must_use]
+    pub fn by(mut self, grant: &Grant) -> Self {
+        self.by = grant.held();
+        self
+    }
+
+    pub(super) fn is_by(&self, held: &Arc<Held>) -> bool {
+        std::ptr::eq(self.by.as_ptr(), Arc::as_ptr(held))
+    }
+
+    /// The nodes that it removes by name.
+    pub(super) fn removed(&self) -> impl Iterator<Item = &String> {
+        self.changes.iter().filter_map(|change| match change {
+            Change::Remove(name) => Some(name),
+            _ => None,
+        })
     }
 
     /// The graph with the changes so far.
@@ -98,7 +121,7 @@ impl Transaction {
             change.apply(state)?;
         }
         // A node may have been arranged before its children.
-        for node in &state.nodes {
+        for node in state.nodes() {
             check_children(state, node)?;
         }
         let frees = |change: &Change| matches!(change, Change::Remove(_) | Change::Child(..));
@@ -119,14 +142,14 @@ impl Change {
                         node.name
                     )));
                 }
-                state.nodes.push(node.clone());
+                state.push(node.clone());
             }
             Self::Remove(name) => {
                 state.node(name)?;
-                if let Some((above, role)) = state.over(name).next() {
+                if let Some((above, role)) = state.over(name) {
                     return Err(in_use(name, above, role));
                 }
-                state.nodes.retain(|node| node.name != *name);
+                state.retain(|node| node.name != *name);
             }
             Self::Layer(name, layer) => state.node_mut(name)?.layer = layer.clone(),
             Self::Child(name, role, child) => {
@@ -165,12 +188,12 @@ fn in_use(name: &str, above: &Node, role: Role) -> Error {
 impl State {
     /// Drops nodes that no user has named and nothing refers to.
     fn collect(&mut self) {
-        let named = self.nodes.iter().filter(|node| !node.implicit);
+        let named = self.nodes().iter().filter(|node| !node.implicit);
         let named = named.map(|node| node.name.clone());
         let roots = self.roots.iter();
         let tops = roots.filter(|(root, _)| root.strong_count() > 0);
         let tops = tops.map(|(_, top)| top.clone());
         let used = self.below(named.chain(tops).collect());
-        self.nodes.retain(|node| used.contains(&node.name));
+        self.retain(|node| used.contains(&node.name));
     }
 }

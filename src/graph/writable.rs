@@ -1,31 +1,89 @@
-//! From reading to writing and back: what an export or a job that writes asks for.
+//! From reading to writing and back: how images follow the grants for writing them.
 //!
 //! The writer's locks are taken first, then the image is opened anew, and only then is anything
 //! written to it. A file that was opened to be read gets a second descriptor for that, under the
 //! locks of the first.
 
+use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
+
+use async_lock::{Mutex as AsyncMutex, MutexGuardArc as AsyncMutexGuardArc};
+use parking_lot::Mutex;
 
 use super::opening::text;
-use super::{Graph, Node};
+use super::{Grant, Graph, Holder, Node, Request, Role};
 use crate::chain::Layer;
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::storage::{Access, Storage};
 
+/// Turns of those who open or lower the images in a file, by the name of the file's node.
+pub(super) type Turns = Mutex<HashMap<String, Weak<AsyncMutex<()>>>>;
+
 impl Graph {
-    /// Makes a node's image ready to be written: takes the writer's locks and opens it anew.
+    /// Takes a grant, and makes the images ready that it is to write: takes the writer's locks and
+    /// opens them anew.
     ///
     /// # Errors
-    /// When the node is read-only, somebody else uses the image, or its state forbids it.
+    /// What does not go with what others do; or a node is read-only, another program uses the image,
+    /// or its state forbids it.
+    pub async fn access(&self, request: Request) -> Result<Grant> {
+        let grant = self.grant(request)?;
+        for node in grant.written() {
+            if let Err(error) = self.prepare(&node).await {
+                if let Err(error) = grant.give_back().await {
+                    log::error!("{error}");
+                }
+                return Err(error);
+            }
+        }
+        Ok(grant)
+    }
+
+    /// Makes a node's image ready to be written, for as long as the graph is there.
+    ///
+    /// # Errors
+    /// As for [`Graph::access`].
     pub async fn make_writable(&self, name: &str) -> Result<()> {
-        self.state().check_write(name)?;
+        let request = Request::disk(Holder::Tool, name, true);
+        self.access(request).await.map(Grant::keep)
+    }
+
+    /// Waits for its turn with the files that `node` is in. Others' turns with these wait meanwhile,
+    /// and no others.
+    async fn turn(&self, node: &Node) -> Result<Vec<AsyncMutexGuardArc<()>>> {
+        let state = self.state();
+        let mut files = vec![state.bottom(node)?];
+        if let Some(data) = node.child(Role::DataFile) {
+            files.push(state.bottom(state.node(data)?)?);
+        }
+        drop(state);
+        // In one order, so that nobody waits in a circle.
+        files.sort();
+        files.dedup();
+        let mut held = Vec::new();
+        for file in files {
+            let turn = {
+                let mut turns = self.0.turns.lock();
+                turns.retain(|_, turn| turn.strong_count() > 0);
+                let turn = turns.get(&file).and_then(Weak::upgrade).unwrap_or_default();
+                turns.insert(file, Arc::downgrade(&turn));
+                turn
+            };
+            held.push(turn.lock_arc().await);
+        }
+        Ok(held)
+    }
+
+    async fn prepare(&self, name: &str) -> Result<()> {
         let node = self.image_node(name)?;
         // A filter may be read-only too.
         if node.fixed_read_only || self.node(name)?.fixed_read_only {
             return Err(Error::Invalid("Block node is read-only".into()));
         }
+        let _turn = self.turn(&node).await?;
+        let node = self.node(&node.name)?;
         if !node.layer.read_only {
             return Ok(());
         }
@@ -38,6 +96,22 @@ impl Graph {
             ..(*node.layer).clone()
         };
         self.replace_layer(&node.name, Arc::new(layer))
+    }
+
+    /// Gives a node's image back to its readers, unless a grant is for writing it.
+    ///
+    /// # Errors
+    /// When what was written cannot be made stable; it stays writable then.
+    pub(super) async fn lower_unwritten(&self, name: &str) -> Result<()> {
+        let Ok(node) = self.image_node(name) else {
+            // It has gone, and its files with it.
+            return Ok(());
+        };
+        let _turn = self.turn(&node).await?;
+        match self.is_written(&node.name) {
+            true => Ok(()),
+            false => self.make_read_only(&node.name).await,
+        }
     }
 
     /// The bytes of a node without a format of its own, open for writing: those of the file at the
@@ -84,7 +158,7 @@ impl Graph {
     ///
     /// # Errors
     /// When what was written cannot be made stable; it stays writable then.
-    pub async fn make_read_only(&self, name: &str) -> Result<()> {
+    async fn make_read_only(&self, name: &str) -> Result<()> {
         let node = self.image_node(name)?;
         if node.layer.read_only {
             return Ok(());

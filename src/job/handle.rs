@@ -6,9 +6,9 @@ use event_listener::{Event as Signal, EventListener};
 use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Value, json};
 
+use super::Lease;
 use super::context::Progress;
 use super::ledger::Ledger;
-use super::manager::Lease;
 use super::runner::Clock;
 use super::status::{IoStatus, Status, Verb};
 use super::{Event, EventSink, Refused};

@@ -1,6 +1,6 @@
 //! All jobs of the process, and which nodes they hold.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
@@ -11,27 +11,9 @@ use super::handle::{Job, JobInfo, JobSpec};
 use super::ledger::Ledger;
 use super::runner::{Clock, JobRunner};
 use super::status::Status;
-use super::{BodyFactory, EventSink, JobError, JobMain, Refused};
+use super::{BodyFactory, EventSink, JobError, JobMain, Lease, Refused};
+use crate::graph::{Busy, Graph};
 use crate::state::record;
-
-/// The nodes in use, each with the kind of the job that uses it.
-type Nodes = Arc<Mutex<HashMap<String, &'static str>>>;
-
-/// Nodes that a job holds. They are free again when this is dropped.
-#[derive(Debug)]
-pub struct Lease {
-    nodes: Vec<String>,
-    all: Nodes,
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        let mut all = self.all.lock();
-        for node in &self.nodes {
-            all.remove(node);
-        }
-    }
-}
 
 /// The name of a job that is being made. It is free again when this is dropped, if the job has not
 /// come to be.
@@ -45,15 +27,6 @@ impl Drop for ClaimedId {
     fn drop(&mut self) {
         self.all.lock().remove(&self.id);
     }
-}
-
-/// A node that cannot be had because another job holds it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Busy {
-    /// Which of the nodes asked for it is, counted from 0.
-    pub index: usize,
-    /// What kind of job holds it.
-    pub kind: &'static str,
 }
 
 /// How a job ended whose end nobody was told of.
@@ -115,7 +88,7 @@ pub struct Manager {
     inner: Mutex<Inner>,
     /// Told when no thread is being made any more.
     started: Condvar,
-    nodes: Nodes,
+    graph: Graph,
     /// Names of jobs that are being made.
     ids: Arc<Mutex<HashSet<String>>>,
     runner: Arc<dyn JobRunner>,
@@ -130,14 +103,21 @@ pub struct Manager {
 }
 
 impl Manager {
-    /// No jobs yet. They will be run by `runner`, and tell what happens to `events`.
-    pub fn new(runner: Arc<dyn JobRunner>, clock: Arc<dyn Clock>, events: EventSink) -> Arc<Self> {
-        Self::recorded(runner, clock, events, None)
+    /// No jobs yet. They will be run by `runner` on nodes of `graph`, and tell what happens to
+    /// `events`.
+    pub fn new(
+        graph: Graph,
+        runner: Arc<dyn JobRunner>,
+        clock: Arc<dyn Clock>,
+        events: EventSink,
+    ) -> Arc<Self> {
+        Self::recorded(graph, runner, clock, events, None)
     }
 
     /// As [`new`](Self::new), with jobs that are recorded in `ledger`: those that can be gone on
     /// with in another process.
     pub fn recorded(
+        graph: Graph,
         runner: Arc<dyn JobRunner>,
         clock: Arc<dyn Clock>,
         events: EventSink,
@@ -146,7 +126,7 @@ impl Manager {
         Arc::new_cyclic(|myself| Self {
             inner: Mutex::default(),
             started: Condvar::new(),
-            nodes: Nodes::default(),
+            graph,
             ids: Arc::default(),
             runner,
             clock,
@@ -161,25 +141,13 @@ impl Manager {
     pub fn reserve(&self, nodes: &[String], kind: &'static str) -> Result<Lease, Busy> {
         // While a job ends nobody may see its nodes still taken.
         let _ending = self.inner.lock();
-        let mut all = self.nodes.lock();
-        for (index, node) in nodes.iter().enumerate() {
-            if let Some(kind) = all.get(node) {
-                return Err(Busy { index, kind });
-            }
-        }
-        for node in nodes {
-            all.insert(node.clone(), kind);
-        }
-        Ok(Lease {
-            nodes: nodes.to_vec(),
-            all: self.nodes.clone(),
-        })
+        self.graph.reserve(nodes, kind)
     }
 
     /// Whether a job holds `node`, and of which kind it is.
     pub fn node_user(&self, node: &str) -> Option<&'static str> {
         let _ending = self.inner.lock();
-        self.nodes.lock().get(node).copied()
+        self.graph.reserved_by(node)
     }
 
     /// Takes a name for a job that is to be made.
@@ -226,7 +194,7 @@ impl Manager {
         body: BodyFactory,
     ) -> Result<Arc<Job>, Refused> {
         debug_assert_eq!(id.id, spec.id);
-        let nodes = lease.nodes.clone();
+        let nodes = lease.nodes();
         let mut job = Job::new(
             spec,
             Some(lease),
@@ -254,7 +222,7 @@ impl Manager {
         body: BodyFactory,
     ) -> Result<Arc<Job>, Refused> {
         let _id = self.claim_id(&from.id)?;
-        let nodes = lease.nodes.clone();
+        let nodes = lease.nodes();
         let job = Arc::new(self.restored(from, Some(lease)));
         self.run(&job, nodes, body)?;
         Ok(job)

@@ -50,10 +50,13 @@ use std::sync::Arc;
 use futures_util::future::LocalBoxFuture;
 use serde_json::Value;
 
+/// The nodes that a job has, which no other job has meanwhile.
+pub use crate::graph::Grant as Lease;
+
 pub use context::{ErrorAction, JobContext, Progress};
 pub use handle::{Job, JobInfo, JobSpec, OnError};
 pub use ledger::Ledger;
-pub use manager::{Busy, ClaimedId, Lease, Manager, Untold};
+pub use manager::{ClaimedId, Manager, Untold};
 pub use runner::{Clock, JobMain, JobRunner, ParkRunner, SystemClock, Timer};
 pub use status::{IoStatus, Status, Verb};
 

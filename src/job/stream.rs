@@ -18,7 +18,7 @@ use crate::chain::{Chain, CopyStatus, Root, Span, View, with_room};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::{Backing, Qcow2};
-use crate::graph::{Graph, Node, resolve};
+use crate::graph::{Grant, Graph, Node, resolve};
 use crate::state::record;
 
 /// What to stream.
@@ -141,15 +141,14 @@ pub struct Stream {
     target: String,
     /// What to write into the header, where the base's own name is not wanted.
     backing_file: Option<String>,
-    /// The layer was read-only before, and is to be so again.
-    restore: bool,
+    /// To write the target, and that the layers stay as they are, until the end.
+    grant: Option<Grant>,
     /// Where the result is recorded.
     recording: Option<Recording>,
 }
 
 impl Stream {
-    /// A stream as `spec` wants it. The target can be written to; with `restore` only for the
-    /// stream's time.
+    /// A stream as `spec` wants it, by `grant`: the target can be written to.
     ///
     /// # Errors
     /// When the target does not exist.
@@ -157,7 +156,7 @@ impl Stream {
         graph: Arc<Graph>,
         guests: Box<dyn Guests>,
         spec: &StreamSpec,
-        restore: bool,
+        grant: Grant,
         recording: Option<Recording>,
     ) -> Result<Self> {
         Ok(Self {
@@ -170,7 +169,7 @@ impl Stream {
             graph,
             target: spec.target.clone(),
             backing_file: spec.backing_file.clone(),
-            restore,
+            grant: Some(grant),
             recording,
         })
     }
@@ -197,9 +196,7 @@ impl Stream {
         };
         let Some(recording) = &self.recording else {
             image.set_backing(backing.as_ref()).await?;
-            return self
-                .graph
-                .set_backing(&self.target, self.layers.base.as_deref());
+            return self.let_go();
         };
         let mut commit = self.commit(image, backing.as_ref())?;
         // A header that stays as it is tells nothing: then the record is what counts.
@@ -213,8 +210,16 @@ impl Stream {
             true => recording.in_force(&commit),
             false => recording.commit(&commit)?,
         }
-        self.graph
-            .set_backing(&self.target, self.layers.base.as_deref())
+        self.let_go()
+    }
+
+    /// Puts the base under the target.
+    fn let_go(&self) -> Result<()> {
+        let base = self.layers.base.as_deref();
+        match &self.grant {
+            Some(grant) => grant.set_backing(&self.target, base),
+            None => Err(Error::Invalid("the stream has been closed".into())),
+        }
     }
 
     /// The stream's result, as it is recorded, where the header is to name `backing`. It stays
@@ -334,8 +339,8 @@ impl Body for Stream {
 
     fn close(&mut self) -> LocalBoxFuture<'_, ()> {
         Box::pin(async move {
-            if self.restore
-                && let Err(error) = self.graph.make_read_only(&self.target).await
+            if let Some(grant) = self.grant.take()
+                && let Err(error) = grant.give_back().await
             {
                 log::error!("node '{}': back to read-only: {error}", self.target);
             }
@@ -358,7 +363,7 @@ mod tests {
     use crate::format::Raw;
     use crate::format::qcow2::create::{CreateOptions, create};
     use crate::format::qcow2::{Options, Qcow2};
-    use crate::graph::Role;
+    use crate::graph::{Request, Role};
     use crate::options::{BlockdevOptions, Dialect};
     use crate::reactor::Reactor;
     use crate::storage::memory::MemoryStorage;
@@ -428,7 +433,9 @@ mod tests {
                 compress,
             };
             let guests = Box::new(NoGuests);
-            let stream = Stream::new(graph.clone(), guests, &spec, false, None).unwrap();
+            let grant = Request::stream(&graph.state(), "j", &spec.layers);
+            let grant = graph.grant(grant).unwrap();
+            let stream = Stream::new(graph.clone(), guests, &spec, grant, None).unwrap();
             let source = &stream.layers;
             let root = graph.root("top").unwrap();
             let buffer = AlignedBuf::copy_of(&[1; CLUSTER as usize]);

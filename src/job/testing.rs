@@ -17,6 +17,7 @@ use super::ledger::Change;
 use super::source::{CopySource, GuestLoad, JobIoError, yield_now};
 use super::*;
 use crate::chain::CopyStatus;
+use crate::graph::Graph;
 use crate::state::record::{self, State};
 
 pub const KIB: u64 = 1 << 10;
@@ -434,7 +435,7 @@ impl Bench {
         let sink: EventSink = Arc::new(move |event| drop(sender.send(event)));
         let runner = Arc::new(VirtualRunner(time.clone()));
         Self {
-            manager: Manager::recorded(runner, time.clone(), sink, ledger),
+            manager: Manager::recorded(Graph::default(), runner, time.clone(), sink, ledger),
             time,
             events,
         }

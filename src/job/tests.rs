@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::source::GuestLoad;
 use super::testing::*;
 use super::*;
+use crate::graph::Busy;
 
 fn spec() -> JobSpec {
     JobSpec::stream("j")

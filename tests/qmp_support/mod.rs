@@ -20,7 +20,7 @@ use stratablk::export::{Export, ExportConfig, SocketSource};
 use stratablk::format::Format;
 use stratablk::format::qcow2::create::{CreateOptions, create};
 use stratablk::format::qcow2::{Backing, Options, Qcow2};
-use stratablk::graph::{Graph, Node, Role};
+use stratablk::graph::{Graph, Holder, Node, Request, Role};
 use stratablk::job::source::{CopySource, JobIoError};
 use stratablk::job::stream::StreamSpec;
 use stratablk::job::{
@@ -181,7 +181,8 @@ fn exports(graph: &Graph, directory: &Path) -> Arc<Exports> {
     other.reads.add(1);
     other.read_bytes.add(4096);
     let exports = Arc::new(Exports::default());
-    exports.add(export, options);
+    let request = Request::disk(Holder::Export("e0".into()), "top", false);
+    exports.add(export, options, graph.grant(request).unwrap());
     exports
 }
 
@@ -273,6 +274,7 @@ impl Bench {
         let exports = exports(&daemon.graph, directory.path());
         let hub = EventHub::new();
         let jobs = Manager::new(
+            Graph::clone(&daemon.graph),
             Arc::new(ParkRunner),
             Arc::new(SystemClock::new()),
             hub.sink(),

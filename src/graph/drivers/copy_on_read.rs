@@ -9,6 +9,7 @@ use crate::chain::Layer;
 use crate::error::{Error, Result};
 use crate::graph::compile::filter;
 use crate::graph::descent::Descent;
+use crate::graph::grants::{Demand, Rights};
 use crate::graph::opening::Opening;
 use crate::graph::{Graph, Node, Role};
 use crate::options::{BlockdevOptions, CopyOnReadOptions};
@@ -41,8 +42,10 @@ impl Driver for CopyOnReadOptions {
         )))))
     }
 
-    fn passes_on(&self) -> bool {
-        true
+    /// Copies are written where the image is open for writing anyway.
+    fn demand(&self, own: Demand, _role: Role) -> Demand {
+        let does = own.does | Rights::WRITE_UNCHANGED;
+        Demand { does, ..own }
     }
 
     fn attribute(&self) -> Option<fn(&mut Layer)> {

@@ -19,6 +19,7 @@ use serde_json::{Map, Value};
 
 use super::Graph;
 use super::descent::{Descent, Extent};
+use super::grants::Demand;
 use super::nodes::{Node, Role};
 use super::opening::Opening;
 use crate::chain::Layer;
@@ -62,9 +63,9 @@ pub(super) trait Driver: Debug {
         None
     }
 
-    /// Whether it only passes on the bytes of the node under it, and minds no changes of them.
-    fn passes_on(&self) -> bool {
-        false
+    /// What a node demands of its child in this role, of which `own` is demanded in all.
+    fn demand(&self, own: Demand, role: Role) -> Demand {
+        Demand::of_image(own, role)
     }
 
     /// Where its bytes are, if it opens a file.

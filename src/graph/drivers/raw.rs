@@ -10,8 +10,9 @@ use crate::error::Result;
 use crate::format::{Format, Raw};
 use crate::graph::compile::storage;
 use crate::graph::descent::{Descent, Extent};
+use crate::graph::grants::Demand;
 use crate::graph::opening::{Opening, storage_len, text};
-use crate::graph::{Graph, Node};
+use crate::graph::{Graph, Node, Role};
 use crate::options::{BlockdevOptions, RawOptions};
 use crate::storage::{Access, Storage, Window};
 
@@ -45,8 +46,9 @@ impl Driver for RawOptions {
         Box::pin(reopen(graph, node))
     }
 
-    fn passes_on(&self) -> bool {
-        true
+    /// It only passes on bytes, and minds no changes of them.
+    fn demand(&self, own: Demand, _role: Role) -> Demand {
+        own
     }
 
     fn describe(&self, options: &mut Map<String, Value>) {

@@ -1,0 +1,553 @@
+//! Grants: who does what with which node.
+//!
+//! A holder takes a grant before it reads or writes a node, and gives it back by dropping it. A
+//! grant says what its holder does, what it tolerates from others, and which links of the graph it
+//! relies on. What a node does with the nodes under it follows from what is done with the node: an
+//! edge is a grant that nobody takes. Conflicts are refused in QEMU's words.
+//!
+//! A grant is there before what it is for is ready. While an image is opened to be written, which
+//! may take minutes, its grant is pending: all others see it, and nobody waits for it.
+//!
+//! The image of a node is open for writing, and locked, as long as a grant needs that:
+//! [`Graph::access`] prepares it for the first one, and [`Grant::give_back`] lowers it with the last.
+//! A grant that is dropped gives its rights back at once, and leaves the image as it is.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::ops::{BitAnd, BitOr, Sub};
+use std::sync::{Arc, Weak};
+
+use super::nodes::{Role, State};
+use super::{Graph, Inner, Transaction};
+use crate::error::{Error, Result};
+
+/// Things that can be done with a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rights(u8);
+
+impl Rights {
+    /// Nothing.
+    pub const NONE: Self = Self(0);
+    /// To read what nobody is just changing in a way that shows.
+    pub const READ: Self = Self(1);
+    /// To write.
+    pub const WRITE: Self = Self(2);
+    /// To write what reads the same before and after, such as copies from below.
+    pub const WRITE_UNCHANGED: Self = Self(4);
+    /// To change the size.
+    pub const RESIZE: Self = Self(8);
+    /// All of these.
+    pub const ALL: Self = Self(15);
+
+    /// QEMU's names.
+    const NAMES: [(Self, &str); 4] = [
+        (Self::READ, "consistent read"),
+        (Self::WRITE, "write"),
+        (Self::WRITE_UNCHANGED, "write unchanged"),
+        (Self::RESIZE, "resize"),
+    ];
+
+    /// Whether it has any of `other`.
+    #[must_use]
+    pub fn has(self, other: Self) -> bool {
+        self & other != Self::NONE
+    }
+}
+
+impl BitOr for Rights {
+    type Output = Self;
+
+    fn bitor(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+impl BitAnd for Rights {
+    type Output = Self;
+
+    fn bitand(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+}
+
+impl Sub for Rights {
+    type Output = Self;
+
+    fn sub(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+}
+
+impl fmt::Display for Rights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names = Self::NAMES.iter().filter(|(right, _)| self.has(*right));
+        let names: Vec<_> = names.map(|(_, name)| *name).collect();
+        f.write_str(&names.join(", "))
+    }
+}
+
+/// What is done with a node, and what is tolerated from others meanwhile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Demand {
+    /// What is done.
+    pub does: Rights,
+    /// What others may do.
+    pub tolerates: Rights,
+}
+
+impl Demand {
+    /// What a node demands of its child in this role, of which `own` is demanded in all: as an
+    /// image, which lets nobody change the bytes that it is laid out in.
+    #[must_use]
+    pub(super) fn of_image(own: Self, role: Role) -> Self {
+        let unchanged = Rights::ALL - Rights::WRITE - Rights::RESIZE;
+        let changes = own.does.has(Rights::WRITE | Rights::RESIZE);
+        match role {
+            Role::Filtered => own,
+            Role::Backing => Self {
+                does: own.does & Rights::READ,
+                tolerates: match own.tolerates.has(Rights::WRITE) {
+                    true => Rights::ALL,
+                    false => unchanged,
+                },
+            },
+            Role::File | Role::DataFile => Self {
+                does: match changes {
+                    true => Rights::READ | Rights::WRITE,
+                    false => Rights::READ,
+                },
+                tolerates: unchanged,
+            },
+        }
+    }
+}
+
+/// Who holds a grant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Holder {
+    /// An export, by its id.
+    Export(String),
+    /// A job, by its kind and its id.
+    Job(&'static str, String),
+    /// A tool that has the graph for itself.
+    Tool,
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Job(kind, id) => write!(f, "{kind} job '{id}'"),
+            Self::Export(_) | Self::Tool => f.write_str("an unnamed block device"),
+        }
+    }
+}
+
+/// What a grant is for.
+#[derive(Clone, Debug)]
+pub struct Request {
+    holder: Holder,
+    uses: Vec<Use>,
+    /// Links that stay as they are, each with the node that has the child.
+    frozen: Vec<(String, Role)>,
+}
+
+/// One node of a grant.
+#[derive(Clone, Debug)]
+struct Use {
+    node: String,
+    /// What the node is to the holder, in QEMU's words.
+    child: &'static str,
+    demand: Demand,
+    /// No other job has the node.
+    alone: bool,
+}
+
+impl Request {
+    /// Nothing yet.
+    #[must_use]
+    pub fn new(holder: Holder) -> Self {
+        Self {
+            holder,
+            uses: Vec::new(),
+            frozen: Vec::new(),
+        }
+    }
+
+    /// To read the disk of `node`, or to write it, whatever others do.
+    #[must_use]
+    pub fn disk(holder: Holder, node: &str, writable: bool) -> Self {
+        let does = match writable {
+            true => Rights::READ | Rights::WRITE,
+            false => Rights::READ,
+        };
+        let tolerates = Rights::ALL;
+        Self::new(holder).with(node, "root", Demand { does, tolerates })
+    }
+
+    /// And `node`, which is `child` to the holder.
+    #[must_use]
+    pub fn with(mut self, node: &str, child: &'static str, demand: Demand) -> Self {
+        self.uses.push(Use {
+            node: node.to_owned(),
+            child,
+            demand,
+            alone: false,
+        });
+        self
+    }
+
+    /// And the link of `node` to its child in this role.
+    #[must_use]
+    pub fn frozen(mut self, node: &str, role: Role) -> Self {
+        self.frozen.push((node.to_owned(), role));
+        self
+    }
+
+    /// For a stream into the first of `layers`, which may be written meanwhile, from the others.
+    #[must_use]
+    pub fn stream(state: &State, id: &str, layers: &[String]) -> Self {
+        let mut request = Self::new(Holder::Job("stream", id.to_owned()));
+        let tolerates = Rights::READ | Rights::WRITE_UNCHANGED;
+        for (index, layer) in layers.iter().enumerate() {
+            let (child, does, tolerates) = match index {
+                0 => (
+                    "main node",
+                    Rights::READ | Rights::WRITE,
+                    tolerates | Rights::WRITE,
+                ),
+                _ => ("intermediate node", Rights::READ, tolerates),
+            };
+            request = request.with(layer, child, Demand { does, tolerates });
+            let mut node = state.node(layer);
+            while let Ok(filter) = node
+                && let Some(child) = filter.child(Role::Filtered)
+            {
+                request = request.frozen(&filter.name, Role::Filtered);
+                node = state.node(child);
+            }
+            if let Ok(image) = node {
+                request = request.frozen(&image.name, Role::Backing);
+            }
+        }
+        request
+    }
+}
+
+/// A node that cannot be had because another job holds it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Busy {
+    /// Which of the nodes asked for it is, counted from 0.
+    pub index: usize,
+    /// What kind of job holds it.
+    pub kind: &'static str,
+}
+
+/// What is held by a grant.
+#[derive(Debug)]
+pub(super) struct Held {
+    request: Request,
+}
+
+/// All grants.
+#[derive(Debug, Default)]
+pub(super) struct Grants(Vec<Arc<Held>>);
+
+/// What its holder may do, until it is dropped.
+#[derive(Debug)]
+pub struct Grant {
+    graph: Weak<Inner>,
+    held: Arc<Held>,
+    kept: bool,
+}
+
+impl Drop for Grant {
+    fn drop(&mut self) {
+        if !self.kept
+            && let Some(graph) = self.graph.upgrade()
+        {
+            let mut grants = graph.publishing.lock();
+            grants.0.retain(|held| !Arc::ptr_eq(held, &self.held));
+        }
+    }
+}
+
+impl Grant {
+    /// The nodes that it is for.
+    #[must_use]
+    pub fn nodes(&self) -> Vec<String> {
+        let uses = self.held.request.uses.iter();
+        uses.map(|used| used.node.clone()).collect()
+    }
+
+    /// The nodes that it is to write.
+    pub(super) fn written(&self) -> Vec<String> {
+        let uses = self.held.request.uses.iter();
+        let written = uses.filter(|used| used.demand.does.has(Rights::WRITE));
+        written.map(|used| used.node.clone()).collect()
+    }
+
+    /// Leaves it in force for the graph's time.
+    pub fn keep(mut self) {
+        self.kept = true;
+    }
+
+    /// Gives it back, and images that nobody writes any more back to their readers.
+    ///
+    /// # Errors
+    /// When what was written cannot be made stable; it stays writable then.
+    pub async fn give_back(self) -> Result<()> {
+        let (graph, written) = (self.graph.upgrade().map(Graph), self.written());
+        drop(self);
+        let mut result = Ok(());
+        for node in written {
+            if let Some(graph) = &graph {
+                result = result.and(graph.lower_unwritten(&node).await);
+            }
+        }
+        result
+    }
+
+    /// As [`Graph::set_backing`], where this grant relies on what is there now.
+    ///
+    /// # Errors
+    /// When a node does not exist, or another grant relies on that.
+    pub fn set_backing(&self, name: &str, backing: Option<&str>) -> Result<()> {
+        let Some(graph) = self.graph.upgrade().map(Graph) else {
+            return Err(Error::Invalid(format!("Cannot find node '{name}'")));
+        };
+        let mut transaction = graph.transaction().by(self);
+        transaction.set_child(name, Role::Backing, backing)?;
+        graph.commit(transaction).map(drop)
+    }
+
+    pub(super) fn held(&self) -> Weak<Held> {
+        Arc::downgrade(&self.held)
+    }
+}
+
+impl Graph {
+    /// Takes a grant. It is in force at once; an image is not made ready to be written for it.
+    ///
+    /// # Errors
+    /// What others do or do not tolerate, in QEMU's words.
+    pub fn grant(&self, request: Request) -> Result<Grant> {
+        let mut grants = self.0.publishing.lock();
+        let held = Arc::new(Held { request });
+        grants.0.push(held.clone());
+        if let Err(error) = grants.check(&self.state()) {
+            grants.0.pop();
+            return Err(error);
+        }
+        Ok(self.granted(held))
+    }
+
+    /// Takes `nodes` for a job of this kind, all or none: no other job has them meanwhile.
+    ///
+    /// # Errors
+    /// Another job has one of them.
+    pub fn reserve(
+        &self,
+        nodes: &[String],
+        kind: &'static str,
+    ) -> std::result::Result<Grant, Busy> {
+        let mut grants = self.0.publishing.lock();
+        for (index, node) in nodes.iter().enumerate() {
+            if let Some(kind) = grants.reserved_by(node) {
+                return Err(Busy { index, kind });
+            }
+        }
+        let demand = Demand {
+            does: Rights::NONE,
+            tolerates: Rights::ALL,
+        };
+        let mut request = Request::new(Holder::Job(kind, String::new()));
+        for node in nodes {
+            request = request.with(node, "main node", demand);
+        }
+        request.uses.iter_mut().for_each(|used| used.alone = true);
+        let held = Arc::new(Held { request });
+        grants.0.push(held.clone());
+        Ok(self.granted(held))
+    }
+
+    /// The kind of the job that has `node`, if one does.
+    #[must_use]
+    pub fn reserved_by(&self, node: &str) -> Option<&'static str> {
+        self.0.publishing.lock().reserved_by(node)
+    }
+
+    fn granted(&self, held: Arc<Held>) -> Grant {
+        Grant {
+            graph: Arc::downgrade(&self.0),
+            held,
+            kept: false,
+        }
+    }
+
+    /// Whether a grant is for writing `node`, or something that is laid out in it.
+    pub(super) fn is_written(&self, node: &str) -> bool {
+        let grants = self.0.publishing.lock();
+        let state = self.state();
+        let users = grants.users(&state);
+        let writes = |user: &User<'_>| user.demand.does.has(Rights::WRITE | Rights::RESIZE);
+        users
+            .get(node)
+            .is_some_and(|users| users.iter().any(writes))
+    }
+}
+
+/// What uses a node: a grant, or a node over it.
+struct User<'a> {
+    who: Who<'a>,
+    child: &'static str,
+    demand: Demand,
+}
+
+#[derive(Clone, Copy)]
+enum Who<'a> {
+    Node(&'a str),
+    Held(&'a Arc<Held>),
+}
+
+impl fmt::Display for Who<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Node(name) => write!(f, "node '{name}'"),
+            Self::Held(held) => held.request.holder.fmt(f),
+        }
+    }
+}
+
+impl Who<'_> {
+    fn is(self, other: Self) -> bool {
+        match (self, other) {
+            (Self::Node(one), Self::Node(other)) => one == other,
+            (Self::Held(one), Self::Held(other)) => Arc::ptr_eq(one, other),
+            _ => false,
+        }
+    }
+}
+
+impl Grants {
+    fn reserved_by(&self, node: &str) -> Option<&'static str> {
+        self.0.iter().find_map(|held| match held.request.holder {
+            Holder::Job(kind, _) => {
+                let mut uses = held.request.uses.iter();
+                let has = uses.any(|used| used.alone && used.node == node);
+                has.then_some(kind)
+            }
+            _ => None,
+        })
+    }
+
+    /// What uses each node of `state`.
+    fn users<'a>(&'a self, state: &'a State) -> HashMap<&'a str, Vec<User<'a>>> {
+        let mut users: HashMap<&str, Vec<User>> = HashMap::new();
+        for held in &self.0 {
+            for used in &held.request.uses {
+                users.entry(&used.node).or_default().push(User {
+                    who: Who::Held(held),
+                    child: used.child,
+                    demand: used.demand,
+                });
+            }
+        }
+        for node in state.children_first().into_iter().rev() {
+            let mut own = Demand {
+                does: Rights::NONE,
+                tolerates: Rights::ALL,
+            };
+            for user in users.get(node.name.as_str()).into_iter().flatten() {
+                own.does = own.does | user.demand.does;
+                own.tolerates = own.tolerates & user.demand.tolerates;
+            }
+            for edge in &node.edges {
+                users.entry(&edge.child).or_default().push(User {
+                    who: Who::Node(&node.name),
+                    child: edge.role.key(),
+                    demand: node.driver().demand(own, edge.role),
+                });
+            }
+        }
+        users
+    }
+
+    /// Refuses grants that do not go together.
+    fn check(&self, state: &State) -> Result<()> {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        let users = self.users(state);
+        for node in state.children_first().into_iter().rev() {
+            let name = &node.name;
+            let users = users.get(name.as_str()).map_or(&[][..], Vec::as_slice);
+            // The newest first, as QEMU does.
+            for rival in users.iter().rev() {
+                let refused = |user: &&User| {
+                    user.demand.does.has(Rights::ALL - rival.demand.tolerates)
+                        && !user.who.is(rival.who)
+                };
+                if let Some(user) = users.iter().rev().find(refused) {
+                    return Err(Error::Invalid(format!(
+                        "Permission conflict on node '{name}': permissions '{}' are both required \
+                         by {} (uses node '{name}' as '{}' child) and unshared by {} (uses node \
+                         '{name}' as '{}' child).",
+                        user.demand.does - rival.demand.tolerates,
+                        user.who,
+                        user.child,
+                        rival.who,
+                        rival.child
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses the change from `old` to `new` that `transaction` makes, if it takes away what a
+    /// grant relies on, or brings together what does not go together.
+    pub(super) fn check_change(
+        &self,
+        old: &State,
+        new: &State,
+        transaction: &Transaction,
+    ) -> Result<()> {
+        for removed in transaction.removed() {
+            if let Some(kind) = self.reserved_by(removed) {
+                return Err(Error::Invalid(busy(removed, kind)));
+            }
+            let mut uses = self.0.iter().flat_map(|held| &held.request.uses);
+            if uses.any(|used| used.node == *removed) {
+                return Err(Error::Invalid(format!("Block device {removed} is in use")));
+            }
+        }
+        let child = |state: &State, node: &str, role| {
+            let node = state.node(node).ok()?;
+            node.child(role).map(str::to_owned)
+        };
+        for held in &self.0 {
+            if transaction.is_by(held) {
+                continue;
+            }
+            for (node, role) in &held.request.frozen {
+                let before = child(old, node, *role);
+                if before != child(new, node, *role) {
+                    return Err(Error::Invalid(format!(
+                        "Cannot change frozen '{}' link from '{node}' to '{}'",
+                        role.key(),
+                        before.unwrap_or_default()
+                    )));
+                }
+            }
+        }
+        self.check(new)
+    }
+}
+
+/// What a client is told of a node that a job of this kind has.
+fn busy(node: &str, kind: &str) -> String {
+    format!("Node '{node}' is busy: block device is in use by block job: {kind}")
+}
+
+#[cfg(test)]
+mod tests;

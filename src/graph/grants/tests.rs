@@ -1,0 +1,303 @@
+//! What would be caught: two holders that harm each other; two that do not, of which one is
+//! refused; rights that stay when their holder is gone; nodes that change under a job; an image
+//! that stays open for writing without a writer, or is closed under one.
+
+#![allow(clippy::unwrap_used)]
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::format::qcow2::create::{CreateOptions, create};
+use crate::options::{BlockdevOptions, Dialect};
+use crate::reactor::Reactor;
+use crate::storage::memory::MemoryStorage;
+
+struct Bed {
+    dir: tempfile::TempDir,
+    reactor: Reactor,
+    graph: Graph,
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        Reactor::leave_thread();
+    }
+}
+
+impl Bed {
+    /// `top` over `mid` over `base`; the filter `seen` over `top`; `raw` over `loose`, a file.
+    fn new() -> Self {
+        let bed = Self {
+            dir: tempfile::tempdir().unwrap(),
+            reactor: Reactor::for_this_thread().unwrap(),
+            graph: Graph::default(),
+        };
+        let memory = MemoryStorage::new(Vec::new());
+        let options = CreateOptions::new(1 << 20);
+        let made = create(&memory, &options);
+        bed.reactor.block_on(made).unwrap();
+        for name in ["top", "mid", "base", "loose"] {
+            std::fs::write(bed.dir.path().join(name), memory.snapshot()).unwrap();
+        }
+        bed.open(bed.image("base", Value::Null)).unwrap();
+        bed.open(bed.image("mid", json!("base"))).unwrap();
+        bed.open(bed.image("top", json!("mid"))).unwrap();
+        bed.open(json!({"driver": "copy-on-read", "node-name": "seen", "file": "top"}))
+            .unwrap();
+        bed.open(bed.file("loose")).unwrap();
+        bed.open(json!({"driver": "raw", "node-name": "raw", "file": "loose"}))
+            .unwrap();
+        bed
+    }
+
+    fn file(&self, name: &str) -> Value {
+        let path = self.dir.path().join(name);
+        json!({"driver": "file", "node-name": name, "filename": path})
+    }
+
+    fn image(&self, name: &str, backing: Value) -> Value {
+        let mut file = self.file(name);
+        file["node-name"] = json!(format!("f-{name}"));
+        json!({"driver": "qcow2", "node-name": name, "file": file, "backing": backing})
+    }
+
+    fn open(&self, node: Value) -> Result<String> {
+        let options = BlockdevOptions::from_value(&node, Dialect::Json).unwrap();
+        self.reactor.block_on(self.graph.open(&options))
+    }
+
+    fn access(&self, request: &Request) -> Result<Grant> {
+        self.reactor.block_on(self.graph.access(request.clone()))
+    }
+
+    fn give_back(&self, grant: Grant) {
+        self.reactor.block_on(grant.give_back()).unwrap();
+    }
+
+    fn is_writable(&self, name: &str) -> bool {
+        !self.graph.node(name).unwrap().layer.read_only
+    }
+
+    fn stream(&self, layers: &[&str]) -> Request {
+        let layers: Vec<_> = layers.iter().map(|&layer| layer.to_owned()).collect();
+        Request::stream(&self.graph.state(), "j", &layers)
+    }
+}
+
+fn export(node: &str, writable: bool) -> Request {
+    Request::disk(Holder::Export(format!("e-{node}")), node, writable)
+}
+
+fn resize(node: &str) -> Request {
+    let demand = Demand {
+        does: Rights::READ | Rights::WRITE | Rights::RESIZE,
+        tolerates: Rights::READ | Rights::WRITE_UNCHANGED,
+    };
+    Request::new(Holder::Tool).with(node, "root", demand)
+}
+
+/// Every two holders, in both orders: what the second is refused for.
+#[test]
+fn holders_that_harm_each_other_are_refused() {
+    let bed = Bed::new();
+    let conflict = |node: &str, rights: &str, one: &str, other: &str| {
+        vec![format!(
+            "Permission conflict on node '{node}': permissions '{rights}' are both required \
+             by {one} and unshared by {other}."
+        )]
+    };
+    let root = |node: &str| format!("an unnamed block device (uses node '{node}' as 'root' child)");
+    let between = "stream job 'j' (uses node 'mid' as 'intermediate node' child)";
+    let main = "stream job 'j' (uses node 'top' as 'main node' child)";
+    let below = "node 'raw' (uses node 'loose' as 'file' child)";
+    let under =
+        |top: &str, node: &str| format!("node '{top}' (uses node '{node}' as 'backing' child)");
+    let layers = || bed.stream(&["top", "mid"]);
+    let cases = [
+        // Exports tolerate everything.
+        (export("top", true), export("top", true), Vec::new()),
+        (export("top", true), export("seen", true), Vec::new()),
+        (export("top", true), export("top", false), Vec::new()),
+        (export("mid", true), export("top", false), Vec::new()),
+        (export("mid", true), export("top", true), Vec::new()),
+        (export("base", false), layers(), Vec::new()),
+        (export("raw", true), export("loose", true), Vec::new()),
+        // A guest may write what is streamed into, and nothing between.
+        (export("top", true), layers(), Vec::new()),
+        (export("seen", true), layers(), Vec::new()),
+        (export("mid", false), layers(), Vec::new()),
+        (
+            export("base", true),
+            layers(),
+            conflict("base", "write", &root("base"), &under("mid", "base")),
+        ),
+        (
+            export("mid", true),
+            layers(),
+            conflict("mid", "write", &root("mid"), between),
+        ),
+        // The size is for one alone.
+        (
+            resize("top"),
+            layers(),
+            [
+                conflict("top", "resize", &root("top"), main),
+                conflict("top", "write", main, &root("top")),
+            ]
+            .concat(),
+        ),
+        (
+            resize("raw"),
+            export("loose", true),
+            conflict("loose", "write", &root("loose"), below),
+        ),
+        (
+            resize("raw"),
+            export("raw", true),
+            conflict("raw", "write", &root("raw"), &root("raw")),
+        ),
+        (resize("raw"), export("raw", false), Vec::new()),
+        (
+            resize("top"),
+            export("mid", true),
+            conflict("mid", "write", &root("mid"), &under("top", "mid")),
+        ),
+    ];
+    for (one, other, refused) in cases {
+        let second = refused.get(1).or(refused.first());
+        for (first, second, refused) in [(&one, &other, refused.first()), (&other, &one, second)] {
+            let held = bed.access(first).unwrap();
+            let found = bed.access(second).map_err(|error| error.to_string());
+            let what = format!("{first:?}, then {second:?}");
+            match (found, refused) {
+                (Ok(grant), None) => bed.give_back(grant),
+                (Err(text), Some(wanted)) => assert_eq!(text, *wanted, "{what}"),
+                (found, _) => panic!("{what}: {found:?}"),
+            }
+            bed.give_back(held);
+            let again = bed.access(second).unwrap();
+            bed.give_back(again);
+            for node in ["top", "mid", "base", "seen", "raw", "loose"] {
+                assert!(!bed.is_writable(node), "{what}: '{node}' is left open");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_grant_is_seen_before_what_it_is_for_is_ready() {
+    let bed = Bed::new();
+    let pending = bed.graph.grant(export("mid", true)).unwrap();
+    assert!(!bed.is_writable("mid"));
+    bed.access(&bed.stream(&["top", "mid"])).unwrap_err();
+    // Nor is anything opened that does not go with it.
+    let pending_resize = bed.graph.grant(resize("raw")).unwrap();
+    let over = json!({"driver": "qcow2", "node-name": "late", "file": "loose"});
+    let text = bed.open(over.clone()).unwrap_err().to_string();
+    let wanted = "permissions 'write, resize' are both required by node 'raw' (uses node \
+                  'loose' as 'file' child) and unshared by node 'late'";
+    assert!(text.contains(wanted), "{text}");
+    assert!(bed.graph.node("late").is_err());
+    drop((pending, pending_resize));
+    bed.open(over).unwrap();
+    let grant = bed.access(&bed.stream(&["top", "mid"])).unwrap();
+    bed.give_back(grant);
+    let text = bed.access(&export("raw", true)).unwrap_err().to_string();
+    assert!(text.contains("unshared by node 'late'"), "{text}");
+}
+
+#[test]
+fn an_image_is_open_for_writing_while_a_grant_needs_it() {
+    let bed = Bed::new();
+    let grants = ["top", "seen", "top"].map(|node| bed.access(&export(node, true)).unwrap());
+    let reader = bed.access(&export("top", false)).unwrap();
+    for grant in grants {
+        assert!(bed.is_writable("top") && bed.is_writable("seen"));
+        bed.give_back(grant);
+    }
+    assert!(!bed.is_writable("top") && !bed.is_writable("seen"));
+    bed.give_back(reader);
+    // One that could not be had leaves nothing behind.
+    let path = bed.dir.path().join("base");
+    let mut file = bed.image("base", Value::Null);
+    file["node-name"] = json!("again");
+    file["file"]["node-name"] = json!("f-again");
+    bed.open(file).unwrap();
+    let demand = Demand {
+        does: Rights::WRITE,
+        tolerates: Rights::ALL,
+    };
+    let both = Request::new(Holder::Tool).with("top", "root", demand);
+    let both = both.with("base", "root", demand);
+    let text = bed.access(&both).unwrap_err().to_string();
+    assert!(text.contains(path.to_str().unwrap()), "{text}");
+    assert!(!bed.is_writable("top") && !bed.is_writable("base"));
+    bed.access(&resize("top")).unwrap();
+}
+
+/// The image of a node that others read, and that its file is written under, by several threads.
+#[test]
+fn an_image_is_prepared_once_for_all_who_write_it() {
+    let bed = Bed::new();
+    let (count, graph) = (4, &bed.graph);
+    let barrier = std::sync::Barrier::new(count);
+    std::thread::scope(|scope| {
+        for _ in 0..count {
+            scope.spawn(|| {
+                let reactor = Reactor::for_this_thread().unwrap();
+                for _ in 0..20 {
+                    barrier.wait();
+                    let grant = graph.access(export("top", true));
+                    let grant = reactor.block_on(grant).unwrap();
+                    assert!(!graph.node("top").unwrap().layer.read_only);
+                    reactor.block_on(grant.give_back()).unwrap();
+                }
+                Reactor::leave_thread();
+            });
+        }
+    });
+    assert!(!bed.is_writable("top"));
+}
+
+#[test]
+fn what_a_job_relies_on_stays() {
+    let bed = Bed::new();
+    let names = ["top", "mid"].map(str::to_owned);
+    let lease = bed.graph.reserve(&names, "stream").unwrap();
+    let busy = bed.graph.reserve(&names[1..], "stream").unwrap_err();
+    assert_eq!(
+        busy,
+        Busy {
+            index: 0,
+            kind: "stream"
+        }
+    );
+    assert_eq!(bed.graph.reserved_by("mid"), Some("stream"));
+    let grant = bed.access(&bed.stream(&["top", "mid"])).unwrap();
+    for (node, backing, child) in [("top", None, "mid"), ("mid", None, "base")] {
+        let text = bed
+            .graph
+            .set_backing(node, backing)
+            .unwrap_err()
+            .to_string();
+        assert_eq!(
+            text,
+            format!("Cannot change frozen 'backing' link from '{node}' to '{child}'")
+        );
+    }
+    bed.graph.remove("seen").unwrap();
+    let text = bed.graph.remove("top").unwrap_err().to_string();
+    assert_eq!(
+        text,
+        "Node 'top' is busy: block device is in use by block job: stream"
+    );
+    drop(lease);
+    let text = bed.graph.remove("top").unwrap_err().to_string();
+    assert_eq!(text, "Block device top is in use");
+    grant.set_backing("top", Some("base")).unwrap();
+    assert_eq!(bed.graph.chain_nodes("top").unwrap().len(), 2);
+    bed.give_back(grant);
+    bed.graph.set_backing("top", None).unwrap();
+    bed.graph.remove("top").unwrap();
+    assert_eq!(bed.graph.reserved_by("mid"), None);
+}
