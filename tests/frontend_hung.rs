@@ -144,10 +144,17 @@ fn go_on(
     let mut qmp = daemon.qmp(control)?;
     // Until the kernel does not know the file's size any longer, and asks.
     let deadline = Instant::now() + PATIENCE;
+    let mut longest = Duration::ZERO;
     while !waits(daemon.pid(), &[ANSWER])? {
         assert!(Instant::now() < deadline, "the file's size is never asked");
         qmp.execute("query-block", json!({}))??;
     }
+    let mut timed = |command: &str, arguments| {
+        let asked = Instant::now();
+        let answer = qmp.execute(command, arguments);
+        longest = longest.max(asked.elapsed());
+        answer
+    };
     for query in [
         "query-block",
         "query-named-block-nodes",
@@ -155,13 +162,14 @@ fn go_on(
         "query-block-exports",
         "query-jobs",
     ] {
-        qmp.execute(query, json!({}))??;
+        timed(query, json!({}))??;
     }
     let job = json!({"device": "over", "job-id": "other"});
-    qmp.execute("block-stream", job)??;
-    qmp.job_end("other")?;
+    timed("block-stream", job)??;
     let busy = json!({"device": "hung", "job-id": "again"});
-    let refused = qmp.execute("block-stream", busy)?;
+    let refused = timed("block-stream", busy)?;
+    eprintln!("the longest command took {longest:?}");
+    qmp.job_end("other")?;
     let text = refused.err().map(|refusal| refusal.desc);
     let wanted = "Node 'hung' is busy: block device is in use by block job: stream";
     assert_eq!(text.as_deref(), Some(wanted));

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use stratablk::format::qcow2::journal::{Folder, Record, encode, seed_of};
-use stratablk::format::qcow2::l2::Words;
+use stratablk::format::qcow2::words::Words;
 
 use super::image::{Files, How, reactor, write};
 use super::read::walk;

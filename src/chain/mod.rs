@@ -21,6 +21,7 @@ mod copy;
 mod read;
 pub mod resize;
 mod room;
+mod span;
 mod status;
 mod write;
 
@@ -35,8 +36,9 @@ use crate::grace::{EraCache, Grace, LocalEra, Users};
 use crate::storage::{self, Limits, Storage};
 use crate::sync::{self, ArcSwap};
 
-pub use copy::{Copied, Span};
+pub use copy::Copied;
 pub use room::with_room;
+pub use span::Span;
 pub use status::CopyStatus;
 
 /// How many pieces a request is cut into before it takes the slow path.

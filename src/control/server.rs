@@ -30,7 +30,7 @@ use super::wire::{Decoder, Pool};
 use crate::unix_socket::is_abandoned;
 
 /// How long the last words to a client may take at the end.
-const LAST_WORDS: Duration = Duration::from_millis(300);
+const DRAIN_TIMEOUT: Duration = Duration::from_millis(300);
 
 /// Values may nest 1024 deep, and are read and written by recursion.
 const CLIENT_STACK: usize = 8 << 20;
@@ -211,7 +211,7 @@ impl Server {
                 }
             }
         }
-        let deadline = Instant::now() + LAST_WORDS;
+        let deadline = Instant::now() + DRAIN_TIMEOUT;
         let mut clients = self.shared.clients.lock();
         for client in clients.iter() {
             client.outbox.close();
@@ -223,7 +223,7 @@ impl Server {
             client.hang_up();
         }
         // A client's thread that is still in the middle of a command ends after it, by itself.
-        let deadline = Instant::now() + LAST_WORDS;
+        let deadline = Instant::now() + DRAIN_TIMEOUT;
         while !clients.is_empty() {
             if self
                 .shared
@@ -376,7 +376,7 @@ impl Shared {
             Ok(writer) => {
                 if !self.read_commands(&stream, outbox, deadline, activity) {
                     log::info!("a control client did not negotiate in time and is cut off");
-                    outbox.drain(LAST_WORDS);
+                    outbox.drain(DRAIN_TIMEOUT);
                     outbox.cut();
                     let _ = stream.shutdown(Shutdown::Both);
                 }
@@ -463,7 +463,7 @@ impl Shared {
             self.control.jobs().tell();
         }
         if reply.quit {
-            outbox.drain(LAST_WORDS);
+            outbox.drain(DRAIN_TIMEOUT);
             self.control.quit();
         }
         connected

@@ -182,7 +182,7 @@ impl Job {
     }
 
     /// How it ended, in a sentence.
-    pub fn epitaph(&self) -> String {
+    pub fn outcome_text(&self) -> String {
         match &self.outcome {
             None => format!("{}: {}", self.id, self.state()),
             Some(Outcome::Failed(error)) => format!("{}: failed: {error}", self.id),
@@ -490,7 +490,7 @@ mod tests {
         let [job] = tracker.jobs() else { panic!() };
         assert_eq!(job.percent(), "100.0%");
         assert!(
-            job.epitaph()
+            job.outcome_text()
                 .starts_with("j: completed, 38 B copied of 100 B in 4.0 s")
         );
     }

@@ -173,7 +173,7 @@ impl Display for Lines {
             if self.json {
                 writeln!(out, "{}", job.to_json())?;
             } else if job.outcome.is_some() {
-                writeln!(out, "{}", job.epitaph())?;
+                writeln!(out, "{}", job.outcome_text())?;
             } else {
                 writeln!(out, "{}: {}", job.id, progress(job))?;
             }
@@ -257,7 +257,7 @@ impl Bars {
             self.all.remove(&bar);
         }
         if self.told.insert(job.id.clone()) {
-            self.say(&job.epitaph())?;
+            self.say(&job.outcome_text())?;
         }
         Ok(())
     }

@@ -18,11 +18,11 @@ use crate::export::limit::{TARGET, Window};
 const PER_PLACE: u32 = 50;
 
 /// Where a message is written.
-type Place = (String, u32);
+type CallSite = (String, u32);
 
 struct Bounded<L> {
     inner: L,
-    windows: Mutex<HashMap<Place, Window>>,
+    windows: Mutex<HashMap<CallSite, Window>>,
 }
 
 impl<L> Bounded<L> {

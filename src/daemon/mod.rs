@@ -23,7 +23,9 @@ use crate::config::Config;
 use crate::control::{Control, EventHub};
 use crate::engine::stream::on_graph;
 use crate::engine::sync_errors::Watch;
-use crate::engine::{Engine, Exports, Served, Sizes, ending, neighbours, parts, state};
+use crate::engine::{
+    Engine, Exports, Served, Sizes, control_thread, ending, neighbours, parts, state,
+};
 use crate::error::{Error, Result};
 use crate::export::{Export, ExportConfig, SocketSource};
 use crate::format::Format;
@@ -90,6 +92,7 @@ fn serve(config: &Config, began: Instant) -> Result<()> {
     };
     let reactor = Reactor::for_this_thread().map_err(|e| during("starting", &e))?;
     let graph = Arc::new(Graph::default());
+    control_thread::start(&graph)?;
     let exports = Arc::new(Exports::default());
     // Before the first image is opened: whatever fails from then on is to be recorded.
     let watched = state::open(config.state.as_ref()).and_then(|store| {

@@ -72,7 +72,7 @@ pub struct Part {
     /// Of an image: whether a sync of it is under way, which its users may be waiting for.
     pub syncing: Option<Box<dyn Fn() -> bool + Send>>,
     /// What to say if it does not end.
-    pub lament: Box<dyn Fn() -> String>,
+    pub abandoned: Box<dyn Fn() -> String>,
 }
 
 #[derive(Default)]
@@ -159,7 +159,7 @@ fn end_on(
         .iter()
         .map(|part| (part.name.clone(), part.syncing.is_some()));
     board.state.lock().left = left.collect();
-    let mut laments = Vec::with_capacity(parts.len());
+    let mut abandoned_texts = Vec::with_capacity(parts.len());
     let mut here = Vec::new();
     for part in parts {
         let Part {
@@ -167,9 +167,9 @@ fn end_on(
             after,
             work,
             syncing,
-            lament,
+            abandoned,
         } = part;
-        laments.push((name.clone(), lament));
+        abandoned_texts.push((name.clone(), abandoned));
         let (board, own_name) = (board.clone(), name.clone());
         let run: Run = Box::new(move || {
             let result = end_part(&board, (&own_name, &after), work, syncing, began, patience);
@@ -191,9 +191,9 @@ fn end_on(
     });
     let state = std::mem::take(&mut *board.state.lock());
     let mut words = state.failed;
-    let laments = laments.iter();
-    let late = laments.filter(|(name, _)| state.left.contains_key(name));
-    let late: Vec<_> = late.map(|(_, lament)| lament()).collect();
+    let abandoned_texts = abandoned_texts.iter();
+    let late = abandoned_texts.filter(|(name, _)| state.left.contains_key(name));
+    let late: Vec<_> = late.map(|(_, abandoned)| abandoned()).collect();
     if !late.is_empty() {
         let seconds = began.elapsed().as_secs();
         words.push(format!("abandoned after {seconds} s: {}", late.join("; ")));
@@ -258,7 +258,7 @@ mod tests {
     const HOUR: Duration = Duration::from_secs(3600);
 
     fn part(name: &str, after: &[&str], mut work: impl FnMut(bool) + Send + 'static) -> Part {
-        let lament = format!("{name} hangs");
+        let abandoned = format!("{name} hangs");
         let syncing: Box<dyn Fn() -> bool + Send> = Box::new(|| false);
         Part {
             name: name.to_owned(),
@@ -268,7 +268,7 @@ mod tests {
                 Ok(())
             }),
             syncing: name.starts_with("image").then_some(syncing),
-            lament: Box::new(move || lament.clone()),
+            abandoned: Box::new(move || abandoned.clone()),
         }
     }
 

@@ -2,6 +2,7 @@
 //! that change it. The command line, the control socket, the recorded state and tests use the
 //! same ones.
 //!
+//! - [`control_thread`]: publishes all changes
 //! - [`exports`]: what guests are served
 //! - [`stream`]: stream jobs
 //! - [`state`]: what is recorded, and how the next process goes on with it
@@ -9,6 +10,7 @@
 //! - [`sync_errors`]: failed flushes
 //! - [`parts`], [`ending`]: the end
 
+pub mod control_thread;
 pub mod ending;
 pub mod exports;
 mod guests;

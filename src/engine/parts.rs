@@ -41,7 +41,7 @@ pub fn of(
                 Ok(())
             }),
             syncing: None,
-            lament: Box::new(move || what.clone()),
+            abandoned: Box::new(move || what.clone()),
         });
     }
     if let Some(mut shut_down) = sockets {
@@ -53,7 +53,7 @@ pub fn of(
                 Ok(())
             }),
             syncing: None,
-            lament: Box::new(|| "the control sockets do not end".to_owned()),
+            abandoned: Box::new(|| "the control sockets do not end".to_owned()),
         });
     }
     for Served {
@@ -71,7 +71,7 @@ pub fn of(
                 Ok(())
             }),
             syncing: None,
-            lament: Box::new(move || {
+            abandoned: Box::new(move || {
                 let left = stuck.unfinished();
                 format!("{what}: {left} requests have not completed, its images are not closed")
             }),
@@ -108,7 +108,7 @@ fn image(graph: &Arc<Graph>, node: Node, users: &[(String, BTreeSet<String>)]) -
             let syncs = sync_errors::syncs_of(&layer);
             syncs.iter().any(|syncs| syncs.is_under_way())
         })),
-        lament: Box::new(move || what.clone()),
+        abandoned: Box::new(move || what.clone()),
     }
 }
 

@@ -140,7 +140,7 @@ impl Export {
         let control = Arc::new(Control::new().map_err(explain)?);
         let ending = Arc::new(Mutex::new(Ending::default()));
         let switches = (config.writable, config.write_cache);
-        let session = Session {
+        let session = SessionThread {
             log,
             root: root.clone(),
             geometry,
@@ -254,7 +254,7 @@ impl Drop for Export {
 }
 
 /// What the session thread owns.
-struct Session {
+struct SessionThread {
     log: Arc<Log>,
     root: Arc<Root>,
     geometry: Geometry,
@@ -264,7 +264,7 @@ struct Session {
     ending: Arc<Mutex<Ending>>,
 }
 
-impl Session {
+impl SessionThread {
     fn run(self, socket: Socket) {
         let (source, guard) = socket.split();
         let kept = Kept::default();

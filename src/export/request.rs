@@ -31,7 +31,7 @@ const FLAG_UNMAP: u32 = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
 /// The status byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Status {
+pub enum RequestStatus {
     /// Done.
     Ok = 0,
     /// Failed.
@@ -88,7 +88,7 @@ pub enum Parsed {
     /// A request that is answered at once.
     Refused {
         /// The answer.
-        with: Status,
+        with: RequestStatus,
         /// Host address of the status byte.
         status: usize,
     },
@@ -214,12 +214,12 @@ pub fn parse(ring: &SplitRing, memory: &GuestMemory, head: u16, ranges: &mut Ran
     };
     let refuse = |with| Parsed::Refused { with, status };
     if walk.bad || ranges.readable_len.max(ranges.writable_len) > MAX_LEN {
-        return refuse(Status::IoError);
+        return refuse(RequestStatus::IoError);
     }
     ranges.cut_status();
     let mut header = [0; HEADER];
     let Some(first) = ranges.cut_front(0, &mut header) else {
-        return refuse(Status::IoError);
+        return refuse(RequestStatus::IoError);
     };
     match decode(&header, first, ranges) {
         Ok(kind) => Parsed::Request { kind, status },
@@ -301,7 +301,7 @@ fn add(
 }
 
 /// Reads the header; `first` is the first range behind it.
-fn decode(header: &[u8; HEADER], first: usize, ranges: &mut Ranges) -> Result<Kind, Status> {
+fn decode(header: &[u8; HEADER], first: usize, ranges: &mut Ranges) -> Result<Kind, RequestStatus> {
     let (kind, sector) = split_header(header);
     let offset = sector.checked_mul(SECTOR);
     match kind {
@@ -310,7 +310,7 @@ fn decode(header: &[u8; HEADER], first: usize, ranges: &mut Ranges) -> Result<Ki
             ranges.data_len = ranges.writable_len;
             check_data(ranges)?;
             Ok(Kind::In {
-                offset: offset.ok_or(Status::IoError)?,
+                offset: offset.ok_or(RequestStatus::IoError)?,
             })
         }
         VIRTIO_BLK_T_OUT => {
@@ -318,7 +318,7 @@ fn decode(header: &[u8; HEADER], first: usize, ranges: &mut Ranges) -> Result<Ki
             ranges.data_len = ranges.readable_len;
             check_data(ranges)?;
             Ok(Kind::Out {
-                offset: offset.ok_or(Status::IoError)?,
+                offset: offset.ok_or(RequestStatus::IoError)?,
             })
         }
         VIRTIO_BLK_T_FLUSH => Ok(Kind::Flush),
@@ -328,28 +328,30 @@ fn decode(header: &[u8; HEADER], first: usize, ranges: &mut Ranges) -> Result<Ki
             Ok(Kind::GetId)
         }
         VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => segment(kind, first, ranges),
-        _ => Err(Status::Unsupported),
+        _ => Err(RequestStatus::Unsupported),
     }
 }
 
-fn check_data(ranges: &Ranges) -> Result<(), Status> {
+fn check_data(ranges: &Ranges) -> Result<(), RequestStatus> {
     if !ranges.data_len.is_multiple_of(SECTOR) || ranges.data.len() > MAX_RANGES {
-        return Err(Status::IoError);
+        return Err(RequestStatus::IoError);
     }
     Ok(())
 }
 
 /// Reads the one segment of a discard or a write-zeroes request.
-fn segment(kind: u32, first: usize, ranges: &mut Ranges) -> Result<Kind, Status> {
+fn segment(kind: u32, first: usize, ranges: &mut Ranges) -> Result<Kind, RequestStatus> {
     if ranges.readable_len == 0 || !ranges.readable_len.is_multiple_of(SEGMENT as u64) {
-        return Err(Status::IoError);
+        return Err(RequestStatus::IoError);
     }
     if ranges.readable_len > SEGMENT as u64 {
         // One segment is what the configuration offers.
-        return Err(Status::Unsupported);
+        return Err(RequestStatus::Unsupported);
     }
     let mut bytes = [0; SEGMENT];
-    ranges.cut_front(first, &mut bytes).ok_or(Status::IoError)?;
+    ranges
+        .cut_front(first, &mut bytes)
+        .ok_or(RequestStatus::IoError)?;
     let [
         s0,
         s1,
@@ -377,9 +379,9 @@ fn segment(kind: u32, first: usize, ranges: &mut Ranges) -> Result<Kind, Status>
         FLAG_UNMAP
     };
     if flags & !allowed != 0 {
-        return Err(Status::Unsupported);
+        return Err(RequestStatus::Unsupported);
     }
-    let offset = sector.checked_mul(SECTOR).ok_or(Status::IoError)?;
+    let offset = sector.checked_mul(SECTOR).ok_or(RequestStatus::IoError)?;
     Ok(if kind == VIRTIO_BLK_T_DISCARD {
         Kind::Discard { offset, len }
     } else {

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::handle::{Job, OnError};
 use super::runner::Timer;
-use super::status::{IoStatus, Status};
+use super::status::{IoStatus, Progress, Status};
 use crate::throttle::pacing::{Grant, Ticket};
 
 /// Progress is shown in steps of at most this many bytes.
@@ -34,17 +34,6 @@ pub enum Flow {
     Go,
     /// The job is to pause or to end, or has a lower speed: see to that first.
     Interrupted,
-}
-
-/// How much is copied, and how much is to be: bytes that are moved, not the length of a device.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Progress {
-    /// Bytes that were copied.
-    pub copied: u64,
-    /// Bytes that are to be copied, `copied` included, as far as is known.
-    pub to_copy: u64,
-    /// That is all: the whole device has been looked at.
-    pub all_seen: bool,
 }
 
 /// A body's way to its job: what is asked of it, and what it has to tell.

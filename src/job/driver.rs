@@ -7,7 +7,6 @@ use serde_json::json;
 
 use super::context::JobContext;
 use super::handle::Job;
-use super::manager::Manager;
 use super::runner::Timer;
 use super::status::Status;
 use super::{Body, BodyFactory, JobError};
@@ -22,35 +21,32 @@ pub(super) enum Outcome {
     Suspended,
 }
 
-/// Sees to it that a job does not stay listed as running when its thread dies.
-pub(super) struct Obituary {
-    manager: Arc<Manager>,
-    job: Arc<Job>,
-    told: bool,
-}
+/// Concludes a job when it is dropped, so that it does not stay listed as running when its thread
+/// dies.
+pub(super) struct ConcludeOnDrop(Option<Box<dyn FnOnce(Outcome) + Send>>);
 
-impl Obituary {
-    pub fn new(manager: Arc<Manager>, job: Arc<Job>) -> Self {
-        Self {
-            manager,
-            job,
-            told: false,
-        }
+impl ConcludeOnDrop {
+    /// Calls `conclude` with how the job ended, once.
+    pub fn new(conclude: impl FnOnce(Outcome) + Send + 'static) -> Self {
+        Self(Some(Box::new(conclude)))
     }
 
     /// Concludes the job.
-    pub fn tell(mut self, outcome: Outcome) {
-        self.told = true;
-        self.manager.conclude(&self.job, outcome);
+    pub fn conclude(mut self, outcome: Outcome) {
+        self.now(outcome);
+    }
+
+    fn now(&mut self, outcome: Outcome) {
+        if let Some(conclude) = self.0.take() {
+            conclude(outcome);
+        }
     }
 }
 
-impl Drop for Obituary {
+impl Drop for ConcludeOnDrop {
     fn drop(&mut self) {
-        if !self.told {
-            let error = JobError::new("The job's thread ended unexpectedly");
-            self.manager.conclude(&self.job, Outcome::Failed(error));
-        }
+        let error = JobError::new("The job's thread ended unexpectedly");
+        self.now(Outcome::Failed(error));
     }
 }
 
@@ -59,7 +55,7 @@ pub(super) async fn drive(
     job: Arc<Job>,
     timer: Rc<dyn Timer>,
     factory: BodyFactory,
-    obituary: Obituary,
+    end: ConcludeOnDrop,
 ) {
     let context = JobContext::new(job.clone(), timer);
     let outcome = match factory().await {
@@ -72,7 +68,7 @@ pub(super) async fn drive(
         }
         Err(error) => given_up(&job).unwrap_or(Outcome::Failed(error)),
     };
-    obituary.tell(outcome);
+    end.conclude(outcome);
 }
 
 async fn live(job: &Job, context: &JobContext, body: &mut dyn Body) -> Outcome {

@@ -7,10 +7,9 @@ use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Value, json};
 
 use super::Lease;
-use super::context::Progress;
 use super::ledger::Ledger;
 use super::runner::Clock;
-use super::status::{IoStatus, Status, Verb};
+use super::status::{IoStatus, Progress, Status, Verb};
 use super::{Event, EventSink, Refused};
 use crate::state::record::{self, Work};
 use crate::throttle::pacing::{Bucket, Grant, Ticket};

@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 
 use parking_lot::{Condvar, Mutex};
 
-use super::driver::{self, Obituary, Outcome};
+use super::driver::{self, ConcludeOnDrop, Outcome};
 use super::handle::{Job, JobInfo, JobSpec};
 use super::ledger::Ledger;
 use super::runner::{Clock, JobRunner};
@@ -314,11 +314,12 @@ impl Manager {
             job.set_status(&mut state, Status::Created);
             job.set_status(&mut state, Status::Running);
         }
-        let obituary = Obituary::new(manager.clone(), job.clone());
+        let (concluding, ended) = (manager.clone(), job.clone());
+        let end = ConcludeOnDrop::new(move |outcome| concluding.conclude(&ended, outcome));
         let runner = self.runner.clone();
         let running = job.clone();
         let main: JobMain =
-            Box::new(move |timer| Box::pin(driver::drive(running, timer, body, obituary)));
+            Box::new(move |timer| Box::pin(driver::drive(running, timer, body, end)));
         let thread = std::thread::Builder::new().name(name).spawn(move || {
             if let Err(error) = runner.run(main) {
                 log::error!("a job could not be run: {error}");
@@ -334,7 +335,7 @@ impl Manager {
                 inner.threads.push(JobThread { id, nodes, thread });
                 Ok(())
             }
-            // The body went down with the thread that was not to be, and its obituary with it.
+            // The body went down with the thread that was not to be, and what concludes it with it.
             Err(error) => Err(Refused(format!(
                 "Could not start the job's thread: {error}"
             ))),

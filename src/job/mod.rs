@@ -53,12 +53,12 @@ use serde_json::Value;
 /// The nodes that a job has, which no other job has meanwhile.
 pub use crate::graph::Grant as Lease;
 
-pub use context::{ErrorAction, JobContext, Progress};
+pub use context::{ErrorAction, JobContext};
 pub use handle::{Job, JobInfo, JobSpec, OnError};
 pub use ledger::Ledger;
 pub use manager::{ClaimedId, Manager, Untold};
 pub use runner::{Clock, JobMain, JobRunner, ParkRunner, SystemClock, Timer};
-pub use status::{IoStatus, Status, Verb};
+pub use status::{IoStatus, Progress, Status, Verb};
 
 /// Something that happened to a job, for every client that listens.
 #[derive(Clone, Debug, PartialEq)]

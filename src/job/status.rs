@@ -108,3 +108,14 @@ impl IoStatus {
         }
     }
 }
+
+/// How much is copied, and how much is to be: bytes that are moved, not the length of a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes that were copied.
+    pub copied: u64,
+    /// Bytes that are to be copied, `copied` included, as far as is known.
+    pub to_copy: u64,
+    /// That is all: the whole device has been looked at.
+    pub all_seen: bool,
+}

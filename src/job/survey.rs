@@ -15,8 +15,9 @@ use std::cell::RefCell;
 
 use async_lock::{Mutex, MutexGuard};
 
-use super::context::{JobContext, Progress};
+use super::context::JobContext;
 use super::source::{CopySource, GuestLoad, yield_now};
+use super::status::Progress;
 use crate::chain::CopyStatus;
 
 /// The least that is summed up in one number.

@@ -77,7 +77,7 @@ impl BlockdevOptions {
 }
 
 /// Where nodes inside a node are read.
-struct Place<'a> {
+struct KeyPath<'a> {
     fields: Fields<'a>,
     parent: &'a BlockdevOptions,
     depth: usize,
@@ -102,7 +102,7 @@ fn parse_node(
     // for it until it is known.
     let common = parse_common(&fields, inherited)?;
     let driver = {
-        let place = Place {
+        let place = KeyPath {
             fields,
             parent: &common,
             depth,
@@ -196,7 +196,7 @@ fn check_common(node: &BlockdevOptions) -> Result<(), ConfigError> {
     Ok(())
 }
 
-fn parse_driver(place: &Place<'_>, driver: &str) -> Result<Driver, ConfigError> {
+fn parse_driver(place: &KeyPath<'_>, driver: &str) -> Result<Driver, ConfigError> {
     let fields = &place.fields;
     Ok(match driver {
         "file" => Driver::File(parse_file(fields)?),
@@ -246,7 +246,7 @@ fn parse_file(fields: &Fields<'_>) -> Result<FileOptions, ConfigError> {
     })
 }
 
-fn parse_qcow2(place: &Place<'_>) -> Result<Qcow2Options, ConfigError> {
+fn parse_qcow2(place: &KeyPath<'_>) -> Result<Qcow2Options, ConfigError> {
     let fields = &place.fields;
     if fields.get("encrypt").is_some() {
         return Err(ConfigError::other(
@@ -322,7 +322,7 @@ fn parse_overlap_check(fields: &Fields<'_>) -> Result<OverlapCheck, ConfigError>
     Ok(word.unwrap_or_default())
 }
 
-impl Place<'_> {
+impl KeyPath<'_> {
     fn required_child(&self, key: &str) -> Result<BlockRef, ConfigError> {
         self.child(key)?.ok_or_else(|| self.fields.missing(key))
     }

@@ -19,15 +19,15 @@ use super::SharedMemory;
 /// queues each, with a thread for each of these. The table takes memory as it is used.
 const PLACES: usize = 1 << 16;
 
-struct Place {
+struct Position {
     /// Where the byte is; 0: nowhere.
     byte: AtomicUsize,
     /// The thread that it is for; 0: none yet.
     thread: AtomicI32,
 }
 
-static PLACE: [Place; PLACES] = [const {
-    Place {
+static PLACE: [Position; PLACES] = [const {
+    Position {
         byte: AtomicUsize::new(0),
         thread: AtomicI32::new(0),
     }
@@ -58,7 +58,7 @@ static OLD: [Old; SIGNALS.len()] = [const {
 
 /// A byte that is set to 1 at a crash, until this is dropped.
 pub struct CrashByte {
-    place: &'static Place,
+    place: &'static Position,
     /// Kept mapped until nobody can write to it any more.
     _memory: Arc<SharedMemory>,
 }

@@ -1,7 +1,7 @@
 //! `compare`: whether two images read the same.
 
 use super::open::{Images, Purpose};
-use super::status::{Mapper, Status};
+use super::status::{Mapper, RangeStatus};
 use crate::chain::View;
 use crate::ctl::Failure;
 use crate::error::Result;
@@ -143,7 +143,7 @@ async fn compare_common(a: &Mapper, b: &Mapper, end: u64, strict: bool) -> Resul
 }
 
 /// What QEMU compares: a place that is kept for zeros counts, wherever it is.
-fn allocation(status: &Status) -> (bool, bool, bool, bool) {
+fn allocation(status: &RangeStatus) -> (bool, bool, bool, bool) {
     let has_place = status.offset.is_some();
     (status.present, status.data, status.zero, has_place)
 }

@@ -1,7 +1,7 @@
 //! `map`: where the bytes of a disk are.
 
 use super::open::{Images, Purpose};
-use super::status::{Mapper, Status};
+use super::status::{Mapper, RangeStatus};
 use crate::chain::Chain;
 use crate::ctl::Failure;
 use clap::Args;
@@ -24,7 +24,7 @@ pub struct MapArgs {
 
 struct Range {
     start: u64,
-    status: Status,
+    status: RangeStatus,
 }
 
 /// Carries out `map`.
@@ -56,13 +56,13 @@ pub fn run(args: &MapArgs, json: bool, out: &mut dyn Write) -> Result<(), Failur
 }
 
 /// Whether `next` goes on where `last` ends, in the same way.
-fn continues(last: &Status, next: &Status) -> bool {
+fn continues(last: &RangeStatus, next: &RangeStatus) -> bool {
     let place = match (last.offset, next.offset) {
         (Some(last_offset), Some(offset)) => last_offset + last.len == offset,
         (None, None) => true,
         _ => false,
     };
-    let alike = Status {
+    let alike = RangeStatus {
         offset: last.offset,
         len: last.len,
         ..*next

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 /// What is known of a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Status {
+pub struct RangeStatus {
     /// The layer that decides, 0 being the top.
     pub depth: usize,
     /// That layer says so itself; otherwise nothing lies below it.
@@ -25,7 +25,7 @@ pub struct Status {
     pub len: u64,
 }
 
-impl Status {
+impl RangeStatus {
     fn zeros(depth: usize, len: u64) -> Self {
         Self {
             depth,
@@ -70,7 +70,7 @@ impl Mapper {
     }
 
     /// The status of a range from `offset` on, which lies within the disk, at most `len` bytes.
-    pub async fn status(&self, offset: u64, len: u64) -> Result<Status> {
+    pub async fn status(&self, offset: u64, len: u64) -> Result<RangeStatus> {
         let layers = self.chain.layers();
         let mut len = len;
         for (depth, layer) in layers.iter().enumerate() {
@@ -84,13 +84,13 @@ impl Mapper {
                 .is_some_and(|below| offset < below.format.size());
             if !more {
                 let (offset, len) = kept(layer, offset, len);
-                return Ok(Status {
+                return Ok(RangeStatus {
                     offset,
-                    ..Status::zeros(depth, len)
+                    ..RangeStatus::zeros(depth, len)
                 });
             }
         }
-        Ok(Status::zeros(layers.len(), len))
+        Ok(RangeStatus::zeros(layers.len(), len))
     }
 
     /// The status of what layer `depth` has itself.
@@ -101,12 +101,12 @@ impl Mapper {
         place: Place,
         offset: u64,
         len: u64,
-    ) -> Status {
-        let zeros = Status {
+    ) -> RangeStatus {
+        let zeros = RangeStatus {
             present: true,
-            ..Status::zeros(depth, len)
+            ..RangeStatus::zeros(depth, len)
         };
-        let data = Status {
+        let data = RangeStatus {
             data: true,
             zero: false,
             ..zeros
@@ -119,7 +119,7 @@ impl Mapper {
                     (false, len)
                 };
                 let raw = matches!(layer.format, Format::Raw(_));
-                Status {
+                RangeStatus {
                     data: !(hole && raw),
                     zero: hole,
                     offset: Some(host),
@@ -127,13 +127,13 @@ impl Mapper {
                     ..data
                 }
             }
-            Place::Compressed(_) => Status {
+            Place::Compressed(_) => RangeStatus {
                 compressed: true,
                 ..data
             },
             Place::Zero | Place::Below | Place::Unknown => {
                 let (offset, len) = kept(layer, offset, len);
-                Status {
+                RangeStatus {
                     offset,
                     len,
                     ..zeros

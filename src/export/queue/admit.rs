@@ -9,7 +9,7 @@ use crate::export::config::{MAX_DISCARD, MAX_WRITE_ZEROES};
 use crate::export::inflight::Again;
 use crate::export::limit::Topic;
 use crate::export::memory;
-use crate::export::request::{self, Kind, Parsed, Status};
+use crate::export::request::{self, Kind, Parsed, RequestStatus};
 use crate::storage::Limits;
 
 /// Chains taken from the ring before completions are looked at again.
@@ -195,7 +195,7 @@ impl Queue {
             return true;
         }
         if crashes >= MOST_CRASHES {
-            self.complete(context, head, Status::IoError);
+            self.complete(context, head, RequestStatus::IoError);
             return true;
         }
         match kind {
@@ -211,7 +211,13 @@ impl Queue {
     }
 
     /// Why a well-formed request is not carried out.
-    fn refusal(&self, context: &Context, kind: Kind, head: u16, view: &View) -> Option<Status> {
+    fn refusal(
+        &self,
+        context: &Context,
+        kind: Kind,
+        head: u16,
+        view: &View,
+    ) -> Option<RequestStatus> {
         let data_len = self.slots.get(usize::from(head))?.ranges.data_len();
         let (offset, len, max, write) = match kind {
             Kind::In { offset } => (offset, data_len, u64::MAX, false),
@@ -226,7 +232,7 @@ impl Queue {
             .is_some_and(|end| end <= view.chain.size());
         let allowed = !write || (context.facts.writable && !view.chain.top().read_only);
         let fits = inside && len <= max && (offset | len) & block == 0;
-        (!fits || !allowed).then_some(Status::IoError)
+        (!fits || !allowed).then_some(RequestStatus::IoError)
     }
 }
 

@@ -3,7 +3,7 @@
 use super::life::{Context, Queue};
 use super::slot::Slot;
 use crate::export::memory;
-use crate::export::request::{self, Kind, Status};
+use crate::export::request::{self, Kind, RequestStatus};
 use crate::export::stats::QueueStats;
 
 /// Requests that are done before the driver is shown them, within a batch. With fewer, the ring's
@@ -26,11 +26,11 @@ impl Queue {
         });
         if changes && self.memory_is_lost() {
             // Zeros may have been written that nobody meant.
-            self.complete(context, head, Status::IoError);
+            self.complete(context, head, RequestStatus::IoError);
         } else if changes && self.write_through {
             self.flushes.join(head);
         } else {
-            self.complete(context, head, Status::Ok);
+            self.complete(context, head, RequestStatus::Ok);
         }
     }
 
@@ -39,11 +39,11 @@ impl Queue {
             // SAFETY: the ranges were translated with `self.memory`.
             unsafe { memory::scatter(slot.ranges.data(), &context.facts.serial) };
         }
-        self.complete(context, head, Status::Ok);
+        self.complete(context, head, RequestStatus::Ok);
     }
 
     /// Answers a request and puts its chain into the used ring.
-    pub(super) fn complete(&mut self, context: &mut Context, head: u16, status: Status) {
+    pub(super) fn complete(&mut self, context: &mut Context, head: u16, status: RequestStatus) {
         let Some(slot) = self.slots.get_mut(usize::from(head)) else {
             return;
         };
@@ -91,8 +91,8 @@ impl Queue {
 }
 
 /// Counts a request that is done; the bytes that were written into the guest's memory for it.
-fn count(stats: &QueueStats, slot: &Slot, status: Status) -> u32 {
-    if status != Status::Ok {
+fn count(stats: &QueueStats, slot: &Slot, status: RequestStatus) -> u32 {
+    if status != RequestStatus::Ok {
         stats.errors.add(1);
         return 1;
     }

@@ -27,7 +27,7 @@ use crate::export::event::Bell;
 use crate::export::inflight::Again;
 use crate::export::limit::Topic;
 use crate::export::memory::GuestMemory;
-use crate::export::request::Status;
+use crate::export::request::RequestStatus;
 use crate::export::ring::SplitRing;
 use crate::export::stats::QueueStats;
 use crate::reactor::Reactor;
@@ -41,8 +41,8 @@ pub(super) const MOST_BYTES: u64 = 64 << 20;
 
 /// What a task reports when it has ended.
 pub(super) enum Done {
-    Request(u16, Status),
-    Flush(Vec<u16>, Status),
+    Request(u16, RequestStatus),
+    Flush(Vec<u16>, RequestStatus),
 }
 
 /// What all queues that a worker has in the course of time share.

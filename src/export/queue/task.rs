@@ -10,7 +10,7 @@ use crate::chain::{View, with_room};
 use crate::error::{Error, Result};
 use crate::export::limit::Topic;
 use crate::export::memory::GuestMemory;
-use crate::export::request::{Kind, Status};
+use crate::export::request::{Kind, RequestStatus};
 use crate::storage::IoBufs;
 
 /// Bytes that a task moves at a time, which bounds the memory of its copies.
@@ -37,10 +37,10 @@ impl Queue {
         context.reactor.spawn(async move {
             let request = |view| perform(view, kind, &bufs, detect_zeroes.as_ref());
             let status = match with_room(view, || facts.root.chain(), request).await {
-                Ok(()) => Status::Ok,
+                Ok(()) => RequestStatus::Ok,
                 Err(error) => {
                     facts.log.error(Topic::Disk, format_args!("{error}"));
-                    Status::IoError
+                    RequestStatus::IoError
                 }
             };
             done.borrow_mut().push(Done::Request(head, status));
@@ -56,7 +56,7 @@ impl Queue {
         let (done, facts) = (context.done.clone(), context.facts.clone());
         context.reactor.spawn(async move {
             let status = match view.chain.flush().await {
-                Ok(()) => Status::Ok,
+                Ok(()) => RequestStatus::Ok,
                 Err(error) => {
                     // The storage has told of a failure that stays.
                     if matches!(error, Error::Sync(_)) {
@@ -64,7 +64,7 @@ impl Queue {
                     } else {
                         facts.log.error(Topic::Disk, format_args!("{error}"));
                     }
-                    Status::IoError
+                    RequestStatus::IoError
                 }
             };
             done.borrow_mut().push(Done::Flush(heads, status));
@@ -79,7 +79,7 @@ impl Queue {
         let done = std::mem::take(&mut *context.done.borrow_mut());
         for done in done {
             match done {
-                Done::Request(head, Status::Ok) => self.carried_out(context, head),
+                Done::Request(head, RequestStatus::Ok) => self.carried_out(context, head),
                 Done::Request(head, status) => self.complete(context, head, status),
                 Done::Flush(heads, status) => {
                     self.flushes.end();

@@ -29,7 +29,7 @@ const SLICE: Duration = Duration::from_micros(115);
 /// wait that long for each of its turns. Before the slice ends, or the one after it would be lost.
 const BUSY: Duration = Duration::from_micros(100);
 
-struct Worker<'a> {
+struct WorkerLoop<'a> {
     mailbox: &'a Mailbox,
     reactor: Reactor,
     context: Context,
@@ -113,7 +113,7 @@ pub(super) fn run(
     // count that all workers shared would take the line away from the others.
     let facts = Rc::new(facts.clone());
     let views = ViewCache::new(facts.root.clone());
-    let mut worker = Worker {
+    let mut worker = WorkerLoop {
         mailbox,
         context: Context::new(facts, reactor.clone(), views, stats, bell),
         reactor,
@@ -133,7 +133,7 @@ pub(super) fn run(
     Reactor::leave_thread();
 }
 
-impl Worker<'_> {
+impl WorkerLoop<'_> {
     fn turn(&mut self) {
         self.fairness.turn();
         self.take_orders();
@@ -177,11 +177,11 @@ impl Worker<'_> {
             let Some(order) = self.mailbox.orders.lock().pop_front() else {
                 return;
             };
-            self.obey(order);
+            self.carry_out(order);
         }
     }
 
-    fn obey(&mut self, order: Order) {
+    fn carry_out(&mut self, order: Order) {
         match order {
             Order::Start(setup, reply) => {
                 self.start(*setup);

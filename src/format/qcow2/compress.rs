@@ -11,7 +11,7 @@ use super::Qcow2;
 use super::claims::Claims;
 use super::header::{Compression, SECTOR};
 use super::inflate::inflate;
-use super::l2::Words;
+use super::words::Words;
 use crate::error::{Action, Error, Result};
 use crate::format::Compressed;
 use crate::storage::{self, AlignedBuf};

@@ -43,7 +43,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::{self, Either};
 
-use super::l2::Words;
+use super::words::Words;
 use super::{Freed, Meta, Qcow2};
 use crate::error::Result;
 use crate::reactor::Reactor;

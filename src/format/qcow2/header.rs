@@ -4,6 +4,7 @@
 //! Source: QEMU's `docs/interop/qcow2`, sections "Header" and "Header extensions".
 
 mod edit;
+pub mod read;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::indexing_slicing)]
 mod tests;

@@ -4,8 +4,9 @@ use super::bitmaps::{AUTO, Bitmap, IN_USE};
 use super::header::{
     Backing, COMPATIBLE_LAZY_REFCOUNTS, Compression, Header, INCOMPATIBLE_CORRUPT,
 };
-use super::l2::{Descriptor, Shape, Words};
+use super::l2::{Descriptor, Shape};
 use super::open::read_table;
+use super::words::Words;
 use super::{Qcow2, refcount};
 use crate::error::{Action, Result};
 use crate::storage;

@@ -7,6 +7,7 @@
 //! count, since both must come from the same instant.
 
 use super::journal::Recorded;
+use super::words::Words;
 use crate::format::Compressed;
 use crate::sync::{
     atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence},
@@ -39,16 +40,6 @@ pub struct Shape {
     pub data_file: bool,
     /// 2 or 3.
     pub version: u32,
-}
-
-/// An entry as it stands in a table.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Words {
-    /// The cluster descriptor.
-    pub descriptor: u64,
-    /// Bits 0–31: subclusters in the host cluster; 32–63: those that read as zeros. 0 in an image
-    /// without subclusters.
-    pub bitmap: u64,
 }
 
 /// What a cluster descriptor says.

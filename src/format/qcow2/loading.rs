@@ -5,8 +5,9 @@
 
 use std::sync::Arc;
 
-use super::l2::{Descriptor, Slice, Words};
+use super::l2::{Descriptor, Slice};
 use super::refcount::SLICE_BYTES;
+use super::words::Words;
 use super::{Meta, Qcow2};
 use crate::error::{Error, Result};
 use crate::storage;

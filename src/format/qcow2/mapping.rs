@@ -4,7 +4,8 @@
 use std::sync::Arc;
 
 use super::Qcow2;
-use super::l2::{self, Shape, Slice, State, Words};
+use super::l2::{self, Shape, Slice, State};
+use super::words::Words;
 use crate::format::{Extent, Place};
 use crate::sync;
 

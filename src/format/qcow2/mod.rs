@@ -50,6 +50,7 @@ mod resize;
 pub mod snapshots;
 mod tables;
 mod update;
+pub mod words;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -65,13 +66,14 @@ use crate::sync::{
 
 use claims::Claims;
 use header::Header;
-use l2::{Shape, Slice, Words};
+use l2::{Shape, Slice};
 use loading::Loading;
 use refcount::{Allocator, SLICE_BYTES};
+use words::Words;
 
 pub use header::Backing;
+pub use header::read::{describe_header, read_header};
 pub use inspect::format_specific;
-pub use open::{describe_header, read_header};
 pub use refcount::Allocation;
 pub use resize::{Preallocation, write_zeros};
 pub use update::{Clear, Target};

@@ -9,9 +9,10 @@ use std::sync::atomic::Ordering;
 
 use super::bitmaps::InForce;
 use super::header::{BitmapDirectory, MAX_L1_ENTRIES};
-use super::l2::{self, COPIED, Words};
+use super::l2::{self, COPIED};
 use super::metadata::Kind;
 use super::refcount::Allocation;
+use super::words::Words;
 use super::{Qcow2, header};
 use crate::error::{Action, Error, Result};
 use crate::storage::{self, AlignedBuf};

@@ -7,8 +7,9 @@
 use super::claims::Claim;
 use super::freed::FLUSHES_TO_FREE;
 use super::journal::Admission;
-use super::l2::{Descriptor, Slice, State, Words};
+use super::l2::{Descriptor, Slice, State};
 use super::refcount::{Allocation, Allocator, Need};
+use super::words::Words;
 use super::{Meta, Qcow2};
 use crate::error::{Action, Error, Result};
 use crate::storage;

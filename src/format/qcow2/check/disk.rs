@@ -7,7 +7,8 @@
 
 use std::ops::Range;
 
-use super::super::l2::{Descriptor, OFFSET, State, Words};
+use super::super::l2::{Descriptor, OFFSET, State};
+use super::super::words::Words;
 use super::entries;
 use super::image::Image;
 use crate::error::Result;

@@ -5,7 +5,8 @@
 
 use std::fmt;
 
-use super::super::l2::{COMPRESSED, COPIED, Descriptor, OFFSET, Shape, Words, ZERO};
+use super::super::l2::{COMPRESSED, COPIED, Descriptor, OFFSET, Shape, ZERO};
+use super::super::words::Words;
 
 /// Bits of a standard cluster descriptor that must be 0. Bit 0 is the zero flag.
 const RESERVED: u64 = 0x3f00_0000_0000_01fe;

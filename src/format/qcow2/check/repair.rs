@@ -25,9 +25,10 @@
 use std::collections::BTreeSet;
 
 use super::super::header::{INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, SECTOR};
-use super::super::l2::{COPIED, OFFSET, Words};
+use super::super::l2::{COPIED, OFFSET};
 use super::super::numbers::{put, words};
 use super::super::refcount;
+use super::super::words::Words;
 use super::compare::geometry;
 use super::entries::{self, L1_RESERVED};
 use super::image::Image;

@@ -8,8 +8,9 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 
 use super::super::header::Header;
-use super::super::l2::{COPIED, OFFSET, Words};
+use super::super::l2::{COPIED, OFFSET};
 use super::super::snapshots::Snapshot;
+use super::super::words::Words;
 use super::super::{bitmaps, snapshots};
 use super::counts::Counts;
 use super::entries::{self, Fault, L1_RESERVED, Target};

@@ -14,8 +14,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use futures_util::future::try_join_all;
 
 use super::super::header::Header;
-use super::super::l2::{self, Descriptor, Slice, Words};
+use super::super::l2::{self, Descriptor, Slice};
 use super::super::refcount::Geometry;
+use super::super::words::Words;
 use super::super::{Meta, Options, Qcow2};
 use super::file::{Folder, Identity};
 use super::ids;

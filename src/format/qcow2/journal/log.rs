@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
-use super::super::l2::Words;
+use super::super::words::Words;
 use super::record::{self, FIXED, HEAD, Kind, MOST};
 use crate::shared_memory::SharedMemory;
 

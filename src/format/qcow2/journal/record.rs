@@ -1,6 +1,6 @@
 //! Records: what they say, and how they stand in the log.
 
-use super::super::l2::Words;
+use super::super::words::Words;
 
 /// Words before the entries of a mapping, and all words of other records.
 pub(super) const HEAD: u64 = 2;
