@@ -148,7 +148,7 @@ impl Executor {
     }
 
     /// Takes what other threads have left here; true if operations were completed.
-    pub(super) fn take_arrived(&self, complete: impl Fn(Token, io::Result<u32>)) -> bool {
+    fn take_arrived(&self, complete: impl Fn(Token, io::Result<u32>)) -> bool {
         let mut arrived = self.arrived.borrow_mut();
         let mut completed = self.completed.borrow_mut();
         self.remote.take(&mut arrived, &mut completed);

@@ -14,10 +14,15 @@
 //!
 //! Both may be completed by another thread ([`Remote::complete`]), for storage that is no file.
 //!
+//! Nobody has to wait. An operation whose future is dropped goes on, and what it uses lives until
+//! it has ended ([`OpGuard`]); so does work of several steps that must not be left half done
+//! ([`carry_out`]). A reactor that ends meanwhile leaves all that in memory for good.
+//!
 //! Everything a thread waits for is in the ring, file descriptors included (multishot polls, see
 //! [`Reactor::watch`]): a busy worker then submits its batch, waits, and learns of new kicks with
 //! one system call, where a separate `epoll_wait` and the read of each eventfd would cost three.
 
+mod carry;
 mod executor;
 mod op;
 mod remote;
@@ -37,6 +42,7 @@ use std::time::{Duration, Instant};
 
 use io_uring::{opcode, squeue, types};
 
+pub use carry::{CarryOut, carry_out};
 pub use op::{OpGuard, Token};
 pub use remote::Remote;
 
@@ -79,9 +85,11 @@ struct Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        if self.in_flight.get() == 0 {
+        let ops = self.ops.get_mut();
+        if self.in_flight.get() == 0 && ops.abandoned() == 0 {
             UNENDED.fetch_sub(1, Ordering::SeqCst);
         }
+        ops.leak();
     }
 }
 
@@ -295,10 +303,10 @@ impl Reactor {
         unsafe { self.inner.ring.borrow_mut().push(&entry) }
     }
 
-    /// Reserves a slot for one operation that a task will wait for.
-    pub fn reserve(&self) -> OpGuard {
+    /// Reserves a slot for one operation that a task will wait for, and that uses what `kept` owns.
+    pub fn reserve<K: 'static>(&self, kept: K) -> OpGuard<K> {
         let token = self.inner.ops.borrow_mut().reserve();
-        OpGuard::new(self.clone(), token)
+        OpGuard::new(self.clone(), token, kept)
     }
 
     /// Queues `entry` for `token`.
@@ -393,10 +401,8 @@ impl Reactor {
                 .push_back(Completion { value, result });
             return;
         }
-        let waker = self.inner.ops.borrow_mut().complete(token, result);
-        if let Some(waker) = waker {
-            waker.wake();
-        }
+        let ended = self.inner.ops.borrow_mut().complete(token, result);
+        ended.finish();
     }
 
     /// A multishot poll ends when the completion queue overflowed, and when it was removed. One
@@ -442,13 +448,6 @@ impl Reactor {
         let timers = self.inner.timers.borrow();
         let (&(when, _), _) = timers.first_key_value()?;
         Some(when.saturating_duration_since(Instant::now()))
-    }
-
-    /// Takes completions, and nothing else; for callers that wait within a task.
-    fn take_completions(&self) {
-        self.reap();
-        let complete = |token, result| self.complete(token, result);
-        self.inner.executor.take_arrived(complete);
     }
 
     pub(crate) fn with_ops<T>(&self, f: impl FnOnce(&mut OpSlots) -> T) -> T {

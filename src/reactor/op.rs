@@ -1,5 +1,6 @@
 //! Operation slots: where the result of an operation waits for the task that started it.
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::future::Future;
 use std::io;
@@ -63,18 +64,38 @@ impl Token {
     }
 }
 
-#[derive(Debug)]
 enum Slot {
     /// Started, or about to be: nobody waits yet.
     Reserved,
     Waiting(Waker),
     Done(io::Result<u32>),
+    /// Nobody waits any more. What the operation uses goes with its end.
+    Abandoned(Box<dyn Any>),
+}
+
+/// What is to be done outside of the slots when an operation has ended.
+pub(super) enum Ended {
+    Nothing,
+    Wake(Waker),
+    Free(Box<dyn Any>),
+}
+
+impl Ended {
+    pub(super) fn finish(self) {
+        match self {
+            Self::Nothing => {}
+            Self::Wake(waker) => waker.wake(),
+            // Whatever it is, it may start operations of its own.
+            Self::Free(kept) => drop(kept),
+        }
+    }
 }
 
 /// All operation slots and watches of a reactor.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct OpSlots {
     slots: Slab<Slot>,
+    abandoned: usize,
     watches: HashMap<u64, RawFd>,
 }
 
@@ -83,12 +104,34 @@ impl OpSlots {
         Token::op(self.slots.insert(Slot::Reserved))
     }
 
-    /// Stores a result; returns the waker of whoever waits for it.
-    pub(super) fn complete(&mut self, token: Token, result: io::Result<u32>) -> Option<Waker> {
-        let slot = self.slots.get_mut(token.value() as usize)?;
+    /// Stores a result for the task that waits for it.
+    pub(super) fn complete(&mut self, token: Token, result: io::Result<u32>) -> Ended {
+        let index = token.value() as usize;
+        let Some(slot) = self.slots.get_mut(index) else {
+            return Ended::Nothing;
+        };
         match std::mem::replace(slot, Slot::Done(result)) {
-            Slot::Waiting(waker) => Some(waker),
-            Slot::Reserved | Slot::Done(_) => None,
+            Slot::Waiting(waker) => Ended::Wake(waker),
+            Slot::Reserved | Slot::Done(_) => Ended::Nothing,
+            Slot::Abandoned(kept) => {
+                self.slots.remove(index);
+                self.abandoned -= 1;
+                Ended::Free(kept)
+            }
+        }
+    }
+
+    /// How many operations go on that nobody waits for.
+    pub(super) fn abandoned(&self) -> usize {
+        self.abandoned
+    }
+
+    /// Leaves what such operations use where it is for good, since nobody will know when they end.
+    pub(super) fn leak(&mut self) {
+        for (_, slot) in std::mem::take(&mut self.slots) {
+            if let Slot::Abandoned(kept) = slot {
+                std::mem::forget(kept);
+            }
         }
     }
 
@@ -119,6 +162,13 @@ impl OpSlots {
         self.slots.try_remove(token.value() as usize);
     }
 
+    fn abandon(&mut self, token: Token, kept: Box<dyn Any>) {
+        if let Some(slot) = self.slots.get_mut(token.value() as usize) {
+            *slot = Slot::Abandoned(kept);
+            self.abandoned += 1;
+        }
+    }
+
     pub(super) fn remember_watch(&mut self, token: Token, fd: RawFd) {
         self.watches.insert(token.raw(), fd);
     }
@@ -132,24 +182,31 @@ impl OpSlots {
     }
 }
 
-/// A reserved slot, and after the operation was started the future of its result.
+/// A reserved slot, what its operation uses, and after that was started the future of its result.
 ///
-/// Dropping it while the operation is in flight blocks until the kernel is done with the
-/// operation's memory: memory declared before the guard may therefore be lent to the kernel.
-#[derive(Debug)]
-#[must_use = "the operation is waited for when this is dropped"]
-pub struct OpGuard {
+/// Dropped while the operation is in flight, it leaves `K` in the slot, until the operation has
+/// ended: the kernel or another thread goes on with memory that `K` owns (not with `K` itself, which
+/// moves).
+pub struct OpGuard<K: 'static> {
     reactor: Reactor,
     token: Token,
     started: bool,
+    kept: Option<K>,
 }
 
-impl OpGuard {
-    pub(super) fn new(reactor: Reactor, token: Token) -> Self {
+impl<K> std::fmt::Debug for OpGuard<K> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "OpGuard({:?})", self.token)
+    }
+}
+
+impl<K> OpGuard<K> {
+    pub(super) fn new(reactor: Reactor, token: Token, kept: K) -> Self {
         Self {
             reactor,
             token,
             started: false,
+            kept: Some(kept),
         }
     }
 
@@ -159,19 +216,25 @@ impl OpGuard {
         self.token
     }
 
-    /// The reactor that the slot belongs to.
+    /// What the operation uses.
     #[must_use]
-    pub fn reactor(&self) -> &Reactor {
-        &self.reactor
+    pub fn kept(&self) -> Option<&K> {
+        self.kept.as_ref()
     }
 
-    /// Says that the operation has been started: from now on it must be waited for.
+    /// Gives back what the operation used. `None`: it is still in flight.
+    #[must_use]
+    pub fn into_kept(mut self) -> Option<K> {
+        self.kept.take_if(|_| !self.started)
+    }
+
+    /// Says that the operation has been started: from now on it uses what is kept.
     pub fn mark_started(&mut self) {
         self.started = true;
     }
 }
 
-impl Future for OpGuard {
+impl<K: Unpin> Future for OpGuard<K> {
     type Output = io::Result<u32>;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
@@ -186,14 +249,15 @@ impl Future for OpGuard {
     }
 }
 
-impl Drop for OpGuard {
+impl<K> Drop for OpGuard<K> {
     fn drop(&mut self) {
-        while self.started && !self.reactor.with_ops(|ops| ops.is_done(self.token)) {
-            // Only completions are collected: running tasks from inside a task's drop would
-            // poll them out of turn.
-            self.reactor.wait(None);
-            self.reactor.take_completions();
-        }
-        self.reactor.with_ops(|ops| ops.release(self.token));
+        let in_flight = self.started && !self.reactor.with_ops(|ops| ops.is_done(self.token));
+        let Some(kept) = self.kept.take_if(|_| in_flight) else {
+            return self.reactor.with_ops(|ops| ops.release(self.token));
+        };
+        // What is only queued names its file by a number, which may soon be another's.
+        self.reactor.submit();
+        let kept = Box::new(kept);
+        self.reactor.with_ops(|ops| ops.abandon(self.token, kept));
     }
 }

@@ -1,5 +1,5 @@
-//! What would be caught: lost wake-ups and completions, operations whose memory is freed under the kernel,
-//! timers that fire early, tasks that starve others.
+//! What would be caught: lost wake-ups and completions, operations whose memory is freed under the
+//! kernel or never, work that is left half done, timers that fire early, tasks that starve others.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -57,21 +57,106 @@ fn a_watched_eventfd_is_reported_on_every_signal_without_being_read() {
     reactor.unwatch(7).unwrap();
 }
 
-#[test]
-fn dropping_an_operation_waits_for_the_kernel() {
-    let reactor = Reactor::for_this_thread().unwrap();
-    let event = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
-    let mut buffer = [0u8; 8];
-    let mut guard = reactor.reserve();
+/// What an operation uses, and whether it is still there.
+struct Used {
+    buffer: Box<[u8; 8]>,
+    freed: Rc<Cell<Option<u64>>>,
+}
+
+impl Drop for Used {
+    fn drop(&mut self) {
+        self.freed.set(Some(u64::from_ne_bytes(*self.buffer)));
+    }
+}
+
+/// Begins to read from `event`, as a task does; and what the buffer held when it was freed.
+fn begin_read(
+    reactor: &Reactor,
+    event: &vmm_sys_util::eventfd::EventFd,
+) -> (OpGuard<Used>, Rc<Cell<Option<u64>>>) {
+    let mut buffer = Box::new([0; 8]);
+    let freed = Rc::new(Cell::new(None));
     let entry = opcode::Read::new(types::Fd(event.as_raw_fd()), buffer.as_mut_ptr(), 8).build();
-    // SAFETY: the buffer outlives the guard, whose drop waits for the operation.
+    let mut guard = reactor.reserve(Used {
+        buffer,
+        freed: freed.clone(),
+    });
+    // SAFETY: the guard keeps the buffer until the operation has ended.
     unsafe { reactor.start(entry, guard.token()) }.unwrap();
     guard.mark_started();
-    reactor.submit();
-    event.write(5).unwrap();
+    (guard, freed)
+}
+
+#[test]
+fn dropping_an_operation_waits_for_nobody_and_keeps_its_memory() {
+    let reactor = Reactor::for_this_thread().unwrap();
+    let event = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
+    let (guard, freed) = begin_read(&reactor, &event);
     drop(guard);
-    assert_eq!(u64::from_ne_bytes(buffer), 5);
-    assert_eq!(reactor.in_flight(), 0);
+    assert_eq!((reactor.queued(), reactor.in_flight()), (0, 1));
+    while reactor.turn() {}
+    assert_eq!(freed.get(), None);
+    event.write(5).unwrap();
+    while reactor.in_flight() > 0 {
+        reactor.turn();
+    }
+    assert_eq!(freed.get(), Some(5), "freed at once, and not before");
+    // One that has ended, or has not begun, keeps nothing.
+    event.write(6).unwrap();
+    let (mut guard, freed) = begin_read(&reactor, &event);
+    reactor.block_on(&mut guard).unwrap();
+    drop(guard);
+    assert_eq!(freed.get(), Some(6));
+    let (buffer, freed) = (Box::new([0; 8]), Rc::new(Cell::new(None)));
+    let used = Used {
+        buffer,
+        freed: freed.clone(),
+    };
+    drop(reactor.reserve(used));
+    assert_eq!(freed.get(), Some(0));
+    assert_eq!(reactor.with_ops(|ops| ops.abandoned()), 0);
+}
+
+#[test]
+fn a_reactor_that_ends_frees_nothing_that_is_in_use() {
+    let event = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
+    let reactor = Reactor::for_this_thread().unwrap();
+    let (guard, freed) = begin_read(&reactor, &event);
+    drop(guard);
+    Reactor::leave_thread();
+    drop(reactor);
+    assert_eq!(freed.get(), None);
+}
+
+#[test]
+fn work_that_has_begun_is_carried_out() {
+    let reactor = Reactor::for_this_thread().unwrap();
+    let steps = Rc::new(Cell::new(0));
+    let work = || {
+        let steps = steps.clone();
+        carry_out(async move {
+            steps.set(1);
+            yield_now().await;
+            steps.set(2);
+            yield_now().await;
+            steps.set(3);
+            7
+        })
+    };
+    drop(work());
+    assert_eq!((steps.get(), reactor.tasks()), (0, 0), "it had not begun");
+    let mut begun = work();
+    let waker = Waker::noop();
+    let mut context = Context::from_waker(waker);
+    assert!(Pin::new(&mut begun).poll(&mut context).is_pending());
+    drop(begun);
+    assert_eq!(steps.get(), 1);
+    while reactor.tasks() > 0 {
+        assert!(reactor.turn());
+    }
+    assert_eq!(steps.get(), 3);
+    assert_eq!(reactor.block_on(work()), 7);
+    assert_eq!(reactor.tasks(), 0);
 }
 
 #[test]
@@ -114,7 +199,7 @@ fn operations_are_completed_by_another_thread() {
     let mut polled = 0;
     for number in 0..2000 {
         // Of a task; the reactor may be about to sleep, asleep or awake.
-        let mut guard = reactor.reserve();
+        let mut guard = reactor.reserve(());
         guard.mark_started();
         sender.send(guard.token()).unwrap();
         assert_eq!(reactor.block_on(guard).unwrap(), 7);

@@ -1,9 +1,15 @@
-//! Buffers for I/O: aligned memory of our own, and lists of borrowed memory (guest pages).
+//! Buffers for I/O: aligned memory of our own, and lists of memory, ours or a guest's.
+//!
+//! An operation that nobody waits for any more still uses its memory. So a list keeps what its
+//! ranges are in, and goes with the operation.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::any::Any;
 use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
+use std::rc::Rc;
+use std::sync::Arc;
 
 /// Alignment of every [`AlignedBuf`]: enough for direct I/O on any disk.
 pub const BUFFER_ALIGN: usize = 4096;
@@ -21,7 +27,27 @@ thread_local! {
 pub struct AlignedBuf {
     start: NonNull<u8>,
     len: usize,
+    /// Shared with the lists of its parts. None for nothing.
+    memory: Option<Arc<Memory>>,
 }
+
+/// The memory of a buffer: it is freed when neither the buffer nor an operation uses it.
+struct Memory {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `AlignedBuf::zeroed` with the same layout.
+        unsafe { dealloc(self.start.as_ptr(), AlignedBuf::layout(self.len)) };
+    }
+}
+
+// SAFETY: it is a mere allocation.
+unsafe impl Send for Memory {}
+// SAFETY: as above; nothing is done through references.
+unsafe impl Sync for Memory {}
 
 /// A buffer on loan from its thread: copies of large ranges follow one another, and new memory
 /// for each costs more than the copying.
@@ -42,7 +68,13 @@ impl ScratchBuf {
 
 impl Drop for ScratchBuf {
     fn drop(&mut self) {
-        if self.0.len < KEPT_LEAST {
+        // An operation may go on with it.
+        let is_free = self
+            .0
+            .memory
+            .as_mut()
+            .is_some_and(|memory| Arc::get_mut(memory).is_some());
+        if self.0.len < KEPT_LEAST || !is_free {
             return;
         }
         let buffer = std::mem::replace(&mut self.0, AlignedBuf::EMPTY);
@@ -83,6 +115,7 @@ impl AlignedBuf {
     const EMPTY: Self = Self {
         start: NonNull::dangling(),
         len: 0,
+        memory: None,
     };
 
     /// A zeroed buffer of `len` bytes.
@@ -95,7 +128,11 @@ impl AlignedBuf {
         // SAFETY: the layout has a size above zero.
         let start = unsafe { alloc_zeroed(layout) };
         let start = NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout));
-        Self { start, len }
+        Self {
+            start,
+            len,
+            memory: Some(Arc::new(Memory { start, len })),
+        }
     }
 
     /// A buffer that holds `bytes`.
@@ -110,16 +147,6 @@ impl AlignedBuf {
         // A size near isize::MAX cannot be allocated anyway; the error is the allocator's.
         Layout::from_size_align(len, BUFFER_ALIGN)
             .unwrap_or_else(|_| handle_alloc_error(Layout::new::<[u8; BUFFER_ALIGN]>()))
-    }
-}
-
-impl Drop for AlignedBuf {
-    fn drop(&mut self) {
-        if self.len == 0 {
-            return;
-        }
-        // SAFETY: allocated in `zeroed` with the same layout.
-        unsafe { dealloc(self.start.as_ptr(), Self::layout(self.len)) };
     }
 }
 
@@ -146,11 +173,33 @@ impl std::fmt::Debug for AlignedBuf {
 }
 
 /// A list of memory ranges that a request reads from or writes to: guest pages, or parts of our
-/// own buffers. It does not own them; whoever builds one vouches for them.
+/// own buffers. It keeps what they are in, as far as it knows it.
 #[derive(Clone)]
 pub struct IoBufs {
     iovecs: Vec<libc::iovec>,
     len: usize,
+    keep: Keep,
+}
+
+/// What ranges are in.
+#[allow(dead_code, reason = "held, and not looked at")]
+#[derive(Clone, Default)]
+enum Keep {
+    #[default]
+    Nothing,
+    Memory(Arc<Memory>),
+    Other(Rc<dyn Any>),
+    All(Rc<[Keep]>),
+}
+
+impl Keep {
+    fn and(self, other: &Self) -> Self {
+        match (self, other) {
+            (own, Self::Nothing) => own,
+            (Self::Nothing, other) => other.clone(),
+            (own, other) => Self::All(Rc::new([own, other.clone()])),
+        }
+    }
 }
 
 impl IoBufs {
@@ -158,7 +207,8 @@ impl IoBufs {
     ///
     /// # Safety
     /// Every range stays valid for reads and writes by anyone (guest memory may change at any
-    /// time) for as long as this value, its clones and slices, and operations on them live.
+    /// time) for as long as this value, its clones and slices, and operations on them live; or for
+    /// as long as what it is told to [keep](Self::keeping) is kept.
     #[must_use]
     pub unsafe fn new(iovecs: &[libc::iovec]) -> Self {
         // SAFETY: passed on to the caller.
@@ -172,7 +222,18 @@ impl IoBufs {
     #[must_use]
     pub unsafe fn from_vec(iovecs: Vec<libc::iovec>) -> Self {
         let len = iovecs.iter().map(|v| v.iov_len).sum();
-        Self { iovecs, len }
+        Self {
+            iovecs,
+            len,
+            keep: Keep::Nothing,
+        }
+    }
+
+    /// As long as this list, a part of it or an operation on one is there, `what` is too.
+    #[must_use]
+    pub fn keeping(mut self, what: Rc<dyn Any>) -> Self {
+        self.keep = self.keep.and(&Keep::Other(what));
+        self
     }
 
     /// A list of nothing.
@@ -181,13 +242,16 @@ impl IoBufs {
         Self {
             iovecs: Vec::new(),
             len: 0,
+            keep: Keep::Nothing,
         }
     }
 
-    /// The part `[start, start + len)` of `buffer`, clipped to it.
+    /// The part `[start, start + len)` of `buffer`, clipped to it. Its memory stays as long as the
+    /// list and operations on it.
     ///
     /// # Safety
-    /// `buffer` must outlive the list and all operations on it.
+    /// While an operation reads into the list, nobody else looks at that part of `buffer`; while
+    /// one writes from it, nobody changes it.
     #[must_use]
     pub unsafe fn of(buffer: &AlignedBuf, start: usize, len: usize) -> Self {
         let start = start.min(buffer.len);
@@ -204,6 +268,7 @@ impl IoBufs {
                 iov_len: len,
             }],
             len,
+            keep: buffer.memory.clone().map_or(Keep::Nothing, Keep::Memory),
         }
     }
 
@@ -231,13 +296,18 @@ impl IoBufs {
         let mut iovecs = Vec::with_capacity(self.iovecs.len());
         slice_iovecs(&self.iovecs, start, len, |iovec| iovecs.push(iovec));
         let len = iovecs.iter().map(|v| v.iov_len).sum();
-        Self { iovecs, len }
+        Self {
+            iovecs,
+            len,
+            keep: self.keep.clone(),
+        }
     }
 
     /// Appends the ranges of `other`.
     pub fn append(&mut self, other: &Self) {
         self.iovecs.extend_from_slice(&other.iovecs);
         self.len += other.len;
+        self.keep = std::mem::take(&mut self.keep).and(&other.keep);
     }
 
     /// True when every address and every length is a multiple of what `limits` ask for memory.

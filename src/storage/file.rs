@@ -7,6 +7,7 @@
 //! does: it is done on another thread ([`Calls`]), except in memory and where the kernel answers
 //! from memory of its own.
 
+use std::any::Any;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::mem::ManuallyDrop;
@@ -464,6 +465,10 @@ impl Storage for FileStorage {
 
     fn identity(&self) -> Option<Identity> {
         self.identity
+    }
+
+    fn hold(&self) -> Option<Arc<dyn Any + Send + Sync>> {
+        Some(self.opened.clone())
     }
 
     fn syncs(&self) -> Option<&Arc<Syncs>> {

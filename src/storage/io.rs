@@ -1,6 +1,7 @@
 //! Asynchronous operations on storage for tasks: whole transfers, whatever the kernel splits or
 //! interrupts, and whatever alignment the storage asks for.
 
+use std::any::Any;
 use std::io;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use std::time::Duration;
 
 use super::{AlignedBuf, IoBufs, Op, ScratchBuf, Storage, Submission, Syncs};
 use crate::error::{Action, Error};
-use crate::reactor::{Reactor, yield_now};
+use crate::reactor::{Reactor, carry_out, yield_now};
 
 /// Zeros are written from here where the storage cannot make them by itself.
 const ZERO_CHUNK: usize = 256 * 1024;
@@ -20,17 +21,43 @@ const TRIES_AT_ONCE: u32 = 16;
 /// Between the others is so much time.
 const TRY_PAUSE: Duration = Duration::from_millis(1);
 
-/// Carries out `op`, again when it was interrupted.
-async fn run(storage: &dyn Storage, op: Op<'_>) -> io::Result<u32> {
+/// What an operation uses until it has ended: its memory, and the storage.
+struct InUse {
+    bufs: IoBufs,
+    _storage: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+/// Carries out the operation that `op` makes of the vectors of `bufs`, again when it was interrupted.
+async fn run(
+    storage: &dyn Storage,
+    bufs: IoBufs,
+    op: impl for<'a> Fn(&'a [libc::iovec]) -> Op<'a>,
+) -> io::Result<u32> {
     let reactor = Reactor::current()
         .ok_or_else(|| io::Error::other("storage used on a thread without a reactor"))?;
     let mut tried = 0;
+    let mut in_use = InUse {
+        bufs,
+        _storage: storage.hold(),
+    };
     loop {
-        let result = run_once(&reactor, storage, op).await;
+        let mut guard = reactor.reserve(in_use);
+        let iovecs = guard.kept().map_or(&[][..], |kept| kept.bufs.iovecs());
+        // The kernel takes at most 1024 vectors (IOV_MAX).
+        let op = op(iovecs.get(..1024).unwrap_or(iovecs));
+        // SAFETY: the vectors, and what they name, are kept by the guard until the operation has
+        // ended.
+        let result = match unsafe { storage.submit(&reactor, op, guard.token()) } {
+            Submission::Ready(result) => result,
+            Submission::Pending => {
+                guard.mark_started();
+                (&mut guard).await
+            }
+        };
         tried += 1;
-        match result {
-            Err(error) if tried < TRIES && is_interruption(&error) => {}
-            result => return result,
+        match (result, guard.into_kept()) {
+            (Err(error), Some(kept)) if tried < TRIES && is_interruption(&error) => in_use = kept,
+            (result, _) => return result,
         }
         if tried < TRIES_AT_ONCE {
             // Whoever has to make room for it may be on this thread.
@@ -44,19 +71,6 @@ async fn run(storage: &dyn Storage, op: Op<'_>) -> io::Result<u32> {
 /// Nothing was done, and may be when it is tried again.
 fn is_interruption(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN))
-}
-
-async fn run_once(reactor: &Reactor, storage: &dyn Storage, op: Op<'_>) -> io::Result<u32> {
-    let mut guard = reactor.reserve();
-    // SAFETY: the vectors and their memory are borrowed from the caller, whose buffers outlive
-    // this future's guard; dropping the guard waits for the operation.
-    match unsafe { storage.submit(reactor, op, guard.token()) } {
-        Submission::Ready(result) => result,
-        Submission::Pending => {
-            guard.mark_started();
-            guard.await
-        }
-    }
 }
 
 /// Reads `bufs.len()` bytes at `offset`. What lies past the end of the storage reads as zeros, but
@@ -90,18 +104,10 @@ async fn read_within(storage: &dyn Storage, bufs: &IoBufs, offset: u64) -> io::R
     let mut done = 0;
     while done < bufs.len() {
         let rest = bufs.slice(done, bufs.len() - done);
-        // The kernel takes at most 1024 vectors (IOV_MAX).
-        let iovecs = rest.iovecs().get(..1024).unwrap_or(rest.iovecs());
-        let count = run(
-            storage,
-            Op::Read {
-                iovecs,
-                offset: offset + done as u64,
-            },
-        )
-        .await?;
+        let offset = offset + done as u64;
+        let count = run(storage, rest, |iovecs| Op::Read { iovecs, offset }).await?;
         if count == 0 {
-            rest.zero();
+            bufs.slice(done, bufs.len() - done).zero();
             return Ok(());
         }
         done += count as usize;
@@ -174,15 +180,8 @@ pub async fn write(storage: &dyn Storage, bufs: &IoBufs, offset: u64) -> io::Res
     let mut done = 0;
     while done < bufs.len() {
         let rest = bufs.slice(done, bufs.len() - done);
-        let iovecs = rest.iovecs().get(..1024).unwrap_or(rest.iovecs());
-        let count = run(
-            storage,
-            Op::Write {
-                iovecs,
-                offset: offset + done as u64,
-            },
-        )
-        .await?;
+        let offset = offset + done as u64;
+        let count = run(storage, rest, |iovecs| Op::Write { iovecs, offset }).await?;
         if count == 0 {
             return Err(io::ErrorKind::WriteZero.into());
         }
@@ -212,10 +211,15 @@ async fn write_unaligned(storage: &dyn Storage, bufs: &IoBufs, offset: u64) -> i
 ///
 /// # Errors
 /// What the storage reports: nothing is known about what was written since the last sync then. Of
-/// a file that is written through the page cache every later sync fails, too ([`Syncs`]).
+/// a file that is written through the page cache every later sync fails, too ([`Syncs`]). It is
+/// waited for also when the caller does not: others would not hear of its failure.
 pub async fn sync_shared(storage: &Arc<dyn Storage>) -> io::Result<()> {
-    let sync = run(&**storage, Op::Sync);
-    Syncs::of(storage).share(storage.name(), sync).await
+    let storage = storage.clone();
+    let sync = async move {
+        let sync = run(&*storage, IoBufs::empty(), |_| Op::Sync);
+        Syncs::of(&storage).share(storage.name(), sync).await
+    };
+    carry_out(sync).await
 }
 
 /// As [`sync_shared`], of storage that is used for one piece of work: a failure of one that does
@@ -224,7 +228,7 @@ pub async fn sync_shared(storage: &Arc<dyn Storage>) -> io::Result<()> {
 /// # Errors
 /// As for [`sync_shared`].
 pub async fn sync(storage: &dyn Storage) -> io::Result<()> {
-    let sync = run(storage, Op::Sync);
+    let sync = run(storage, IoBufs::empty(), |_| Op::Sync);
     match storage.syncs() {
         Some(syncs) => syncs.share(storage.name(), sync).await,
         None => sync.await.map(drop),
@@ -240,7 +244,12 @@ pub async fn zero(storage: &dyn Storage, offset: u64, len: u64, unmap: bool) -> 
     if len == 0 {
         return Ok(());
     }
-    match run(storage, Op::Zero { offset, len, unmap }).await {
+    let zero = run(storage, IoBufs::empty(), |_| Op::Zero {
+        offset,
+        len,
+        unmap,
+    });
+    match zero.await {
         Ok(_) => Ok(()),
         Err(error) if cannot(&error) => write_zeros(storage, offset, len).await,
         Err(error) => Err(error),
@@ -250,7 +259,8 @@ pub async fn zero(storage: &dyn Storage, offset: u64, len: u64, unmap: bool) -> 
 /// Reserves space behind the end of the storage, where that makes later writes cheaper.
 /// False: it does not, or there is no space; writes will tell.
 pub async fn reserve(storage: &dyn Storage, offset: u64, len: u64) -> bool {
-    run(storage, Op::Reserve { offset, len }).await.is_ok()
+    let reserve = run(storage, IoBufs::empty(), |_| Op::Reserve { offset, len });
+    reserve.await.is_ok()
 }
 
 /// Tells the storage that a range is no longer needed. It may do nothing.
@@ -258,16 +268,13 @@ pub async fn reserve(storage: &dyn Storage, offset: u64, len: u64) -> bool {
 /// # Errors
 /// What the storage reports, except that it cannot do this.
 pub async fn discard(storage: &dyn Storage, offset: u64, len: u64) -> io::Result<()> {
-    match run(
-        storage,
-        Op::Zero {
-            offset,
-            len,
-            unmap: true,
-        },
-    )
-    .await
-    {
+    let unmap = true;
+    let discard = run(storage, IoBufs::empty(), |_| Op::Zero {
+        offset,
+        len,
+        unmap,
+    });
+    match discard.await {
         Err(error) if !cannot(&error) => Err(error),
         _ => Ok(()),
     }

@@ -209,6 +209,12 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
         at_once(Ok(0))
     }
 
+    /// What operations of it need until they have ended, though nobody waits for them and the
+    /// storage itself is let go of: the open file, its locks, a connection.
+    fn hold(&self) -> Option<std::sync::Arc<dyn std::any::Any + Send + Sync>> {
+        None
+    }
+
     /// The syncs of the file that its bytes are in, shared with whoever else has it; a storage over
     /// another one has that one's. `None`: it has a file of its own, written through a page cache.
     fn syncs(&self) -> Option<&std::sync::Arc<Syncs>> {

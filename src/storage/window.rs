@@ -3,6 +3,7 @@
 //! Everything is moved by the offset, and nothing reaches past the part's end, whoever asks: what
 //! lies behind it belongs to somebody else.
 
+use std::any::Any;
 use std::io;
 use std::sync::Arc;
 
@@ -209,6 +210,10 @@ impl Storage for Window {
 
     fn allocated(&self) -> Answer<'_, io::Result<u64>> {
         self.inner.allocated()
+    }
+
+    fn hold(&self) -> Option<Arc<dyn Any + Send + Sync>> {
+        self.inner.hold()
     }
 
     fn syncs(&self) -> Option<&Arc<Syncs>> {
