@@ -2,14 +2,20 @@
 //!
 //! [`Uneven`] is the kernel as it may be at any time: transfers that are short, operations that are
 //! interrupted or to be tried again. A seed decides which, so that tests can repeat it.
-//! [`FaultStorage`] gives any storage a trait of another one: blocks, holes, a page cache.
+//! [`FaultStorage`] gives any storage a trait of another one: blocks, holes, a page cache, calls
+//! that hang at a [`Gate`].
 
+use std::any::Any;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Answer, Limits, Op, Storage, Submission, Syncs, at_once};
-use crate::reactor::{Reactor, Token};
+use parking_lot::{Condvar, Mutex};
+
+use super::calls::Calls;
+use super::{Access, Answer, Limits, Op, Storage, Submission, Syncs, at_once, later};
+use crate::reactor::{Reactor, Remote, Token};
+use crate::sync::Event;
 
 /// Decides what becomes of each operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +68,163 @@ impl Uneven {
     }
 }
 
+/// A kind of call that storage is asked to make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// [`Op::Read`].
+    Read,
+    /// [`Op::Write`].
+    Write,
+    /// [`Op::Sync`].
+    Sync,
+    /// [`Op::Reserve`].
+    Reserve,
+    /// [`Op::Zero`].
+    Zero,
+    /// [`Storage::len`] and [`Storage::capacity`].
+    Len,
+    /// [`Storage::set_len`].
+    SetLen,
+    /// [`Storage::set_access`].
+    SetAccess,
+    /// [`Storage::open_writable`].
+    OpenWritable,
+    /// [`Storage::next_data`].
+    NextData,
+    /// The last reference goes.
+    Close,
+}
+
+impl Call {
+    /// All of them.
+    pub const ALL: [Self; 11] = [
+        Self::Read,
+        Self::Write,
+        Self::Sync,
+        Self::Reserve,
+        Self::Zero,
+        Self::Len,
+        Self::SetLen,
+        Self::SetAccess,
+        Self::OpenWritable,
+        Self::NextData,
+        Self::Close,
+    ];
+
+    fn of(op: &Op<'_>) -> Self {
+        match op {
+            Op::Read { .. } => Self::Read,
+            Op::Write { .. } => Self::Write,
+            Op::Sync => Self::Sync,
+            Op::Reserve { .. } => Self::Reserve,
+            Op::Zero { .. } => Self::Zero,
+        }
+    }
+}
+
+/// Where calls hang, until it is opened by any thread. Operations that have hung end as
+/// interrupted then, having done nothing, and are tried again; everything else goes on.
+#[derive(Debug, Default)]
+pub struct Gate {
+    state: Mutex<GateState>,
+    opened: Event,
+    opened_to_threads: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct GateState {
+    shut: Vec<Call>,
+    operations: Vec<(Arc<Remote>, Token)>,
+    /// Calls that have hung.
+    hung: usize,
+}
+
+impl Gate {
+    /// Calls of these kinds hang from now on.
+    pub fn shut(&self, calls: &[Call]) {
+        self.state.lock().shut.extend(calls);
+    }
+
+    /// Nothing hangs any more.
+    pub fn open(&self) {
+        let operations = {
+            let mut state = self.state.lock();
+            state.shut.clear();
+            std::mem::take(&mut state.operations)
+        };
+        self.opened.notify(usize::MAX);
+        self.opened_to_threads.notify_all();
+        for (remote, token) in operations {
+            remote.complete(token, Err(io::Error::from_raw_os_error(libc::EAGAIN)));
+        }
+    }
+
+    /// How many calls have hung so far.
+    #[must_use]
+    pub fn hung(&self) -> usize {
+        self.state.lock().hung
+    }
+
+    /// Whether an operation hangs.
+    fn holds(&self, op: &Op<'_>, reactor: &Reactor, token: Token) -> bool {
+        let mut state = self.state.lock();
+        let shut = state.shut.contains(&Call::of(op));
+        if shut {
+            state.hung += 1;
+            state.operations.push((reactor.remote(), token));
+        }
+        shut
+    }
+
+    /// Hangs while the gate is shut for `call`; blocks nobody.
+    async fn pass(&self, call: Call) {
+        let mut counted = false;
+        loop {
+            let opened = self.opened.listen();
+            {
+                let mut state = self.state.lock();
+                if !state.shut.contains(&call) {
+                    return;
+                }
+                state.hung += usize::from(!std::mem::replace(&mut counted, true));
+            }
+            opened.await;
+        }
+    }
+}
+
+/// Hangs when it is dropped, on a thread that is there for that, and lets go of a storage then.
+#[derive(Debug)]
+struct Closing {
+    gate: Arc<Gate>,
+    inner: Option<Arc<dyn Storage>>,
+}
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        let (gate, inner) = (self.gate.clone(), self.inner.take());
+        let hang = move || {
+            let mut state = gate.state.lock();
+            state.hung += usize::from(state.shut.contains(&Call::Close));
+            while state.shut.contains(&Call::Close) {
+                gate.opened_to_threads.wait(&mut state);
+            }
+            drop(inner);
+        };
+        Calls::default().dispose(OnDrop(Some(hang)));
+    }
+}
+
+struct OnDrop<F: FnOnce()>(Option<F>);
+
+impl<F: FnOnce()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        if let Some(call) = self.0.take() {
+            call();
+        }
+    }
+}
+
 /// Storage that has its bytes in another one, and differs from it in what it was told.
 #[derive(Debug)]
 pub struct FaultStorage<S> {
@@ -69,6 +232,7 @@ pub struct FaultStorage<S> {
     limits: Limits,
     data: Option<Range<u64>>,
     tells_syncs: bool,
+    gate: Option<Closing>,
 }
 
 impl<S: Storage> FaultStorage<S> {
@@ -80,6 +244,7 @@ impl<S: Storage> FaultStorage<S> {
             inner,
             data: None,
             tells_syncs: true,
+            gate: None,
         }
     }
 
@@ -106,6 +271,34 @@ impl<S: Storage> FaultStorage<S> {
         self
     }
 
+    /// Its calls hang at a gate while that is shut.
+    #[must_use]
+    pub fn with_gate(mut self, gate: &Arc<Gate>) -> Self
+    where
+        S: 'static,
+    {
+        self.gate = Some(Closing {
+            gate: gate.clone(),
+            inner: Some(self.inner.clone()),
+        });
+        self
+    }
+
+    /// Carries `call` out when the gate is open for it.
+    fn behind_gate<'a, T: 'a>(
+        &'a self,
+        kind: Call,
+        call: impl FnOnce(&'a S) -> Answer<'a, T> + 'a,
+    ) -> Answer<'a, T> {
+        let Some(Closing { gate, .. }) = &self.gate else {
+            return call(&self.inner);
+        };
+        later(async move {
+            gate.pass(kind).await;
+            call(&self.inner).await
+        })
+    }
+
     /// Where its bytes are.
     #[must_use]
     pub fn inner(&self) -> &S {
@@ -128,20 +321,33 @@ impl<S: Storage> Storage for FaultStorage<S> {
             // As a file that was opened with O_DIRECT.
             return Submission::Ready(Err(io::Error::from_raw_os_error(libc::EINVAL)));
         }
+        if let Some(Closing { gate, .. }) = &self.gate
+            && gate.holds(&op, reactor, token)
+        {
+            return Submission::Pending;
+        }
         // SAFETY: passed on to the caller.
         unsafe { self.inner.submit(reactor, op, token) }
     }
 
     fn len(&self) -> Answer<'_, io::Result<u64>> {
-        self.inner.len()
+        self.behind_gate(Call::Len, |inner| inner.len())
     }
 
     fn capacity(&self) -> Answer<'_, io::Result<Option<u64>>> {
-        self.inner.capacity()
+        self.behind_gate(Call::Len, |inner| inner.capacity())
     }
 
     fn set_len(&self, len: u64) -> Answer<'_, io::Result<()>> {
-        self.inner.set_len(len)
+        self.behind_gate(Call::SetLen, move |inner| inner.set_len(len))
+    }
+
+    fn set_access(&self, access: Access) -> Answer<'_, io::Result<()>> {
+        self.behind_gate(Call::SetAccess, move |inner| inner.set_access(access))
+    }
+
+    fn open_writable(&self) -> Answer<'_, io::Result<Arc<dyn Storage>>> {
+        self.behind_gate(Call::OpenWritable, |inner| inner.open_writable())
     }
 
     fn limits(&self) -> Limits {
@@ -156,6 +362,10 @@ impl<S: Storage> Storage for FaultStorage<S> {
         self.inner.writable()
     }
 
+    fn hold(&self) -> Option<Arc<dyn Any + Send + Sync>> {
+        self.inner.hold()
+    }
+
     fn syncs(&self) -> Option<&Arc<Syncs>> {
         self.inner.syncs().filter(|_| self.tells_syncs)
     }
@@ -165,7 +375,7 @@ impl<S: Storage> Storage for FaultStorage<S> {
             Some(data) => {
                 at_once((offset < data.end).then_some((offset.max(data.start), data.end)))
             }
-            None => self.inner.next_data(offset),
+            None => self.behind_gate(Call::NextData, move |inner| inner.next_data(offset)),
         }
     }
 }
