@@ -10,6 +10,7 @@ use super::{CopyStatus, Span, View};
 use crate::error::Result;
 use crate::format::qcow2::Clear;
 use crate::format::{Format, Qcow2};
+use crate::reactor::carry_out;
 use crate::storage::buffer::is_zero;
 use crate::storage::{AlignedBuf, IoBufs, ScratchBuf};
 
@@ -48,6 +49,11 @@ impl View {
     /// When a layer below cannot be read or the target cannot be written; what was copied before
     /// stays.
     pub async fn copy(self: &Rc<Self>, span: Span, offset: u64, len: u64) -> Result<Copied> {
+        let view = self.clone();
+        carry_out(async move { view.copy_into(span, offset, len).await }).await
+    }
+
+    async fn copy_into(&self, span: Span, offset: u64, len: u64) -> Result<Copied> {
         let layer = self.chain.layer(span.target)?;
         let Format::Qcow2(qcow2) = &layer.format else {
             // A raw layer has all of its bytes: nothing ever comes from below.

@@ -33,6 +33,7 @@ use arrayvec::ArrayVec;
 use crate::error::{Action, Error, Result};
 use crate::format::{Format, Place, Qcow2};
 use crate::grace::{EraCache, Grace, LocalEra, Users};
+use crate::reactor::carry_out;
 use crate::storage::{self, Limits, Storage};
 use crate::sync::{self, ArcSwap};
 
@@ -89,7 +90,10 @@ impl Layer {
             Format::Raw(_) => storage::io::sync_shared(&self.storage)
                 .await
                 .map_err(|error| self.io_error(Action::Flush, 0, &error)),
-            Format::Qcow2(qcow2) => qcow2.flush().await,
+            Format::Qcow2(qcow2) => {
+                let qcow2 = qcow2.clone();
+                carry_out(async move { qcow2.flush().await }).await
+            }
             Format::Qed(_) => Ok(()),
         }
     }

@@ -3,7 +3,7 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use futures_util::future::try_join_all;
+use futures_util::future::join_all;
 
 use super::{Chain, Layer, Source, View};
 use crate::error::{Action, Error, Result};
@@ -49,12 +49,14 @@ impl Chain {
                 batch.push((found, bufs.slice(done, len as usize)));
                 done += len as usize;
             }
-            try_join_all(
+            // All of them, also when one has failed: the others are on their way into memory that is
+            // the guest's again when it has been told.
+            let fetched = join_all(
                 batch
                     .into_iter()
                     .map(|(found, bufs)| self.fetch(found, bufs)),
-            )
-            .await?;
+            );
+            fetched.await.into_iter().collect::<Result<()>>()?;
         }
         Ok(())
     }

@@ -1,5 +1,8 @@
 //! Writing that needs more than a store in place: allocation, copy-on-write, zeroes, discards.
 //!
+//! What has begun is carried out, whether or not it is waited for: a write that is on its way keeps
+//! its claim and its view, so that nobody overtakes it or uses its cluster for something else.
+//!
 //! Invariant: while the mapping of a cluster is changed, whoever changes it holds a claim on it.
 //! The data of a new cluster is written before the cluster is linked, so no reader ever sees it
 //! half filled.
@@ -14,6 +17,7 @@ use super::{Layer, View};
 use crate::error::{Action, Error, Result};
 use crate::format::qcow2::{Clear, Target};
 use crate::format::{Format, Place, Qcow2};
+use crate::reactor::carry_out;
 use crate::storage::{self, AlignedBuf, IoBufs, ScratchBuf};
 
 /// Guest bytes allocated at a time: bounds the buffers and lets others have the clusters.
@@ -31,6 +35,10 @@ impl View {
     /// # Errors
     /// When the top layer is read-only or cannot be written.
     pub async fn write(self: Rc<Self>, offset: u64, bufs: IoBufs) -> Result<()> {
+        carry_out(async move { self.write_top(offset, bufs).await }).await
+    }
+
+    async fn write_top(&self, offset: u64, bufs: IoBufs) -> Result<()> {
         let top = self.writable_top()?;
         match &top.format {
             Format::Raw(_) => top.store(offset, &bufs).await,
@@ -44,6 +52,10 @@ impl View {
     /// # Errors
     /// As for [`View::write`].
     pub async fn write_zeroes(self: Rc<Self>, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        carry_out(async move { self.zero_top(offset, len, unmap).await }).await
+    }
+
+    async fn zero_top(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         let top = self.writable_top()?;
         match &top.format {
             Format::Raw(_) => {
@@ -62,6 +74,10 @@ impl View {
     /// # Errors
     /// As for [`View::write`].
     pub async fn discard(self: Rc<Self>, offset: u64, len: u64) -> Result<()> {
+        carry_out(async move { self.discard_top(offset, len).await }).await
+    }
+
+    async fn discard_top(&self, offset: u64, len: u64) -> Result<()> {
         let top = self.writable_top()?;
         if !top.discard {
             return Ok(());

@@ -140,7 +140,7 @@ fn submit(
         };
         // SAFETY: the vectors are in the slot, which takes no new request before all its
         // operations have completed; the memory they name is kept by the queue, which is not
-        // given back before that either.
+        // given back before that either. Nobody cancels them.
         match unsafe { storage.submit(&context.reactor, op, Token::client(u64::from(head))) } {
             Submission::Pending => slot.pending += 1,
             Submission::Ready(Ok(count)) => slot.transferred += u64::from(count),

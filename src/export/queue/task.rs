@@ -27,9 +27,10 @@ impl Queue {
             return;
         };
         context.stats.slow.add(1);
-        // SAFETY: the queue keeps the memory, and takes no new request into this slot, until
-        // the task has reported.
+        // SAFETY: the ranges were translated with the queue's memory, or with a smaller table whose
+        // regions it still has; the list keeps it, and operations keep the list.
         let bufs = unsafe { IoBufs::new(slot.ranges.data()) };
+        let bufs = bufs.keeping(Rc::new(self.memory.clone()));
         let (kind, done, facts) = (slot.kind, context.done.clone(), context.facts.clone());
         let detect_zeroes = facts
             .detect_zeroes

@@ -18,7 +18,7 @@
 
 use std::collections::BTreeSet;
 
-use futures_util::future::try_join_all;
+use futures_util::future::join_all;
 
 use super::header::{Backing, Patch, SECTOR};
 use super::refcount::Need;
@@ -293,12 +293,14 @@ impl Qcow2 {
     async fn write_pieces(&self, pieces: &[Piece]) -> Result<()> {
         let merged = merge(pieces);
         for batch in merged.chunks(PARALLEL) {
-            try_join_all(
+            // All of them, also when one has failed: the next flush writes to the same places, and
+            // must not be overtaken.
+            let written = join_all(
                 batch
                     .iter()
                     .map(|(offset, bytes)| self.write_at(*offset, bytes)),
-            )
-            .await?;
+            );
+            written.await.into_iter().collect::<Result<()>>()?;
         }
         Ok(())
     }
