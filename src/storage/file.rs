@@ -17,10 +17,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
-use io_uring::{opcode, types};
+use io_uring::{opcode, squeue, types};
 
 use super::calls::Calls;
-use super::locking::{Access, ImageLock};
+use super::locking::{Access, ImageLock, is_local};
 use super::{
     Answer, Identity, Limits, Op, Storage, Submission, Syncs, are_different, at_once, is_known,
     later,
@@ -55,6 +55,8 @@ pub struct FileStorage {
     identity: Option<Identity>,
     /// The file is memory: calls are made in line.
     in_line: bool,
+    /// The ring gives operations to threads of its own at once.
+    may_block: bool,
     block_device: bool,
 }
 
@@ -132,6 +134,8 @@ impl FileStorage {
             fd: file.as_raw_fd(),
             limits: limits_of(&file, flags.direct, block_device),
             in_line,
+            // The node of a device is in memory here, too, and a device does not block.
+            may_block: !is_local(&file),
             name: path.display().to_string(),
             identity: identity_of(&metadata),
             opened: Arc::new(Opened {
@@ -384,6 +388,12 @@ impl Storage for FileStorage {
                 .offset(offset)
                 .mode(zero_mode(unmap))
                 .build(),
+        };
+        // A file system in user space or over a network blocks whoever submits to it, although the
+        // ring asks it not to.
+        let entry = match self.may_block {
+            true => entry.flags(squeue::Flags::ASYNC),
+            false => entry,
         };
         // SAFETY: the memory is valid until the completion, by contract.
         match unsafe { reactor.start(entry, token) } {

@@ -209,7 +209,7 @@ impl ImageLock {
         Self {
             all: Arc::new(Locks {
                 number: metadata.map(|file| (file.dev(), file.ino())),
-                local: keeps_locks(&file),
+                local: is_local(&file),
                 file,
                 path: path.to_owned(),
                 users: Mutex::default(),
@@ -322,9 +322,9 @@ impl Locks {
     }
 }
 
-/// Whether a file's locks are in the kernel's memory alone. Of file systems that are not known to
-/// do that, those over a network ask a server.
-fn keeps_locks(file: &File) -> bool {
+/// Whether a file is in a file system that asks no server: its locks are in the kernel's memory
+/// alone, and operations that are not to block do not. Others are not known to.
+pub(super) fn is_local(file: &File) -> bool {
     // SAFETY: all-zero bytes are a valid statfs.
     let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: the call writes one statfs.
