@@ -235,27 +235,55 @@ fn an_image_is_open_for_writing_while_a_grant_needs_it() {
     bed.access(&resize("top")).unwrap();
 }
 
-/// The image of a node that others read, and that its file is written under, by several threads.
+/// By several threads, of which every second one gives back at once what it has.
 #[test]
 fn an_image_is_prepared_once_for_all_who_write_it() {
     let bed = Bed::new();
     let (count, graph) = (4, &bed.graph);
     let barrier = std::sync::Barrier::new(count);
+    let faults = std::sync::Mutex::new(Vec::new());
+    // None panics, since the others would wait for it.
+    let (meet, fault) = (&barrier, |text: String| faults.lock().unwrap().push(text));
+    let fault = &fault;
     std::thread::scope(|scope| {
-        for _ in 0..count {
-            scope.spawn(|| {
+        for thread in 0..count {
+            scope.spawn(move || {
                 let reactor = Reactor::for_this_thread().unwrap();
+                let layer = || graph.node("top").unwrap().layer;
+                let give_back = |grant: Grant| match reactor.block_on(grant.give_back()) {
+                    Ok(()) => {}
+                    Err(error) => fault(error.to_string()),
+                };
                 for _ in 0..20 {
-                    barrier.wait();
-                    let grant = graph.access(export("top", true));
-                    let grant = reactor.block_on(grant).unwrap();
-                    assert!(!graph.node("top").unwrap().layer.read_only);
-                    reactor.block_on(grant.give_back()).unwrap();
+                    meet.wait();
+                    let grant = reactor.block_on(graph.access(export("top", true)));
+                    let seen = layer();
+                    let kept = match grant {
+                        Ok(grant) if thread % 2 == 0 => {
+                            give_back(grant);
+                            None
+                        }
+                        Ok(grant) => Some(grant),
+                        Err(error) => {
+                            fault(error.to_string());
+                            None
+                        }
+                    };
+                    meet.wait();
+                    if kept.is_some() && layer().read_only {
+                        fault("closed under a writer".to_owned());
+                    }
+                    if kept.is_some() && !Arc::ptr_eq(&seen, &layer()) {
+                        fault("opened twice".to_owned());
+                    }
+                    meet.wait();
+                    kept.into_iter().for_each(give_back);
                 }
                 Reactor::leave_thread();
             });
         }
     });
+    assert_eq!(*faults.lock().unwrap(), Vec::<String>::new());
     assert!(!bed.is_writable("top"));
 }
 
