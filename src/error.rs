@@ -84,6 +84,10 @@ impl Error {
         if let Some(failure) = inner.and_then(|inner| inner.downcast_ref::<SyncFailure>()) {
             return Self::Sync(failure.clone());
         }
+        // Of a disk that serves as storage: it names the file, and the place in it.
+        if let Some(below) = inner.and_then(|inner| inner.downcast_ref::<Self>()) {
+            return below.clone();
+        }
         let errno = error.raw_os_error().unwrap_or(libc::EIO);
         Self::Io {
             action,
@@ -146,6 +150,19 @@ impl Error {
                 }
                 | Self::Sync(_)
         )
+    }
+}
+
+impl From<Error> for io::Error {
+    /// As storage reports it: what it cannot do is an error number, which callers look at, and
+    /// everything else is what [`Error::io`] makes of it again.
+    fn from(error: Error) -> Self {
+        let plain = Self::from_raw_os_error(error.errno());
+        match error {
+            Error::Sync(failure) => failure.into(),
+            Error::Unsupported { .. } | Error::Invalid(_) => plain,
+            error => Self::new(plain.kind(), error),
+        }
     }
 }
 

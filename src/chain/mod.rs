@@ -17,6 +17,7 @@
 //! (metadata to load, clusters to allocate, copy or decompress) takes the `async` functions of
 //! [`View`], as a task on the same thread.
 
+mod backed;
 mod copy;
 mod read;
 pub mod resize;
@@ -37,6 +38,7 @@ use crate::reactor::carry_out;
 use crate::storage::{self, Limits, Storage};
 use crate::sync::{self, ArcSwap};
 
+pub use backed::Backed;
 pub use copy::Copied;
 pub use room::with_room;
 pub use span::Span;
