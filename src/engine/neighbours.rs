@@ -161,27 +161,28 @@ impl Served {
 
 /// All images that the exports serve.
 fn served(exports: &[ExportOptions], graph: &Graph) -> Result<Vec<Served>> {
-    let mut served = Vec::new();
+    let (state, mut served) = (graph.state(), Vec::new());
     for export in exports {
-        let top = graph.image_node(&export.node_name)?;
-        let mut below = None;
-        for node in graph.chain_nodes(&top.name)?.into_iter().rev() {
-            let file = graph.file_of(&node)?;
-            let mut files = vec![(node.filename.clone(), identity(&node))];
-            if let Some(data) = node.child(Role::DataFile) {
-                let data = graph.node(data)?;
-                let identity = data.layer.storage.identity();
-                files.push((data.filename, identity.unwrap_or_default()));
+        for chain in state.suppliers(&export.node_name)?.into_iter().rev() {
+            let mut below = None;
+            for node in chain.into_iter().rev() {
+                let file = state.file_of(node)?;
+                let mut files = vec![(node.filename.clone(), identity(node))];
+                if let Some(data) = node.child(Role::DataFile) {
+                    let data = state.node(data)?;
+                    let identity = data.layer.storage.identity();
+                    files.push((data.filename.clone(), identity.unwrap_or_default()));
+                }
+                served.push(Served {
+                    export: export.id.clone(),
+                    format: node.format_name(),
+                    identity: identity(node),
+                    below: below.replace((node.format_name(), file.clone())),
+                    file,
+                    path: node.filename.clone(),
+                    files,
+                });
             }
-            served.push(Served {
-                export: export.id.clone(),
-                format: node.format_name(),
-                identity: identity(&node),
-                below: below.replace((node.format_name(), file.clone())),
-                file,
-                path: node.filename,
-                files,
-            });
         }
     }
     // The one on top is the one that people know.

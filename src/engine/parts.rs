@@ -77,24 +77,35 @@ pub fn of(
             }),
         });
     }
+    let (state, mut images) = (graph.state(), Vec::new());
     for node in nodes {
         // A filter is the image that it is over: two threads would close the same one. What is
         // only read has nothing to close; but a job may be about to close what it has written.
         let is_written = !node.layer.read_only || written.contains(&node.name);
         if !node.is_filter() && is_written {
-            parts.push(image(graph, node, &users));
+            // What is laid out in an image is closed before it.
+            let under = state.disks_under(&node).into_iter();
+            users.push((
+                image_name(&node),
+                under.map(|disk| disk.name.clone()).collect(),
+            ));
+            images.push(node);
         }
     }
+    parts.extend(images.into_iter().map(|node| image(graph, node, &users)));
     parts
 }
 
 /// The image of a node, which is closed after those of `users` that use it.
 fn image(graph: &Arc<Graph>, node: Node, users: &[(String, BTreeSet<String>)]) -> Part {
-    let name = format!("node '{}'", node.name);
+    let name = image_name(&node);
     let uses = users.iter().filter(|(_, nodes)| nodes.contains(&node.name));
     let after = uses.map(|(user, _)| user.clone()).collect();
     let what = format!("{name}: what was written may not be stable");
-    let layer = node.layer.clone();
+    let state = graph.state();
+    let disks = state.disks_under(&node).into_iter().map(|disk| &**disk);
+    let disks = disks.chain([&node]).map(|disk| disk.layer.clone());
+    let disks: Vec<_> = disks.collect();
     let graph = graph.clone();
     Part {
         name,
@@ -105,11 +116,15 @@ fn image(graph: &Arc<Graph>, node: Node, users: &[(String, BTreeSet<String>)]) -
             _ => Ok(()),
         }),
         syncing: Some(Box::new(move || {
-            let syncs = sync_errors::syncs_of(&layer);
-            syncs.iter().any(|syncs| syncs.is_under_way())
+            let mut syncs = disks.iter().flat_map(|layer| sync_errors::syncs_of(layer));
+            syncs.any(|syncs| syncs.is_under_way())
         })),
         abandoned: Box::new(move || what.clone()),
     }
+}
+
+fn image_name(node: &Node) -> String {
+    format!("node '{}'", node.name)
 }
 
 /// The nodes that a user of `top` may use.

@@ -168,9 +168,9 @@ fn events(
         .list()
         .iter()
         .filter_map(|Served { options, .. }| {
-            let image = graph.image_node(&options.node_name).ok()?;
-            let nodes = graph.chain_nodes(&image.name).ok()?;
-            let node = nodes.iter().find(|node| concerned(node))?;
+            let state = graph.state();
+            let chains = state.suppliers(&options.node_name).ok()?;
+            let node = chains.iter().flatten().find(|node| concerned(node))?;
             Some(event(&options.id, &node.name))
         })
         .collect();
@@ -187,11 +187,11 @@ fn events(
         .collect()
 }
 
-/// The syncs of each node in the chain of a node's image, top first. Nodes in one file have the same.
+/// The syncs of each node that supplies bytes of a node's image, top first. Nodes in one file have the same.
 fn chain_syncs(graph: &Graph, name: &str) -> Result<Vec<(String, Arc<Syncs>)>> {
-    let image = graph.image_node(name)?;
+    let state = graph.state();
     let mut all: Vec<(String, Arc<Syncs>)> = Vec::new();
-    for node in graph.chain_nodes(&image.name)? {
+    for node in state.suppliers(name)?.into_iter().flatten() {
         for syncs in syncs_of(&node.layer) {
             if !all.iter().any(|(_, other)| Arc::ptr_eq(other, &syncs)) {
                 all.push((node.name.clone(), syncs));

@@ -226,7 +226,7 @@ impl State {
         if self.is_whole_file(node)? {
             return Ok(absolute(node));
         }
-        Ok(format!("json:{}", self.described(node)?))
+        Ok(format!("json:{}", self.described(node, true)?))
     }
 
     /// Whether a node is what its file holds from its beginning to its end, with what the headers
@@ -241,9 +241,29 @@ impl State {
             Ok(backing && self.other_data_file(node)?.is_none())
         };
         match node.file() {
-            _ if !is_whole || !as_named()? => Ok(false),
+            _ if !is_whole || self.is_in_image(node)? || !as_named()? => Ok(false),
             Some(file) => self.is_whole_file(self.node(file)?),
             None => Ok(true),
+        }
+    }
+
+    /// Whether a node is laid out in the disk of an image.
+    fn is_in_image(&self, node: &Node) -> Result<bool> {
+        let Some(file) = node.file().filter(|_| !node.is_filter()) else {
+            return Ok(false);
+        };
+        Ok(!matches!(self.node(file)?.layer.format, Format::Raw(_)))
+    }
+
+    /// What the bytes of node `name` are, whatever is laid out in them: as
+    /// [`State::header_name`] has it, but for the disk in an image, which the path of its file would
+    /// not tell from the image. What lies under that image does not count, since a stream changes
+    /// it.
+    pub(super) fn bytes_name(&self, name: &str) -> Result<String> {
+        let node = self.image_node(name)?;
+        match node.layer.format {
+            Format::Raw(_) if !self.is_in_image(node)? => self.header_name(name),
+            _ => Ok(format!("json:{}", self.described(node, false)?)),
         }
     }
 
@@ -290,26 +310,28 @@ impl State {
         Ok((!named).then_some(&**data))
     }
 
-    /// What makes the bytes of a node, in the form of its options.
-    fn described(&self, node: &Node) -> Result<Value> {
+    /// What makes the bytes of a node, in the form of its options; if not `with_backing`, without
+    /// what images are over.
+    fn described(&self, node: &Node, with_backing: bool) -> Result<Value> {
         let mut map = Map::new();
         map.insert("driver".into(), json!(node.driver_name()));
         let Some(file) = node.file() else {
             map.insert("filename".into(), json!(absolute(node)));
             return Ok(Value::Object(map));
         };
-        let file = self.described(self.node(file)?)?;
+        let file = self.described(self.node(file)?, with_backing)?;
         if node.is_filter() {
             return Ok(file);
         }
         node.driver().describe(&mut map);
         map.insert("file".into(), file);
-        if let Some(below) = self.other_backing(node)? {
-            let below = below.map(|below| self.described(below)).transpose()?;
+        if with_backing && let Some(below) = self.other_backing(node)? {
+            let below = below.map(|below| self.described(below, true));
+            let below = below.transpose()?;
             map.insert("backing".into(), below.unwrap_or(Value::Null));
         }
         if let Some(data) = self.other_data_file(node)? {
-            map.insert("data-file".into(), self.described(data)?);
+            map.insert("data-file".into(), self.described(data, with_backing)?);
         }
         Ok(Value::Object(map))
     }

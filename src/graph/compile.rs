@@ -1,15 +1,15 @@
 //! From the graph to what the data path sees: flat chains of layers.
 //!
 //! A filter is no layer of its own: it becomes an attribute of the layer that it is over, under
-//! the filter's name.
+//! the filter's name. A window of a file is a storage of its own. What is laid out in the disk of
+//! an image is in a storage over the image's chain ([`Backed`](crate::chain::Backed)), which the
+//! opening makes.
 
 use std::sync::Arc;
 
-use super::nodes::{Node, State};
+use super::nodes::State;
 use crate::chain::{Chain, Layer};
-use crate::error::{Error, Result};
-use crate::format::Format;
-use crate::storage::Storage;
+use crate::error::Result;
 
 /// The chain of the disk whose top is node `top`.
 ///
@@ -52,28 +52,5 @@ impl State {
             self.node_mut(&name)?.layer = Arc::new(layer);
         }
         Ok(())
-    }
-}
-
-/// The bytes of node `file` as a storage, in which the image of node `above` is laid out.
-///
-/// What only passes bytes on is flattened: it is the storage of what is under it, or a window of
-/// that. The disk inside a format would have to be a storage over the node's chain, which would be
-/// made here.
-///
-/// # Errors
-/// The node's bytes are those of a disk that a format keeps: there is no storage that has them.
-pub(super) fn storage(above: &str, driver: &str, file: &Node) -> Result<Arc<dyn Storage>> {
-    match &file.layer.format {
-        Format::Raw(_) => Ok(file.layer.storage.clone()),
-        format => Err(Error::Invalid(format!(
-            "node '{above}' ({driver}) over node '{}' ({}): the disk inside a {} image cannot be \
-             the file of another node (expected a file, host_device or raw node; to serve the \
-             disk itself export '{}')",
-            file.name,
-            file.driver_name(),
-            format.name(),
-            file.name
-        ))),
     }
 }

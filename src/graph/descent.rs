@@ -70,6 +70,16 @@ impl Descent {
         Ok(())
     }
 
+    /// How many parts of files are in use.
+    pub fn used(&self) -> usize {
+        self.used.len()
+    }
+
+    /// Lets go of those that were taken into use after the first `count`.
+    pub fn keep(&mut self, count: usize) {
+        self.used.truncate(count);
+    }
+
     /// Takes the wanted part of a file into use.
     ///
     /// # Errors
@@ -181,7 +191,12 @@ impl State {
             let Some(file) = node.file() else {
                 return Ok(extent);
             };
-            node = self.node(file)?;
+            let below = self.node(file)?;
+            if self.is_disk(below) && !node.is_filter() {
+                // Anywhere in there.
+                return Ok(WHOLE);
+            }
+            node = below;
         }
     }
 }

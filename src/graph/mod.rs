@@ -78,6 +78,19 @@ pub struct Released {
 }
 
 impl Graph {
+    /// A graph in which nothing is flattened but files: for tests, which compare. A window or a
+    /// filter that is the file of another node is served as the disk inside an image is.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn unflattened() -> Self {
+        let mut state = State::default();
+        state.unflattened = true;
+        Self(Arc::new(Inner {
+            state: ArcSwap::from_pointee(state),
+            ..Inner::default()
+        }))
+    }
+
     /// From now on the images that are opened have their journals in `folder`. Can be said once.
     pub fn keep_journals(&self, folder: Arc<Folder>) {
         let _ = self.0.journals.set(folder);
@@ -213,8 +226,9 @@ impl Graph {
 
     /// Flushes and closes every image that was written.
     pub async fn close(&self) {
-        for node in self.nodes() {
-            if let Err(error) = Self::close_image(&node).await {
+        // An image before those that it is laid out in.
+        for node in self.state().children_first().into_iter().rev() {
+            if let Err(error) = Self::close_image(node).await {
                 log::error!("closing '{}': {error}", node.name);
             }
         }
@@ -247,6 +261,7 @@ impl Inner {
         let mut new = State::clone(&old);
         // Jobs come and go: what they have left would pile up.
         new.roots.retain(|(root, _)| root.strong_count() > 0);
+        new.inner.retain(|(root, _)| root.strong_count() > 0);
         let mut chains = Vec::new();
         let result = change(&old, &grants, &mut new)
             .and_then(|()| new.settle_filters(&old))
@@ -275,7 +290,15 @@ fn compile_changed(
     new: &State,
     chains: &mut Vec<(Arc<Root>, Option<Arc<Chain>>)>,
 ) -> Result<()> {
-    for (root, top) in &new.roots {
+    // What goes together with the nodes that are laid out in it needs no chain.
+    let inner = new.inner.iter().filter(|(_, top)| new.node(top).is_ok());
+    let inner = inner.map(|(root, top)| {
+        // Its chain was made while others changed the graph.
+        let is_known = old.inner.iter().any(|(known, _)| known.ptr_eq(root));
+        (root, top, is_known)
+    });
+    let roots = new.roots.iter().map(|(root, top)| (root, top, true));
+    for (root, top, is_known) in roots.chain(inner) {
         let Some(root) = root.upgrade() else {
             continue;
         };
@@ -285,7 +308,9 @@ fn compile_changed(
             let mut pairs = old.iter().zip(&nodes);
             old.len() == nodes.len() && pairs.all(|(one, other)| Arc::ptr_eq(one, other))
         });
-        if !same && let Some((_, chain)) = chains.last_mut() {
+        if !(same && is_known)
+            && let Some((_, chain)) = chains.last_mut()
+        {
             *chain = Some(Arc::new(compile::compile(new, top)?));
         }
     }

@@ -13,6 +13,7 @@ use std::sync::{Arc, Weak};
 use super::drivers::{self, Driver};
 use crate::chain::{Layer, Root};
 use crate::error::{Error, Result};
+use crate::format::Format;
 use crate::options::BlockdevOptions;
 
 /// What a child is to the node over it.
@@ -155,6 +156,10 @@ pub struct State {
     places: HashMap<String, usize>,
     /// Disks, each with the name of its top.
     pub(super) roots: Vec<(Weak<Root>, String)>,
+    /// Disks that other nodes are laid out in, likewise.
+    pub(super) inner: Vec<(Weak<Root>, String)>,
+    /// Windows and filters are served through their chains, too.
+    pub(super) unflattened: bool,
 }
 
 impl State {
@@ -207,6 +212,68 @@ impl State {
         Ok(node)
     }
 
+    /// Whether the bytes of `node` are those of a disk, and not of a file or a window of one: to
+    /// lay something out in them takes a storage over the node's chain.
+    pub(super) fn is_disk(&self, node: &Node) -> bool {
+        match node.layer.format {
+            Format::Raw(_) => self.unflattened && node.file().is_some(),
+            Format::Qcow2(_) | Format::Qed(_) => true,
+        }
+    }
+
+    /// The nodes whose disks a node's own bytes are in: images, or filters of these.
+    pub(super) fn disks_in(&self, node: &Node) -> Vec<&Arc<Node>> {
+        let (mut disks, mut open) = (Vec::new(), vec![node]);
+        while let Some(node) = open.pop() {
+            let own = node.edges.iter().filter(|edge| edge.role != Role::Backing);
+            for below in own.flat_map(|edge| self.node(&edge.child)) {
+                match self.is_disk(below) && !node.is_filter() {
+                    true => disks.push(below),
+                    false => open.push(below),
+                }
+            }
+        }
+        disks
+    }
+
+    /// The images whose disks a node's bytes are in, and those that these are in.
+    #[must_use]
+    pub fn disks_under(&self, node: &Node) -> Vec<&Arc<Node>> {
+        let mut found: Vec<&Arc<Node>> = Vec::new();
+        let mut open = self.disks_in(node);
+        while let Some(disk) = open.pop() {
+            if let Ok(image) = self.image_node(&disk.name)
+                && !found.iter().any(|known| Arc::ptr_eq(known, image))
+            {
+                found.push(image);
+                open.extend(self.disks_in(image));
+            }
+        }
+        found
+    }
+
+    /// The nodes that supply a disk's bytes: those of its image's chain, top first, and then those
+    /// of each disk that one of them is laid out in.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub fn suppliers(&self, top: &str) -> Result<Vec<Vec<&Arc<Node>>>> {
+        let mut chains: Vec<Vec<&Arc<Node>>> = Vec::new();
+        let mut open = vec![self.image_node(top)?];
+        while let Some(top) = open.pop() {
+            let mut firsts = chains.iter().filter_map(|chain| chain.first());
+            if firsts.any(|first| Arc::ptr_eq(first, top)) {
+                continue;
+            }
+            let chain = self.chain_nodes(&top.name)?;
+            for disk in chain.iter().flat_map(|node| self.disks_in(node)) {
+                open.push(self.image_node(&disk.name)?);
+            }
+            chains.push(chain);
+        }
+        Ok(chains)
+    }
+
     /// The name of the node that supplies what `name` lacks; a filter lacks what its image does.
     ///
     /// # Errors
@@ -237,11 +304,16 @@ impl State {
         })
     }
 
-    /// The node at the bottom of a node's file children.
+    /// The node at the bottom of a node's file children that has the same descriptor.
     pub(super) fn bottom(&self, node: &Node) -> Result<String> {
         let mut node = node;
         while let Some(file) = node.file() {
-            node = self.node(file)?;
+            let below = self.node(file)?;
+            let apart = self.is_disk(below) && !node.is_filter();
+            node = below;
+            if apart {
+                break;
+            }
         }
         Ok(node.name.clone())
     }

@@ -13,11 +13,13 @@ use std::sync::Arc;
 use futures_util::future::LocalBoxFuture;
 
 use super::below::backing_options;
+use super::compile::compile;
 use super::descent::{Descent, WHOLE};
 use super::drivers;
 use super::nodes::{Node, State};
 use super::together::Together;
 use super::{Graph, Transaction};
+use crate::chain::{Backed, Root};
 use crate::error::{Action, Error, Result};
 use crate::format::qcow2::Backing;
 use crate::options::{BackingRef, BlockRef, BlockdevOptions};
@@ -98,6 +100,36 @@ impl<'a> Opening<'a> {
         })
     }
 
+    /// Opens what an image is laid out in. Which part of the image is wanted says nothing of where
+    /// in there it is.
+    pub(super) async fn open_whole(
+        &self,
+        node: &BlockRef,
+        descent: &mut Descent,
+    ) -> Result<String> {
+        let part = std::mem::replace(&mut descent.wanted, WHOLE);
+        let opened = self.open_ref(node, descent).await;
+        descent.wanted = part;
+        opened
+    }
+
+    /// The bytes of node `file`, in which another node is laid out: what only passes bytes on is
+    /// the storage of what is under it, or a window of that; the disk in an image is served through
+    /// its chain.
+    ///
+    /// # Errors
+    /// When the disk cannot be storage.
+    pub(super) fn bytes(&self, file: &Node) -> Result<Arc<dyn Storage>> {
+        if !self.state().is_disk(file) {
+            return Ok(file.layer.storage.clone());
+        }
+        let root = Root::new(compile(&self.state(), &file.name)?);
+        let storage = Backed::new(root.clone())?;
+        let mut transaction = self.transaction.borrow_mut();
+        transaction.keep_inner(&root, &file.name)?;
+        Ok(Arc::new(storage))
+    }
+
     pub(super) async fn open_ref(&self, node: &BlockRef, descent: &mut Descent) -> Result<String> {
         match node {
             BlockRef::Name(name) => {
@@ -111,6 +143,21 @@ impl<'a> Opening<'a> {
     /// Opens what lies under the image in node `image`: what the options say, or what its header
     /// names; but first of all what is recorded.
     pub(super) async fn open_below(
+        &self,
+        above: &BlockdevOptions,
+        image: &Node,
+        wanted: &BackingRef,
+        named: Option<Backing>,
+        descent: &mut Descent,
+    ) -> Result<Option<String>> {
+        let used = descent.used();
+        let below = self.open_lower(above, image, wanted, named, descent).await;
+        // An image that is opened after these may be over the same ones.
+        descent.keep(used);
+        below
+    }
+
+    async fn open_lower(
         &self,
         above: &BlockdevOptions,
         image: &Node,

@@ -230,7 +230,7 @@ impl State {
     /// # Errors
     /// When a node under it does not exist.
     pub fn file_of(&self, node: &Node) -> Result<String> {
-        self.header_name(node.file().unwrap_or(&node.name))
+        self.bytes_name(node.file().unwrap_or(&node.name))
     }
 
     /// Whether a node with these options is the recorded one.
@@ -241,7 +241,7 @@ impl State {
                 let children = options.children();
                 let file = children.into_iter().find(|(key, _)| *key == "file");
                 let file = file.and_then(|(_, file)| match file {
-                    BlockRef::Name(name) => self.header_name(name).ok(),
+                    BlockRef::Name(name) => self.bytes_name(name).ok(),
                     BlockRef::Inline(file) => drivers::of(&file.driver).path().and_then(absolute),
                 });
                 (options.driver.name(), file)
@@ -265,7 +265,7 @@ impl Opening<'_> {
             return Ok(None);
         }
         let identity = file.layer.storage.identity().unwrap_or_default();
-        let file = self.state().header_name(&file.name)?;
+        let file = self.state().bytes_name(&file.name)?;
         Ok(recorded.link(format, &file, identity, header)?.cloned())
     }
 

@@ -16,7 +16,8 @@ impl Graph {
     /// When the format or the image forbids it (the image has not been changed then), or the
     /// image cannot be read or written.
     pub async fn resize(&self, name: &str, wanted: Resize) -> Result<u64> {
-        let layer = self.node(name)?.layer;
+        let node = self.node(name)?;
+        let layer = node.layer.clone();
         // A raw file has the size that it is given, as with 'qemu-img': rounded up, a file that
         // is to become shorter could become longer.
         let size = match layer.format {
@@ -45,6 +46,15 @@ impl Graph {
         } else if wanted.preallocation == Preallocation::Metadata {
             return Err(Error::Invalid(format!(
                 "{file}: a raw image has no metadata to preallocate (expected off, falloc or full)"
+            )));
+        }
+        if let (Format::Raw(_), Some(disk)) =
+            (&layer.format, self.state().disks_under(&node).first())
+        {
+            return Err(Error::Invalid(format!(
+                "{file}: the image is in the disk of node '{}', which has its size for good \
+                 (expected a resize of that node)",
+                disk.name
             )));
         }
         self.make_writable(name).await?;

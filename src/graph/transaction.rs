@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 
 use super::grants::{Grant, Held};
 use super::nodes::{Node, Role, State};
-use crate::chain::Layer;
+use crate::chain::{Layer, Root};
 use crate::error::{Error, Result};
 
 /// One change.
@@ -15,6 +15,7 @@ enum Change {
     Remove(String),
     Layer(String, Arc<Layer>),
     Child(String, Role, Option<String>),
+    Inner(Weak<Root>, String),
 }
 
 /// Changes that are to be published together ([`Graph::commit`](super::Graph::commit)).
@@ -97,6 +98,12 @@ impl Transaction {
         self.make(Change::Child(name.to_owned(), role, child))
     }
 
+    /// Keeps the chain of `root`, whose top is `top`, as the graph has it, for as long as a node is
+    /// laid out in that disk.
+    pub(super) fn keep_inner(&mut self, root: &Arc<Root>, top: &str) -> Result<()> {
+        self.make(Change::Inner(Arc::downgrade(root), top.to_owned()))
+    }
+
     fn make(&mut self, change: Change) -> Result<()> {
         if let Change::Add(node) = &change {
             check_children(&self.draft, node)?;
@@ -164,6 +171,7 @@ impl Change {
                 }
                 state.node_mut(name)?.set_child(*role, child.as_deref());
             }
+            Self::Inner(root, top) => state.inner.push((root.clone(), top.clone())),
         }
         Ok(())
     }

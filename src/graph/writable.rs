@@ -82,6 +82,15 @@ impl Graph {
         if node.fixed_read_only || self.node(name)?.fixed_read_only {
             return Err(Error::Invalid("Block node is read-only".into()));
         }
+        let state = self.state();
+        for disk in state.disks_in(&node) {
+            if disk.fixed_read_only || state.image_node(&disk.name)?.fixed_read_only {
+                return Err(read_only(&disk.name));
+            }
+            // Before the node's own turn: nobody waits for one turn in another. The grant for the
+            // node is one for these.
+            Box::pin(self.prepare(&disk.name)).await?;
+        }
         let _turn = self.turn(&node).await?;
         let node = self.node(&node.name)?;
         if !node.layer.read_only {
@@ -107,11 +116,18 @@ impl Graph {
             // It has gone, and its files with it.
             return Ok(());
         };
-        let _turn = self.turn(&node).await?;
-        match self.is_written(&node.name) {
-            true => Ok(()),
-            false => self.make_read_only(&node.name).await,
+        if self.is_written(&node.name) {
+            return Ok(());
         }
+        let turn = self.turn(&node).await?;
+        if !self.is_written(&node.name) {
+            self.make_read_only(&node.name).await?;
+        }
+        drop(turn);
+        for disk in self.state().disks_in(&node) {
+            Box::pin(self.lower_unwritten(&disk.name)).await?;
+        }
+        Ok(())
     }
 
     /// The bytes of a node without a format of its own, open for writing: those of the file at the
@@ -119,7 +135,7 @@ impl Graph {
     pub(super) async fn writable_bytes(&self, name: &str) -> Result<Arc<dyn Storage>> {
         let node = self.node(name)?;
         if node.fixed_read_only {
-            return Err(Error::Invalid(format!("Block node '{name}' is read-only")));
+            return Err(read_only(name));
         }
         if node.layer.storage.writable() {
             return Ok(node.layer.storage.clone());
@@ -138,13 +154,16 @@ impl Graph {
         let Error::Busy(text) = error else {
             return error;
         };
+        let state = self.state();
         let is_other = |other: &Node| {
             other.name != node.name
                 && other.file().is_some()
                 && other.file() != node.file()
+                // Not what is laid out in this one.
+                && state.disks_in(other).is_empty()
                 && same_file(&other.filename, &node.filename)
         };
-        match self.nodes().iter().find(|other| is_other(other)) {
+        match state.nodes().iter().find(|other| is_other(other)) {
             Some(other) => Error::Busy(format!(
                 "Could not open '{}': Failed to get \"write\" lock: node '{}' reads it, too",
                 node.filename.display(),
@@ -197,6 +216,10 @@ impl Graph {
         }
         storage.set_access(reading(node)).await.map_err(text)
     }
+}
+
+fn read_only(name: &str) -> Error {
+    Error::Invalid(format!("Block node '{name}' is read-only"))
 }
 
 /// What a node asks of others while it is not written.

@@ -16,6 +16,7 @@ mod features;
 mod flips;
 mod foreign;
 mod full;
+mod graphs;
 mod headers;
 mod matrix;
 mod model;

@@ -57,6 +57,8 @@ impl Model {
 
     /// A range that nothing in flight touches.
     fn pick(&mut self, longest: usize) -> (usize, usize) {
+        // Of a small disk, many at once must leave something.
+        let longest = longest.min((self.busy.len() / 32).max(1));
         loop {
             let len = 1 + self.rng.random_range(0..longest);
             let start = self.rng.random_range(0..self.busy.len()) / self.grain * self.grain;

@@ -7,7 +7,6 @@ use futures_util::future::LocalBoxFuture;
 use super::{Driver, Opened, of};
 use crate::error::{Error, Result};
 use crate::format::probe;
-use crate::graph::compile::storage;
 use crate::graph::descent::Descent;
 use crate::graph::opening::Opening;
 use crate::graph::{Graph, Node};
@@ -25,7 +24,7 @@ impl Driver for AutoOptions {
     ) -> LocalBoxFuture<'a, Result<Node>> {
         Box::pin(async move {
             let file = opening.open_ref(&self.file, descent).await?;
-            let storage = storage(name, "a format to be found out", &*opening.node(&file)?)?;
+            let storage = opening.bytes(&*opening.node(&file)?)?;
             let detected = probe::detect_in(&*storage).await?;
             let detected = detected.supported(storage.name())?;
             let options = BlockdevOptions {

@@ -9,7 +9,6 @@ use crate::chain::Layer;
 use crate::error::{Error, Result};
 use crate::format::{Format, Qcow2, qcow2};
 use crate::graph::below::file_named;
-use crate::graph::compile::storage;
 use crate::graph::descent::Descent;
 use crate::graph::opening::{Opening, text};
 use crate::graph::{Graph, Node, Role};
@@ -52,16 +51,16 @@ impl Qcow2Options {
         options: &BlockdevOptions,
         descent: &mut Descent,
     ) -> Result<Node> {
-        let file = opening.open_ref(&self.file, descent).await?;
+        let file = opening.open_whole(&self.file, descent).await?;
         let file = opening.node(&file)?;
-        let bytes = storage(name, "qcow2", &file)?;
+        let bytes = opening.bytes(&file)?;
         let header = qcow2::read_header(&*bytes).await?;
         let data_file = match (&self.data_file, &header.data_file) {
-            (Some(node), _) => Some(opening.open_ref(node, descent).await?),
+            (Some(node), _) => Some(opening.open_whole(node, descent).await?),
             (None, Some(name)) => {
                 let path = file_named(&file.filename, name, "data file")?;
                 let node = BlockRef::Inline(Box::new(options.child_file(&path)));
-                let opened = opening.open_ref(&node, descent).await;
+                let opened = opening.open_whole(&node, descent).await;
                 Some(opened.map_err(|error| match error {
                     Error::Busy(text) => Error::Busy(format!("Could not open data file: {text}")),
                     other => Error::Invalid(format!("Could not open data file: {other}")),
@@ -70,7 +69,7 @@ impl Qcow2Options {
             (None, None) => None,
         };
         let data = match &data_file {
-            Some(node) => Some(storage(name, "qcow2", &*opening.node(node)?)?),
+            Some(node) => Some(opening.bytes(&*opening.node(node)?)?),
             None => None,
         };
         let named = header.backing.clone();

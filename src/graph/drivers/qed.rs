@@ -8,7 +8,6 @@ use futures_util::future::LocalBoxFuture;
 use super::{Driver, Opened, image};
 use crate::error::{Error, Result};
 use crate::format::{Format, Qed};
-use crate::graph::compile::storage;
 use crate::graph::descent::Descent;
 use crate::graph::opening::Opening;
 use crate::graph::{Graph, Node, Role};
@@ -23,9 +22,9 @@ impl Driver for QedOptions {
         descent: &'a mut Descent,
     ) -> LocalBoxFuture<'a, Result<Node>> {
         Box::pin(async move {
-            let file = opening.open_ref(&self.file, descent).await?;
+            let file = opening.open_whole(&self.file, descent).await?;
             let file = opening.node(&file)?;
-            let storage = storage(name, "qed", &file)?;
+            let storage = opening.bytes(&file)?;
             let opened = Qed::open(storage.clone()).await?;
             let named = opened.backing().cloned();
             let backing = opening

@@ -8,7 +8,6 @@ use serde_json::{Map, Value};
 use super::{Driver, Opened, image};
 use crate::error::Result;
 use crate::format::{Format, Raw};
-use crate::graph::compile::storage;
 use crate::graph::descent::{Descent, Extent};
 use crate::graph::grants::Demand;
 use crate::graph::opening::{Opening, storage_len, text};
@@ -30,7 +29,7 @@ impl Driver for RawOptions {
             let file = opening.open_ref(&self.file, descent).await?;
             descent.wanted = part;
             let file = opening.node(&file)?;
-            let storage = self.bytes_in(storage(name, "raw", &file)?).await?;
+            let storage = self.bytes_in(opening.bytes(&file)?).await?;
             // What a file's last sector lacks reads as zeros; a window has whole sectors.
             let size = storage_len(&*storage).await?.next_multiple_of(512);
             let format = Format::Raw(Raw::new(size));
