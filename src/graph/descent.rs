@@ -6,13 +6,13 @@
 
 use std::fs::Metadata;
 use std::ops::Range;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use super::drivers;
 use super::{Node, State};
 use crate::error::{Error, Result};
 use crate::options::{BlockRef, BlockdevOptions};
+use crate::storage::identity::number;
 
 /// Layers that a chain may have.
 const MAX_DEPTH: usize = 200;
@@ -20,23 +20,13 @@ const MAX_DEPTH: usize = 200;
 /// A part of a file, from where to where in bytes.
 pub(super) type Extent = Range<u64>;
 
-/// What makes a file or a device the same one, whatever its name.
-type Identity = (u64, u64);
-
-fn identity(file: &Metadata) -> Identity {
-    match file.file_type().is_block_device() {
-        true => (0, file.rdev()),
-        false => (file.dev(), file.ino()),
-    }
-}
-
 /// All of a file.
 pub(super) const WHOLE: Extent = 0..u64::MAX;
 
 /// What has been opened on the way down.
 pub(super) struct Descent {
     /// The parts of files that are in use.
-    used: Vec<(Identity, Extent)>,
+    used: Vec<((u64, u64), Extent)>,
     /// The part of the next file that is wanted.
     pub(super) wanted: Extent,
     depth: usize,
@@ -85,7 +75,7 @@ impl Descent {
     /// # Errors
     /// When something of it is in use already.
     pub fn enter(&mut self, path: &Path, file: &Metadata) -> Result<()> {
-        let (key, wanted) = (identity(file), self.wanted.clone());
+        let (key, wanted) = (number(file), self.wanted.clone());
         let rival = self
             .used
             .iter()
@@ -166,7 +156,7 @@ impl State {
         let (Some(own), Some(other)) = (stat(&above.filename), stat(path)) else {
             return Ok(());
         };
-        if identity(&own) != identity(&other) {
+        if number(&own) != number(&other) {
             return Ok(());
         }
         let image = self.extent(above)?;

@@ -5,7 +5,6 @@
 //! locks of the first.
 
 use std::collections::HashMap;
-use std::path::Path;
 use std::sync::{Arc, Weak};
 
 use async_lock::{Mutex as AsyncMutex, MutexGuardArc as AsyncMutexGuardArc};
@@ -16,7 +15,7 @@ use super::{Grant, Graph, Holder, Node, Request, Role};
 use crate::chain::Layer;
 use crate::error::{Error, Result};
 use crate::format::Format;
-use crate::storage::{Access, Storage};
+use crate::storage::{Access, Storage, is_same_path};
 
 /// Turns of those who open or lower the images in a file, by the name of the file's node.
 pub(super) type Turns = Mutex<HashMap<String, Weak<AsyncMutex<()>>>>;
@@ -161,7 +160,7 @@ impl Graph {
                 && other.file() != node.file()
                 // Not what is laid out in this one.
                 && state.disks_in(other).is_empty()
-                && same_file(&other.filename, &node.filename)
+                && is_same_path(&other.filename, &node.filename)
         };
         match state.nodes().iter().find(|other| is_other(other)) {
             Some(other) => Error::Busy(format!(
@@ -228,14 +227,4 @@ fn reading(node: &Node) -> Access {
         true => Access::ReadShared,
         false => Access::Read,
     }
-}
-
-fn same_file(one: &Path, other: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-
-    let id = |path: &Path| {
-        let found = std::fs::metadata(path).ok()?;
-        Some((found.dev(), found.ino()))
-    };
-    id(one).is_some() && id(one) == id(other)
 }

@@ -20,6 +20,7 @@ mod calls;
 pub mod fault;
 pub mod file;
 pub(crate) mod holder;
+pub mod identity;
 pub mod io;
 pub mod locking;
 pub mod memory;
@@ -33,7 +34,8 @@ use futures_util::future::{Either, FutureExt, LocalBoxFuture};
 use crate::reactor::{Reactor, Token};
 
 pub use buffer::{AlignedBuf, IoBufs, ScratchBuf};
-pub use file::{FileStorage, is_same_file, is_same_path};
+pub use file::FileStorage;
+pub use identity::{Identity, are_different, is_known, is_same_file, is_same_path};
 pub use locking::Access;
 pub use syncs::Syncs;
 pub use window::Window;
@@ -99,22 +101,6 @@ pub struct Limits {
     /// True when what lies past the end reads as zeros once a later write extends it
     /// (regular files).
     pub zero_past_end: bool,
-}
-
-/// Inode and time of birth of a file, in nanoseconds since 1970. Zeros, where they are written down:
-/// not known.
-pub type Identity = [u64; 2];
-
-/// Whether it tells a file from others.
-#[must_use]
-pub fn is_known(identity: Identity) -> bool {
-    !identity.contains(&0)
-}
-
-/// Whether these are two files for sure.
-#[must_use]
-pub fn are_different(one: Identity, other: Identity) -> bool {
-    is_known(one) && is_known(other) && one != other
 }
 
 /// What a call to storage comes to: at once, where that takes no time, or later. Dropped before its

@@ -24,7 +24,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::{Arc, LazyLock, Weak};
 use std::time::SystemTime;
 
-use super::file::identity_of;
+use super::identity::identity_of;
 use super::{Identity, Storage, are_different, is_known};
 use crate::error::SyncFailure;
 use crate::sync::{AsyncMutex, Mutex};

@@ -4,7 +4,7 @@ use crate::ctl::Failure;
 use crate::error::{Error, errno_text};
 use crate::state::record::FailedSync;
 use crate::state::{self, StateError, Store};
-use crate::storage::file::identity_of;
+use crate::storage::identity::identity_of;
 use crate::storage::is_same_file;
 use clap::Args;
 use serde_json::{Value, json};
