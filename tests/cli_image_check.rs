@@ -10,7 +10,7 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 use stratablk::reactor::Reactor;
-use stratablk::storage::file::OpenFlags;
+use stratablk::storage::OpenFlags;
 use stratablk::storage::{Access, FileStorage, Storage};
 
 fn run(program: &str, args: &[&str]) -> Output {

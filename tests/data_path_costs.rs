@@ -21,7 +21,7 @@ use stratablk::export::ExportConfig;
 use stratablk::format::{Format, Qcow2, Raw, qcow2};
 use stratablk::reactor::Reactor;
 use stratablk::storage::Storage;
-use stratablk::storage::file::{FileStorage, OpenFlags};
+use stratablk::storage::{FileStorage, OpenFlags};
 
 const SIZE: u64 = 8 << 20;
 const DEPTH: usize = 32;

@@ -11,7 +11,7 @@ use export_common::*;
 use rand::prelude::*;
 use stratablk::export::{Export, ExportConfig, SocketSource};
 use stratablk::storage::FileStorage;
-use stratablk::storage::file::OpenFlags;
+use stratablk::storage::OpenFlags;
 use stratablk::storage::memory::{MemoryStorage, Step};
 use virtio_driver::VirtioFeatureFlags;
 

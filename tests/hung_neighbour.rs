@@ -18,7 +18,7 @@ use common::Res;
 use common::frontend::PATIENCE;
 use common::slow::Slow;
 use stratablk::reactor::Reactor;
-use stratablk::storage::file::OpenFlags;
+use stratablk::storage::OpenFlags;
 use stratablk::storage::{Access, AlignedBuf, FileStorage, Storage, io};
 
 const LEN: usize = 1 << 20;

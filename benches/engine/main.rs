@@ -21,8 +21,8 @@ use rand::{Rng, SeedableRng};
 use stratablk::chain::{Chain, Layer, View};
 use stratablk::format::{Format, Qcow2, Raw, qcow2};
 use stratablk::reactor::Reactor;
-use stratablk::storage::file::{FileStorage, OpenFlags};
 use stratablk::storage::{AlignedBuf, IoBufs, Storage};
+use stratablk::storage::{FileStorage, OpenFlags};
 
 use delay::Delay;
 

@@ -23,7 +23,7 @@ use crate::chain::{Backed, Root};
 use crate::error::{Action, Error, Result};
 use crate::format::qcow2::Backing;
 use crate::options::{BackingRef, BlockRef, BlockdevOptions};
-use crate::storage::Storage;
+use crate::storage::{Storage, opener};
 
 /// Who asked for a node.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -216,7 +216,7 @@ impl Graph {
         let node = self.node(above)?;
         let options = backing_options(&node.options, &node.filename, backing)?;
         let mut descent = Descent::new(0);
-        if let Ok(stat) = std::fs::metadata(&node.filename) {
+        if let Ok(stat) = opener::look(&node.filename).await {
             descent.wanted = self.state().extent(&node)?;
             descent.enter(&node.filename, &stat)?;
             descent.wanted = WHOLE;

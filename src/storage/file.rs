@@ -8,11 +8,11 @@
 //! from memory of its own.
 
 use std::any::Any;
-use std::fs::{File, Metadata, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -21,23 +21,9 @@ use io_uring::{opcode, squeue, types};
 use super::calls::Calls;
 use super::identity::{identity_of, number};
 use super::locking::{Access, ImageLock, is_local};
+use super::opener::{self, OpenFlags, is_block_device, open_file};
 use super::{Answer, Identity, Limits, Op, Storage, Submission, Syncs, at_once, later};
 use crate::reactor::{Reactor, Token};
-
-/// How to open a file.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct OpenFlags {
-    /// Open for writing.
-    pub writable: bool,
-    /// Bypass the page cache (`O_DIRECT`).
-    pub direct: bool,
-    /// Flushes do nothing: for throw-away guests (`cache.no-flush`).
-    pub no_flush: bool,
-    /// Take no image locks (`locking=off`).
-    pub no_lock: bool,
-    /// Let others write the file meanwhile (`force-share`); read-only opens alone.
-    pub force_share: bool,
-}
 
 /// An open image file.
 #[derive(Debug)]
@@ -98,7 +84,7 @@ impl FileStorage {
     /// When it cannot be opened, is in use, or is neither a file nor a block device; the text
     /// names the file.
     pub fn open(path: &Path, flags: OpenFlags) -> io::Result<Self> {
-        let (file, block_device) = open_image(path, flags)?;
+        let (file, block_device) = open_file(path, flags)?;
         let lock = (!flags.no_lock).then(|| ImageLock::new(file.clone(), path));
         let storage = Self::new(file, path, flags, block_device, lock)?;
         if let Some(lock) = &storage.opened.held.lock {
@@ -109,6 +95,15 @@ impl FileStorage {
             })?;
         }
         Ok(storage)
+    }
+
+    /// As [`open`](Self::open), on a thread that may hang for it.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn open_outside(path: &Path, flags: OpenFlags) -> io::Result<Self> {
+        let path = path.to_owned();
+        opener::outside(move || Self::open(&path, flags)).await
     }
 
     fn new(
@@ -224,45 +219,6 @@ impl FileStorage {
         };
         u32::try_from(result).map_err(|_| io::Error::last_os_error())
     }
-}
-
-/// Opens an image's file; says whether it is a block device.
-fn open_image(path: &Path, flags: OpenFlags) -> io::Result<(Arc<File>, bool)> {
-    let failed = |error: io::Error| {
-        let text = match error.raw_os_error() {
-            Some(code) => crate::error::errno_text(code),
-            None => error.to_string(),
-        };
-        io::Error::new(
-            error.kind(),
-            format!("Could not open '{}': {text}", path.display()),
-        )
-    };
-    // Before it is opened: a pipe would keep us until somebody writes to it.
-    let block_device =
-        is_block_device(&std::fs::metadata(path).map_err(failed)?).map_err(failed)?;
-    let file = OpenOptions::new()
-        .read(true)
-        .write(flags.writable)
-        .custom_flags(libc::O_CLOEXEC | if flags.direct { libc::O_DIRECT } else { 0 })
-        .open(path)
-        .map_err(failed)?;
-    Ok((Arc::new(file), block_device))
-}
-
-/// Tells a block device from a file.
-///
-/// # Errors
-/// When it is neither.
-fn is_block_device(metadata: &Metadata) -> io::Result<bool> {
-    let kind = metadata.file_type();
-    if kind.is_file() || kind.is_block_device() {
-        return Ok(kind.is_block_device());
-    }
-    Err(io::Error::new(
-        io::ErrorKind::InvalidInput,
-        "not a file or a block device",
-    ))
 }
 
 /// The number of an image's file.
@@ -441,7 +397,7 @@ impl Storage for FileStorage {
 impl Opened {
     /// The same file, opened to be written, under the same locks.
     fn once_more(&self, path: &Path, flags: OpenFlags) -> io::Result<Arc<dyn Storage>> {
-        let (file, block_device) = open_image(path, flags)?;
+        let (file, block_device) = open_file(path, flags)?;
         if identity(&file)? != identity(&self.held.file)? {
             return Err(io::Error::other(format!(
                 "Could not open '{}': it is another file than the one that was opened for reading",

@@ -24,6 +24,7 @@ pub mod identity;
 pub mod io;
 pub mod locking;
 pub mod memory;
+pub mod opener;
 pub mod syncs;
 pub mod window;
 
@@ -37,6 +38,7 @@ pub use buffer::{AlignedBuf, IoBufs, ScratchBuf};
 pub use file::FileStorage;
 pub use identity::{Identity, are_different, is_known, is_same_file, is_same_path};
 pub use locking::Access;
+pub use opener::OpenFlags;
 pub use syncs::Syncs;
 pub use window::Window;
 

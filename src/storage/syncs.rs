@@ -288,7 +288,7 @@ mod tests {
 
     use super::*;
     use crate::reactor::Reactor;
-    use crate::storage::file::OpenFlags;
+    use crate::storage::OpenFlags;
     use crate::storage::{FileStorage, io as storage_io};
 
     fn failed(errno: i32) -> io::Result<u32> {

@@ -6,7 +6,7 @@ use super::tools::{Dir, errors, rng};
 use serde_json::Value;
 use std::path::Path;
 use stratablk::reactor::Reactor;
-use stratablk::storage::file::OpenFlags;
+use stratablk::storage::OpenFlags;
 use stratablk::storage::{Access, FileStorage, Storage};
 
 fn same_info(dir: &Dir, args: &[&str]) {

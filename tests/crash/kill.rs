@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use stratablk::reactor::{Reactor, Token};
-use stratablk::storage::file::OpenFlags;
+use stratablk::storage::OpenFlags;
 use stratablk::storage::{
     Access, Answer, FileStorage, Limits, Op, Storage, Submission, at_once, later,
 };

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use stratablk::format::{Format, Place, Qcow2, qcow2};
 use stratablk::reactor::Reactor;
 use stratablk::storage::FileStorage;
-use stratablk::storage::file::OpenFlags;
+use stratablk::storage::OpenFlags;
 
 use crate::support::run;
 

@@ -10,7 +10,7 @@ use stratablk::chain::{Chain, Layer, View};
 use stratablk::error::Error;
 use stratablk::format::{Format, Qcow2, qcow2};
 use stratablk::reactor::{Reactor, Token};
-use stratablk::storage::file::OpenFlags;
+use stratablk::storage::OpenFlags;
 use stratablk::storage::{
     AlignedBuf, Answer, FileStorage, IoBufs, Limits, Op, Storage, Submission,
 };

@@ -14,7 +14,7 @@ use stratablk::chain::{Chain, Layer, Root};
 use stratablk::export::{Export, ExportConfig, SocketSource};
 use stratablk::format::{Format, Raw};
 use stratablk::storage::memory::MemoryStorage;
-use stratablk::storage::{FileStorage, Storage, file::OpenFlags};
+use stratablk::storage::{FileStorage, OpenFlags, Storage};
 use virtio_driver::{VhostUser, VirtioBlkQueue, VirtioBlkTransport, VirtioFeatureFlags};
 
 /// Long enough for any machine; a test that meets it has failed.

@@ -16,7 +16,7 @@ use stratablk::error::Result;
 use stratablk::format::qcow2::journal::{self, Folder};
 use stratablk::format::{Format, Qcow2, qcow2};
 use stratablk::reactor::Reactor;
-use stratablk::storage::file::OpenFlags;
+use stratablk::storage::OpenFlags;
 use stratablk::storage::{AlignedBuf, FileStorage, IoBufs, Storage};
 
 use crate::support::*;

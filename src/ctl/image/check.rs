@@ -6,7 +6,7 @@ use super::open::{Images, probe};
 use crate::error::Error;
 use crate::format::qcow2::check::{self, Finding, Summary};
 use crate::format::qcow2::journal;
-use crate::storage::file::OpenFlags;
+use crate::storage::OpenFlags;
 use crate::storage::{Access, FileStorage, Storage};
 use clap::{Args, ValueEnum};
 use serde_json::{Map, Value, json};

@@ -12,7 +12,7 @@ use crate::format::qcow2::{self, Preallocation};
 use crate::graph::backing_options;
 use crate::graph::resolve;
 use crate::options::{BlockdevOptions, size};
-use crate::storage::file::OpenFlags;
+use crate::storage::OpenFlags;
 use crate::storage::{Access, FileStorage, Storage};
 use clap::Args;
 use serde_json::json;

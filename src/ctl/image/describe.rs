@@ -10,7 +10,7 @@ use crate::format::{Format, Qed};
 use crate::graph::backing_options;
 use crate::graph::resolve;
 use crate::options::{BlockRef, BlockdevOptions, Driver};
-use crate::storage::file::OpenFlags;
+use crate::storage::OpenFlags;
 use crate::storage::{FileStorage, Storage};
 use serde_json::{Map, Value, json};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};

@@ -4,7 +4,7 @@ use super::super::Failure;
 use super::open::Images;
 use crate::error::{Error, Result};
 use crate::format::qcow2::journal;
-use crate::storage::file::OpenFlags;
+use crate::storage::OpenFlags;
 use crate::storage::{Access, FileStorage, Storage};
 use clap::Args;
 use serde_json::json;

@@ -5,7 +5,7 @@ use crate::ctl::{Failure, units};
 use crate::error::{Error, Result};
 use crate::format::qcow2::snapshots::{self, Snapshot};
 use crate::format::qcow2::{describe_header, header::Header};
-use crate::storage::file::OpenFlags;
+use crate::storage::OpenFlags;
 use crate::storage::{FileStorage, Storage};
 use clap::Args;
 use serde_json::{Value, json};

@@ -13,8 +13,7 @@ use crate::graph::descent::Descent;
 use crate::graph::opening::{Opening, storage_len, text};
 use crate::graph::{Graph, Node};
 use crate::options::{BlockdevOptions, FileOptions, Locking};
-use crate::storage::file::OpenFlags;
-use crate::storage::{FileStorage, Storage};
+use crate::storage::{FileStorage, OpenFlags, Storage, opener};
 
 impl Driver for FileOptions {
     fn open<'a>(
@@ -56,7 +55,7 @@ async fn open(
     file: &FileOptions,
     descent: &mut Descent,
 ) -> Result<Node> {
-    if let Ok(stat) = std::fs::metadata(&file.filename) {
+    if let Ok(stat) = opener::look(&file.filename).await {
         let path = file.filename.display();
         // To open another special file may do something, or wait for ever.
         if !stat.is_file() && !stat.file_type().is_block_device() {
@@ -67,13 +66,13 @@ async fn open(
         descent.enter(&file.filename, &stat)?;
     }
     let flags = flags(options, file);
-    let storage = match FileStorage::open(&file.filename, flags) {
+    let storage = match FileStorage::open_outside(&file.filename, flags).await {
         Err(error) if flags.writable && options.auto_read_only && is_denied(&error) => {
             let flags = OpenFlags {
                 writable: false,
                 ..flags
             };
-            FileStorage::open(&file.filename, flags)
+            FileStorage::open_outside(&file.filename, flags).await
         }
         other => other,
     };

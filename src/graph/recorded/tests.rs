@@ -13,7 +13,7 @@ use crate::format::qcow2::create::{CreateOptions, create};
 use crate::options::Dialect;
 use crate::reactor::Reactor;
 use crate::storage::FileStorage;
-use crate::storage::file::OpenFlags;
+use crate::storage::OpenFlags;
 
 /// A folder with images: `base`, `mid` over it, and `top` over what a stream has left.
 struct Bed {
