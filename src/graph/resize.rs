@@ -1,6 +1,7 @@
 //! Changing the size of a node's image that no guest uses.
 
-use super::Graph;
+use super::grants::{Demand, Rights};
+use super::{Graph, Holder, Request};
 use crate::chain::Layer;
 use crate::chain::resize::{Resize, grow, preallocate_raw, shrink};
 use crate::error::{Action, Error, Result};
@@ -57,7 +58,13 @@ impl Graph {
                 disk.name
             )));
         }
-        self.make_writable(name).await?;
+        // Others that write meanwhile would go on with the old size.
+        let demand = Demand {
+            does: Rights::READ | Rights::WRITE | Rights::RESIZE,
+            tolerates: Rights::READ | Rights::WRITE_UNCHANGED,
+        };
+        let request = Request::new(Holder::Tool).with(name, "root", demand);
+        let _grant = self.access(request).await?;
         let chain = self.root(name)?.chain();
         match &chain.top().format {
             Format::Raw(_) => resize_raw(chain.top(), wanted).await,

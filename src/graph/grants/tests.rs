@@ -329,3 +329,23 @@ fn what_a_job_relies_on_stays() {
     bed.graph.remove("top").unwrap();
     assert_eq!(bed.graph.reserved_by("mid"), None);
 }
+
+#[test]
+fn an_image_that_somebody_writes_keeps_its_size() {
+    use crate::chain::resize::Resize;
+    use crate::format::qcow2::Preallocation;
+
+    let bed = Bed::new();
+    let wanted = Resize {
+        size: 2 << 20,
+        shrink: false,
+        preallocation: Preallocation::Off,
+    };
+    let guest = bed.access(&export("top", true)).unwrap();
+    let resized = bed.reactor.block_on(bed.graph.resize("top", wanted));
+    let text = resized.unwrap_err().to_string();
+    assert!(text.contains("permissions 'write' are both"), "{text}");
+    bed.give_back(guest);
+    let resized = bed.reactor.block_on(bed.graph.resize("top", wanted));
+    assert_eq!(resized.unwrap(), 2 << 20);
+}
