@@ -1,10 +1,8 @@
 //! Nodes and their failed flushes as answers: `query-named-block-nodes`, `query-block`.
 
-use std::collections::HashMap;
-
 use serde_json::{Value, json};
 
-use crate::engine::{Engine, SyncError};
+use crate::engine::{Engine, SyncError, sizes};
 use crate::format::{Format, qcow2};
 use crate::graph::{Node, Role, resolve};
 use crate::options::{DetectZeroes, Driver};
@@ -12,15 +10,15 @@ use crate::options::{DetectZeroes, Driver};
 /// All nodes as they are now.
 pub(super) struct Nodes {
     nodes: Vec<Node>,
-    /// What they take on the disk, in bytes.
-    sizes: HashMap<String, u64>,
+    /// What each takes on the disk, in bytes.
+    sizes: Vec<u64>,
 }
 
 impl Nodes {
     /// Those of `engine`.
     pub fn of(engine: &Engine) -> Self {
         let nodes = engine.graph.nodes();
-        let sizes = engine.sizes.of(&nodes);
+        let sizes = sizes::of(&nodes);
         Self { nodes, sizes }
     }
 
@@ -28,6 +26,12 @@ impl Nodes {
     pub fn find(&self, name: &str) -> Option<NodeView<'_>> {
         let node = self.nodes.iter().find(|node| node.name == name)?;
         Some(NodeView { node, all: self })
+    }
+
+    fn size(&self, node: &Node) -> u64 {
+        let found = self.nodes.iter().position(|other| other.name == node.name);
+        let size = found.and_then(|at| self.sizes.get(at));
+        size.copied().unwrap_or(0)
     }
 
     /// Each node.
@@ -167,7 +171,7 @@ impl<'a> NodeView<'a> {
             "virtual-size": format.size(),
             "filename": self.filename(),
             "format": self.node.driver_name(),
-            "actual-size": self.all.sizes.get(self.name()).copied().unwrap_or(0),
+            "actual-size": self.all.size(self.node),
             "dirty-flag": false,
         });
         if !matches!(format, Format::Raw(_)) {

@@ -23,9 +23,7 @@ use crate::config::Config;
 use crate::control::{Control, EventHub};
 use crate::engine::stream::on_graph;
 use crate::engine::sync_errors::Watch;
-use crate::engine::{
-    Engine, Exports, Served, Sizes, control_thread, ending, neighbours, parts, state,
-};
+use crate::engine::{Engine, Exports, Served, control_thread, ending, neighbours, parts, state};
 use crate::error::{Error, Result};
 use crate::export::{Export, ExportConfig, SocketSource};
 use crate::format::Format;
@@ -145,9 +143,9 @@ fn serve(config: &Config, began: Instant) -> Result<()> {
     }
     if ended.is_err() {
         // Whatever would be dropped here would be waited for.
-        std::mem::forget((graph, exports));
+        std::mem::forget((graph, exports, jobs));
     } else {
-        drop((graph, exports));
+        drop((graph, exports, jobs));
         if reactor.is_last_and_idle() {
             fences.give_back();
         }
@@ -279,7 +277,6 @@ fn set_up(
             ledger,
         ),
         streams: on_graph(graph, exports, store.as_ref()),
-        sizes: Sizes::default(),
         graph: graph.clone(),
         exports: exports.clone(),
         store,

@@ -16,7 +16,7 @@ pub mod exports;
 mod guests;
 pub mod neighbours;
 pub mod parts;
-mod sizes;
+pub mod sizes;
 pub mod state;
 pub mod stream;
 pub mod sync_errors;
@@ -30,7 +30,6 @@ use crate::reactor::Reactor;
 use crate::state::Store;
 
 pub use exports::{Exports, Served};
-pub use sizes::Sizes;
 use stream::Streams;
 pub use sync_errors::SyncError;
 
@@ -46,8 +45,6 @@ pub struct Engine {
     pub store: Option<Arc<Store>>,
     /// Makes the bodies of streams.
     pub streams: Streams,
-    /// What images take on the disk.
-    pub sizes: Sizes,
     /// Ends the process, soon.
     pub quit: Box<dyn Fn() + Send + Sync>,
 }

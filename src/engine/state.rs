@@ -282,12 +282,14 @@ fn find(
     of: Identity,
 ) -> std::result::Result<Option<Node>, String> {
     let file_of = |node: &Node| graph.file_of(node).unwrap_or_default();
+    let is_named = |node: &Node| wanted.name.as_ref().is_none_or(|name| *name == node.name);
+    // A file is a disk of its own only where the record is about that node.
+    let is_meant = |node: &Node| !node.is_file() || (wanted.name.is_some() && is_named(node));
     let is_it = |node: &&Node| {
-        !node.is_file() && is_same_image((&wanted.file, of), (&file_of(node), identity(node)))
+        is_meant(node) && is_same_image((&wanted.file, of), (&file_of(node), identity(node)))
     };
     let nodes = graph.nodes();
     let images: Vec<&Node> = nodes.iter().filter(is_it).collect();
-    let is_named = |node: &Node| wanted.name.as_ref().is_none_or(|name| *name == node.name);
     let fits = |node: &&&Node| node.format_name() == wanted.format && is_named(node);
     if let Some(node) = images.iter().find(fits) {
         return Ok(Some((*node).clone()));

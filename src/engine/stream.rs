@@ -136,7 +136,7 @@ impl Engine {
         };
         let id = self.jobs.claim_id(id)?;
         let body = (self.streams)(&spec, &job.id)?;
-        self.jobs.start_claimed(&id, job, lease, body)
+        self.jobs.start_claimed(id, job, lease, body)
     }
 
     /// Goes on with a stream that another process recorded as `job`.

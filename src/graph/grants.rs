@@ -38,6 +38,9 @@ impl Rights {
     pub const RESIZE: Self = Self(8);
     /// All of these.
     pub const ALL: Self = Self(15);
+    /// That the image is open for writing. It concerns the files that the image is in, and no other
+    /// user of the image.
+    pub const OPEN: Self = Self(16);
 
     /// QEMU's names.
     const NAMES: [(Self, &str); 4] = [
@@ -101,7 +104,7 @@ impl Demand {
     #[must_use]
     pub(super) fn of_image(own: Self, role: Role) -> Self {
         let unchanged = Rights::ALL - Rights::WRITE - Rights::RESIZE;
-        let changes = own.does.has(Rights::WRITE | Rights::RESIZE);
+        let changes = own.does.has(Rights::WRITE | Rights::RESIZE | Rights::OPEN);
         match role {
             Role::Filtered => own,
             Role::Backing => Self {
@@ -210,9 +213,10 @@ impl Request {
         let tolerates = Rights::READ | Rights::WRITE_UNCHANGED;
         for (index, layer) in layers.iter().enumerate() {
             let (child, does, tolerates) = match index {
+                // The disks over it read the same all the while.
                 0 => (
                     "main node",
-                    Rights::READ | Rights::WRITE,
+                    Rights::READ | Rights::WRITE_UNCHANGED | Rights::OPEN,
                     tolerates | Rights::WRITE,
                 ),
                 _ => ("intermediate node", Rights::READ, tolerates),
@@ -282,7 +286,7 @@ impl Grant {
     /// The nodes that it is to write.
     pub(super) fn written(&self) -> Vec<String> {
         let uses = self.held.request.uses.iter();
-        let written = uses.filter(|used| used.demand.does.has(Rights::WRITE));
+        let written = uses.filter(|used| used.demand.does.has(Rights::WRITE | Rights::OPEN));
         written.map(|used| used.node.clone()).collect()
     }
 
@@ -389,7 +393,8 @@ impl Graph {
         let grants = self.0.publishing.lock();
         let state = self.state();
         let users = grants.users(&state);
-        let writes = |user: &User<'_>| user.demand.does.has(Rights::WRITE | Rights::RESIZE);
+        let writing = Rights::WRITE | Rights::RESIZE | Rights::OPEN;
+        let writes = |user: &User<'_>| user.demand.does.has(writing);
         users
             .get(node)
             .is_some_and(|users| users.iter().any(writes))

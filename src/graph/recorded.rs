@@ -67,7 +67,12 @@ pub struct RecordedNode {
 impl RecordedNode {
     fn is(&self, graph: &State, node: &Node) -> bool {
         let is_here = |file: String| is_same_place(&file, &self.file);
-        node.format_name() == self.format && graph.file_of(node).is_ok_and(is_here)
+        if node.format_name() == self.format && graph.file_of(node).is_ok_and(is_here) {
+            return true;
+        }
+        // Filters used to be recorded as raw disks in the files of their images.
+        let image = || graph.file_of(graph.image_node(&node.name)?);
+        node.is_filter() && self.format == "raw" && image().is_ok_and(is_here)
     }
 }
 

@@ -182,13 +182,13 @@ impl Manager {
         body: BodyFactory,
     ) -> Result<Arc<Job>, Refused> {
         let id = self.claim_id(&spec.id)?;
-        self.start_claimed(&id, spec, lease, body)
+        self.start_claimed(id, spec, lease, body)
     }
 
     /// As [`start`](Self::start), of a job whose name has been [claimed](Self::claim_id).
     pub fn start_claimed(
         &self,
-        id: &ClaimedId,
+        id: ClaimedId,
         spec: JobSpec,
         lease: Lease,
         body: BodyFactory,
@@ -206,7 +206,7 @@ impl Manager {
         // What is not recorded does not begin.
         job.record_new()?;
         let job = Arc::new(job);
-        let started = self.run(&job, nodes, body);
+        let started = self.run(&job, id, nodes, body);
         if let Err(refused) = started {
             job.forget_anyway(false);
             return Err(refused);
@@ -221,10 +221,10 @@ impl Manager {
         lease: Lease,
         body: BodyFactory,
     ) -> Result<Arc<Job>, Refused> {
-        let _id = self.claim_id(&from.id)?;
+        let id = self.claim_id(&from.id)?;
         let nodes = lease.nodes();
         let job = Arc::new(self.restored(from, Some(lease)));
-        self.run(&job, nodes, body)?;
+        self.run(&job, id, nodes, body)?;
         Ok(job)
     }
 
@@ -299,7 +299,13 @@ impl Manager {
     }
 
     /// Runs a new job, which holds `nodes`, on a thread of its own.
-    fn run(&self, job: &Arc<Job>, nodes: Vec<String>, body: BodyFactory) -> Result<(), Refused> {
+    fn run(
+        &self,
+        job: &Arc<Job>,
+        claimed: ClaimedId,
+        nodes: Vec<String>,
+        body: BodyFactory,
+    ) -> Result<(), Refused> {
         let manager = self.myself.upgrade().ok_or_else(shutting_down)?;
         let name = format!("job-{}", job.id());
         let id = job.id().to_owned();
@@ -309,6 +315,8 @@ impl Manager {
                 return Err(shutting_down());
             }
             inner.jobs.push(job.clone());
+            // From here on the job's own name is in the list, until it goes.
+            drop(claimed);
             inner.starting += 1;
             let mut state = job.lock();
             job.set_status(&mut state, Status::Created);

@@ -15,6 +15,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use io_uring::{opcode, squeue, types};
 
@@ -41,6 +42,8 @@ pub struct FileStorage {
     /// The ring gives operations to threads of its own at once.
     may_block: bool,
     block_device: bool,
+    /// Bytes on the disk, as last known.
+    allocated: Arc<AtomicU64>,
 }
 
 /// What is closed when the file is used no more: by its storage, and by calls that go on though
@@ -130,6 +133,7 @@ impl FileStorage {
             may_block: !is_local(&file),
             name: path.display().to_string(),
             identity: identity_of(&metadata),
+            allocated: Arc::new(AtomicU64::new(metadata.blocks() * 512)),
             opened: Arc::new(Opened {
                 held: ManuallyDrop::new(Held { lock, file }),
                 calls: Calls::default(),
@@ -306,7 +310,17 @@ impl Storage for FileStorage {
     }
 
     fn allocated(&self) -> Answer<'_, io::Result<u64>> {
-        self.call_outside(|file| Ok(file.metadata()?.blocks() * 512))
+        let known = self.allocated.clone();
+        // An answer that comes late is the next query's.
+        self.call_outside(move |file| {
+            let allocated = file.metadata()?.blocks() * 512;
+            known.store(allocated, Ordering::Relaxed);
+            Ok(allocated)
+        })
+    }
+
+    fn allocated_before(&self) -> u64 {
+        self.allocated.load(Ordering::Relaxed)
     }
 
     fn capacity(&self) -> Answer<'_, io::Result<Option<u64>>> {

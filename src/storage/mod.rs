@@ -194,7 +194,12 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// What the system reports.
     fn allocated(&self) -> Answer<'_, std::io::Result<u64>> {
-        at_once(Ok(0))
+        at_once(Ok(self.allocated_before()))
+    }
+
+    /// What it took on the disk when that was last found out, in bytes.
+    fn allocated_before(&self) -> u64 {
+        0
     }
 
     /// What operations of it need until they have ended, though nobody waits for them and the

@@ -212,6 +212,10 @@ impl Storage for Window {
         self.inner.allocated()
     }
 
+    fn allocated_before(&self) -> u64 {
+        self.inner.allocated_before()
+    }
+
     fn hold(&self) -> Option<Arc<dyn Any + Send + Sync>> {
         self.inner.hold()
     }

@@ -15,7 +15,7 @@ use futures_util::future::LocalBoxFuture;
 use serde_json::{Value, json};
 use stratablk::chain::{CopyStatus, Layer};
 use stratablk::control::{Control, Endpoint, EventHub, Limits, Server};
-use stratablk::engine::{Engine, Exports, Sizes};
+use stratablk::engine::{Engine, Exports};
 use stratablk::export::{Export, ExportConfig, SocketSource};
 use stratablk::format::Format;
 use stratablk::format::qcow2::create::{CreateOptions, create};
@@ -107,7 +107,6 @@ impl FakeDaemon {
             exports,
             jobs,
             store: None,
-            sizes: Sizes::default(),
             streams: Box::new(move |spec, _job| {
                 let body = FakeBody(FakeSource {
                     daemon: daemon.clone(),
