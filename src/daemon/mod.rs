@@ -63,7 +63,8 @@ pub fn run(config: &Config) -> u8 {
 }
 
 fn serve(config: &Config, began: Instant) -> Result<()> {
-    let foreground = match config.daemonize {
+    // When it has not been told by then, it hears of a failure with the end of this.
+    let mut foreground = match config.daemonize {
         true => Some(process::daemonize().map_err(|e| during("going to the background", &e))?),
         false => None,
     };
@@ -119,7 +120,7 @@ fn serve(config: &Config, began: Instant) -> Result<()> {
                 began.elapsed().as_millis(),
                 fences.waited.as_millis()
             );
-            (wait(config, &running, foreground, &stopped), Some(running))
+            (wait(config, &running, &mut foreground, &stopped), Some(running))
         }
         Err(error) => (Err(error), None),
     };
@@ -413,7 +414,7 @@ fn end_with_last_front_end(config: &Config, exports: &Exports, stop: &Sender<Cal
 fn wait(
     config: &Config,
     running: &Running,
-    foreground: Option<Foreground>,
+    foreground: &mut Option<Foreground>,
     stopped: &Receiver<Call>,
 ) -> Result<Option<PidFile>> {
     if !running.monitors.wait_for_clients(stopped) {
@@ -426,7 +427,7 @@ fn wait(
         ),
         None => None,
     };
-    if let Some(foreground) = foreground {
+    if let Some(foreground) = foreground.take() {
         foreground.ready();
     }
     // The senders live as long as the signal thread: this ends with an order to stop.

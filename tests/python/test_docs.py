@@ -103,6 +103,7 @@ TABLE = {
         "stratablk --export vhost-user-blk,wrtable=on", code=2
     ),
     ("docs/command-line.md", "[Service]"): NotRun("a part of a unit of systemd"),
+    ("docs/design.md", "           guests"): NotRun("a drawing"),
     ("docs/images.md", "  header"): NotRun("a drawing"),
     ("docs/performance.md", "cargo bench --bench compare -- --output"): NotRun("an hour"),
     ("docs/benchmarks/2026-11-29.md", "cargo bench --bench compare -- --before"): NotRun("an hour"),
@@ -133,6 +134,8 @@ TABLE = {
     ("docs/testing.md", "contrib/test costs"): NotRun("a step of contrib/test"),
     ("docs/testing.md", "contrib/test kills"): KILLS,
     ("docs/testing.md", "contrib/test crash"): NotRun("hours"),
+    ("docs/testing.md", "STRATABLK_GRAPHS=500"): NotRun("an hour; graphs.rs runs some"),
+    ("docs/testing.md", "cargo test --test frontend_hung"): NotRun("a test of contrib/test"),
     ("docs/recovery.md", "contrib/test kills"): KILLS,
     ("docs/recovery.md", "STRATABLK_DAEMON=qemu"): KILLS,
     ("docs/testing.md", "STRATABLK_ROUNDS=50"): NotRun("minutes, and an example of a seed"),
