@@ -14,116 +14,12 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::ops::{BitAnd, BitOr, Sub};
 use std::sync::{Arc, Weak};
 
-use super::nodes::{Role, State};
-use super::{Graph, Inner, Transaction};
+use super::edges::{Demand, Rights, Role};
+use super::nodes::State;
+use super::{Graph, Inner};
 use crate::error::{Error, Result};
-
-/// Things that can be done with a node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rights(u8);
-
-impl Rights {
-    /// Nothing.
-    pub const NONE: Self = Self(0);
-    /// To read what nobody is just changing in a way that shows.
-    pub const READ: Self = Self(1);
-    /// To write.
-    pub const WRITE: Self = Self(2);
-    /// To write what reads the same before and after, such as copies from below.
-    pub const WRITE_UNCHANGED: Self = Self(4);
-    /// To change the size.
-    pub const RESIZE: Self = Self(8);
-    /// All of these.
-    pub const ALL: Self = Self(15);
-    /// That the image is open for writing. It concerns the files that the image is in, and no other
-    /// user of the image.
-    pub const OPEN: Self = Self(16);
-
-    /// QEMU's names.
-    const NAMES: [(Self, &str); 4] = [
-        (Self::READ, "consistent read"),
-        (Self::WRITE, "write"),
-        (Self::WRITE_UNCHANGED, "write unchanged"),
-        (Self::RESIZE, "resize"),
-    ];
-
-    /// Whether it has any of `other`.
-    #[must_use]
-    pub fn has(self, other: Self) -> bool {
-        self & other != Self::NONE
-    }
-}
-
-impl BitOr for Rights {
-    type Output = Self;
-
-    fn bitor(self, other: Self) -> Self {
-        Self(self.0 | other.0)
-    }
-}
-
-impl BitAnd for Rights {
-    type Output = Self;
-
-    fn bitand(self, other: Self) -> Self {
-        Self(self.0 & other.0)
-    }
-}
-
-impl Sub for Rights {
-    type Output = Self;
-
-    fn sub(self, other: Self) -> Self {
-        Self(self.0 & !other.0)
-    }
-}
-
-impl fmt::Display for Rights {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names = Self::NAMES.iter().filter(|(right, _)| self.has(*right));
-        let names: Vec<_> = names.map(|(_, name)| *name).collect();
-        f.write_str(&names.join(", "))
-    }
-}
-
-/// What is done with a node, and what is tolerated from others meanwhile.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Demand {
-    /// What is done.
-    pub does: Rights,
-    /// What others may do.
-    pub tolerates: Rights,
-}
-
-impl Demand {
-    /// What a node demands of its child in this role, of which `own` is demanded in all: as an
-    /// image, which lets nobody change the bytes that it is laid out in.
-    #[must_use]
-    pub(super) fn of_image(own: Self, role: Role) -> Self {
-        let unchanged = Rights::ALL - Rights::WRITE - Rights::RESIZE;
-        let changes = own.does.has(Rights::WRITE | Rights::RESIZE | Rights::OPEN);
-        match role {
-            Role::Filtered => own,
-            Role::Backing => Self {
-                does: own.does & Rights::READ,
-                tolerates: match own.tolerates.has(Rights::WRITE) {
-                    true => Rights::ALL,
-                    false => unchanged,
-                },
-            },
-            Role::File | Role::DataFile => Self {
-                does: match changes {
-                    true => Rights::READ | Rights::WRITE,
-                    false => Rights::READ,
-                },
-                tolerates: unchanged,
-            },
-        }
-    }
-}
 
 /// Who holds a grant.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -509,15 +405,17 @@ impl Grants {
         Ok(())
     }
 
-    /// Refuses the change from `old` to `new` that `transaction` makes, if it takes away what a
-    /// grant relies on, or brings together what does not go together.
-    pub(super) fn check_change(
+    /// Refuses the change from `old` to `new`, which removes nodes by name and is made by the holder
+    /// of `by`, if it takes away what another grant relies on, or brings together what does not go
+    /// together.
+    pub(super) fn check_change<'n>(
         &self,
         old: &State,
         new: &State,
-        transaction: &Transaction,
+        removed: impl Iterator<Item = &'n String>,
+        by: &Weak<Held>,
     ) -> Result<()> {
-        for removed in transaction.removed() {
+        for removed in removed {
             if let Some(kind) = self.reserved_by(removed) {
                 return Err(Error::Invalid(busy(removed, kind)));
             }
@@ -531,7 +429,7 @@ impl Grants {
             node.child(role).map(str::to_owned)
         };
         for held in &self.0 {
-            if transaction.is_by(held) {
+            if std::ptr::eq(by.as_ptr(), Arc::as_ptr(held)) {
                 continue;
             }
             for (node, role) in &held.request.frozen {

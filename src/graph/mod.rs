@@ -1,6 +1,7 @@
 //! The graph of nodes, and the disks that hang on it.
 //!
-//! * [`nodes`]: nodes, edges with roles, and the graph as an immutable value;
+//! * [`edges`]: edges with roles, and what nodes demand of each other;
+//! * [`nodes`]: nodes, and the graph as an immutable value;
 //! * [`transaction`]: changes that happen together or not at all;
 //! * [`grants`]: who does what with which node;
 //! * [`compile`]: from the graph to the flat chains of the data path;
@@ -17,7 +18,8 @@ mod below;
 mod compile;
 mod descent;
 mod drivers;
-pub mod grants;
+mod edges;
+mod grants;
 mod nodes;
 mod opening;
 mod owner;
@@ -45,8 +47,9 @@ use owner::Owner;
 use writable::Turns;
 
 pub use below::{backing_options, layer_options};
+pub use edges::{Demand, Edge, Rights, Role};
 pub use grants::{Busy, Grant, Holder, Request};
-pub use nodes::{Edge, Node, Role, State};
+pub use nodes::{Node, State};
 pub use owner::Task;
 pub use recorded::{Recorded, RecordedLink, RecordedNode};
 pub use transaction::Transaction;
@@ -122,7 +125,7 @@ impl Graph {
         let done = self.by_owner(move || {
             let published = inner.publish(|old, grants, state| {
                 transaction.apply(state)?;
-                grants.check_change(old, state, &transaction)
+                grants.check_change(old, state, transaction.removed(), transaction.holder())
             });
             // What is dropped may close files, and is not dropped there.
             (published, transaction)

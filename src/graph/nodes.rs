@@ -1,4 +1,4 @@
-//! Nodes, their edges, and the graph as a value.
+//! Nodes, and the graph as a value.
 //!
 //! A [`State`] never changes: a transaction makes another one, and readers keep the one that they
 //! have. Nodes refer to each other by name.
@@ -11,44 +11,11 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 
 use super::drivers::{self, Driver};
+use super::edges::{Edge, Role};
 use crate::chain::{Layer, Root};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::options::BlockdevOptions;
-
-/// What a child is to the node over it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// The node's bytes are in it.
-    File,
-    /// It supplies what the node lacks.
-    Backing,
-    /// Guest data is in it, and only metadata in the file.
-    DataFile,
-    /// The node is a filter of it: it shows the child's disk.
-    Filtered,
-}
-
-impl Role {
-    /// The name of the option that holds such a child.
-    #[must_use]
-    pub fn key(self) -> &'static str {
-        match self {
-            Self::File | Self::Filtered => "file",
-            Self::Backing => "backing",
-            Self::DataFile => "data-file",
-        }
-    }
-}
-
-/// The way from a node to a child.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Edge {
-    /// What the child is to the node.
-    pub role: Role,
-    /// The child's name.
-    pub child: String,
-}
 
 /// An element of the graph.
 #[derive(Clone, Debug)]

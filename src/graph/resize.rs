@@ -1,7 +1,6 @@
 //! Changing the size of a node's image that no guest uses.
 
-use super::grants::{Demand, Rights};
-use super::{Graph, Holder, Request};
+use super::{Demand, Graph, Holder, Request, Rights};
 use crate::chain::Layer;
 use crate::chain::resize::{Resize, grow, preallocate_raw, shrink};
 use crate::error::{Action, Error, Result};

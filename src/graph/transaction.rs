@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 
+use super::edges::Role;
 use super::grants::{Grant, Held};
-use super::nodes::{Node, Role, State};
+use super::nodes::{Node, State};
 use crate::chain::{Layer, Root};
 use crate::error::{Error, Result};
 
@@ -46,8 +47,9 @@ impl Transaction {
         self
     }
 
-    pub(super) fn is_by(&self, held: &Arc<Held>) -> bool {
-        std::ptr::eq(self.by.as_ptr(), Arc::as_ptr(held))
+    /// What the grant holds whose holder makes the changes, if one does.
+    pub(super) fn holder(&self) -> &Weak<Held> {
+        &self.by
     }
 
     /// The nodes that it removes by name.

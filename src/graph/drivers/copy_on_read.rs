@@ -9,9 +9,8 @@ use crate::chain::Layer;
 use crate::error::{Error, Result};
 use crate::graph::compile::filter;
 use crate::graph::descent::Descent;
-use crate::graph::grants::{Demand, Rights};
 use crate::graph::opening::Opening;
-use crate::graph::{Graph, Node, Role};
+use crate::graph::{Demand, Graph, Node, Rights, Role};
 use crate::options::{BlockdevOptions, CopyOnReadOptions};
 
 impl Driver for CopyOnReadOptions {

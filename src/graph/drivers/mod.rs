@@ -19,8 +19,8 @@ use serde_json::{Map, Value};
 
 use super::Graph;
 use super::descent::{Descent, Extent};
-use super::grants::Demand;
-use super::nodes::{Node, Role};
+use super::edges::{Demand, Role};
+use super::nodes::Node;
 use super::opening::Opening;
 use crate::chain::Layer;
 use crate::error::Result;

@@ -9,9 +9,8 @@ use super::{Driver, Opened, image};
 use crate::error::Result;
 use crate::format::{Format, Raw};
 use crate::graph::descent::{Descent, Extent};
-use crate::graph::grants::Demand;
 use crate::graph::opening::{Opening, storage_len, text};
-use crate::graph::{Graph, Node, Role};
+use crate::graph::{Demand, Graph, Node, Role};
 use crate::options::{BlockdevOptions, RawOptions};
 use crate::storage::{Access, Storage, Window};
 
