@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::descent::WHOLE;
+use super::driver::WHOLE;
 use super::{Graph, Node, Role, State, resolve};
 use crate::error::{Error, Result};
 use crate::format::Format;

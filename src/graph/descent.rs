@@ -5,10 +5,9 @@
 //! file in common.
 
 use std::fs::Metadata;
-use std::ops::Range;
 use std::path::Path;
 
-use super::drivers;
+use super::driver::{self, Extent, WHOLE};
 use super::{Node, State};
 use crate::error::{Error, Result};
 use crate::options::{BlockRef, BlockdevOptions};
@@ -16,12 +15,6 @@ use crate::storage::identity::number;
 
 /// Layers that a chain may have.
 const MAX_DEPTH: usize = 200;
-
-/// A part of a file, from where to where in bytes.
-pub(super) type Extent = Range<u64>;
-
-/// All of a file.
-pub(super) const WHOLE: Extent = 0..u64::MAX;
 
 /// What has been opened on the way down.
 pub(super) struct Descent {
@@ -116,10 +109,10 @@ fn file_of(options: &mut BlockdevOptions) -> Option<(&mut BlockRef, Extent)> {
     let mut extent = WHOLE;
     let mut node = options;
     loop {
-        extent = drivers::of(&node.driver).behind(&extent);
+        extent = driver::of(&node.driver).behind(&extent);
         let below = node.driver.file_mut()?;
         let is_file = match below {
-            BlockRef::Inline(below) => drivers::of(&below.driver).path().is_some(),
+            BlockRef::Inline(below) => driver::of(&below.driver).path().is_some(),
             BlockRef::Name(_) => true,
         };
         match below {
@@ -149,7 +142,7 @@ impl State {
         let BlockRef::Inline(inline) = &*file else {
             return Ok(());
         };
-        let Some(path) = drivers::of(&inline.driver).path() else {
+        let Some(path) = driver::of(&inline.driver).path() else {
             return Ok(());
         };
         let stat = |path: &Path| std::fs::metadata(path).ok();
@@ -197,7 +190,7 @@ mod tests {
     //! other that are taken for one, or the other way round.
 
     use super::*;
-    use crate::graph::drivers::Driver;
+    use crate::graph::driver::Driver;
     use crate::options::RawOptions;
 
     fn raw(offset: u64, size: Option<u64>) -> RawOptions {

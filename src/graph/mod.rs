@@ -5,8 +5,9 @@
 //! * [`transaction`]: changes that happen together or not at all;
 //! * [`grants`]: who does what with which node;
 //! * [`compile`]: from the graph to the flat chains of the data path;
-//! * `opening`, `together`, `descent`, `below`, `recorded`: from options, headers and records to
-//!   nodes; `drivers`: what each driver needs and opens;
+//! * `driver`: what is known of a node by its driver alone; `drivers`: each of them;
+//! * `below`, `descent`, `recorded`, `together`, `opening`, `open`: from options, headers and
+//!   records to nodes;
 //! * `writable`, `resize`: images that are open to be written.
 //!
 //! Readers load the present value ([`Graph::state`]) and never wait for a change. All that is
@@ -17,10 +18,12 @@
 mod below;
 mod compile;
 mod descent;
+mod driver;
 mod drivers;
 mod edges;
 mod grants;
 mod nodes;
+mod open;
 mod opening;
 mod owner;
 pub mod recorded;

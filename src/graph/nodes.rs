@@ -10,7 +10,7 @@ use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 
-use super::drivers::{self, Driver};
+use super::driver::{self, Driver};
 use super::edges::{Edge, Role};
 use crate::chain::{Layer, Root};
 use crate::error::{Error, Result};
@@ -98,7 +98,7 @@ impl Node {
     }
 
     pub(super) fn driver(&self) -> &dyn Driver {
-        drivers::of(&self.options.driver)
+        driver::of(&self.options.driver)
     }
 
     /// The name of its driver.

@@ -8,22 +8,25 @@
 //! [`Graph::make_writable`].
 
 use std::cell::{Ref, RefCell};
+use std::future::ready;
 use std::sync::Arc;
 
 use futures_util::future::LocalBoxFuture;
 
 use super::below::backing_options;
 use super::compile::compile;
-use super::descent::{Descent, WHOLE};
-use super::drivers;
+use super::descent::Descent;
+use super::driver::{self, WHOLE};
 use super::nodes::{Node, State};
+use super::recorded::{RecordedLink, RecordedNode};
 use super::together::Together;
 use super::{Graph, Transaction};
 use crate::chain::{Backed, Root};
 use crate::error::{Action, Error, Result};
+use crate::format::Format;
 use crate::format::qcow2::Backing;
-use crate::options::{BackingRef, BlockRef, BlockdevOptions};
-use crate::storage::{Storage, opener};
+use crate::options::{self, BackingRef, BlockRef, BlockdevOptions};
+use crate::storage::Storage;
 
 /// Who asked for a node.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -36,17 +39,49 @@ pub(super) enum Origin {
     Header,
 }
 
+/// An image that is open, to be written.
+pub(super) type Opened = (Format, Arc<dyn Storage>);
+
+/// How a driver opens its nodes, with the options that only it has.
+pub(super) trait OpenNode {
+    /// Opens node `name` with `options`, and nodes under it that are not open yet.
+    fn open<'a>(
+        &'a self,
+        opening: &'a Opening<'_>,
+        name: &'a str,
+        options: &'a BlockdevOptions,
+        descent: &'a mut Descent,
+    ) -> LocalBoxFuture<'a, Result<Node>>;
+
+    /// Opens the image of `node` anew, to write it. When that fails, others may go on reading it.
+    fn reopen<'a>(&'a self, graph: &'a Graph, node: &'a Node)
+    -> LocalBoxFuture<'a, Result<Opened>>;
+
+    /// Its own bytes, where `file` has those of the node under it.
+    ///
+    /// # Errors
+    /// When they are not within those.
+    fn bytes_in(&self, file: Arc<dyn Storage>) -> LocalBoxFuture<'_, Result<Arc<dyn Storage>>> {
+        Box::pin(ready(Ok(file)))
+    }
+}
+
+/// The table of all drivers.
+pub(super) type Drivers = fn(&options::Driver) -> &dyn OpenNode;
+
 /// Nodes that are being opened.
 pub(super) struct Opening<'a> {
     graph: &'a Graph,
+    drivers: Drivers,
     transaction: RefCell<Transaction>,
     pub(super) together: Together,
 }
 
 impl<'a> Opening<'a> {
-    pub(super) fn new(graph: &'a Graph, together: Together) -> Self {
+    pub(super) fn new(graph: &'a Graph, drivers: Drivers, together: Together) -> Self {
         Self {
             graph,
+            drivers,
             transaction: RefCell::new(graph.transaction()),
             together,
         }
@@ -87,7 +122,7 @@ impl<'a> Opening<'a> {
                     self.graph.make_name()
                 }
             };
-            let driver = drivers::of(&options.driver);
+            let driver = (self.drivers)(&options.driver);
             let node = driver.open(self, &name, options, descent).await?;
             // A node that is not a user's own may be made writable by a job that needs it.
             let own = origin == Origin::Named;
@@ -182,6 +217,68 @@ impl<'a> Opening<'a> {
         }
     }
 
+    /// What is recorded of the image in node `file`, whose header names `header`.
+    fn recorded_link(
+        &self,
+        format: &str,
+        file: &Node,
+        header: Option<&Backing>,
+    ) -> Result<Option<RecordedLink>> {
+        let recorded = &self.together.recorded;
+        if recorded.links.is_empty() {
+            return Ok(None);
+        }
+        let identity = file.layer.storage.identity().unwrap_or_default();
+        let file = self.state().bytes_name(&file.name)?;
+        Ok(recorded.link(format, &file, identity, header)?.cloned())
+    }
+
+    /// Opens the node that is recorded to lie under the image of a node with the options `above`,
+    /// which is in `image`: as the options have it, where it is anywhere in the chain that they
+    /// describe from `wanted` on; otherwise as it is recorded.
+    async fn open_recorded(
+        &self,
+        above: &BlockdevOptions,
+        image: &Node,
+        wanted: &BackingRef,
+        below: &RecordedNode,
+        descent: &mut Descent,
+    ) -> Result<String> {
+        if let Some(name) = &below.name {
+            self.together.wait_for(descent.place, name).await;
+            if let Ok(node) = self.node(name)
+                && below.is(&self.state(), &node)
+            {
+                return Ok(name.clone());
+            }
+        }
+        let mut next = Some(wanted);
+        while let Some(BackingRef::Node(node)) = next {
+            match node {
+                BlockRef::Name(name) => {
+                    self.together.wait_for(descent.place, name).await;
+                    let state = self.state();
+                    let nodes = state.chain_nodes(name).unwrap_or_default();
+                    if let Some(found) = nodes.iter().find(|node| below.is(&state, node)) {
+                        return Ok(found.name.clone());
+                    }
+                    break;
+                }
+                BlockRef::Inline(options) => {
+                    if self.state().describes(options, below) {
+                        return self.open_node(options, descent, Origin::Nested).await;
+                    }
+                    next = driver::of(&options.driver).backing();
+                }
+            }
+        }
+        descent.step_down(&image.filename)?;
+        let mut options = backing_options(above, &image.filename, &below.open_as)?;
+        self.state().share_file(&mut options, image, descent)?;
+        options.node_name = below.name.clone().filter(|name| self.node(name).is_err());
+        self.open_node(&options, descent, Origin::Header).await
+    }
+
     /// Opens the backing file that a header names.
     async fn open_backing(
         &self,
@@ -203,29 +300,6 @@ impl<'a> Opening<'a> {
         self.open_node(&options, descent, Origin::Header)
             .await
             .map_err(context)
-    }
-}
-
-impl Graph {
-    /// Opens `backing` as the header of node `above`'s image would name it. It is not put under
-    /// that node. Returns the new node's name.
-    ///
-    /// # Errors
-    /// As for [`Graph::open`]; or the image is itself in that chain.
-    pub async fn open_as_backing(&self, above: &str, backing: &Backing) -> Result<String> {
-        let node = self.node(above)?;
-        let options = backing_options(&node.options, &node.filename, backing)?;
-        let mut descent = Descent::new(0);
-        if let Ok(stat) = opener::look(&node.filename).await {
-            descent.wanted = self.state().extent(&node)?;
-            descent.enter(&node.filename, &stat)?;
-            descent.wanted = WHOLE;
-        }
-        let opening = Opening::new(self, Together::default());
-        let opened = opening.open_node(&options, &mut descent, Origin::Header);
-        let name = opened.await?;
-        opening.commit()?;
-        Ok(name)
     }
 }
 

@@ -11,14 +11,11 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use serde_json::Value;
 
-use super::below::backing_options;
-use super::descent::Descent;
-use super::drivers;
-use super::opening::{Opening, Origin};
+use super::driver;
 use super::{Graph, Node, State};
 use crate::error::{Error, Result, utc};
 use crate::format::qcow2::Backing;
-use crate::options::{BackingRef, BlockRef, BlockdevOptions};
+use crate::options::{BlockRef, BlockdevOptions};
 use crate::storage::{Identity, are_different, is_known, is_same_file};
 
 /// What is recorded of chains.
@@ -65,7 +62,7 @@ pub struct RecordedNode {
 }
 
 impl RecordedNode {
-    fn is(&self, graph: &State, node: &Node) -> bool {
+    pub(super) fn is(&self, graph: &State, node: &Node) -> bool {
         let is_here = |file: String| is_same_place(&file, &self.file);
         if node.format_name() == self.format && graph.file_of(node).is_ok_and(is_here) {
             return true;
@@ -79,7 +76,7 @@ impl RecordedNode {
 impl Recorded {
     /// What is recorded of the image in `file`, whose header names `header`: whatever path it had
     /// then.
-    fn link(
+    pub(super) fn link(
         &self,
         format: &str,
         file: &str,
@@ -207,7 +204,7 @@ pub fn other_file(file: &str, found: Identity, wanted: Identity) -> String {
 
 /// Whether a file is missing that the node's own bytes are in.
 fn is_gone(options: &BlockdevOptions, gone: &HashSet<&str>) -> bool {
-    if let Some(path) = drivers::of(&options.driver).path() {
+    if let Some(path) = driver::of(&options.driver).path() {
         return matches!(path.try_exists(), Ok(false));
     }
     let children = options.children();
@@ -239,85 +236,21 @@ impl State {
     }
 
     /// Whether a node with these options is the recorded one.
-    fn describes(&self, options: &BlockdevOptions, node: &RecordedNode) -> bool {
-        let (format, file) = match drivers::of(&options.driver).path() {
+    pub(super) fn describes(&self, options: &BlockdevOptions, node: &RecordedNode) -> bool {
+        let (format, file) = match driver::of(&options.driver).path() {
             Some(path) => ("raw", absolute(path)),
             None => {
                 let children = options.children();
                 let file = children.into_iter().find(|(key, _)| *key == "file");
                 let file = file.and_then(|(_, file)| match file {
                     BlockRef::Name(name) => self.bytes_name(name).ok(),
-                    BlockRef::Inline(file) => drivers::of(&file.driver).path().and_then(absolute),
+                    BlockRef::Inline(file) => driver::of(&file.driver).path().and_then(absolute),
                 });
                 (options.driver.name(), file)
             }
         };
         let is_here = |file: String| is_same_place(&file, &node.file);
         (format == node.format || format == "auto") && file.is_some_and(is_here)
-    }
-}
-
-impl Opening<'_> {
-    /// What is recorded of the image in node `file`, whose header names `header`.
-    pub(super) fn recorded_link(
-        &self,
-        format: &str,
-        file: &Node,
-        header: Option<&Backing>,
-    ) -> Result<Option<RecordedLink>> {
-        let recorded = &self.together.recorded;
-        if recorded.links.is_empty() {
-            return Ok(None);
-        }
-        let identity = file.layer.storage.identity().unwrap_or_default();
-        let file = self.state().bytes_name(&file.name)?;
-        Ok(recorded.link(format, &file, identity, header)?.cloned())
-    }
-
-    /// Opens the node that is recorded to lie under the image of a node with the options `above`,
-    /// which is in `image`: as the options have it, where it is anywhere in the chain that they
-    /// describe from `wanted` on; otherwise as it is recorded.
-    pub(super) async fn open_recorded(
-        &self,
-        above: &BlockdevOptions,
-        image: &Node,
-        wanted: &BackingRef,
-        below: &RecordedNode,
-        descent: &mut Descent,
-    ) -> Result<String> {
-        if let Some(name) = &below.name {
-            self.together.wait_for(descent.place, name).await;
-            if let Ok(node) = self.node(name)
-                && below.is(&self.state(), &node)
-            {
-                return Ok(name.clone());
-            }
-        }
-        let mut next = Some(wanted);
-        while let Some(BackingRef::Node(node)) = next {
-            match node {
-                BlockRef::Name(name) => {
-                    self.together.wait_for(descent.place, name).await;
-                    let state = self.state();
-                    let nodes = state.chain_nodes(name).unwrap_or_default();
-                    if let Some(found) = nodes.iter().find(|node| below.is(&state, node)) {
-                        return Ok(found.name.clone());
-                    }
-                    break;
-                }
-                BlockRef::Inline(options) => {
-                    if self.state().describes(options, below) {
-                        return self.open_node(options, descent, Origin::Nested).await;
-                    }
-                    next = drivers::of(&options.driver).backing();
-                }
-            }
-        }
-        descent.step_down(&image.filename)?;
-        let mut options = backing_options(above, &image.filename, &below.open_as)?;
-        self.state().share_file(&mut options, image, descent)?;
-        options.node_name = below.name.clone().filter(|name| self.node(name).is_err());
-        self.open_node(&options, descent, Origin::Header).await
     }
 }
 

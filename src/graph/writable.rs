@@ -11,7 +11,7 @@ use async_lock::{Mutex as AsyncMutex, MutexGuardArc as AsyncMutexGuardArc};
 use parking_lot::Mutex;
 
 use super::opening::text;
-use super::{Grant, Graph, Holder, Node, Request, Role};
+use super::{Grant, Graph, Holder, Node, Request, Role, drivers};
 use crate::chain::Layer;
 use crate::error::{Error, Result};
 use crate::format::Format;
@@ -95,7 +95,7 @@ impl Graph {
         if !node.layer.read_only {
             return Ok(());
         }
-        let (format, storage) = (node.driver().reopen(self, &node).await)
+        let (format, storage) = (drivers::of(&node.options.driver).reopen(self, &node).await)
             .map_err(|error| self.explain(error, &node))?;
         let layer = Layer {
             format,
@@ -142,7 +142,7 @@ impl Graph {
         match node.file() {
             Some(file) => {
                 let bytes = Box::pin(self.writable_bytes(file)).await?;
-                node.driver().bytes_in(bytes).await
+                drivers::of(&node.options.driver).bytes_in(bytes).await
             }
             None => node.layer.storage.open_writable().await.map_err(text),
         }

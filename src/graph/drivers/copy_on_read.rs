@@ -4,16 +4,28 @@ use std::future::ready;
 
 use futures_util::future::LocalBoxFuture;
 
-use super::{Driver, Opened};
 use crate::chain::Layer;
 use crate::error::{Error, Result};
 use crate::graph::compile::filter;
 use crate::graph::descent::Descent;
-use crate::graph::opening::Opening;
+use crate::graph::driver::Driver;
+use crate::graph::opening::{OpenNode, Opened, Opening};
 use crate::graph::{Demand, Graph, Node, Rights, Role};
 use crate::options::{BlockdevOptions, CopyOnReadOptions};
 
 impl Driver for CopyOnReadOptions {
+    /// Copies are written where the image is open for writing anyway.
+    fn demand(&self, own: Demand, _role: Role) -> Demand {
+        let does = own.does | Rights::WRITE_UNCHANGED;
+        Demand { does, ..own }
+    }
+
+    fn attribute(&self) -> Option<fn(&mut Layer)> {
+        Some(set)
+    }
+}
+
+impl OpenNode for CopyOnReadOptions {
     fn open<'a>(
         &'a self,
         opening: &'a Opening<'_>,
@@ -39,16 +51,6 @@ impl Driver for CopyOnReadOptions {
             "node '{}' has no image of its own",
             node.name
         )))))
-    }
-
-    /// Copies are written where the image is open for writing anyway.
-    fn demand(&self, own: Demand, _role: Role) -> Demand {
-        let does = own.does | Rights::WRITE_UNCHANGED;
-        Demand { does, ..own }
-    }
-
-    fn attribute(&self) -> Option<fn(&mut Layer)> {
-        Some(set)
     }
 }
 

@@ -6,16 +6,23 @@ use std::sync::Arc;
 
 use futures_util::future::LocalBoxFuture;
 
-use super::{Driver, Opened, layer, raw};
+use super::{layer, raw};
 use crate::error::{Error, Result};
 use crate::format::{Format, Raw};
 use crate::graph::descent::Descent;
-use crate::graph::opening::{Opening, storage_len, text};
+use crate::graph::driver::Driver;
+use crate::graph::opening::{OpenNode, Opened, Opening, storage_len, text};
 use crate::graph::{Graph, Node};
 use crate::options::{BlockdevOptions, FileOptions, Locking};
 use crate::storage::{FileStorage, OpenFlags, Storage, opener};
 
 impl Driver for FileOptions {
+    fn path(&self) -> Option<&Path> {
+        Some(&self.filename)
+    }
+}
+
+impl OpenNode for FileOptions {
     fn open<'a>(
         &'a self,
         _opening: &'a Opening<'_>,
@@ -32,10 +39,6 @@ impl Driver for FileOptions {
         node: &'a Node,
     ) -> LocalBoxFuture<'a, Result<Opened>> {
         Box::pin(raw::reopen(graph, node))
-    }
-
-    fn path(&self) -> Option<&Path> {
-        Some(&self.filename)
     }
 }
 

@@ -4,17 +4,20 @@ use std::future::ready;
 
 use futures_util::future::LocalBoxFuture;
 
-use super::{Driver, Opened, of};
+use super::of;
 use crate::error::{Error, Result};
 use crate::format::probe;
 use crate::graph::descent::Descent;
-use crate::graph::opening::Opening;
+use crate::graph::driver::Driver;
+use crate::graph::opening::{OpenNode, Opened, Opening};
 use crate::graph::{Graph, Node};
 use crate::options::{
     self, AutoOptions, BackingRef, BlockRef, BlockdevOptions, Qcow2Options, QedOptions, RawOptions,
 };
 
-impl Driver for AutoOptions {
+impl Driver for AutoOptions {}
+
+impl OpenNode for AutoOptions {
     fn open<'a>(
         &'a self,
         opening: &'a Opening<'_>,

@@ -4,18 +4,29 @@ use std::sync::Arc;
 
 use futures_util::future::LocalBoxFuture;
 
-use super::{Driver, Opened, image};
+use super::image;
 use crate::chain::Layer;
 use crate::error::{Error, Result};
 use crate::format::{Format, Qcow2, qcow2};
 use crate::graph::below::file_named;
 use crate::graph::descent::Descent;
-use crate::graph::opening::{Opening, text};
+use crate::graph::driver::Driver;
+use crate::graph::opening::{OpenNode, Opened, Opening, text};
 use crate::graph::{Graph, Node, Role};
 use crate::options::{BackingRef, BlockRef, BlockdevOptions, Discard, Qcow2Options};
 use crate::storage::{Access, Storage};
 
 impl Driver for Qcow2Options {
+    fn backing(&self) -> Option<&BackingRef> {
+        Some(&self.backing)
+    }
+
+    fn has_own_data_file(&self) -> bool {
+        self.data_file.is_some()
+    }
+}
+
+impl OpenNode for Qcow2Options {
     fn open<'a>(
         &'a self,
         opening: &'a Opening<'_>,
@@ -32,14 +43,6 @@ impl Driver for Qcow2Options {
         node: &'a Node,
     ) -> LocalBoxFuture<'a, Result<Opened>> {
         Box::pin(self.reopen_image(graph, node))
-    }
-
-    fn backing(&self) -> Option<&BackingRef> {
-        Some(&self.backing)
-    }
-
-    fn has_own_data_file(&self) -> bool {
-        self.data_file.is_some()
     }
 }
 

@@ -5,15 +5,22 @@ use std::sync::Arc;
 
 use futures_util::future::LocalBoxFuture;
 
-use super::{Driver, Opened, image};
+use super::image;
 use crate::error::{Error, Result};
 use crate::format::{Format, Qed};
 use crate::graph::descent::Descent;
-use crate::graph::opening::Opening;
+use crate::graph::driver::Driver;
+use crate::graph::opening::{OpenNode, Opened, Opening};
 use crate::graph::{Graph, Node, Role};
 use crate::options::{BackingRef, BlockdevOptions, QedOptions};
 
 impl Driver for QedOptions {
+    fn backing(&self) -> Option<&BackingRef> {
+        Some(&self.backing)
+    }
+}
+
+impl OpenNode for QedOptions {
     fn open<'a>(
         &'a self,
         opening: &'a Opening<'_>,
@@ -45,9 +52,5 @@ impl Driver for QedOptions {
             node.layer.storage.name(),
             "QED images are only read: stream or convert it into a qcow2 image",
         ))))
-    }
-
-    fn backing(&self) -> Option<&BackingRef> {
-        Some(&self.backing)
     }
 }

@@ -5,16 +5,37 @@ use std::sync::Arc;
 use futures_util::future::LocalBoxFuture;
 use serde_json::{Map, Value};
 
-use super::{Driver, Opened, image};
+use super::image;
 use crate::error::Result;
 use crate::format::{Format, Raw};
-use crate::graph::descent::{Descent, Extent};
-use crate::graph::opening::{Opening, storage_len, text};
+use crate::graph::descent::Descent;
+use crate::graph::driver::{Driver, Extent};
+use crate::graph::opening::{OpenNode, Opened, Opening, storage_len, text};
 use crate::graph::{Demand, Graph, Node, Role};
 use crate::options::{BlockdevOptions, RawOptions};
 use crate::storage::{Access, Storage, Window};
 
 impl Driver for RawOptions {
+    /// It only passes on bytes, and minds no changes of them.
+    fn demand(&self, own: Demand, _role: Role) -> Demand {
+        own
+    }
+
+    fn describe(&self, options: &mut Map<String, Value>) {
+        options.insert("offset".into(), self.offset.into());
+        options.extend(self.size.map(|size| ("size".into(), size.into())));
+    }
+
+    fn behind(&self, of: &Extent) -> Extent {
+        let end = self
+            .size
+            .map_or(u64::MAX, |size| self.offset.saturating_add(size));
+        let start = of.start.saturating_add(self.offset).min(end);
+        start..of.end.saturating_add(self.offset).min(end)
+    }
+}
+
+impl OpenNode for RawOptions {
     fn open<'a>(
         &'a self,
         opening: &'a Opening<'_>,
@@ -42,24 +63,6 @@ impl Driver for RawOptions {
         node: &'a Node,
     ) -> LocalBoxFuture<'a, Result<Opened>> {
         Box::pin(reopen(graph, node))
-    }
-
-    /// It only passes on bytes, and minds no changes of them.
-    fn demand(&self, own: Demand, _role: Role) -> Demand {
-        own
-    }
-
-    fn describe(&self, options: &mut Map<String, Value>) {
-        options.insert("offset".into(), self.offset.into());
-        options.extend(self.size.map(|size| ("size".into(), size.into())));
-    }
-
-    fn behind(&self, of: &Extent) -> Extent {
-        let end = self
-            .size
-            .map_or(u64::MAX, |size| self.offset.saturating_add(size));
-        let start = of.start.saturating_add(self.offset).min(end);
-        start..of.end.saturating_add(self.offset).min(end)
     }
 
     fn bytes_in(&self, file: Arc<dyn Storage>) -> LocalBoxFuture<'_, Result<Arc<dyn Storage>>> {
