@@ -120,7 +120,10 @@ fn serve(config: &Config, began: Instant) -> Result<()> {
                 began.elapsed().as_millis(),
                 fences.waited.as_millis()
             );
-            (wait(config, &running, &mut foreground, &stopped), Some(running))
+            (
+                wait(config, &running, &mut foreground, &stopped),
+                Some(running),
+            )
         }
         Err(error) => (Err(error), None),
     };

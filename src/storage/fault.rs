@@ -362,6 +362,10 @@ impl<S: Storage> Storage for FaultStorage<S> {
         self.inner.writable()
     }
 
+    fn outlives_process(&self) -> Option<u64> {
+        self.inner.outlives_process()
+    }
+
     fn hold(&self) -> Option<Arc<dyn Any + Send + Sync>> {
         self.inner.hold()
     }

@@ -387,6 +387,10 @@ impl Storage for FileStorage {
         self.identity
     }
 
+    fn outlives_process(&self) -> Option<u64> {
+        Some(0)
+    }
+
     fn hold(&self) -> Option<Arc<dyn Any + Send + Sync>> {
         Some(self.opened.clone())
     }

@@ -262,6 +262,11 @@ impl Storage for MemoryStorage {
         true
     }
 
+    /// As a file: tests kill processes over it.
+    fn outlives_process(&self) -> Option<u64> {
+        Some(0)
+    }
+
     fn syncs(&self) -> Option<&Arc<Syncs>> {
         Some(&self.syncs)
     }

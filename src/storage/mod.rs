@@ -189,6 +189,13 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
         None
     }
 
+    /// Whether a write that has completed is still read after the process was killed, flushed or
+    /// not: the journal of an image relies on that. `Some`: it is, with the help of the journals of
+    /// images that lie below, whose number this is; 0 for storage that needs no help.
+    fn outlives_process(&self) -> Option<u64> {
+        None
+    }
+
     /// What it takes on the disk, in bytes; 0 where that is not known.
     ///
     /// # Errors

@@ -216,6 +216,10 @@ impl Storage for Window {
         self.inner.allocated_before()
     }
 
+    fn outlives_process(&self) -> Option<u64> {
+        self.inner.outlives_process()
+    }
+
     fn hold(&self) -> Option<Arc<dyn Any + Send + Sync>> {
         self.inner.hold()
     }

@@ -190,6 +190,10 @@ impl Storage for Deadly {
         })
     }
 
+    fn outlives_process(&self) -> Option<u64> {
+        Some(0)
+    }
+
     fn limits(&self) -> Limits {
         Limits {
             zero_past_end: self.device.is_none(),

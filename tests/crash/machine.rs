@@ -705,6 +705,10 @@ impl Storage for File {
         at_once(Ok(self.machine.state.lock().capacity(self.index)))
     }
 
+    fn outlives_process(&self) -> Option<u64> {
+        Some(0)
+    }
+
     fn limits(&self) -> Limits {
         let state = self.machine.state.lock();
         Limits {

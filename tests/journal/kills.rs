@@ -96,6 +96,10 @@ impl Storage for Mortal {
         "image"
     }
 
+    fn outlives_process(&self) -> Option<u64> {
+        Some(0)
+    }
+
     fn writable(&self) -> bool {
         true
     }

@@ -183,6 +183,10 @@ impl Storage for Watched {
         self.0.disk.name()
     }
 
+    fn outlives_process(&self) -> Option<u64> {
+        Some(0)
+    }
+
     fn writable(&self) -> bool {
         true
     }

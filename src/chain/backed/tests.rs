@@ -1,7 +1,8 @@
 //! What would be caught: bytes at another place of the disk below, operations past its end, blocks
 //! that are cut; a flush that stays above, or one that succeeds though the file below failed; what
-//! was flushed and is not there after a power cut; two disks that wait for each other's room; an
-//! error that does not say where it happened.
+//! was flushed and is not there after a power cut, or after a kill since a journal maps what the
+//! disk below has lost; two disks that wait for each other's room; an error that does not say where
+//! it happened.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -10,6 +11,7 @@ use std::rc::Rc;
 use super::super::Layer;
 use super::*;
 use crate::format::qcow2::create::{CreateOptions, create};
+use crate::format::qcow2::journal::{Folder, forget};
 use crate::format::{Qcow2, Raw, qcow2};
 use crate::storage::fault::FaultStorage;
 use crate::storage::memory::{MemoryStorage, Step};
@@ -48,14 +50,22 @@ fn root(layers: Vec<(Format, Arc<dyn Storage>)>) -> Arc<Root> {
 }
 
 fn image_in(storage: Arc<dyn Storage>) -> (Format, Arc<dyn Storage>) {
+    opened(storage, None).unwrap()
+}
+
+fn opened(
+    storage: Arc<dyn Storage>,
+    journal: Option<Arc<Folder>>,
+) -> Result<(Format, Arc<dyn Storage>)> {
     let options = qcow2::Options {
         writable: true,
         discard: true,
+        journal,
         ..Default::default()
     };
-    let image = reactor().block_on(Qcow2::open(storage, options)).unwrap();
+    let image = reactor().block_on(Qcow2::open(storage, options))?;
     let storage = image.data_storage().clone();
-    (Format::Qcow2(Arc::new(image)), storage)
+    Ok((Format::Qcow2(Arc::new(image)), storage))
 }
 
 /// A disk in a new image of `size` bytes, and options of its own.
@@ -488,5 +498,104 @@ fn zeros_over_a_base_are_zeros_whatever_the_version() {
         assert!(zeros.iter().all(|&byte| byte == 0), "{version}");
         assert!(read(&inner, (700 << 10) + CLUSTER as u64, 512) == [9; 512]);
     }
+    Reactor::leave_thread();
+}
+
+/// Images in images, over a base full of nines, with a folder for journals. Dropped, a process has
+/// been killed.
+struct Journaled {
+    bottom: Arc<MemoryStorage>,
+    dir: tempfile::TempDir,
+}
+
+impl Journaled {
+    /// With an image of `version` at the bottom, and in it what `inside` makes of its disk.
+    fn new(version: u32, inside: impl Fn(&dyn Storage)) -> Self {
+        let place = Self {
+            bottom: Arc::new(MemoryStorage::new(Vec::new())),
+            dir: tempfile::tempdir_in("/dev/shm").unwrap(),
+        };
+        let mut options = CreateOptions::new(INNER);
+        options.version = version;
+        let created = create(&*place.bottom, &options);
+        reactor().block_on(created).unwrap();
+        let image = root(vec![image_in(place.bottom.clone())]);
+        inside(&Backed::new(image.clone()).unwrap());
+        flush(&image).unwrap();
+        place
+    }
+
+    /// The outer image is opened by a new process.
+    fn start(&self) -> Result<Arc<Root>> {
+        let folder = || Some(Folder::open(self.dir.path(), None).unwrap());
+        let inner = root(vec![opened(self.bottom.clone(), folder())?]);
+        let image = opened(Arc::new(Backed::new(inner)?), folder())?;
+        let base: Arc<dyn Storage> = Arc::new(MemoryStorage::new(vec![9; OUTER as usize]));
+        Ok(root(vec![image, (Format::Raw(Raw::new(OUTER)), base)]))
+    }
+}
+
+fn make_outer(disk: &dyn Storage) {
+    let options = CreateOptions::new(OUTER);
+    reactor().block_on(create(disk, &options)).unwrap();
+}
+
+#[test]
+fn a_kill_takes_nothing_that_was_flushed_from_an_image_in_an_image() {
+    for version in [2, 3] {
+        let place = Journaled::new(version, make_outer);
+        let outer = place.start().unwrap();
+        write(&outer, 0, &[1; CLUSTER]).unwrap();
+        flush(&outer).unwrap();
+        // Copies on write, which complete and are not flushed.
+        for cluster in 1..4 {
+            write(&outer, cluster * CLUSTER as u64, &[2; 512]).unwrap();
+        }
+        drop(outer);
+        let outer = place.start().unwrap();
+        assert!(read(&outer, 0, CLUSTER) == [1; CLUSTER], "{version}");
+        for cluster in 1..4 {
+            let found = read(&outer, cluster * CLUSTER as u64, CLUSTER);
+            assert!(found[512..].iter().all(|&byte| byte == 9), "{version}");
+            // Version 2 has no journal, so that the one above has none either.
+            assert_eq!(found[0], if version == 2 { 9 } else { 2 });
+        }
+    }
+    Reactor::leave_thread();
+}
+
+#[test]
+fn a_journal_without_those_below_is_refused() {
+    let place = Journaled::new(3, make_outer);
+    let outer = place.start().unwrap();
+    write(&outer, 0, &[1; 512]).unwrap();
+    drop(outer);
+    // A user's word gives up what the image below has, and what the one above maps there.
+    reactor().block_on(forget(&*place.bottom)).unwrap();
+    let text = place.start().unwrap_err().to_string();
+    assert!(
+        text.contains("the journal is that of another file"),
+        "{text}"
+    );
+
+    // An image whose journal is live comes into a disk that keeps nothing.
+    let alone = Arc::new(MemoryStorage::new(Vec::new()));
+    make_outer(&*alone);
+    let folder = Folder::open(place.dir.path(), None).unwrap();
+    drop(opened(alone.clone(), Some(folder)).unwrap());
+    let place = Journaled {
+        dir: place.dir,
+        ..Journaled::new(2, |disk| {
+            let bytes = AlignedBuf::copy_of(&alone.snapshot());
+            let written = storage_io::write_buf(disk, 0, &bytes);
+            reactor().block_on(written).unwrap();
+        })
+    };
+    let text = place.start().unwrap_err().to_string();
+    assert!(
+        text.contains("does not keep what has not been flushed"),
+        "{text}"
+    );
+    assert!(text.contains("forget-journal"), "{text}");
     Reactor::leave_thread();
 }

@@ -52,7 +52,10 @@ impl Qcow2 {
         check_writable(&header, &*storage, data.as_ref(), &options)?;
         header.check_refcount_table()?;
         // Before anything is written, or relied on.
-        let mut adoption = Adoption::find(&header, &*storage, &options)?;
+        let mut adoption = {
+            let data = data.as_ref().map(|data| &*data.storage);
+            Adoption::find(&header, (&*storage, data), &options)?
+        };
         if options.writable && header.incompatible & header::INCOMPATIBLE_DIRTY != 0 {
             check::repair_dirty(&*storage).await?;
             header = read_header(&*storage).await?;
