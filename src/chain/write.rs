@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use futures_util::future::try_join;
+use futures_util::future::join;
 
 use super::{Layer, View};
 use crate::error::{Action, Error, Result};
@@ -186,8 +186,9 @@ impl View {
             all.append(&unsafe { IoBufs::of(&old, last as usize, rest) });
             return to.store(at, &all).await;
         }
-        let (head, tail) =
-            try_join(self.old_bytes(layer, head), self.old_bytes(layer, tail)).await?;
+        // Both to their end: what one uses is not left behind where the other fails.
+        let (head, tail) = join(self.old_bytes(layer, head), self.old_bytes(layer, tail)).await;
+        let (head, tail) = (head?, tail?);
         // SAFETY: `head` outlives the write below.
         all.append(&unsafe { IoBufs::of(&head, 0, head.len()) });
         all.append(bufs);

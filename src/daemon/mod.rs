@@ -454,7 +454,7 @@ impl JobRunner for ReactorRunner {
         let reactor = Reactor::for_this_thread()?;
         process::step_back();
         reactor.block_on(main(Rc::new(ReactorTimer(reactor.clone()))));
-        Reactor::leave_thread();
+        Reactor::end_thread();
         Ok(())
     }
 }

@@ -16,7 +16,9 @@
 //!
 //! Nobody has to wait. An operation whose future is dropped goes on, and what it uses lives until
 //! it has ended ([`OpGuard`]); so does work of several steps that must not be left half done
-//! ([`carry_out`]). A reactor that ends meanwhile leaves all that in memory for good.
+//! ([`carry_out`]). A thread that leaves its reactor gives such work the time to end
+//! ([`Reactor::leave_thread`], [`Reactor::end_thread`]): it keeps files open, images locked and
+//! clusters claimed. What has not ended by then stays in memory for good.
 //!
 //! Everything a thread waits for is in the ring, file descriptors included (multishot polls, see
 //! [`Reactor::watch`]): a busy worker then submits its batch, waits, and learns of new kicks with
@@ -54,6 +56,9 @@ use ring::Ring;
 const RING_ENTRIES: u32 = 512;
 /// Completions moved out of the ring at a time.
 const REAP_BATCH: usize = 64;
+
+/// How long a thread that goes on with something else gives to work that nobody waits for.
+const LEAVING: Duration = Duration::from_secs(1);
 
 /// Reactors that have not ended, or have left operations behind.
 static UNENDED: AtomicUsize = AtomicUsize::new(0);
@@ -113,7 +118,7 @@ impl Reactor {
     /// # Errors
     /// Whatever `io_uring_setup(2)` or `eventfd(2)` reports, with a hint in the text.
     pub fn for_this_thread() -> io::Result<Self> {
-        if let Some(reactor) = CURRENT.with_borrow(Clone::clone) {
+        if let Some(reactor) = Self::current() {
             return Ok(reactor);
         }
         let ring = Ring::new(RING_ENTRIES)?;
@@ -132,19 +137,55 @@ impl Reactor {
         };
         UNENDED.fetch_add(1, Ordering::SeqCst);
         reactor.arm_watch(reactor.inner.remote.fd(), Token::WAKE)?;
-        CURRENT.set(Some(reactor.clone()));
+        CURRENT
+            .try_with(|current| current.replace(Some(reactor.clone())))
+            .map_err(io::Error::other)?;
         Ok(reactor)
     }
 
-    /// The reactor of the current thread, if it has one.
+    /// The reactor of the current thread, if it has one: a thread that ends has none any more.
     #[must_use]
     pub fn current() -> Option<Self> {
-        CURRENT.with_borrow(Clone::clone)
+        CURRENT.try_with(|current| current.borrow().clone()).ok()?
     }
 
-    /// Takes the reactor off the thread again: for threads that needed one for a moment only.
-    /// Its resources go with the last clone.
+    /// Takes the reactor off the thread again: for threads that needed one for a moment only. Work
+    /// that goes on though nobody waits for it has a second to end. Its resources go with the last
+    /// clone.
     pub fn leave_thread() {
+        Self::leave_within(Some(LEAVING));
+    }
+
+    /// As [`leave_thread`](Self::leave_thread), for a thread that has nothing else to do: work that
+    /// goes on has all the time that it takes.
+    pub fn end_thread() {
+        Self::leave_within(None);
+    }
+
+    fn leave_within(patience: Option<Duration>) {
+        let Some(reactor) = Self::current() else {
+            return;
+        };
+        let began = Instant::now();
+        loop {
+            let (tasks, abandoned) = (reactor.tasks(), reactor.with_ops(|ops| ops.abandoned()));
+            if tasks == 0 && abandoned == 0 {
+                break;
+            }
+            let left = patience.map(|patience| patience.saturating_sub(began.elapsed()));
+            if left == Some(Duration::ZERO) {
+                log::warn!(
+                    "a thread ends its I/O with {tasks} tasks and {abandoned} operations under \
+                     way: what they use stays in use"
+                );
+                break;
+            }
+            if !reactor.turn() {
+                reactor.wait(left);
+            }
+            // Nobody takes them any more, and the thread would not sleep.
+            while reactor.next_completion().is_some() {}
+        }
         CURRENT.set(None);
     }
 

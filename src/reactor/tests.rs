@@ -1,5 +1,6 @@
 //! What would be caught: lost wake-ups and completions, operations whose memory is freed under the
-//! kernel or never, work that is left half done, timers that fire early, tasks that starve others.
+//! kernel or never, also when their thread leaves the reactor; work that is left half done then, or
+//! dropped in a way that ends the process; timers that fire early, tasks that starve others.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -126,6 +127,41 @@ fn a_reactor_that_ends_frees_nothing_that_is_in_use() {
     Reactor::leave_thread();
     drop(reactor);
     assert_eq!(freed.get(), None);
+}
+
+#[test]
+fn a_thread_that_leaves_its_reactor_ends_what_nobody_waits_for() {
+    let event = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
+    let reactor = Reactor::for_this_thread().unwrap();
+    let (guard, freed) = begin_read(&reactor, &event);
+    drop(guard);
+    let remote = reactor.remote();
+    let (mut outside, ended) = (reactor.reserve(()), Rc::new(Cell::new(false)));
+    outside.mark_started();
+    let (token, done) = (outside.token(), ended.clone());
+    reactor.spawn(async move {
+        outside.await.unwrap();
+        done.set(true);
+    });
+    let other = std::thread::spawn(move || {
+        event.write(5).unwrap();
+        remote.complete(token, Ok(0));
+    });
+    Reactor::end_thread();
+    assert_eq!((freed.get(), ended.get()), (Some(5), true));
+    assert!(Reactor::current().is_none());
+    assert_eq!((reactor.in_flight(), reactor.tasks()), (0, 0));
+    other.join().unwrap();
+}
+
+#[test]
+fn work_that_ends_with_its_thread_is_left() {
+    let thread = std::thread::spawn(|| {
+        let reactor = Reactor::for_this_thread().unwrap();
+        reactor.spawn(async { carry_out(std::future::pending::<()>()).await });
+        while reactor.turn() {}
+    });
+    thread.join().unwrap();
 }
 
 #[test]

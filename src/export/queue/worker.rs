@@ -130,7 +130,8 @@ pub(super) fn run(
         worker.turn();
     }
     drop(worker);
-    Reactor::leave_thread();
+    // What requests of other disks wait for may be among it: the claims of a change under way.
+    Reactor::end_thread();
 }
 
 impl WorkerLoop<'_> {

@@ -11,7 +11,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use futures_util::future::try_join_all;
+use futures_util::future::join_all;
 
 use super::super::header::Header;
 use super::super::l2::{self, Descriptor, Slice};
@@ -414,12 +414,12 @@ impl Qcow2 {
         };
         let slices: Vec<u64> = slices.into_iter().collect();
         for some in slices.chunks(PARALLEL) {
-            try_join_all(some.iter().map(|&number| async move {
+            let loaded = join_all(some.iter().map(|&number| async move {
                 self.load_refcounts(number).await?;
                 self.meta.lock().allocator.hold_slice(number);
                 Ok::<_, Error>(())
-            }))
-            .await?;
+            }));
+            loaded.await.into_iter().collect::<Result<()>>()?;
         }
         let adopted = {
             let allocator = &mut self.meta.lock().allocator;
@@ -513,7 +513,8 @@ impl Qcow2 {
     pub(in super::super) async fn load_adopted(&self) -> Result<()> {
         let numbers: Vec<u64> = self.meta.lock().adopted.keys().copied().collect();
         for some in numbers.chunks(PARALLEL) {
-            try_join_all(some.iter().map(|&number| self.load_one_adopted(number))).await?;
+            let loaded = join_all(some.iter().map(|&number| self.load_one_adopted(number)));
+            loaded.await.into_iter().collect::<Result<()>>()?;
         }
         Ok(())
     }
