@@ -3,12 +3,18 @@
 //!
 //! Each file has a queue of its calls ([`Calls`]). At most one call of a queue is carried out at a
 //! time, so that a file that hangs occupies one thread, however many of its calls wait.
-//! Invariant: a queue with calls has a thread. It is an idle one, or a new one: a call that never
+//! Calls that nobody waits for any more leave the queue when another one comes: behind a call that
+//! hangs there are no more than are waited for.
+//!
+//! Invariants: a queue with calls has a thread. It is an idle one, or a new one: a call that never
 //! returns keeps no other queue's calls waiting. Threads end when they have been idle for a while.
+//! Every call that is waited for is answered: by an error if it panics, or is dropped unmade.
 
+use std::any::Any;
 use std::collections::VecDeque;
 use std::io;
-use std::sync::Arc;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::Condvar;
@@ -18,7 +24,18 @@ use crate::sync::{Event, Mutex};
 /// How long a thread without work stays.
 const IDLE: Duration = Duration::from_secs(5);
 
-type Call = Box<dyn FnOnce() + Send>;
+struct Call {
+    make: Box<dyn FnOnce() + Send>,
+    /// Where the answer goes, which the call holds, and its waiter as long as there is one. `None`:
+    /// nobody need wait for it.
+    answer: Option<Weak<dyn Any + Send + Sync>>,
+}
+
+impl Call {
+    fn is_wanted(&self) -> bool {
+        (self.answer.as_ref()).is_none_or(|answer| answer.strong_count() > 1)
+    }
+}
 
 /// The calls of one file, in order.
 #[derive(Clone, Debug, Default)]
@@ -42,8 +59,29 @@ impl std::fmt::Debug for Queue {
 
 /// Where the result of a call waits for the task that asked for it.
 struct Answer<T> {
-    result: Mutex<Option<T>>,
+    result: Mutex<Option<io::Result<T>>>,
     arrived: Event,
+}
+
+/// The call's side of an answer.
+struct Promise<T>(Arc<Answer<T>>);
+
+impl<T> Promise<T> {
+    fn keep(&self, result: T) {
+        *self.0.result.lock() = Some(Ok(result));
+    }
+}
+
+impl<T> Drop for Promise<T> {
+    fn drop(&mut self) {
+        let lost = || {
+            Err(io::Error::other(
+                "a call for a file was not made to its end",
+            ))
+        };
+        self.0.result.lock().get_or_insert_with(lost);
+        self.0.arrived.notify(usize::MAX);
+    }
 }
 
 impl Calls {
@@ -51,7 +89,7 @@ impl Calls {
     /// more is left out if it has not begun, and goes on to its end if it has.
     ///
     /// # Errors
-    /// When there is no thread for it: it has not been made then.
+    /// When there is no thread for it, or it panics.
     pub async fn run<T: Send + 'static>(
         &self,
         call: impl FnOnce() -> T + Send + 'static,
@@ -60,19 +98,16 @@ impl Calls {
             result: Mutex::new(None),
             arrived: Event::new(),
         });
-        let theirs = answer.clone();
-        self.push(Box::new(move || {
-            if Arc::strong_count(&theirs) == 1 {
-                return;
-            }
-            let result = call();
-            *theirs.result.lock() = Some(result);
-            theirs.arrived.notify(usize::MAX);
-        }))?;
+        let promise = Promise(answer.clone());
+        let waiting = Arc::downgrade(&answer) as Weak<dyn Any + Send + Sync>;
+        self.push(Call {
+            make: Box::new(move || promise.keep(call())),
+            answer: Some(waiting),
+        })?;
         loop {
             let arrived = answer.arrived.listen();
             if let Some(result) = answer.result.lock().take() {
-                return Ok(result);
+                return result;
             }
             arrived.await;
         }
@@ -81,26 +116,35 @@ impl Calls {
     /// Drops `value` when the calls before it have returned, on this thread only if there is no
     /// other.
     pub fn dispose(&self, value: impl Send + 'static) {
-        if let Err(error) = self.push(Box::new(move || drop(value))) {
+        let call = Call {
+            make: Box::new(move || drop(value)),
+            answer: None,
+        };
+        if let Err(error) = self.push(call) {
             log::warn!("closing a file on the thread that let go of it: {error}");
         }
     }
 
     fn push(&self, call: Call) -> io::Result<()> {
         let mut waiting = self.0.0.lock();
+        let queued = std::mem::take(&mut waiting.calls);
+        let (calls, stale): (VecDeque<_>, VecDeque<_>) =
+            queued.into_iter().partition(Call::is_wanted);
+        waiting.calls = calls;
         waiting.calls.push_back(call);
-        if std::mem::replace(&mut waiting.has_thread, true) {
-            return Ok(());
-        }
+        // Under the lock: nobody else's call comes to a queue that gets no thread.
+        let (served, own) = match waiting.has_thread {
+            true => (Ok(()), None),
+            false => match POOL.serve(self.0.clone()) {
+                Ok(()) => (Ok(()), None),
+                Err(error) => (Err(error), waiting.calls.pop_back()),
+            },
+        };
+        waiting.has_thread |= served.is_ok();
         drop(waiting);
-        POOL.serve(self.0.clone()).inspect_err(|_| {
-            let mut waiting = self.0.0.lock();
-            waiting.has_thread = false;
-            let calls = std::mem::take(&mut waiting.calls);
-            drop(waiting);
-            // Outside the lock: what a call holds may have calls of its own.
-            drop(calls);
-        })
+        // Outside the lock: what a call holds may have calls of its own.
+        drop((stale, own));
+        served
     }
 }
 
@@ -114,7 +158,10 @@ impl Queue {
                 return;
             };
             drop(waiting);
-            call();
+            // The queue's other calls are made all the same. A panic has told of itself.
+            if call.is_wanted() && catch_unwind(AssertUnwindSafe(call.make)).is_err() {
+                log::error!("a call for a file panicked");
+            }
         }
     }
 }
@@ -179,8 +226,8 @@ impl Pool {
 #[cfg(test)]
 mod tests {
     //! What would be caught: a call that waits for another file's; calls of one file side by side
-    //! or out of order; a call that is made although nobody waits for it, and one whose result
-    //! nobody gets.
+    //! or out of order; a call that is made although nobody waits for it, or is kept for that, and
+    //! one whose result nobody gets; a waiter that is told nothing, and a queue that loses its thread.
 
     use std::sync::mpsc::{Receiver, channel};
 
@@ -188,6 +235,14 @@ mod tests {
     use crate::reactor::Reactor;
 
     const DEADLINE: Duration = Duration::from_secs(60);
+
+    fn push(calls: &Calls, call: impl FnOnce() + Send + 'static) {
+        let call = Call {
+            make: Box::new(call),
+            answer: None,
+        };
+        calls.push(call).unwrap();
+    }
 
     /// A call that has begun and hangs until the test lets it go.
     fn hang(calls: &Calls) -> std::sync::mpsc::Sender<()> {
@@ -197,7 +252,7 @@ mod tests {
             begun.send(()).unwrap();
             let _ = gate.recv();
         };
-        calls.push(Box::new(call)).unwrap();
+        push(calls, call);
         has_begun.recv_timeout(DEADLINE).unwrap();
         let_go
     }
@@ -207,7 +262,7 @@ mod tests {
         for number in numbers {
             let made = made.clone();
             let call = move || made.send(number).unwrap();
-            calls.push(Box::new(call)).unwrap();
+            push(calls, call);
         }
         order
     }
@@ -261,6 +316,40 @@ mod tests {
         assert_eq!(seen.recv_timeout(DEADLINE), Ok(1));
         reactor.block_on(calls.run(|| ())).unwrap();
         assert!(seen.try_recv().is_err());
+        Reactor::leave_thread();
+    }
+
+    /// Begins `call`, and stops waiting for it.
+    fn cancel(calls: &Calls, call: impl FnOnce() + Send + 'static) {
+        let mut answer = Box::pin(calls.run(call));
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        assert!(answer.as_mut().poll(&mut context).is_pending());
+    }
+
+    #[test]
+    fn calls_that_were_cancelled_do_not_pile_up() {
+        let calls = Calls::default();
+        let let_go = hang(&calls);
+        for _ in 0..100 {
+            cancel(&calls, || ());
+        }
+        assert!(calls.0.0.lock().calls.len() <= 1);
+        drop(let_go);
+    }
+
+    #[test]
+    fn a_call_that_is_lost_answers_and_takes_no_other_along() {
+        let reactor = Reactor::for_this_thread().unwrap();
+        let calls = Calls::default();
+        let panicked = reactor.block_on(calls.run(|| panic!("as the test wants it")));
+        assert!(panicked.is_err());
+        assert_eq!(reactor.block_on(calls.run(|| 7)).unwrap(), 7);
+        let let_go = hang(&calls);
+        let lost = calls.run(|| ());
+        let forget = async { calls.0.0.lock().calls.clear() };
+        let (lost, ()) = reactor.block_on(futures_util::future::join(lost, forget));
+        assert!(lost.is_err());
+        drop(let_go);
         Reactor::leave_thread();
     }
 }
