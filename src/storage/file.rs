@@ -18,10 +18,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use io_uring::{opcode, squeue, types};
+use parking_lot::Mutex;
 
 use super::calls::Calls;
 use super::identity::{identity_of, number};
-use super::locking::{Access, ImageLock, is_local};
+use super::locking::{Access, ImageLock, Leaving, RAMFS, file_system, is_local};
 use super::opener::{self, OpenFlags, is_block_device, open_file};
 use super::{Answer, Identity, Limits, Op, Storage, Submission, Syncs, at_once, later};
 use crate::reactor::{Reactor, Token};
@@ -55,6 +56,8 @@ struct Opened {
     calls: Calls,
     /// Closing takes no time.
     in_line: bool,
+    /// Set when the storage has gone, and only what goes on still needs the locks.
+    leaving: Mutex<Option<Leaving>>,
 }
 
 #[derive(Debug)]
@@ -71,10 +74,20 @@ impl Drop for Opened {
         if self.in_line {
             return drop(held);
         }
-        // Whoever opens the file next, here or in another process, finds it unlocked. Where to
-        // unlock may take long too, others of this process know that it is being done.
-        let leaving = held.lock.as_ref().and_then(ImageLock::leave);
-        self.calls.dispose((held, leaving));
+        // The file is found unlocked by the next to open it, here or in another process. Where to
+        // unlock may take long too, others of this process go on waiting for that.
+        let leaving = self.leaving.get_mut().take();
+        match held.lock.as_ref().is_none_or(ImageLock::leave) {
+            true => self.calls.dispose(held),
+            false => self.calls.dispose((held, leaving)),
+        }
+    }
+}
+
+impl Drop for FileStorage {
+    fn drop(&mut self) {
+        let leaving = self.opened.held.lock.as_ref().and_then(ImageLock::leaving);
+        *self.opened.leaving.lock() = leaving;
     }
 }
 
@@ -130,7 +143,7 @@ impl FileStorage {
             limits: limits_of(&file, flags.direct, block_device),
             in_line,
             // The node of a device is in memory here, too, and a device does not block.
-            may_block: !is_local(&file),
+            may_block: !is_local(file_system(&file)),
             name: path.display().to_string(),
             identity: identity_of(&metadata),
             allocated: Arc::new(AtomicU64::new(metadata.blocks() * 512)),
@@ -138,6 +151,7 @@ impl FileStorage {
                 held: ManuallyDrop::new(Held { lock, file }),
                 calls: Calls::default(),
                 in_line,
+                leaving: Mutex::default(),
             }),
             flags,
             block_device,
@@ -152,11 +166,9 @@ impl FileStorage {
         if self.in_line {
             return at_once(call(&self.opened.held.file));
         }
-        let opened = self.opened.clone();
-        later(async move {
-            let calls = opened.calls.clone();
-            calls.run(move || call(&opened.held.file)).await?
-        })
+        // Without the locks: they go with the storage, however long the call takes.
+        let (calls, file) = (self.opened.calls.clone(), self.opened.held.file.clone());
+        later(async move { calls.run(move || call(&file)).await? })
     }
 
     /// The path that the file was opened by.
@@ -455,15 +467,7 @@ fn device_len(file: &File) -> io::Result<u64> {
 
 /// Whether a file or folder is in memory: it goes with the host.
 pub(crate) fn is_memory(file: &File) -> bool {
-    // SAFETY: all-zero bytes are a valid statfs.
-    let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
-    // SAFETY: the call writes one statfs.
-    let result = unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut stat) };
-    result == 0
-        && matches!(
-            stat.f_type,
-            libc::TMPFS_MAGIC | 0x8584_58f6 /* ramfs */
-        )
+    matches!(file_system(file), libc::TMPFS_MAGIC | RAMFS)
 }
 
 /// Asks the kernel for the alignment of direct I/O (`STATX_DIOALIGN`, Linux 6.1); without an
@@ -504,5 +508,60 @@ fn limits_of(file: &File, direct: bool, block_device: bool) -> Limits {
         memory_align: 512,
         offset_align: 512,
         zero_past_end,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! What would be caught: image locks that outlive the storage with a call that needs none, or
+    //! with an operation that is not waited for, so that the file cannot be opened again.
+
+    #![allow(clippy::unwrap_used)]
+
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    #[test]
+    fn a_call_that_hangs_keeps_no_lock_of_a_storage_that_has_gone() {
+        let named = tempfile::NamedTempFile::new().unwrap();
+        let reactor = Reactor::for_this_thread().unwrap();
+        let flags = OpenFlags {
+            writable: true,
+            ..OpenFlags::default()
+        };
+        let open = || {
+            let storage = FileStorage::open(named.path(), flags)?;
+            reactor.block_on(storage.set_access(Access::Write))?;
+            io::Result::Ok(storage)
+        };
+        let storage = open().unwrap();
+        let ((let_go, gate), (begun, has_begun)) = (channel::<()>(), channel());
+        let mut hung = storage.call_outside(move |_| {
+            begun.send(()).unwrap();
+            let _ = gate.recv();
+            Ok(())
+        });
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        if std::pin::Pin::new(&mut hung)
+            .poll(&mut context)
+            .is_pending()
+        {
+            has_begun.recv().unwrap();
+        }
+        drop(hung);
+        drop(storage);
+        let storage = open().unwrap();
+        drop(let_go);
+        // What an operation has that goes on.
+        let held = storage.hold();
+        drop(storage);
+        assert!(held.as_ref().is_some_and(|held| {
+            let opened = held.downcast_ref::<Opened>();
+            opened.is_some_and(|opened| opened.leaving.lock().is_some())
+        }));
+        drop(held);
+        open().unwrap();
+        Reactor::leave_thread();
     }
 }

@@ -13,8 +13,9 @@
 //!
 //! **Unlocking** takes no time where the kernel keeps the locks, and is done before a storage that
 //! is let go of is closed: the next to open the file, whoever that is, finds it free. Over a network
-//! it may hang like any other call, and is done with the closing ([`ImageLock::leave`]); who opens
-//! the file again in this process waits for that as for a process that ends.
+//! it may hang like any other call, and is done with the closing ([`ImageLock::leave`]). Operations
+//! that go on keep the locks as well. When a file is opened again in this process, all of that is
+//! waited for as for a process that ends ([`ImageLock::leaving`]).
 
 use std::fs::File;
 use std::io;
@@ -209,7 +210,7 @@ impl ImageLock {
         Self {
             all: Arc::new(Locks {
                 number: metadata.map(|file| (file.dev(), file.ino())),
-                local: is_local(&file),
+                local: is_local(file_system(&file)),
                 file,
                 path: path.to_owned(),
                 users: Mutex::default(),
@@ -240,9 +241,9 @@ impl ImageLock {
         self.set_in(&mut system, access)
     }
 
-    /// Gives its locks back, if that takes no time. If it may take some, they go when this is
-    /// dropped, which may block; who wants them in this process waits for that meanwhile.
-    pub fn leave(&self) -> Option<Leaving> {
+    /// Gives its locks back, if that takes no time. False: they go when this is dropped, which may
+    /// block.
+    pub fn leave(&self) -> bool {
         if self.all.local
             && let (Some(mut own), Some(mut users)) =
                 (self.access.try_lock(), self.all.users.try_lock())
@@ -250,10 +251,16 @@ impl ImageLock {
             *users = users.with(*own, Access::ReadShared);
             *own = Access::ReadShared;
             match release_all_but(&self.all.file, users.access()) {
-                Ok(()) => return None,
+                Ok(()) => return true,
                 Err(error) => log::debug!("unlocking an image: {error}"),
             }
         }
+        false
+    }
+
+    /// Says that the locks are about to go. Who wants them in this process waits for that, as long
+    /// as what is returned is there.
+    pub fn leaving(&self) -> Option<Leaving> {
         let number = self.all.number?;
         LEAVING.lock().push(number);
         Some(Leaving(number))
@@ -322,25 +329,36 @@ impl Locks {
     }
 }
 
-/// Whether a file is in a file system that asks no server: its locks are in the kernel's memory
-/// alone, and operations that are not to block do not. Others are not known to.
-pub(super) fn is_local(file: &File) -> bool {
+/// The number of a file system in memory that libc has no name for.
+pub(super) const RAMFS: i64 = 0x8584_58f6;
+const ZFS: i64 = 0x2fc1_2fc1;
+
+/// The kind of the file system that a file is in; 0: not known.
+pub(super) fn file_system(file: &File) -> i64 {
     // SAFETY: all-zero bytes are a valid statfs.
     let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: the call writes one statfs.
-    let result = unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut stat) };
-    result == 0
-        && matches!(
-            stat.f_type,
-            libc::EXT4_SUPER_MAGIC
-                | libc::XFS_SUPER_MAGIC
-                | libc::BTRFS_SUPER_MAGIC
-                | libc::F2FS_SUPER_MAGIC
-                | libc::OVERLAYFS_SUPER_MAGIC
-                | libc::TMPFS_MAGIC
-                | 0x8584_58f6 // ramfs
-                | 0x2fc1_2fc1 // ZFS
-        )
+    match unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut stat) } {
+        0 => stat.f_type,
+        _ => 0,
+    }
+}
+
+/// Whether locks of files in such a file system are in the kernel's memory alone, and no server is
+/// asked for them. Others are not known to be.
+pub(super) fn is_local(file_system: i64) -> bool {
+    matches!(
+        file_system,
+        libc::EXT4_SUPER_MAGIC
+            | libc::XFS_SUPER_MAGIC
+            | libc::BTRFS_SUPER_MAGIC
+            | libc::F2FS_SUPER_MAGIC
+            // Whatever it is over: the locks are its own.
+            | libc::OVERLAYFS_SUPER_MAGIC
+            | libc::TMPFS_MAGIC
+            | RAMFS
+            | ZFS
+    )
 }
 
 fn release_all_but(file: &File, access: Access) -> io::Result<()> {
@@ -602,8 +620,8 @@ mod tests {
         for local in [true, false] {
             let (_named, mut other, own) = held(Access::Write);
             Arc::get_mut(&mut other.all).unwrap().local = local;
-            let leaving = other.leave();
-            assert_eq!(leaving.is_none(), local);
+            let leaving = other.leaving();
+            assert_eq!(other.leave(), local);
             let mut other = Some((other, leaving));
             let mut pauses = 0;
             let mut world = Scripted {
