@@ -143,7 +143,7 @@ impl FileStorage {
             limits: limits_of(&file, flags.direct, block_device),
             in_line,
             // The node of a device is in memory here, too, and a device does not block.
-            may_block: !is_local(file_system(&file)),
+            may_block: !keeps_nowait(file_system(&file)),
             name: path.display().to_string(),
             identity: identity_of(&metadata),
             allocated: Arc::new(AtomicU64::new(metadata.blocks() * 512)),
@@ -470,6 +470,13 @@ pub(crate) fn is_memory(file: &File) -> bool {
     matches!(file_system(file), libc::TMPFS_MAGIC | RAMFS)
 }
 
+/// Whether operations on files in such a file system do not block who submits them if they are not
+/// to. In user space and over a network they do, and so they may where they are passed on to files
+/// of another one.
+fn keeps_nowait(file_system: i64) -> bool {
+    is_local(file_system) && file_system != libc::OVERLAYFS_SUPER_MAGIC
+}
+
 /// Asks the kernel for the alignment of direct I/O (`STATX_DIOALIGN`, Linux 6.1); without an
 /// answer 4 KiB for memory and the common sector size of 512 bytes for offsets are assumed.
 fn limits_of(file: &File, direct: bool, block_device: bool) -> Limits {
@@ -514,7 +521,8 @@ fn limits_of(file: &File, direct: bool, block_device: bool) -> Limits {
 #[cfg(test)]
 mod tests {
     //! What would be caught: image locks that outlive the storage with a call that needs none, or
-    //! with an operation that is not waited for, so that the file cannot be opened again.
+    //! with an operation that is not waited for, so that the file cannot be opened again; a file
+    //! system that passes operations on and is taken for one that does not block.
 
     #![allow(clippy::unwrap_used)]
 
@@ -563,5 +571,13 @@ mod tests {
         drop(held);
         open().unwrap();
         Reactor::leave_thread();
+    }
+
+    #[test]
+    fn an_overlay_keeps_its_locks_and_may_block() {
+        let overlay = libc::OVERLAYFS_SUPER_MAGIC;
+        assert!(is_local(overlay) && !keeps_nowait(overlay));
+        assert!(keeps_nowait(libc::EXT4_SUPER_MAGIC));
+        assert!(!is_local(libc::NFS_SUPER_MAGIC) && !keeps_nowait(libc::NFS_SUPER_MAGIC));
     }
 }
