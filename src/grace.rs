@@ -81,7 +81,7 @@ impl Default for Grace {
 }
 
 impl Grace {
-    /// The current era. Whoever holds it may use what is retired from now on.
+    /// The current era. Its holder may use what is retired from now on.
     #[must_use]
     pub fn enter(&self) -> Arc<Era> {
         self.current.load_full()

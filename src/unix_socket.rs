@@ -4,7 +4,7 @@ use std::io;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 
-/// Whether the socket at `path` is one that no process has any more. Whoever listens there does not
+/// Whether the socket at `path` is one that no process has any more. A process that listens there does not
 /// notice the question, and nobody waits for its answer: a datagram's socket cannot be connected to
 /// that of a stream, and the kernel says so when there is one.
 #[must_use]

@@ -1,7 +1,7 @@
 //! The chain: the ordered layers of a disk, and who supplies each byte.
 //!
 //! A [`Chain`] is an immutable value. A request takes it once, in a [`View`], and keeps it to
-//! its end; whoever changes the layers (a job that ends, say) publishes a new chain in the
+//! its end; a change of the layers (at a job's end, say) publishes a new chain in the
 //! [`Root`] and the old one goes with its last request. Guest I/O is never drained for that.
 //!
 //! Invariant: chains of one disk that live at the same time read the same bytes. The end of a

@@ -3,7 +3,7 @@
 //! What has begun is carried out, whether or not it is waited for: a write that is on its way keeps
 //! its claim and its view, so that nobody overtakes it or uses its cluster for something else.
 //!
-//! Invariant: while the mapping of a cluster is changed, whoever changes it holds a claim on it.
+//! Invariant: a claim on a cluster is held while its mapping is changed.
 //! The data of a new cluster is written before the cluster is linked, so no reader ever sees it
 //! half filled.
 

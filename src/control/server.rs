@@ -474,7 +474,7 @@ impl Shared {
 fn turn_away(mut stream: &UnixStream, text: String) {
     log::info!("a control client is turned away: {text}");
     if stream.set_nonblocking(true).is_ok() {
-        // Whoever does not read it would not have read a greeting.
+        // A client that does not read it would not have read a greeting.
         let _ = stream.write_all(&line_of(&error_of(text)));
     }
 }

@@ -35,7 +35,7 @@ impl<L> Bounded<L> {
 
     /// Whether a message may be written `now`, and how many of its place were left out before it.
     fn allow(&self, record: &Record<'_>, now: Instant) -> Option<u64> {
-        // Whoever asks for more than that wants all of it.
+        // A user who asks for more than that wants all of it.
         if record.level() > Level::Info || record.target() == TARGET {
             return Some(0);
         }

@@ -6,7 +6,7 @@
 //! once more and left as it is: it must not be called clean while somebody may still write.
 //!
 //! Nobody can tell a disk that is slow from one that is dead. So there are two bounds. Users that do
-//! not end hang, after a short one: whoever asked the daemon to end would kill it. But an image that
+//! not end hang, after a short one: the service manager would kill the daemon otherwise. But an image that
 //! nobody uses any more is being made stable, and that gets all the time there is; so do users that
 //! wait for a sync that is under way. What is left then is named and abandoned.
 

@@ -1,6 +1,6 @@
 //! What lies under an image according to its header, and how a header is to name a node.
 //!
-//! A header comes from whoever wrote the image, a guest perhaps. It names local image files, as
+//! A header comes from the writer of the image, a guest perhaps. It names local image files, as
 //! QEMU's own images do, and nothing else: no other host, no program, no node of another disk, and
 //! no option that changes what is durable, or who may use the file.
 

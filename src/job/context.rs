@@ -157,7 +157,7 @@ impl JobContext {
     }
 
     /// Moves the low-water mark up to `offset`. It never goes back, and goes in small steps, so
-    /// that whoever watches sees it pass.
+    /// that a client that watches sees it pass.
     pub fn advance(&self, offset: u64) {
         loop {
             let mut state = self.job.lock();

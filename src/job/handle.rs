@@ -499,7 +499,7 @@ impl Job {
         self.check(&self.lock(), Verb::Dismiss)
     }
 
-    /// Wakes whoever waits for a change.
+    /// Wakes all that wait for a change.
     pub(super) fn wake(&self) {
         self.changed.notify(usize::MAX);
     }

@@ -84,7 +84,7 @@ type Ended = (Arc<Job>, Outcome);
 
 /// The jobs of the process.
 pub struct Manager {
-    /// Held while a job ends and its end is told, so that whoever learns of it finds it gone.
+    /// Held while a job ends and its end is told, so that a client that learns of it finds it gone.
     inner: Mutex<Inner>,
     /// Told when no thread is being made any more.
     started: Condvar,
@@ -403,7 +403,7 @@ impl Manager {
         if job.is_restored()
             && let Some(untold) = &mut *self.untold.lock()
         {
-            // Whoever had begun it is on the way back, and would miss its end.
+            // The client that began it is on its way back, and would miss its end.
             Self::wait_to_be_told(job, &outcome);
             untold.push((job.clone(), outcome));
             return;

@@ -99,7 +99,7 @@ impl Timer for VirtualTimer {
     }
 }
 
-/// Whether a task wants to be polled, and a bell for whoever polls it.
+/// Whether a task wants to be polled, and a bell for the thread that polls it.
 #[derive(Default)]
 struct Bell(std::sync::Mutex<bool>, Condvar);
 

@@ -2,7 +2,7 @@
 //!
 //! Turns `driver=qcow2,file.driver=file,file.filename=/x` into the JSON value
 //! `{"driver": "qcow2", "file": {"driver": "file", "filename": "/x"}}`, in which every leaf is
-//! text: what a leaf means is decided by whoever reads the key.
+//! text: the reader of a key decides what its leaf means.
 //!
 //! The rules, as QEMU has them:
 //! - pairs are separated by commas, a comma at the very end is allowed;

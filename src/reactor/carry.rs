@@ -6,7 +6,7 @@ use std::task::{Context, Poll};
 
 use super::Reactor;
 
-/// Carries `work` out. Whoever waits for it may stop: what has begun goes on by itself, on this
+/// Carries `work` out. A caller may stop to wait for it: what has begun goes on by itself, on this
 /// thread's reactor, with all that it holds (claims, eras, locks, buffers), to its end. For changes
 /// of several steps, which would be lost or leave something behind half-way, and whose writes in
 /// flight must not be overtaken.

@@ -1,4 +1,4 @@
-//! Replacing a file as a whole: whoever reads it, at any moment and after a power cut, finds what
+//! Replacing a file as a whole: a reader, at any moment and after a power cut, finds what
 //! was there before or what is there now.
 //!
 //! The new bytes go to a file beside it, and are stable before that file takes the name; the new

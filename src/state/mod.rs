@@ -31,7 +31,7 @@ pub use record::State;
 
 /// What the names of state files end with.
 const SUFFIX: &str = ".state";
-/// How long to wait for a lock: whoever held it may be ending.
+/// How long to wait for a lock: its holder may be ending.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Why the state cannot be had or kept. The texts name the file and say what to do.
@@ -334,7 +334,7 @@ pub fn others(dir: &Path, but: &str) -> Result<Vec<Neighbour>, StateError> {
     Ok(found.collect())
 }
 
-/// What the state called `name` in the folder `dir` is at the moment, whoever uses it.
+/// What the state called `name` in the folder `dir` is at the moment, even while another process uses it.
 ///
 /// # Errors
 /// When it cannot be read.

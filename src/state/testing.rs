@@ -1,4 +1,4 @@
-//! A folder for the tests of whoever records something.
+//! A folder for the tests of what records something.
 
 #![allow(clippy::unwrap_used)]
 

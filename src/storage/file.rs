@@ -301,7 +301,7 @@ impl Storage for FileStorage {
                 .mode(zero_mode(unmap))
                 .build(),
         };
-        // A file system in user space or over a network blocks whoever submits to it, although the
+        // A file system in user space or over a network blocks the thread that submits to it, although the
         // ring asks it not to.
         let entry = match self.may_block {
             true => entry.flags(squeue::Flags::ASYNC),

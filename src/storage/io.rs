@@ -60,7 +60,7 @@ async fn run(
             (result, _) => return result,
         }
         if tried < TRIES_AT_ONCE {
-            // Whoever has to make room for it may be on this thread.
+            // The task that has to make room for it may be on this thread.
             yield_now().await;
         } else {
             reactor.sleep(TRY_PAUSE).await;

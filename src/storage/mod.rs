@@ -215,7 +215,7 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
         None
     }
 
-    /// The syncs of the file that its bytes are in, shared with whoever else has it; a storage over
+    /// The syncs of the file that its bytes are in, shared with all others that have it; a storage over
     /// another one has that one's. `None`: it has a file of its own, written through a page cache.
     fn syncs(&self) -> Option<&std::sync::Arc<Syncs>> {
         None

@@ -6,7 +6,7 @@
 //!
 //! * A file that is written through the page cache keeps its first failure. Every later sync of it
 //!   fails, without being tried, until somebody who knows what became of the file clears that.
-//! * The failure is the file's, not a descriptor's: whoever opens the file again in this process,
+//! * The failure is the file's, not a descriptor's: a storage that opens the file again in this process,
 //!   or has it open already, with `O_DIRECT` or without, gets it too.
 //! * A sync that runs beside the one that fails may succeed, since the kernel has told this
 //!   descriptor already. One sync of a file runs at a time, and those that come meanwhile share the

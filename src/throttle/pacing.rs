@@ -3,7 +3,7 @@
 //! [`Bucket`] is the arithmetic, free of clocks and sleeping: it is asked with the time of day and
 //! answers how long to wait. It counts in bytes: time brings some in at the present speed, a request
 //! is let through when there are enough for it. What has come in stays when the speed is changed,
-//! so that whoever waits has not waited in vain. Time that a job could not use (a slow disk, a
+//! so that a job that waits has not waited in vain. Time that a job could not use (a slow disk, a
 //! pause) may be caught up with, but only 100 ms of it, or what a single request needs: that
 //! bounds the bursts.
 
@@ -112,7 +112,7 @@ impl Bucket {
         self.balance = self.balance.saturating_add(correction);
     }
 
-    /// Another speed from `now` on. Whoever waits must ask again.
+    /// Another speed from `now` on. A job that waits must ask again.
     pub fn set_speed(&mut self, speed: u64, now: Duration) {
         self.count(now);
         // Nobody may be waiting for it: no more than could be caught up with.

@@ -125,7 +125,7 @@ fn find_size(
     })
 }
 
-/// Opens the backing file, as whoever uses the new image will. Returns its size.
+/// Opens the backing file, as the users of the new image will. Returns its size.
 fn look_below(
     images: &Images,
     file: &Path,

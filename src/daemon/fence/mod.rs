@@ -2,7 +2,7 @@
 //!
 //! A process that was killed is not gone when `waitpid` returns. Its direct I/O goes on: the reads
 //! write into the guest's memory, tens of milliseconds later and with slow storage much later, and
-//! the writes reach the images. Whoever serves the same guest by then would have its memory and its
+//! the writes reach the images. A daemon that serves the same guest by then would have its memory and its
 //! disk changed by a request that it has answered itself. So before a start opens, locks or serves
 //! anything it takes a lock on a file for each of its exports, the export's fence, which lies beside
 //! the socket (`place`). The file is registered in every io_uring of the process
@@ -26,7 +26,7 @@
 //! * The name may be in a folder that others can write: what lies there is opened only as a regular
 //!   file, through no symbolic link, and never written.
 //!
-//! **Waiting.** Whoever is seen to hold a fence and to run will not let it go: it is named at once,
+//! **Waiting.** A process that holds a fence and runs will not let it go: it is named at once,
 //! or nearly. A process that has been killed, or that nobody sees any more, is waited for.
 
 mod file;
@@ -51,7 +51,7 @@ const PAUSE: Duration = Duration::from_millis(1);
 /// When the first look for the holder is due. It costs a walk through all processes, and after a
 /// kill the fence is free before.
 const FIRST_LOOK: Duration = Duration::from_millis(200);
-/// After so much time whoever waits for the start is told why it takes so long.
+/// After so much time the user is told why the start takes so long.
 const LONG: Duration = Duration::from_secs(1);
 
 /// The fences of a daemon. They are held when this is dropped, too: for as long as the process and
