@@ -125,11 +125,9 @@ fn a_part_of_nothing_does_not_make_a_list_unaligned() {
     use stratablk::storage::{AlignedBuf, IoBufs};
 
     let (nothing, block) = (AlignedBuf::zeroed(0), AlignedBuf::zeroed(4096));
-    let mut all = IoBufs::empty();
-    for buffer in [&nothing, &block, &nothing] {
-        // SAFETY: no operation is started.
-        all.append(&unsafe { IoBufs::of(buffer, 0, buffer.len()) });
-    }
+    // SAFETY: no operation is started.
+    let whole = |buffer: &AlignedBuf| unsafe { IoBufs::of(buffer, 0, buffer.len()) };
+    let all = IoBufs::joined(&[whole(&nothing), whole(&block), whole(&nothing)]);
     assert!(all.is_aligned(4096));
     assert_eq!((all.len(), all.iovecs().len()), (4096, 1));
 }

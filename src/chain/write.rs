@@ -166,34 +166,47 @@ impl View {
         offset: u64,
         bufs: &IoBufs,
     ) -> Result<()> {
-        let to = self.chain.layer(layer)?;
         let end = offset + bufs.len() as u64;
         // The bytes to be read; what is fresh and was zero needs neither a read nor a write.
         let fresh = target.fresh;
         let head = self.to_copy(layer, fresh, target.start..offset).await?;
         let tail = self.to_copy(layer, fresh, end..target.end).await?;
-        let mut all = IoBufs::empty();
+        let to = self.chain.layer(layer)?;
         let at = target.host + (head.start - target.start);
+        if head.is_empty() && tail.is_empty() {
+            return to.store(at, bufs).await;
+        }
+        // Apart: it is much, and most futures of writes need no room for it.
+        let parts = (head, bufs, tail);
+        Box::pin(self.fill_around(layer, to, at, parts)).await
+    }
+
+    /// Writes new data at `at`, between what a layer's disk holds before and behind it.
+    async fn fill_around(
+        &self,
+        layer: usize,
+        to: &Layer,
+        at: u64,
+        (head, bufs, tail): (Range<u64>, &IoBufs, Range<u64>),
+    ) -> Result<()> {
+        // Lists are let go of before their buffers, which are used again if nobody has them.
         if !head.is_empty() && !tail.is_empty() && bufs.len() <= READ_THROUGH {
             // One read in place of two.
             let old = self.old_bytes(layer, head.start..tail.end).await?;
-            let (first, last) = (head.end - head.start, tail.start - head.start);
-            // SAFETY: `old` outlives the write below.
-            all.append(&unsafe { IoBufs::of(&old, 0, first as usize) });
-            all.append(bufs);
-            let rest = (tail.end - tail.start) as usize;
-            // SAFETY: as above.
-            all.append(&unsafe { IoBufs::of(&old, last as usize, rest) });
+            let first = (head.end - head.start) as usize;
+            let last = (tail.start - head.start) as usize;
+            // SAFETY: nobody changes the buffer.
+            let part = |start, len| unsafe { IoBufs::of(&old, start, len) };
+            let (head, tail) = (part(0, first), part(last, old.len() - last));
+            let all = IoBufs::joined(&[head, bufs.clone(), tail]);
             return to.store(at, &all).await;
         }
         // Both to their end: what one uses is not left behind where the other fails.
         let (head, tail) = join(self.old_bytes(layer, head), self.old_bytes(layer, tail)).await;
         let (head, tail) = (head?, tail?);
-        // SAFETY: `head` outlives the write below.
-        all.append(&unsafe { IoBufs::of(&head, 0, head.len()) });
-        all.append(bufs);
-        // SAFETY: `tail` outlives the write below.
-        all.append(&unsafe { IoBufs::of(&tail, 0, tail.len()) });
+        // SAFETY: nobody changes the buffers.
+        let whole = |buffer: &ScratchBuf| unsafe { IoBufs::of(buffer, 0, buffer.len()) };
+        let all = IoBufs::joined(&[whole(&head), bufs.clone(), whole(&tail)]);
         to.store(at, &all).await
     }
 

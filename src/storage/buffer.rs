@@ -174,21 +174,22 @@ impl std::fmt::Debug for AlignedBuf {
 
 /// A list of memory ranges that a request reads from or writes to: guest pages, or parts of our
 /// own buffers. It keeps what they are in, as far as it knows it.
+///
+/// Clones, and slices that are the whole list, share the vectors: requests are cut into parts at
+/// each step of their way, and most are not longer than a part.
 #[derive(Clone)]
 pub struct IoBufs {
-    iovecs: Vec<libc::iovec>,
+    iovecs: Rc<[libc::iovec]>,
     len: usize,
     keep: Keep,
 }
 
 /// What ranges are in.
 #[allow(dead_code, reason = "held, and not looked at")]
-#[derive(Clone, Default)]
+#[derive(Clone)]
 enum Keep {
-    #[default]
     Nothing,
-    Memory(Arc<Memory>),
-    Other(Rc<dyn Any>),
+    One(Arc<dyn Any + Send + Sync>),
     All(Rc<[Keep]>),
 }
 
@@ -211,28 +212,17 @@ impl IoBufs {
     /// as long as what it is told to [keep](Self::keeping) is kept.
     #[must_use]
     pub unsafe fn new(iovecs: &[libc::iovec]) -> Self {
-        // SAFETY: passed on to the caller.
-        unsafe { Self::from_vec(iovecs.to_vec()) }
-    }
-
-    /// As [`IoBufs::new`], from a vector.
-    ///
-    /// # Safety
-    /// As for [`IoBufs::new`].
-    #[must_use]
-    pub unsafe fn from_vec(iovecs: Vec<libc::iovec>) -> Self {
-        let len = iovecs.iter().map(|v| v.iov_len).sum();
         Self {
-            iovecs,
-            len,
+            iovecs: Rc::from(iovecs),
+            len: iovecs.iter().map(|v| v.iov_len).sum(),
             keep: Keep::Nothing,
         }
     }
 
     /// As long as this list, a part of it or an operation on one is there, `what` is too.
     #[must_use]
-    pub fn keeping(mut self, what: Rc<dyn Any>) -> Self {
-        self.keep = self.keep.and(&Keep::Other(what));
+    pub fn keeping(mut self, what: Arc<dyn Any + Send + Sync>) -> Self {
+        self.keep = self.keep.and(&Keep::One(what));
         self
     }
 
@@ -240,7 +230,7 @@ impl IoBufs {
     #[must_use]
     pub fn empty() -> Self {
         Self {
-            iovecs: Vec::new(),
+            iovecs: Rc::new([]),
             len: 0,
             keep: Keep::Nothing,
         }
@@ -263,12 +253,15 @@ impl IoBufs {
         // SAFETY: `start` is within the buffer.
         let base = unsafe { buffer.start.as_ptr().add(start) };
         Self {
-            iovecs: vec![libc::iovec {
+            iovecs: Rc::new([libc::iovec {
                 iov_base: base.cast(),
                 iov_len: len,
-            }],
+            }]),
             len,
-            keep: buffer.memory.clone().map_or(Keep::Nothing, Keep::Memory),
+            keep: match &buffer.memory {
+                Some(memory) => Keep::One(memory.clone()),
+                None => Keep::Nothing,
+            },
         }
     }
 
@@ -293,21 +286,32 @@ impl IoBufs {
     /// The ranges of `[start, start + len)`, clipped to the list.
     #[must_use]
     pub fn slice(&self, start: usize, len: usize) -> Self {
+        if start == 0 && len >= self.len {
+            return self.clone();
+        }
         let mut iovecs = Vec::with_capacity(self.iovecs.len());
         slice_iovecs(&self.iovecs, start, len, |iovec| iovecs.push(iovec));
-        let len = iovecs.iter().map(|v| v.iov_len).sum();
         Self {
-            iovecs,
-            len,
+            len: iovecs.iter().map(|v| v.iov_len).sum(),
+            iovecs: iovecs.into(),
             keep: self.keep.clone(),
         }
     }
 
-    /// Appends the ranges of `other`.
-    pub fn append(&mut self, other: &Self) {
-        self.iovecs.extend_from_slice(&other.iovecs);
-        self.len += other.len;
-        self.keep = std::mem::take(&mut self.keep).and(&other.keep);
+    /// The ranges of all `parts`, one after the other.
+    #[must_use]
+    pub fn joined(parts: &[Self]) -> Self {
+        let iovecs: Vec<_> = parts
+            .iter()
+            .flat_map(|part| part.iovecs())
+            .copied()
+            .collect();
+        let keep = parts.iter().map(|part| &part.keep);
+        Self {
+            iovecs: iovecs.into(),
+            len: parts.iter().map(Self::len).sum(),
+            keep: keep.fold(Keep::Nothing, Keep::and),
+        }
     }
 
     /// True when every address and every length is a multiple of what `limits` ask for memory.
@@ -325,7 +329,7 @@ impl IoBufs {
 
     /// Fills all of it with zeros.
     pub fn zero(&self) {
-        for iovec in &self.iovecs {
+        for iovec in &*self.iovecs {
             // SAFETY: the ranges are valid by the contract of `new`.
             unsafe { std::ptr::write_bytes(iovec.iov_base.cast::<u8>(), 0, iovec.iov_len) };
         }
@@ -334,7 +338,7 @@ impl IoBufs {
     /// Copies from `source` into the ranges; returns the bytes copied.
     pub fn copy_from(&self, mut source: &[u8]) -> usize {
         let all = source.len();
-        for iovec in &self.iovecs {
+        for iovec in &*self.iovecs {
             let (now, rest) = source.split_at(iovec.iov_len.min(source.len()));
             // SAFETY: the range is valid and at least as long as `now`; `copy` allows overlap.
             unsafe { std::ptr::copy(now.as_ptr(), iovec.iov_base.cast::<u8>(), now.len()) };
@@ -346,7 +350,7 @@ impl IoBufs {
     /// Copies the ranges into `target`; returns the bytes copied.
     pub fn copy_to(&self, target: &mut [u8]) -> usize {
         let mut done = 0;
-        for iovec in &self.iovecs {
+        for iovec in &*self.iovecs {
             let rest = target.get_mut(done..).unwrap_or(&mut []);
             let now = iovec.iov_len.min(rest.len());
             // SAFETY: the range is valid and at least `now` long; `copy` allows overlap.

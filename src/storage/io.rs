@@ -386,10 +386,11 @@ mod tests {
             let mut new = AlignedBuf::copy_of(&pattern(6000, seed + 1));
             // SAFETY: `new` outlives the operations.
             let bufs = |buffer: &AlignedBuf| unsafe {
-                let mut all = IoBufs::of(buffer, 0, 1000);
-                all.append(&IoBufs::of(buffer, 1700, 11));
-                all.append(&IoBufs::of(buffer, 2000, 3000));
-                all
+                IoBufs::joined(&[
+                    IoBufs::of(buffer, 0, 1000),
+                    IoBufs::of(buffer, 1700, 11),
+                    IoBufs::of(buffer, 2000, 3000),
+                ])
             };
             let parts = [0..1000, 1700..1711, 2000..5000];
             let vectors = bufs(&new);

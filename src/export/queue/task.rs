@@ -30,7 +30,7 @@ impl Queue {
         // SAFETY: the ranges were translated with the queue's memory, or with a smaller table whose
         // regions it still has; the list keeps it, and operations keep the list.
         let bufs = unsafe { IoBufs::new(slot.ranges.data()) };
-        let bufs = bufs.keeping(Rc::new(self.memory.clone()));
+        let bufs = bufs.keeping(self.memory.clone());
         let (kind, done, facts) = (slot.kind, context.done.clone(), context.facts.clone());
         let detect_zeroes = facts
             .detect_zeroes
