@@ -150,7 +150,8 @@ impl Layer {
             if extent.place != Place::Unknown {
                 return Ok(extent);
             }
-            self.format.load(offset).await?;
+            // Boxed: it is rare, and every future that looks at the mapping would have room for it.
+            Box::pin(self.format.load(offset)).await?;
         }
     }
 

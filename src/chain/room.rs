@@ -59,7 +59,7 @@ pub async fn with_room<T>(
         };
         let chain = renew();
         let deadline = *deadline.get_or_insert_with(|| Instant::now() + PATIENCE);
-        if Instant::now() >= deadline || !chain.await_room(before, deadline).await? {
+        if Instant::now() >= deadline || !Box::pin(chain.await_room(before, deadline)).await? {
             return Err(error);
         }
         view = View::of(chain);

@@ -151,7 +151,7 @@ impl View {
             .fill(0, target, offset, &bufs.slice(0, len as usize))
             .await;
         if let Err(error) = result {
-            qcow2.abandon(target).await;
+            Box::pin(qcow2.abandon(target)).await;
             return Err(error);
         }
         qcow2.link(target).await?;

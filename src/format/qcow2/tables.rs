@@ -16,18 +16,17 @@ impl Qcow2 {
     /// When metadata cannot be read or written.
     pub(super) async fn prepare(&self, cluster: u64) -> Result<()> {
         let index = cluster / self.table_entries();
-        self.ensure_table(index).await?;
+        if !self.owns_table(index) {
+            Box::pin(self.make_table(index)).await?;
+        }
         let number = self.place(cluster).0;
         while self.slice(number).is_none() {
-            self.load_slice(number).await?;
+            Box::pin(self.load_slice(number)).await?;
         }
         Ok(())
     }
 
-    async fn ensure_table(&self, index: u64) -> Result<()> {
-        if self.owns_table(index) {
-            return Ok(());
-        }
+    async fn make_table(&self, index: u64) -> Result<()> {
         let _claim = self.l1_claims.claim(index..index + 1).await;
         if self.owns_table(index) {
             return Ok(());

@@ -187,11 +187,11 @@ impl Qcow2 {
             let need = match self.change(|meta| step(&mut meta.allocator)).await? {
                 Ok(value) => return Ok(value),
                 Err(Need::Slice(number)) => {
-                    self.load_refcounts(number).await?;
+                    Box::pin(self.load_refcounts(number)).await?;
                     continue;
                 }
                 // Whoever made it longer in the meantime has done so for us too.
-                Err(Need::Table) => match self.grow_reftable(table_len).await? {
+                Err(Need::Table) => match Box::pin(self.grow_reftable(table_len)).await? {
                     Ok(()) => continue,
                     Err(need) => need,
                 },
@@ -203,10 +203,10 @@ impl Qcow2 {
                 Need::Full | Need::Limit(_)
                     if flushes < FLUSHES_TO_FREE && self.flush_takes_further() =>
                 {
-                    self.flush().await?;
+                    Box::pin(self.flush()).await?;
                     flushes += 1;
                 }
-                need => return Err(self.lacking(need).await),
+                need => return Err(Box::pin(self.lacking(need)).await),
             }
         }
     }
@@ -222,6 +222,9 @@ impl Qcow2 {
     /// Changes metadata, when the journal has room for the record of it: waits for a flush if not.
     /// The caller does not hold the flush lock.
     ///
+    /// Flushes, loads and whatever else is rare are boxed here and in the functions around: a
+    /// write's future need not be as large as theirs, and goes without them.
+    ///
     /// # Errors
     /// When that flush fails, or the journal's memory is lost; nothing has been changed then.
     pub(super) async fn change<T>(&self, change: impl FnOnce(&mut Meta) -> T) -> Result<T> {
@@ -234,7 +237,7 @@ impl Qcow2 {
                     Admission::Full => {}
                 }
             }
-            self.flush().await?;
+            Box::pin(self.flush()).await?;
         }
     }
 
@@ -254,7 +257,7 @@ impl Qcow2 {
         loop {
             let result = step(&mut self.meta.lock().allocator);
             match result {
-                Err(Need::Slice(number)) => self.load_refcounts(number).await?,
+                Err(Need::Slice(number)) => Box::pin(self.load_refcounts(number)).await?,
                 other => return Ok(other),
             }
         }
@@ -343,7 +346,7 @@ impl Qcow2 {
                 clusters: allocation.clusters - linked,
                 ..allocation
             };
-            self.give_up(rest).await;
+            Box::pin(self.give_up(rest)).await;
         }
         result
     }
@@ -596,7 +599,7 @@ impl Qcow2 {
             return Err(self.lost_journal());
         }
         if dirty > self.dirty_limit() {
-            return self.flush().await;
+            return Box::pin(self.flush()).await;
         }
         if half_full
             && !self.has_adopted()
@@ -604,7 +607,7 @@ impl Qcow2 {
         {
             // There is room: what has just been changed has its record, and need not be stable. A
             // failure is told by the storage, and to whoever asks for a flush.
-            let _ = self.flush().await;
+            let _ = Box::pin(self.flush()).await;
         }
         Ok(())
     }
