@@ -67,6 +67,8 @@ pub(super) struct Ring {
     path: PathBuf,
     /// Words, less one; a power of two of them.
     mask: u64,
+    /// Words in use with which there is still room for the largest step, and the reserve.
+    admitted: u64,
     head: u64,
     tail: u64,
     seed: u64,
@@ -85,6 +87,7 @@ impl Ring {
     ) -> Self {
         Self {
             mask: words - 1,
+            admitted: words.saturating_sub(STEP + words / RESERVE_PART),
             head: memory.load(HEAD_AT, Ordering::Acquire),
             tail: memory.load(TAIL_AT, Ordering::Acquire),
             memory,
@@ -206,7 +209,7 @@ impl Log {
         match &self.0 {
             None => Admission::Granted,
             Some(ring) if ring.is_lost() => Admission::Lost,
-            Some(ring) if ring.room() < STEP + ring.mask.div_ceil(RESERVE_PART) => Admission::Full,
+            Some(ring) if ring.used() > ring.admitted => Admission::Full,
             Some(_) => Admission::Granted,
         }
     }
