@@ -229,7 +229,10 @@ mod tests {
     //! or out of order; a call that is made although nobody waits for it, or is kept for that, and
     //! one whose result nobody gets; a waiter that is told nothing, and a queue that loses its thread.
 
+    use std::pin::pin;
     use std::sync::mpsc::{Receiver, channel};
+
+    use futures_util::future::{Either, join, select};
 
     use super::*;
     use crate::reactor::Reactor;
@@ -337,17 +340,23 @@ mod tests {
         drop(let_go);
     }
 
+    fn in_time<T>(reactor: &Reactor, answer: impl Future<Output = T>) -> T {
+        match reactor.block_on(select(pin!(answer), reactor.sleep(DEADLINE))) {
+            Either::Left((answer, _)) => answer,
+            Either::Right(_) => panic!("it is not answered"),
+        }
+    }
+
     #[test]
     fn a_call_that_is_lost_answers_and_takes_no_other_along() {
         let reactor = Reactor::for_this_thread().unwrap();
         let calls = Calls::default();
-        let panicked = reactor.block_on(calls.run(|| panic!("as the test wants it")));
-        assert!(panicked.is_err());
-        assert_eq!(reactor.block_on(calls.run(|| 7)).unwrap(), 7);
+        let panicked = calls.run(|| panic!("as the test wants it"));
+        assert!(in_time(&reactor, panicked).is_err());
+        assert_eq!(in_time(&reactor, calls.run(|| 7)).unwrap(), 7);
         let let_go = hang(&calls);
-        let lost = calls.run(|| ());
         let forget = async { calls.0.0.lock().calls.clear() };
-        let (lost, ()) = reactor.block_on(futures_util::future::join(lost, forget));
+        let (lost, ()) = in_time(&reactor, join(calls.run(|| ()), forget));
         assert!(lost.is_err());
         drop(let_go);
         Reactor::leave_thread();
