@@ -132,6 +132,57 @@ fn a_part_of_nothing_does_not_make_a_list_unaligned() {
     assert_eq!((all.len(), all.iovecs().len()), (4096, 1));
 }
 
+/// What would be caught: copies on write that use a buffer once each, since a list has it when it is
+/// given back. What it was filled with tells a used one from a new one.
+#[test]
+fn the_buffer_of_a_copy_on_write_is_used_again() {
+    use stratablk::chain::View;
+    use stratablk::format::qcow2::create::{CreateOptions, create};
+    use stratablk::storage::memory::MemoryStorage;
+    use stratablk::storage::{AlignedBuf, IoBufs, ScratchBuf};
+
+    const CLUSTER: usize = 64 << 10;
+    const BLOCK: usize = 4096;
+    let reactor = Reactor::for_this_thread().unwrap();
+    let image: Arc<dyn Storage> = Arc::new(MemoryStorage::new(Vec::new()));
+    let size = CreateOptions::new(SIZE);
+    let created = create(&*image, &size);
+    reactor.block_on(created).unwrap();
+    let options = qcow2::Options {
+        writable: true,
+        ..qcow2::Options::default()
+    };
+    let opened = reactor.block_on(Qcow2::open(image.clone(), options));
+    let opened = Arc::new(opened.unwrap());
+    let base = Arc::new(MemoryStorage::new(vec![5; SIZE as usize]));
+    let layer = |format, storage| {
+        Arc::new(Layer {
+            name: "disk".into(),
+            format,
+            storage,
+            read_only: false,
+            discard: false,
+            copy_on_read: false,
+        })
+    };
+    let layers = vec![
+        layer(Format::Qcow2(opened.clone()), image),
+        layer(Format::Raw(Raw::new(SIZE)), base),
+    ];
+    let chain = Arc::new(Chain::new(layers).unwrap());
+    let new = AlignedBuf::zeroed(BLOCK);
+    // In the middle of a cluster, which is read at once, and at its start.
+    for (at, copied) in [(BLOCK, CLUSTER), (CLUSTER, CLUSTER - BLOCK)] {
+        // SAFETY: nobody changes the buffer.
+        let bufs = unsafe { IoBufs::of(&new, 0, BLOCK) };
+        let written = View::of(chain.clone()).write(at as u64, bufs);
+        reactor.block_on(written).unwrap();
+        let buffer = ScratchBuf::new(copied);
+        assert!(buffer.iter().all(|&byte| byte == 5), "{copied} bytes, new");
+    }
+    reactor.block_on(opened.close()).unwrap();
+}
+
 /// Rounds of reads and writes, as many at a time as are in flight.
 fn rounds(guest: &mut Guest, count: usize) {
     for round in 0..count {
