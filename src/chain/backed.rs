@@ -250,16 +250,6 @@ impl Storage for Backed {
         self.root.chain().top().storage.identity()
     }
 
-    /// Only its top layer is written.
-    fn outlives_process(&self) -> Option<u64> {
-        let chain = self.root.chain();
-        match &chain.top().format {
-            Format::Raw(_) => chain.top().storage.outlives_process(),
-            Format::Qcow2(image) => image.outlives_process(),
-            Format::Qed(_) => None,
-        }
-    }
-
     fn syncs(&self) -> Option<&Arc<Syncs>> {
         Some(&self.syncs)
     }

@@ -49,13 +49,16 @@ impl Graph {
         self.access(request).await.map(Grant::keep)
     }
 
-    /// Waits for its turn with the files that `node` is in. Others' turns with these wait meanwhile,
-    /// and no others.
+    /// Waits for its turn with the files that `node` is in, those of disks that it is laid out in
+    /// among them. Others' turns with these wait meanwhile, and no others.
     async fn turn(&self, node: &Node) -> Result<Vec<AsyncMutexGuardArc<()>>> {
         let state = self.state();
-        let mut files = vec![state.bottom(node)?];
-        if let Some(data) = node.child(Role::DataFile) {
-            files.push(state.bottom(state.node(data)?)?);
+        let mut files = Vec::new();
+        for node in std::iter::once(node).chain(state.disks_under(node).into_iter().map(|n| &**n)) {
+            files.push(state.bottom(node)?);
+            if let Some(data) = node.child(Role::DataFile) {
+                files.push(state.bottom(state.node(data)?)?);
+            }
         }
         drop(state);
         // In one order, so that nobody waits in a circle.
@@ -119,7 +122,7 @@ impl Graph {
             return Ok(());
         }
         let turn = self.turn(&node).await?;
-        if !self.is_written(&node.name) {
+        if !self.is_written(&node.name) && !self.has_open_image(&node.name) {
             self.make_read_only(&node.name).await?;
         }
         drop(turn);
@@ -127,6 +130,20 @@ impl Graph {
             Box::pin(self.lower_unwritten(&disk.name)).await?;
         }
         Ok(())
+    }
+
+    /// Whether an image in the disk of node `name` is open for writing, granted or not: what it has
+    /// still to write would not reach a disk that is closed.
+    fn has_open_image(&self, name: &str) -> bool {
+        let state = self.state();
+        let is_in = |image: &Node| {
+            state
+                .disks_under(image)
+                .iter()
+                .any(|disk| disk.name == name)
+        };
+        let mut nodes = state.nodes().iter();
+        nodes.any(|node| !node.layer.read_only && !node.is_filter() && is_in(node))
     }
 
     /// The bytes of a node without a format of its own, open for writing: those of the file at the

@@ -52,6 +52,11 @@ impl<T> Drop for CarryOut<T> {
         let Some(work) = self.work.take_if(|_| self.begun) else {
             return;
         };
+        // It is not left half done by the end of this thread either.
+        let work = Self {
+            work: Some(work),
+            begun: true,
+        };
         match Reactor::current() {
             Some(reactor) => reactor.spawn(async move { drop(work.await) }),
             // The thread has ended its I/O: nobody will know when the work's operations end.

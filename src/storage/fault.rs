@@ -362,7 +362,7 @@ impl<S: Storage> Storage for FaultStorage<S> {
         self.inner.writable()
     }
 
-    fn outlives_process(&self) -> Option<u64> {
+    fn outlives_process(&self) -> bool {
         self.inner.outlives_process()
     }
 

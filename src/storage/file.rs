@@ -349,7 +349,13 @@ impl Storage for FileStorage {
             });
             return at_once(fits);
         }
-        self.call_outside(move |file| file.set_len(len))
+        // With the locks: if it came late, it would cut off what another program has written.
+        let opened = self.opened.clone();
+        self.call_outside(move |file| {
+            let result = file.set_len(len);
+            drop(opened);
+            result
+        })
     }
 
     fn limits(&self) -> Limits {
@@ -399,8 +405,8 @@ impl Storage for FileStorage {
         self.identity
     }
 
-    fn outlives_process(&self) -> Option<u64> {
-        Some(0)
+    fn outlives_process(&self) -> bool {
+        true
     }
 
     fn hold(&self) -> Option<Arc<dyn Any + Send + Sync>> {

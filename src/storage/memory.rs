@@ -263,8 +263,8 @@ impl Storage for MemoryStorage {
     }
 
     /// As a file: tests kill processes over it.
-    fn outlives_process(&self) -> Option<u64> {
-        Some(0)
+    fn outlives_process(&self) -> bool {
+        true
     }
 
     fn syncs(&self) -> Option<&Arc<Syncs>> {

@@ -190,10 +190,9 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     }
 
     /// Whether a write that has completed is still read after the process was killed, flushed or
-    /// not: the journal of an image relies on that. `Some`: it is, with the help of the journals of
-    /// images that lie below, whose number this is; 0 for storage that needs no help.
-    fn outlives_process(&self) -> Option<u64> {
-        None
+    /// not: the journal of an image relies on that.
+    fn outlives_process(&self) -> bool {
+        false
     }
 
     /// What it takes on the disk, in bytes; 0 where that is not known.

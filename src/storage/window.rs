@@ -216,7 +216,7 @@ impl Storage for Window {
         self.inner.allocated_before()
     }
 
-    fn outlives_process(&self) -> Option<u64> {
+    fn outlives_process(&self) -> bool {
         self.inner.outlives_process()
     }
 

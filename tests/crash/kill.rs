@@ -190,8 +190,8 @@ impl Storage for Deadly {
         })
     }
 
-    fn outlives_process(&self) -> Option<u64> {
-        Some(0)
+    fn outlives_process(&self) -> bool {
+        true
     }
 
     fn limits(&self) -> Limits {

@@ -705,8 +705,8 @@ impl Storage for File {
         at_once(Ok(self.machine.state.lock().capacity(self.index)))
     }
 
-    fn outlives_process(&self) -> Option<u64> {
-        Some(0)
+    fn outlives_process(&self) -> bool {
+        true
     }
 
     fn limits(&self) -> Limits {

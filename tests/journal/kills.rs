@@ -96,8 +96,8 @@ impl Storage for Mortal {
         "image"
     }
 
-    fn outlives_process(&self) -> Option<u64> {
-        Some(0)
+    fn outlives_process(&self) -> bool {
+        true
     }
 
     fn writable(&self) -> bool {

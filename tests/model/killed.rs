@@ -183,8 +183,8 @@ impl Storage for Watched {
         self.0.disk.name()
     }
 
-    fn outlives_process(&self) -> Option<u64> {
-        Some(0)
+    fn outlives_process(&self) -> bool {
+        true
     }
 
     fn writable(&self) -> bool {

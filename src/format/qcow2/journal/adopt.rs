@@ -18,7 +18,7 @@ use super::super::l2::{self, Descriptor, Slice};
 use super::super::refcount::Geometry;
 use super::super::words::Words;
 use super::super::{Meta, Options, Qcow2};
-use super::file::{Folder, Identity, seed_of};
+use super::file::{Folder, Identity};
 use super::ids;
 use super::log::{Log, Ring};
 use super::mark::Mark;
@@ -89,15 +89,15 @@ impl Adoption {
         let Some(folder) = &options.journal else {
             return Err(live(name));
         };
-        let Some(below) = outlives_process(storage, data) else {
+        if !outlives_process(storage, data) {
             return Err(refused(
                 name,
                 "it has a journal, and the disk that it is in does not keep what has not been \
-                 flushed when the process is killed (expected a file, or an image with a journal)",
+                 flushed when the process is killed (expected a file)",
             ));
-        };
+        }
         let ring = folder
-            .find(&mark, identity(storage, below), options.writable)
+            .find(&mark, identity(storage), options.writable)
             .map_err(|error| match error {
                 Error::Busy(what) => Error::Busy(format!("{name}: {what}")),
                 error => refused(name, &error.to_string()),
@@ -546,15 +546,14 @@ impl Qcow2 {
             return Ok(());
         }
         let data = self.data.as_ref().map(|data| &*data.storage);
-        let Some(below) = outlives_process(&*self.storage, data) else {
+        if !outlives_process(&*self.storage, data) {
             log::warn!(
-                "{}: it has no journal, and what has not been flushed is lost when the process is \
-                 killed: it is in a disk for which that holds, too (expected a file, or an image \
-                 with a journal)",
+                "{}: an image in the disk of another one has no journal: what has not been flushed \
+                 is lost when the process is killed (expected a file)",
                 self.storage.name()
             );
             return Ok(());
-        };
+        }
         let mark = Mark {
             nonce: ids::nonce()?,
             flushed: 0,
@@ -571,7 +570,7 @@ impl Qcow2 {
                 return Ok(());
             }
         };
-        let ring = folder.create(mark.nonce, identity(&*self.storage, below), clusters)?;
+        let ring = folder.create(mark.nonce, identity(&*self.storage), clusters)?;
         let path = ring.path().to_owned();
         // The machine's end voids the journal, so that nothing waits for the disk: unless the name
         // of the backing file moves, which must be there before the header says where.
@@ -587,23 +586,6 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Whether what completed in the image is still there after the process was killed, as
-    /// [`Storage::outlives_process`] has it. An image that is only read tells what it would be.
-    #[must_use]
-    pub fn outlives_process(&self) -> Option<u64> {
-        let data = self.data.as_ref().map(|data| &*data.storage);
-        let below = outlives_process(&*self.storage, data)?;
-        let journaled = match self.options.writable {
-            true => self.meta.lock().allocator.log().records(),
-            false => {
-                let options = &self.options;
-                self.shape.version >= 3 && options.journal.is_some() && !options.ignore_journal
-            }
-        };
-        let own = self.header().journal.map_or(0, |mark| seed_of(mark.nonce));
-        journaled.then_some(below ^ own)
-    }
-
     async fn name_journal(&self, patch: &super::super::header::Patch) -> Result<()> {
         let patched = self.header().patched(std::slice::from_ref(patch))?;
         self.write_at(patch.offset, &patch.bytes).await?;
@@ -612,15 +594,12 @@ impl Qcow2 {
     }
 }
 
-/// Which file the image is in, as far as it can be told from a copy; and which journals have what
-/// completed in the disks `below`: if these are given up, what this one maps is not there.
-fn identity(storage: &dyn Storage, below: u64) -> Identity {
-    let [inode, birth] = storage.identity().unwrap_or_default();
-    [inode, birth ^ below]
+/// Which file the image is in, as far as it can be told from a copy.
+fn identity(storage: &dyn Storage) -> Identity {
+    storage.identity().unwrap_or_default()
 }
 
 /// Whether what completed in both files of an image outlives the process.
-fn outlives_process(storage: &dyn Storage, data: Option<&dyn Storage>) -> Option<u64> {
-    let data = data.map_or(Some(0), Storage::outlives_process)?;
-    Some(storage.outlives_process()? ^ data.rotate_left(1))
+fn outlives_process(storage: &dyn Storage, data: Option<&dyn Storage>) -> bool {
+    storage.outlives_process() && data.is_none_or(Storage::outlives_process)
 }

@@ -85,10 +85,9 @@
 //!     that was made since the last flush of the dead process and written over the same file; such a
 //!     one is mostly too short for what the journal maps.
 //! 11. **What the journal maps is there.** A write that completed outlives the process in the storage
-//!     of the image, data file included ([`outlives_process`](crate::storage::Storage::outlives_process)): in a file it does, in the
-//!     disk of another image only if that one has a journal. Otherwise the image has none: the next
-//!     process would put what was lost below over what was flushed. The identity in the file counts
-//!     in the nonces of the journals below, without which this one is worth nothing.
+//!     of the image, data file included ([`outlives_process`](crate::storage::Storage::outlives_process)):
+//!     in a file it does. An image in the disk of another one has no journal: the next process would
+//!     put what was lost below over what was flushed.
 //!
 //! Lost memory (the file was cut short) stops changes of the mapping; they fail. Reads, writes in
 //! place and flushes go on, and a flush makes stable what there is.
