@@ -213,6 +213,11 @@ impl Storage for SparseStorage {
         "fuzz"
     }
 
+    /// As a file: else the target of journals would have none.
+    fn outlives_process(&self) -> bool {
+        true
+    }
+
     fn writable(&self) -> bool {
         true
     }

@@ -131,6 +131,11 @@ impl Storage for Disk {
         true
     }
 
+    /// As a file: the next process is given what is in it.
+    fn outlives_process(&self) -> bool {
+        true
+    }
+
     fn syncs(&self) -> Option<&Arc<Syncs>> {
         Some(&self.syncs)
     }
