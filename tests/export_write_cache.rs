@@ -136,6 +136,7 @@ fn what_was_said_before_the_region_was_there_is_in_it() {
     // The same guest, and no word of the cache.
     let mut hand = process.connect(true);
     hand.set_up();
+    drop(process);
     let next = Process::new();
     reconnect(&mut hand, &next);
     assert!(!next.has_cache(&mut hand));
@@ -195,11 +196,14 @@ fn a_process_that_knows_nothing_gives_none() {
     let process = Process::new();
     let mut hand = process.connect(true);
     hand.set_up();
+    // Or it would take the next one's request, as long as it has not seen that it is left.
+    drop(process);
     hand.note(CACHE, 0);
     let next = Process::new();
     reconnect(&mut hand, &next);
     assert!(!next.has_cache(&mut hand));
     // A device that begins anew, of a front-end that shows its guest what another one said.
+    drop(next);
     let process = Process::new();
     hand.inflight = None;
     hand.begin_at(0);
