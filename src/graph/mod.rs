@@ -204,14 +204,21 @@ impl Graph {
     /// # Errors
     /// When there is no such node.
     pub fn root(&self, top: &str) -> Result<Arc<Root>> {
-        let mut made = Err(Error::Invalid(format!("Cannot find node '{top}'")));
-        let (result, _released) = self.0.publish(|_, _, state| {
-            let root = Root::new(compile::compile(state, top)?);
-            state.roots.push((Arc::downgrade(&root), top.to_owned()));
-            made = Ok(root);
-            Ok(())
+        let (inner, node) = (self.0.clone(), top.to_owned());
+        let made = self.by_owner(move || {
+            let mut made = None;
+            let published = inner.publish(|_, _, state| {
+                let root = Root::new(compile::compile(state, &node)?);
+                state.roots.push((Arc::downgrade(&root), node));
+                made = Some(root);
+                Ok(())
+            });
+            // What is dropped may close files, and is not dropped there.
+            (published, made)
         });
-        result.and(made)
+        let lost = || Error::Invalid(format!("Cannot find node '{top}'"));
+        let ((result, _released), root) = made.ok_or_else(lost)?;
+        result.and(root.ok_or_else(lost))
     }
 
     /// Gives a node another layer: one that can be written, or no longer.

@@ -54,8 +54,14 @@ pub(super) trait OpenNode {
     ) -> LocalBoxFuture<'a, Result<Node>>;
 
     /// Opens the image of `node` anew, to write it. When that fails, others may go on reading it.
-    fn reopen<'a>(&'a self, graph: &'a Graph, node: &'a Node)
-    -> LocalBoxFuture<'a, Result<Opened>>;
+    fn reopen<'a>(
+        &'a self,
+        _graph: &'a Graph,
+        node: &'a Node,
+    ) -> LocalBoxFuture<'a, Result<Opened>> {
+        let text = format!("node '{}' has no image of its own", node.name);
+        Box::pin(ready(Err(Error::Invalid(text))))
+    }
 
     /// Its own bytes, where `file` has those of the node under it.
     ///

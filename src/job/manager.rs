@@ -144,12 +144,6 @@ impl Manager {
         self.graph.reserve(nodes, kind)
     }
 
-    /// Whether a job holds `node`, and of which kind it is.
-    pub fn node_user(&self, node: &str) -> Option<&'static str> {
-        let _ending = self.inner.lock();
-        self.graph.reserved_by(node)
-    }
-
     /// Takes a name for a job that is to be made.
     ///
     /// # Errors

@@ -21,8 +21,9 @@ use io_uring::{opcode, squeue, types};
 use parking_lot::Mutex;
 
 use super::calls::Calls;
+use super::file_system::{RAMFS, file_system, keeps_nowait};
 use super::identity::{identity_of, number};
-use super::locking::{Access, ImageLock, Leaving, RAMFS, file_system, is_local};
+use super::locking::{Access, ImageLock, Leaving};
 use super::opener::{self, OpenFlags, is_block_device, open_file};
 use super::{Answer, Identity, Limits, Op, Storage, Submission, Syncs, at_once, later};
 use crate::reactor::{Reactor, Token};
@@ -476,13 +477,6 @@ pub(crate) fn is_memory(file: &File) -> bool {
     matches!(file_system(file), libc::TMPFS_MAGIC | RAMFS)
 }
 
-/// Whether operations on files in such a file system do not block who submits them if they are not
-/// to. In user space and over a network they do, and so they may where they are passed on to files
-/// of another one.
-fn keeps_nowait(file_system: i64) -> bool {
-    is_local(file_system) && file_system != libc::OVERLAYFS_SUPER_MAGIC
-}
-
 /// Asks the kernel for the alignment of direct I/O (`STATX_DIOALIGN`, Linux 6.1); without an
 /// answer 4 KiB for memory and the common sector size of 512 bytes for offsets are assumed.
 fn limits_of(file: &File, direct: bool, block_device: bool) -> Limits {
@@ -577,13 +571,5 @@ mod tests {
         drop(held);
         open().unwrap();
         Reactor::leave_thread();
-    }
-
-    #[test]
-    fn an_overlay_keeps_its_locks_and_may_block() {
-        let overlay = libc::OVERLAYFS_SUPER_MAGIC;
-        assert!(is_local(overlay) && !keeps_nowait(overlay));
-        assert!(keeps_nowait(libc::EXT4_SUPER_MAGIC));
-        assert!(!is_local(libc::NFS_SUPER_MAGIC) && !keeps_nowait(libc::NFS_SUPER_MAGIC));
     }
 }

@@ -19,6 +19,7 @@ pub mod buffer;
 mod calls;
 pub mod fault;
 pub mod file;
+mod file_system;
 pub(crate) mod holder;
 pub mod identity;
 pub mod io;

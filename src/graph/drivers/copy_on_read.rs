@@ -1,16 +1,14 @@
 //! `copy-on-read`: a filter that copies into its child what it had to read from further below.
 
-use std::future::ready;
-
 use futures_util::future::LocalBoxFuture;
 
 use crate::chain::Layer;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::graph::compile::filter;
 use crate::graph::descent::Descent;
 use crate::graph::driver::Driver;
-use crate::graph::opening::{OpenNode, Opened, Opening};
-use crate::graph::{Demand, Graph, Node, Rights, Role};
+use crate::graph::opening::{OpenNode, Opening};
+use crate::graph::{Demand, Node, Rights, Role};
 use crate::options::{BlockdevOptions, CopyOnReadOptions};
 
 impl Driver for CopyOnReadOptions {
@@ -40,17 +38,6 @@ impl OpenNode for CopyOnReadOptions {
             let node = Node::new(options.clone(), layer, below.filename.clone());
             Ok(node.over(Role::Filtered, Some(&file)))
         })
-    }
-
-    fn reopen<'a>(
-        &'a self,
-        _graph: &'a Graph,
-        node: &'a Node,
-    ) -> LocalBoxFuture<'a, Result<Opened>> {
-        Box::pin(ready(Err(Error::Invalid(format!(
-            "node '{}' has no image of its own",
-            node.name
-        )))))
     }
 }
 

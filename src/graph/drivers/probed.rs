@@ -1,16 +1,14 @@
 //! An image whose format is found out by looking at it.
 
-use std::future::ready;
-
 use futures_util::future::LocalBoxFuture;
 
 use super::of;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::format::probe;
+use crate::graph::Node;
 use crate::graph::descent::Descent;
 use crate::graph::driver::Driver;
-use crate::graph::opening::{OpenNode, Opened, Opening};
-use crate::graph::{Graph, Node};
+use crate::graph::opening::{OpenNode, Opening};
 use crate::options::{
     self, AutoOptions, BackingRef, BlockRef, BlockdevOptions, Qcow2Options, QedOptions, RawOptions,
 };
@@ -39,17 +37,6 @@ impl OpenNode for AutoOptions {
                 .open(opening, name, &options, descent)
                 .await
         })
-    }
-
-    fn reopen<'a>(
-        &'a self,
-        _graph: &'a Graph,
-        node: &'a Node,
-    ) -> LocalBoxFuture<'a, Result<Opened>> {
-        Box::pin(ready(Err(Error::Invalid(format!(
-            "node '{}' has no format",
-            node.name
-        )))))
     }
 }
 
