@@ -6,8 +6,9 @@ use crate::Options;
 use crate::common::{Res, images};
 use crate::decompress;
 use crate::disks::{Disk, Disks};
-use crate::io_rows::Row;
 use crate::load::Order;
+use crate::row::Row;
+use crate::samples::Floor;
 use crate::workers::Workers;
 use serde_json::Value;
 use std::fs;
@@ -15,33 +16,14 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-/// What was needed.
-#[derive(Clone, Copy, Debug)]
-pub struct Floor {
-    /// Requests per second.
-    pub iops: f64,
-    /// CPU seconds per million requests.
-    pub cpu: f64,
-}
-
-impl Floor {
-    /// Of requests that consist of one of each.
-    fn then(self, other: Floor) -> Floor {
-        Floor {
-            iops: 1.0 / (1.0 / self.iops + 1.0 / other.iops),
-            cpu: self.cpu + other.cpu,
-        }
-    }
-}
-
 /// Measures the floor of a row.
 ///
 /// A write that allocates is one to a fresh file; where it copies the rest of a cluster, it is a
 /// read of that rest and a write of the cluster.
 pub fn measure(options: &Options, row: &Row, disks: &Disks, place: &str) -> Res<Floor> {
-    if let Disk::Compressed(compression) = row.disk() {
+    if let Disk::Compressed(compression) = row.disk {
         let image = disks.compressed(compression)?;
-        return decompress::measure(options, &image, compression, row.shape());
+        return decompress::measure(options, &image, compression, row.shape);
     }
     let fio = Fio {
         options,
@@ -49,7 +31,7 @@ pub fn measure(options: &Options, row: &Row, disks: &Disks, place: &str) -> Res<
         in_memory: place == "tmpfs",
     };
     let whole = disks.scratch()?;
-    let shape = row.shape();
+    let shape = row.shape;
     let name = match (shape.write, shape.order) {
         (false, Order::Sequential) => "read",
         (true, Order::Sequential) => "write",
@@ -63,7 +45,7 @@ pub fn measure(options: &Options, row: &Row, disks: &Disks, place: &str) -> Res<
     // One that failed may have left it.
     let _ = fs::remove_file(&fresh);
     let flush = shape.flush_every;
-    let floor = if row.disk() == Disk::Overlay {
+    let floor = if row.disk == Disk::Overlay {
         let rest = 65536 - shape.len;
         fio.run(&whole, "randread", rest, shape.depth, None)?
             .then(fio.run(&fresh, "write", 65536, shape.depth, flush)?)

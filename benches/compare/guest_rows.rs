@@ -5,9 +5,11 @@ use crate::common::Res;
 use crate::common::daemon::Daemon;
 use crate::disks::{Disk, Disks};
 use crate::guest::{self, Guest, Testbed};
-use crate::machine::{Disturbance, OtherLoad};
-use crate::report::{IoSample, Report};
-use crate::variants::{Variant, in_turn};
+use crate::machine::OtherLoad;
+use crate::report::Report;
+use crate::rounds::in_turn;
+use crate::samples::{Disturbance, IoSample};
+use crate::variants::Variant;
 use crate::workers::BackendCpu;
 use serde_json::Value;
 use std::fs;
@@ -53,8 +55,8 @@ pub fn rows(place: &str) -> Vec<Row> {
 /// How long a job may take beyond the time that it measures.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// What boots the guests, if any row wants one. Before all other rows are measured: whoever has no
-/// guest hears so at once.
+/// What boots the guests, if any row wants one. Before all other rows are measured: a missing
+/// guest is told at once.
 pub fn prepare(options: &Options, report: &mut Report) -> Option<Testbed> {
     let mut places = options.places().into_iter();
     if !places.any(|(place, _)| !wanted(options, place).is_empty()) {

@@ -6,55 +6,15 @@ use crate::disks::{Compression, Disk, Disks};
 use crate::floor;
 use crate::load::{self, Load, Order, Shape};
 use crate::machine::OtherLoad;
-use crate::report::{IoSample, Report};
-use crate::variants::{Variant, in_turn};
+use crate::report::Report;
+use crate::rounds::in_turn;
+use crate::row::Row;
+use crate::samples::IoSample;
+use crate::variants::Variant;
 use crate::warm::Memory;
 use crate::workers::BackendCpu;
 use std::path::Path;
 use std::time::Duration;
-
-/// One row: a load on an image.
-#[derive(Clone, Copy, Debug)]
-pub struct Row {
-    disk: Disk,
-    load: &'static str,
-    shape: Shape,
-    /// The front-end polls its ring.
-    poll: bool,
-}
-
-impl Row {
-    /// One whose front-end waits for its eventfd.
-    pub fn new(disk: Disk, load: &'static str, shape: Shape) -> Self {
-        Row {
-            disk,
-            load,
-            shape,
-            poll: false,
-        }
-    }
-
-    /// Its name in the report.
-    pub fn name(&self, place: &str) -> String {
-        let poll = if self.poll { ", polling" } else { "" };
-        format!("{place} {}, {}{poll}", self.disk.name(), self.load)
-    }
-
-    /// The image.
-    pub fn disk(&self) -> Disk {
-        self.disk
-    }
-
-    /// The load.
-    pub fn shape(&self) -> Shape {
-        self.shape
-    }
-
-    /// Whether files grow by it.
-    fn allocates(&self) -> bool {
-        self.shape.write && matches!(self.disk, Disk::Overlay | Disk::Empty)
-    }
-}
 
 /// All rows of a place.
 pub fn rows(place: &str) -> Vec<Row> {

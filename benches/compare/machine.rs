@@ -2,6 +2,7 @@
 
 use crate::common::Res;
 use crate::common::daemon;
+use crate::samples::Disturbance;
 use crate::variants::Variant;
 use crate::workers::Workers;
 use std::fs;
@@ -77,16 +78,6 @@ fn version(variant: &Variant) -> String {
         .next()
         .unwrap_or("(says no version)")
         .to_owned()
-}
-
-/// What disturbed a run, in CPUs: with more than a few per cent of one, its figures are not to be
-/// trusted.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Disturbance {
-    /// Kept busy by other programs.
-    pub programs: f64,
-    /// Taken away by the host of this virtual machine, as far as it says so.
-    pub host: f64,
 }
 
 /// Measures what others than the bench and the programs it has started do in the meantime. The

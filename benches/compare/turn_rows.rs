@@ -7,9 +7,11 @@
 use crate::Options;
 use crate::common::Res;
 use crate::disks::{Disk, Disks};
-use crate::io_rows::{self, Row};
+use crate::io_rows;
 use crate::load::{Order, Shape};
-use crate::report::{IoSample, Report, TurnSample};
+use crate::report::Report;
+use crate::row::Row;
+use crate::samples::{IoSample, TurnSample};
 use crate::variants::{self, Variant};
 use std::path::Path;
 use std::time::Duration;

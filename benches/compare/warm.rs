@@ -12,8 +12,8 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::thread;
 
-/// Memory that this system has taken from its host, and gives to whoever needs some, for as long as
-/// this lives.
+/// Memory that this system has taken from its host, and has ready for other programs, for as long
+/// as this lives.
 ///
 /// One page of each 512 KiB stays in use. What is free between them never becomes a block large
 /// enough to be given back (2 MiB), and the kernel hands out the smallest blocks first.

@@ -9,12 +9,18 @@ use stratablk::format::{Format, Qcow2, Raw, qcow2};
 use stratablk::reactor::Reactor;
 use stratablk::storage::{AlignedBuf, IoBufs, Storage};
 
-use super::recipe;
 use super::seeds;
 use super::storage::SparseStorage;
 
 /// Disks up to this size are read and compared as a whole.
 pub const WHOLE: u64 = 1 << 20;
+
+/// The cluster size that a qcow2 header claims, in bytes.
+#[must_use]
+pub fn cluster_size(header: &[u8]) -> u64 {
+    let bits = header.get(20..24).and_then(|b| b.try_into().ok());
+    1 << bits.map_or(0, u32::from_be_bytes).clamp(9, 21)
+}
 
 /// How to open an image.
 #[derive(Clone, Copy, Debug, Default)]
@@ -40,7 +46,7 @@ impl Files {
     /// An image that holds `bytes`; all files ask for offsets aligned to `align`.
     #[must_use]
     pub fn new(bytes: Arc<[u8]>, align: u64) -> Self {
-        let cluster = recipe::cluster_size(&bytes);
+        let cluster = cluster_size(&bytes);
         let below = || Arc::new(SparseStorage::new(seeds::below(), cluster, align));
         Self {
             image: Arc::new(SparseStorage::new(bytes, cluster, align)),

@@ -11,9 +11,9 @@ use std::sync::OnceLock;
 use stratablk::format::qcow2::journal::{Folder, Record, encode, seed_of};
 use stratablk::format::qcow2::words::Words;
 
-use super::image::{Files, How, reactor, write};
+use super::image::{self, Files, How, reactor, write};
 use super::read::walk;
-use super::recipe::{self, Input};
+use super::recipe::Input;
 use super::seeds;
 
 /// The least journal there is.
@@ -91,7 +91,7 @@ pub fn qcow2_journal(data: &[u8]) {
     let header = image.header();
     let Some(mark) = header.journal else { return };
     drop(image);
-    let cluster = recipe::cluster_size(&seed.bytes);
+    let cluster = image::cluster_size(&seed.bytes);
     let end = files.image.end() / cluster + 2;
     let mut records = Vec::new();
     while !input.is_empty() && records.len() < MOST {

@@ -12,7 +12,7 @@
 //!
 //! Missing bytes are 0, so every input is a recipe.
 
-use super::image::Files;
+use super::image::{Files, cluster_size};
 use super::seeds::{self, Seed};
 use super::storage::SparseStorage;
 
@@ -58,13 +58,6 @@ fn be64(storage: &SparseStorage, at: u64) -> u64 {
 
 fn le64(storage: &SparseStorage, at: u64) -> u64 {
     be64(storage, at).swap_bytes()
-}
-
-/// The cluster size that a qcow2 header claims, in bytes.
-#[must_use]
-pub fn cluster_size(header: &[u8]) -> u64 {
-    let bits = header.get(20..24).and_then(|b| b.try_into().ok());
-    1 << bits.map_or(0, u32::from_be_bytes).clamp(9, 21)
 }
 
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
