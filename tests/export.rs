@@ -263,7 +263,7 @@ fn sockets_can_be_handed_down() {
         assert_eq!(guest.run(0, |q| q.read(0, part, 0)), 0);
     }
     export.shutdown();
-    assert!(place.socket().exists(), "whoever made it removes it");
+    assert!(place.socket().exists(), "its maker removes it");
 
     let (ours, theirs) = UnixStream::pair().unwrap();
     let source = SocketSource::from_fd(ours.into()).unwrap();

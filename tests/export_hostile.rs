@@ -55,7 +55,7 @@ fn fill(event: &EventFd) {
     assert_eq!(set, 0);
 }
 
-/// Lets whoever waits for an eventfd go on.
+/// Lets a thread that waits for an eventfd go on.
 fn drain(event: &EventFd) {
     // SAFETY: no memory is passed.
     unsafe { libc::fcntl(event.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) };
@@ -204,8 +204,8 @@ fn large(hand: &mut Hand, head: u16, kind: u32, pieces: u16) {
     hand.desc(head, table, len, INDIRECT, 0);
 }
 
-/// Catches: a queue that takes all that its guest asks for, so that whoever takes the queue back
-/// waits for all of it; one that begins what it had not taken when it was to stop; and one that
+/// Catches: a queue that takes all that its guest asks for, so that to take the queue back
+/// is to wait for all of it; one that begins what it had not taken when it was to stop; and one that
 /// does not go on when there is room again.
 #[test]
 fn what_is_under_way_is_bounded_and_the_rest_stays_in_the_ring() {

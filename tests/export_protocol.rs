@@ -432,7 +432,7 @@ fn event_indices_are_honoured() {
 }
 
 /// Catches: a queue that is given back in the state of a thread that is awake and wants no kicks:
-/// whoever serves the ring next would wait for them for ever.
+/// the next to serve the ring would wait for them for ever.
 #[test]
 fn a_queue_that_is_given_back_wants_kicks() {
     for features in [PLAIN, PLAIN | F_EVENT_IDX] {

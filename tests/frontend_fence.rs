@@ -531,7 +531,7 @@ fn sockets_that_are_handed_down_have_a_fence_where_they_have_a_name() -> Res<()>
         ];
         let log = dir.path().join(format!("log-{has_fence}"));
         fs::create_dir(&log)?;
-        // Whoever is in the backlog is served.
+        // A client in the backlog is served.
         let waiting = match has_fence {
             true => UnixStream::connect(&setup.socket)?,
             false => UnixStream::connect_addr(&hidden)?,

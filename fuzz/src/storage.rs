@@ -1,5 +1,5 @@
-//! Storage for fuzzing: the seed's bytes with pages of changes over them, and eyes on whoever
-//! writes where nobody should.
+//! Storage for fuzzing: the seed's bytes with pages of changes over them, and a watch on
+//! writes where none may be.
 
 use std::collections::HashMap;
 use std::io;

@@ -39,8 +39,8 @@ pub(super) struct DiskArgs {
     #[arg(long, requires = "blk_file")]
     read_only: bool,
 
-    /// Format of the image. Name it for raw images: whoever writes a raw disk can make it look
-    /// like another format
+    /// Format of the image. Name it for raw images: a guest that writes a raw disk can make it
+    /// look like another format
     #[arg(long, value_name = "FORMAT", value_enum, requires = "blk_file",
           default_value_t = ImageFormat::Auto)]
     image_format: ImageFormat,

@@ -97,7 +97,7 @@ pub fn start(verbose: bool) {
 
 #[cfg(test)]
 mod tests {
-    //! What would be caught: a message that a guest can write without end, whoever writes it, and
+    //! What would be caught: a message that a guest or another client can write without end, and
     //! one that hides another.
 
     use super::*;

@@ -75,7 +75,7 @@ impl source::Guests for Guests {
     /// Lets the threads of guests run, where they wait for a processor.
     ///
     /// The scheduler would share the processor evenly as well, but in portions of some
-    /// milliseconds, and a guest that asks in the wrong one waits for all of it. Whoever yields
+    /// milliseconds, and a guest that asks in the wrong one waits for all of it. A thread that yields
     /// has its turn again when the others' slices are over, which are short. Unlike a guest's thread,
     /// the job yields where slices cannot be set as well: it is the job that is late then.
     fn give_way(&self) {

@@ -22,7 +22,7 @@ pub(super) fn accept(file: File) -> io::Result<File> {
     let fd = file.as_raw_fd();
     let kind = std::fs::read_link(format!("/proc/self/fd/{fd}"))?;
     if kind.as_os_str() != "anon_inode:[eventfd]" {
-        // Whoever made it chose its name, newlines included.
+        // Its maker chose its name, newlines included.
         let text = format!("the descriptor is not an eventfd but {kind:?}");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
     }

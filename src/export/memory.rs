@@ -1,7 +1,7 @@
 //! The guest's memory as the front-end shares it: regions mapped into this process.
 //!
 //! A [`GuestMemory`] is an immutable table. The session builds a new one when the front-end
-//! changes its regions; whoever still works with the old one keeps it, and so its mappings,
+//! changes its regions; requests that use the old one keep it, and so its mappings,
 //! alive through an `Arc`. Addresses from the guest or the front-end become host addresses here
 //! and nowhere else, after a check that they lie within a region.
 

@@ -1,4 +1,4 @@
-//! Counters of a queue: written by its worker alone, read by whoever asks.
+//! Counters of a queue: written by its worker alone, read by any thread.
 
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
 

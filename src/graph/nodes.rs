@@ -33,7 +33,7 @@ pub struct Node {
     pub options: BlockdevOptions,
     /// Nobody asked for it by name: it goes when nothing uses it any longer.
     pub implicit: bool,
-    /// It is never to be written, whoever asks.
+    /// It is never to be written.
     pub fixed_read_only: bool,
 }
 

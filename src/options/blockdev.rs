@@ -2,8 +2,8 @@
 //!
 //! The options of a node and of the nodes written inside it come out with every default filled
 //! in, inheritance included: a node written inside another one takes over its parent's cache
-//! mode, `force-share` and, unless it is a backing file, `read-only`, as in QEMU. Whoever opens
-//! the nodes has no rule left to apply.
+//! mode, `force-share` and, unless it is a backing file, `read-only`, as in QEMU. The
+//! code that opens the nodes has no rule left to apply.
 
 use std::path::{Path, PathBuf};
 

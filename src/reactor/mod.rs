@@ -431,7 +431,7 @@ impl Reactor {
     }
 
     /// Delivers the result of an operation that this thread's storage has carried out without
-    /// the ring, after it had answered [`Pending`](crate::storage::Submission::Pending). Whoever
+    /// the ring, after it had answered [`Pending`](crate::storage::Submission::Pending). What
     /// waits for `token` goes on with the next [`Reactor::turn`].
     pub fn complete(&self, token: Token, result: io::Result<u32>) {
         if token.is_client() {

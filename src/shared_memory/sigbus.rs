@@ -3,8 +3,8 @@
 //! A front-end can shrink the file behind a region after it was mapped, or share huge pages of
 //! which none is free; an access then raises SIGBUS, which would end the whole process with all
 //! its other exports. The handler here puts fresh zeros in the place of such a region instead:
-//! its guest has lost its memory, and nobody else anything. Faults anywhere else go to whoever
-//! handled them before.
+//! its guest has lost its memory, and nobody else anything. Faults anywhere else go to the
+//! handler that was there before.
 //!
 //! The table of regions grows by chunks that are never given back, so that the handler can walk
 //! it without a lock, and a region is guarded or refused.
@@ -21,7 +21,7 @@ use super::crash;
 /// Regions by which the table grows.
 const CHUNK: usize = 512;
 
-/// A protected range. Written by whoever holds [`FREE`]'s lock, read by the signal handler without
+/// A protected range. Written under [`FREE`]'s lock, read by the signal handler without
 /// one: `version` is odd while the numbers change.
 #[derive(Debug, Default)]
 struct Slot {
@@ -154,8 +154,8 @@ impl Drop for Guard {
     }
 }
 
-/// How often memory has been taken away from this process: a cheap look for whoever then asks its
-/// own guards, which know by then.
+/// How often memory has been taken away from this process: a cheap look. If it has changed, ask
+/// your own guards, which know by then.
 pub(crate) fn lost() -> usize {
     LOST.load(Ordering::Acquire)
 }
@@ -189,7 +189,7 @@ extern "C" fn handle(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut li
         inside.then_some((slot, range))
     });
     if let Some((slot, range)) = found {
-        // Before the zeros are there, so that whoever may have read them learns of it afterwards;
+        // Before the zeros are there, so that readers of them learn of it afterwards;
         // the flag before the count, which is what they look at first.
         slot.lost.store(true, Ordering::Relaxed);
         LOST.fetch_add(1, Ordering::Release);

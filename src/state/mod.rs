@@ -129,7 +129,7 @@ impl Store {
         Self::open_within(dir, name, Owner::Own, PATIENCE)
     }
 
-    /// As [`open`](Self::open), whoever's the state is: for an operator.
+    /// As [`open`](Self::open), also the state of another daemon: for an operator.
     ///
     /// # Errors
     /// As for [`open`](Self::open).

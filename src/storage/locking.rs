@@ -2,8 +2,8 @@
 //! permission. QEMU, `qemu-img` and this daemon thereby refuse an image that another writes.
 //!
 //! Source: the comments in QEMU's file driver and `docs/system/qemu-block-drivers` ("Disk image
-//! file locking"). Byte `100 + p` is held by whoever uses permission `p`; byte `200 + p` by
-//! whoever does not share it.
+//! file locking"). Byte `100 + p` is held by a process that uses permission `p`; byte
+//! `200 + p` by one that does not share it.
 //!
 //! **Waiting.** A lock of a process that was killed goes when its last I/O has ended, which is a
 //! moment after the process: the one that takes its place must not fail for that. So a lock that
@@ -12,7 +12,7 @@
 //! opens images and serves nobody.
 //!
 //! **Unlocking** takes no time where the kernel keeps the locks, and is done before a storage that
-//! is let go of is closed: the next to open the file, whoever that is, finds it free. Over a network
+//! is let go of is closed: the next process to open the file finds it free. Over a network
 //! it may hang like any other call, and is done with the closing ([`ImageLock::leave`]). Operations
 //! that go on keep the locks as well. When a file is opened again in this process, all of that is
 //! waited for as for a process that ends ([`ImageLock::leaving`]).

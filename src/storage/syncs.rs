@@ -395,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_has_its_failure_whoever_opens_it() {
+    fn a_file_keeps_its_failure_when_opened_again() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
         std::fs::write(&path, [0; 4096]).unwrap();

@@ -1,7 +1,7 @@
 //! A part of another storage, as storage of its own: raw's `offset` and `size`.
 //!
-//! Everything is moved by the offset, and nothing reaches past the part's end, whoever asks: what
-//! lies behind it belongs to somebody else.
+//! Everything is moved by the offset, and nothing reaches past the part's end: what lies behind
+//! it is not ours.
 
 use std::any::Any;
 use std::io;

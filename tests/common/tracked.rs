@@ -41,7 +41,7 @@ impl Ring {
     }
 }
 
-/// A device, whoever serves it.
+/// A device, served by any back-end.
 pub struct Tracked {
     front: Frontend,
     features: u64,

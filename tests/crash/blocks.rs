@@ -1,4 +1,4 @@
-//! Storage with blocks of 4 KiB: whoever writes a part of a block must read the rest and write it
+//! Storage with blocks of 4 KiB: to write a part of a block, the rest must be read and written
 //! back, over what others have written there meanwhile.
 //!
 //! What would be caught: a guest's request that becomes such a write, in a raw window or in an

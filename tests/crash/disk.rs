@@ -234,7 +234,7 @@ impl Disk {
         top_part(recipe).put(&mut first);
         let mut files: Vec<_> = paths.iter().map(|p| std::fs::read(p).unwrap()).collect();
         if let Some(len) = recipe.storage.device {
-            // Left by whoever had the device before.
+            // Left by an earlier use of the device.
             assert!(files[0].len() <= len as usize);
             files[0].resize(len as usize, 0xd5);
         }

@@ -204,7 +204,7 @@ fn cases(options: &[&'static str], firsts: &[(&str, First)], test: impl Fn(&str,
 }
 
 /// The second finds the cluster there when it has its claim, and a third writes in place, without
-/// one: whoever copied the cluster then would lose what the third wrote.
+/// one: a copy of the cluster then would lose what the third wrote.
 #[test]
 fn a_write_that_waited_for_its_claim_looks_again() {
     let options = ["cluster_size=4k", "cluster_size=16k,extended_l2=on"];

@@ -295,7 +295,7 @@ impl Work {
         }
     }
 
-    /// Looks what a discard has left: whoever has seen zeros never sees old bytes again.
+    /// Looks what a discard has left: after zeros, old bytes are never read again.
     async fn see_zeros(&self, start: usize, len: usize) {
         let mut buffer = AlignedBuf::zeroed(len * SECTOR);
         buffer.fill(1);

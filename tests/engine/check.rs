@@ -178,7 +178,7 @@ fn repaired_images_are_clean_and_read_the_same() {
             assert_eq!(code, verdict(&summary), "{context}: {summary:?}");
             if let Some(before) = before {
                 if tables.maps_with_metadata() {
-                    // What the disk reads as there changes with the metadata, whoever mends it.
+                    // What the disk reads as there changes with the metadata, whichever tool mends it.
                     continue;
                 }
                 readable += 1;

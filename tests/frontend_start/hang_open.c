@@ -1,4 +1,4 @@
-/* The file that HANG_OPEN names cannot be opened: whoever tries waits for ever, as for a network
+/* The file that HANG_OPEN names cannot be opened: an attempt waits for ever, as for a network
  * that does not answer. */
 #define _GNU_SOURCE
 #include <dlfcn.h>

@@ -381,7 +381,7 @@ class TestWaiting:
         assert not (tmp_path / "m").exists() and not (tmp_path / "s").exists()
 
     def test_an_image_that_is_a_pipe(self, daemon, tmp_path):
-        """Whoever opens one waits for its other end: it is refused without being opened."""
+        """To open one is to wait for its other end: it is refused without being opened."""
         os.mkfifo(tmp_path / "pipe")
         done = run(daemon, *blockdev(tmp_path / "pipe", "n", format="raw", read_only="on"))
         assert done.returncode == 1 and "not a file or a block device" in done.stderr

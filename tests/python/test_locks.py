@@ -1,4 +1,4 @@
-"""Image locks: two programs never write one image, whoever they are."""
+"""Image locks: no two programs ever write one image."""
 
 import pathlib
 import subprocess

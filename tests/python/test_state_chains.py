@@ -370,7 +370,7 @@ def test_a_neighbour_s_chain_that_is_opened_as_it_is_recorded(lives):
 
 
 @pytest.mark.parametrize("how", ["mode", "owner"])
-def test_a_neighbour_is_heard_whoever_may_write_it(lives, how):
+def test_a_neighbour_is_heard_for_all_permissions(lives, how):
     stream(lives.begin(), speed=SLOW)
     lives.kill()
     words = as_neighbour(lives)

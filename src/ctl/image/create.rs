@@ -153,8 +153,8 @@ fn look_below(
     Ok(images.chain(&name)?.size())
 }
 
-/// An image must say what its backing file is: whoever writes a raw one could make it look like
-/// another format.
+/// An image must say what its backing file is: a guest that writes a raw one could make it look
+/// like another format.
 fn needs_format(backing: &Backing, found: &str) -> std::result::Result<(), Failure> {
     if backing.format.is_some() {
         return Ok(());

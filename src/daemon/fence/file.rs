@@ -136,7 +136,7 @@ impl FenceFile {
         }
     }
 
-    /// Gives the lock back, whoever still has the file open.
+    /// Gives the lock back, also while other processes have the file open.
     ///
     /// # Errors
     /// What `fcntl(2)` reports.

@@ -73,7 +73,7 @@ impl Fences {
         }
     }
 
-    /// Gives them back, for whoever follows an orderly end: the kernel would take its time with rings
+    /// Gives them back to the next process after an orderly end: the kernel would take its time with rings
     /// in which nothing is in flight, as well. Only for a process all of whose I/O has ended.
     pub fn give_back(&self) {
         for file in &self.files {

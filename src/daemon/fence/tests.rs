@@ -96,7 +96,7 @@ fn io_that_ends_is_waited_for() {
 }
 
 #[test]
-fn whoever_does_not_let_go_is_named() {
+fn a_process_that_does_not_let_go_is_named() {
     let process = |runs| {
         let (pid, command) = (4711, "stratablk".to_owned());
         match runs {

@@ -132,7 +132,7 @@ impl Queue {
         }
         let request = Again { head, crashes: 0 };
         if !self.begin(context, request, view, limits) {
-            // Whoever takes the queue over finds it there.
+            // The next to serve the queue finds it there.
             self.ring.put_back(head);
         }
     }

@@ -1,7 +1,7 @@
 //! Flushes in groups: requests that wait for stable storage share one flush.
 //!
-//! A flush covers what was written before it began. Whoever comes while one is running waits
-//! for the next, together with all others who come meanwhile.
+//! A flush covers what was written before it began. Requests that come while one is
+//! running wait for the next, all together.
 
 /// The requests of a queue that wait for a flush.
 #[derive(Debug, Default)]

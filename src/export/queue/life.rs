@@ -259,7 +259,7 @@ impl Queue {
     /// The ring cannot be believed any more: nothing is taken from it until it is reset.
     pub(super) fn give_up(&mut self, context: &mut Context, why: std::fmt::Arguments<'_>) {
         self.closed = true;
-        // It is still marked for whoever comes after this.
+        // It is still marked for the next process.
         self.again.clear();
         self.broken = true;
         context.warn(format_args!("a queue is broken and stops: {why}"));

@@ -82,7 +82,7 @@ pub(super) struct DeviceFacts {
 pub(super) enum Left {
     /// It carries them out: the front-end is to find none in flight.
     Done,
-    /// It leaves them to whoever has the inflight region next: nothing bounds how long they take.
+    /// It leaves them to the next process with the inflight region: nothing bounds how long they take.
     Marked,
 }
 

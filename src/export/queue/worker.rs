@@ -266,7 +266,7 @@ impl WorkerLoop<'_> {
         }
         if let Some(mut queue) = self.queue.take() {
             self.last_base = queue.ring.next_avail();
-            // Whoever serves the ring next may count on kicks.
+            // The next to serve the ring may count on kicks.
             let _ = queue.ring.enable_kicks();
             if matches!(queue.kick, Kick::Event(_))
                 && let Err(error) = self.reactor.unwatch(self.watch)

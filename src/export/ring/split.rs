@@ -7,7 +7,7 @@
 //!
 //! Nothing read from the ring is trusted: indices are reduced to the ring's size or refused.
 //!
-//! Whoever takes the ring over must know what was taken from it and not answered: that is in an
+//! The next to serve the ring must know what was taken from it and not answered: that is in an
 //! inflight region, or else follows from the used index, since chains then come back in the order
 //! in which they were taken ([`inflight`](super::inflight)).
 

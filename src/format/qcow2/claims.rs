@@ -1,7 +1,7 @@
 //! In-flight state per cluster: who changes the mapping of which clusters right now.
 //!
-//! Whoever allocates, copies, zeroes or discards clusters claims them first; whoever meets a
-//! claim waits for those clusters alone. Invariant: claims never overlap. A claim is taken for
+//! A request that allocates, copies, zeroes or discards clusters claims them first; one that meets
+//! a claim waits for those clusters alone. Invariant: claims never overlap. A claim is taken for
 //! all its clusters at once, so two that overlap cannot wait for one another.
 
 use std::collections::BTreeMap;

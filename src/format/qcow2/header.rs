@@ -459,7 +459,7 @@ impl Header {
         }
     }
 
-    /// Whoever opens the image needs refcounts; who repairs it makes new ones.
+    /// A writer needs refcounts; a repair makes new ones.
     ///
     /// # Errors
     /// When there is no refcount table, or none that can be where the header says.

@@ -1,6 +1,6 @@
 //! Metadata on its way into memory and out of it: slices of the mapping and of the refcounts.
 //!
-//! Whoever needs a slice loads it; whoever needs the same one meanwhile waits for that. Misses of
+//! The first that needs a slice loads it; others that need it meanwhile wait for that. Misses of
 //! different slices go in parallel. What is loaded is checked before anybody uses it.
 
 use std::sync::Arc;

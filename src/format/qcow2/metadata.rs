@@ -1,8 +1,8 @@
 //! Which host clusters hold the image's own metadata.
 //!
 //! In a damaged image a mapping may point at the header or a table, or a refcount may say that a
-//! table's cluster is free. Writing there would destroy more than was lost, so whoever maps or
-//! allocates for writing asks here first.
+//! table's cluster is free. Writing there would destroy more than was lost, so mapping and
+//! allocating for writing ask here first.
 
 use std::collections::HashMap;
 use std::fmt;

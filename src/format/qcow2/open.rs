@@ -66,7 +66,7 @@ impl Qcow2 {
             let entries = u64::from(header.reftable_clusters) * cluster / 8;
             read_table(&*storage, header.reftable_offset, entries).await?
         } else {
-            // Whoever only reads does not ask who refers to what.
+            // Readers do not need refcounts.
             Vec::new()
         };
         let len = storage

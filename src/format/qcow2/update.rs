@@ -49,7 +49,7 @@ pub struct Target {
 }
 
 impl Qcow2 {
-    /// Claims the clusters of `[offset, offset + len)`, waiting for whoever has any of them.
+    /// Claims the clusters of `[offset, offset + len)`, waiting for other claims on any of them.
     pub async fn claim(&self, offset: u64, len: u64) -> Claim<'_> {
         let start = offset >> self.cluster_bits;
         let end = (offset + len).div_ceil(self.cluster_size());
@@ -190,7 +190,7 @@ impl Qcow2 {
                     Box::pin(self.load_refcounts(number)).await?;
                     continue;
                 }
-                // Whoever made it longer in the meantime has done so for us too.
+                // If it was made longer in the meantime, that will do.
                 Err(Need::Table) => match Box::pin(self.grow_reftable(table_len)).await? {
                     Ok(()) => continue,
                     Err(need) => need,
@@ -606,7 +606,7 @@ impl Qcow2 {
             && let Some(_turn) = self.flushing.try_relieve()
         {
             // There is room: what has just been changed has its record, and need not be stable. A
-            // failure is told by the storage, and to whoever asks for a flush.
+            // failure is told by the storage, and by the next flush.
             let _ = Box::pin(self.flush()).await;
         }
         Ok(())

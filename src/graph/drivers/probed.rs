@@ -55,8 +55,8 @@ impl AutoOptions {
             }),
             _ => {
                 log::warn!(
-                    "{path}: no format was named and it looks raw; name it, since whoever writes \
-                     a raw disk can make it look like another format"
+                    "{path}: no format was named and it looks raw; name it, since a guest \
+                     that writes a raw disk can make it look like another format"
                 );
                 options::Driver::Raw(RawOptions {
                     file,

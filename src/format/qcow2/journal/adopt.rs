@@ -2,7 +2,7 @@
 //!
 //! It takes two looks at the records. The first one, before there is an image, checks each of them
 //! and finds which count: those of a table come to nothing where a later record says that the table
-//! is new. It gives the L1 and the refcount table their last entries, so that whoever looks at these
+//! is new. It gives the L1 and the refcount table their last entries, so that what looks at these
 //! next (what is metadata, where the file ends) sees them as they were. The second one, with the
 //! image, sets refcounts in order, and checks the last of each entry of the mapping as entries are
 //! checked that come from the disk. Those are put over a slice when it is loaded, by a request or by

@@ -289,7 +289,7 @@ fn is_left(path: &Path) -> io::Result<bool> {
     Ok(claim(&file, true).is_ok() && word_in(&file, HEAD_AT)? == word_in(&file, TAIL_AT)?)
 }
 
-/// As [`claim`], when whoever has it may be ending, or has just had a child that has not become
+/// As [`claim`], when the process that has it may be ending, or has just had a child that has not become
 /// another program yet.
 fn claim_soon(file: &File, writable: bool) -> std::result::Result<(), TryLockError> {
     let deadline = Instant::now() + PATIENCE;

@@ -2,7 +2,7 @@
 //!
 //! Between flushes the changes of an image's metadata are in memory alone, and a SIGKILL would lose
 //! writes that have completed. The log has each change in a file on a tmpfs: appended without a
-//! system call, by whoever makes the change, under the lock that every change takes anyway. The
+//! system call, by the thread that makes the change, under the lock that every change takes anyway. The
 //! next process puts the log over what the disk has ([`adopt`]) and goes on as if nothing had
 //! happened. A power cut takes the log with it; then what was flushed counts, as without one.
 //!
@@ -78,7 +78,7 @@
 //! 9. **Adopting changes nothing.** It writes neither image nor journal, until the next flush: a kill
 //!    during it, or after it, finds what it found. New records go behind the old ones.
 //! 10. **The journal belongs to the bytes under it.** The header names it by a nonce that is new
-//!     each time an image is opened; whoever else writes the image clears the autoclear bit. A flush
+//!     each time an image is opened; other programs that write it clear the autoclear bit. A flush
 //!     that moves the head has written that position to the header (with its refcounts, so that it
 //!     costs no barrier): an older copy of the image, put back in its place, has a position before
 //!     the head. A copy in another file has another inode or birth. What is not told apart is a copy

@@ -1,6 +1,6 @@
 //! What follows from what the header of an image says of its journal.
 //!
-//! | header | boot | what happened | whoever writes | whoever reads |
+//! | header | boot | what happened | a writer | a reader |
 //! | --- | --- | --- | --- | --- |
 //! | no extension | | closed clean, or never had one | goes on | goes on |
 //! | one of another length, bit | | a version that is not known has it | refuses | refuses |
@@ -64,7 +64,7 @@ impl Verdict {
     }
 }
 
-/// Refuses an image whose journal is live, to whoever would look at more of it than its header.
+/// Refuses an image whose journal is live, when more of it than its header is to be read.
 ///
 /// # Errors
 /// The journal is live; or the header cannot be read.
