@@ -7,7 +7,8 @@
 //! the layers below may change while it is in use.
 //!
 //! It is like a block device: it has its length for good, and space that was not written need not
-//! read as zeros to those above, who ask for it.
+//! read as zeros to those above, who ask for it. Its holes are what the layers say is zeros, and the
+//! holes of the files under raw layers.
 //!
 //! Two disks above one another do not wait for each other in a circle: an operation on the lower
 //! one waits for operations on the lower one and on what is under it, and for nothing above. That
@@ -27,6 +28,9 @@ use crate::storage::{
 
 /// Bytes that one operation moves at most; a longer transfer is short.
 const MAX_TRANSFER: u64 = 64 << 20;
+/// Extents of the disk that are looked at for the end of a hole. What follows a longer one is data,
+/// until it is asked for itself.
+const MAX_EXTENTS: usize = 1024;
 
 /// The disk at a [`Root`], as the storage of a layer above it.
 #[derive(Debug)]
@@ -252,6 +256,26 @@ impl Storage for Backed {
 
     fn syncs(&self) -> Option<&Arc<Syncs>> {
         Some(&self.syncs)
+    }
+
+    fn next_data(&self, offset: u64) -> Answer<'_, Option<(u64, u64)>> {
+        // Like that of any request, the view keeps freed clusters from being used anew meanwhile.
+        let view = View::of(self.root.chain());
+        later(async move {
+            let mut at = offset;
+            for _ in 0..MAX_EXTENTS {
+                if at >= self.size {
+                    return None;
+                }
+                match view.chain.hole(at, self.size - at).await {
+                    Ok((true, len)) => at += len,
+                    Ok((false, len)) => return Some((at, at + len)),
+                    // Who reads it is told.
+                    Err(_) => break,
+                }
+            }
+            Some((at, self.size))
+        })
     }
 }
 

@@ -33,6 +33,23 @@ impl Chain {
         Ok(true)
     }
 
+    /// Whether what is at `offset` is zeros without being read, and for how long that is so.
+    pub(super) async fn hole(&self, offset: u64, len: u64) -> Result<(bool, u64)> {
+        let (found, len) = self.locate(0, offset, len).await?;
+        let Found::Plain(source) = found else {
+            return Ok((false, len));
+        };
+        let Source::Storage { layer, offset } = source else {
+            return Ok((true, len));
+        };
+        let layer = self.layer(layer)?;
+        let Format::Raw(_) = layer.format else {
+            return Ok((false, len));
+        };
+        let (status, len) = raw_status(&*layer.storage, offset, len).await;
+        Ok((status == CopyStatus::Zero, len))
+    }
+
     /// What a copy in `span` has to do from `offset` on, in whole clusters of its target, or
     /// subclusters where it has any.
     ///

@@ -586,3 +586,5 @@ fn a_live_journal_in_the_disk_of_an_image_is_refused() {
     assert!(text.contains("forget-journal"), "{text}");
     Reactor::leave_thread();
 }
+
+mod holes;
