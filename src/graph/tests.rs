@@ -366,3 +366,5 @@ fn a_task_that_the_owner_drops_is_carried_out_all_the_same() {
     drop(graph);
     drop(owner);
 }
+
+mod nested;
