@@ -347,3 +347,60 @@ fn an_image_that_somebody_writes_keeps_its_size() {
     let resized = bed.reactor.block_on(bed.graph.resize("top", wanted));
     assert_eq!(resized.unwrap(), 2 << 20);
 }
+
+/// While the storage of an image hangs, nobody takes what does not go with its grant, and nobody
+/// waits for it.
+#[test]
+fn a_grant_is_seen_while_its_image_is_opened() {
+    use crate::chain::Layer;
+    use crate::format::{Format, Raw};
+    use crate::graph::Node;
+    use crate::storage::fault::{Call, FaultStorage, Gate};
+    use std::sync::Arc;
+    use std::time::{Duration, Instant};
+
+    let bed = Bed::new();
+    let gate = Arc::new(Gate::default());
+    let memory = Arc::new(MemoryStorage::new(vec![0; 1 << 20]));
+    let storage = Arc::new(FaultStorage::over(memory).with_gate(&gate));
+    let add = |options: Value, child: Option<&str>| {
+        let options = BlockdevOptions::from_value(&options, Dialect::Json).unwrap();
+        let layer = Layer {
+            name: options.node_name.clone().unwrap(),
+            format: Format::Raw(Raw::new(1 << 20)),
+            storage: storage.clone(),
+            read_only: true,
+            discard: false,
+            copy_on_read: false,
+        };
+        let node = Node::new(options, layer, "/slow".into());
+        bed.graph.add(node.over(Role::File, child)).unwrap();
+    };
+    add(bed.file("slow"), None);
+    let raw = json!({"driver": "raw", "node-name": "disk", "file": "slow"});
+    add(raw, Some("slow"));
+    gate.shut(&[Call::SetAccess]);
+    let graph = bed.graph.clone();
+    bed.reactor.spawn(async move {
+        let grant = graph.access(export("disk", true)).await.unwrap();
+        grant.keep();
+    });
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let run_until = |done: &dyn Fn() -> bool| {
+        while !done() {
+            assert!(Instant::now() < deadline, "it never comes");
+            if !bed.reactor.turn() {
+                bed.reactor.wait(Some(Duration::from_millis(1)));
+            }
+        }
+    };
+    run_until(&|| gate.hung() > 0);
+    assert!(!bed.is_writable("disk"));
+    let text = bed.graph.grant(resize("disk")).unwrap_err().to_string();
+    assert!(text.contains("permissions 'write' are both"), "{text}");
+    let reader = bed.access(&export("disk", false)).unwrap();
+    bed.give_back(reader);
+    gate.open();
+    run_until(&|| bed.reactor.tasks() == 0);
+    assert!(bed.is_writable("disk"));
+}
