@@ -96,8 +96,8 @@ struct Args {
     #[arg(long, help_heading = help::PROCESS)]
     daemonize: bool,
 
-    /// How long the end may take before what does not end is abandoned; guests' requests and jobs
-    /// have an eighth of it [default: 72]
+    /// How long the end may take before what does not end is abandoned; guests' requests and jobs,
+    /// and disks that did not answer before, have an eighth of it [default: 72]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..),
           help_heading = help::PROCESS)]
     stop_timeout: Option<u32>,

@@ -9,6 +9,10 @@
 //! not end hang, after a short one: the service manager would kill the daemon otherwise. But an image that
 //! nobody uses any more is being made stable, and that gets all the time there is; so do users that
 //! wait for a sync that is under way. What is left then is named and abandoned.
+//!
+//! A disk that was silent already when the end began is taken for dead: its image and its users have
+//! the short bound, sync or not. As soon as one of its operations ends it is a slow disk like any
+//! other.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -23,26 +27,34 @@ use crate::error::{Error, Result};
 /// which a service manager kills by default.
 const DEFAULT_BOUND: Duration = Duration::from_secs(72);
 
+/// How long a disk is silent at least before it is taken for dead.
+const SILENCE: Duration = Duration::from_secs(10);
+
 /// How long the end may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Patience {
     /// For the users of an image, before it is flushed in spite of them.
     pub users: Duration,
-    /// For users that do not end though they wait for no sync.
+    /// For users that do not end though they wait for no sync, and for images on silent disks.
     pub hung: Duration,
     /// For all.
     pub all: Duration,
+    /// A disk is silent whose calls are under way for so long without any operation that ends.
+    pub silence: Duration,
 }
 
 impl Patience {
-    /// An end that takes no longer than `bound`.
+    /// An end that takes no longer than `bound`. An administrator who gives the end more time than
+    /// usual has disks whose syncs take long: they may be silent for longer, too.
     #[must_use]
     pub fn within(bound: Option<Duration>) -> Self {
         let all = bound.unwrap_or(DEFAULT_BOUND);
+        let hung = all / 8;
         Self {
             users: all / 16,
-            hung: all / 8,
+            hung,
             all,
+            silence: hung.max(SILENCE),
         }
     }
 
@@ -69,10 +81,20 @@ pub struct Part {
     /// Ends it. True: all that it comes after have ended. After a false it is called once more.
     /// Its last error is the end's too.
     pub work: Box<dyn FnMut(bool) -> Result<()> + Send>,
-    /// Of an image: whether a sync of it is under way, which its users may be waiting for.
-    pub syncing: Option<Box<dyn Fn() -> bool + Send>>,
+    /// Of an image: what its storage is doing.
+    pub storage: Option<Arc<dyn Activity>>,
     /// What to say if it does not end.
-    pub abandoned: Box<dyn Fn() -> String>,
+    pub abandoned: Box<dyn Fn() -> String + Send>,
+}
+
+/// What the storage of an image is doing.
+pub trait Activity: Send + Sync {
+    /// Whether a sync of it is under way, which the image's users may be waiting for.
+    fn is_syncing(&self) -> bool;
+
+    /// For how long calls of it have been under way without any operation that has ended. Zero:
+    /// none are under way.
+    fn silent_for(&self) -> Duration;
 }
 
 #[derive(Default)]
@@ -87,6 +109,26 @@ struct State {
 struct Board {
     state: Mutex<State>,
     changed: Condvar,
+}
+
+/// An image that was on a silent disk when the end began.
+struct Silent {
+    name: String,
+    users: Vec<String>,
+    storage: Arc<dyn Activity>,
+}
+
+impl Silent {
+    /// Gives image and users all the time there is, if the disk has said something since.
+    fn give_time(&self, board: &Board, patience: Patience) {
+        if self.storage.silent_for() >= patience.silence {
+            return;
+        }
+        board.give_time(std::iter::once(&self.name), true);
+        if self.storage.is_syncing() {
+            board.give_time(self.users.iter(), true);
+        }
+    }
 }
 
 impl Board {
@@ -154,10 +196,12 @@ fn end_on(
 ) -> Result<()> {
     let began = Instant::now();
     let board = Arc::new(Board::default());
+    let silent = silent_of(&parts, patience);
     // Images are waited for until it is known that their users hang.
-    let left = parts
-        .iter()
-        .map(|part| (part.name.clone(), part.syncing.is_some()));
+    let left = parts.iter().map(|part| {
+        let is_silent = silent.iter().any(|silent| silent.name == part.name);
+        (part.name.clone(), part.storage.is_some() && !is_silent)
+    });
     board.state.lock().left = left.collect();
     let mut abandoned_texts = Vec::with_capacity(parts.len());
     let mut here = Vec::new();
@@ -166,13 +210,13 @@ fn end_on(
             name,
             after,
             work,
-            syncing,
+            storage,
             abandoned,
         } = part;
         abandoned_texts.push((name.clone(), abandoned));
         let (board, own_name) = (board.clone(), name.clone());
         let run: Run = Box::new(move || {
-            let result = end_part(&board, (&own_name, &after), work, syncing, began, patience);
+            let result = end_part(&board, (&own_name, &after), work, storage, began, patience);
             board.ended(&own_name, result);
         });
         // What is given to a thread that cannot be had is dropped.
@@ -186,6 +230,7 @@ fn end_on(
     // Late, and one after the other, is better than not at all.
     here.iter().for_each(run_once);
     board.wait(began + patience.hung, |state| state.left.is_empty());
+    (silent.iter()).for_each(|silent| silent.give_time(&board, patience));
     board.wait(began + patience.all, |state| {
         !state.left.values().any(|&slow| slow)
     });
@@ -204,12 +249,25 @@ fn end_on(
     }
 }
 
+/// The images on disks that are silent now.
+fn silent_of(parts: &[Part], patience: Patience) -> Vec<Silent> {
+    let on_silent = |part: &Part| {
+        let storage = part.storage.clone()?;
+        (storage.silent_for() >= patience.silence).then(|| Silent {
+            name: part.name.clone(),
+            users: part.after.clone(),
+            storage,
+        })
+    };
+    parts.iter().filter_map(on_silent).collect()
+}
+
 /// Ends one part on its thread.
 fn end_part(
     board: &Board,
     (name, after): (&String, &[String]),
     mut work: Box<dyn FnMut(bool) -> Result<()> + Send>,
-    syncing: Option<Box<dyn Fn() -> bool + Send>>,
+    storage: Option<Arc<dyn Activity>>,
     began: Instant,
     patience: Patience,
 ) -> Result<()> {
@@ -217,17 +275,25 @@ fn end_part(
         return work(true);
     }
     let mut bound = patience.hung;
-    if let Some(syncing) = syncing {
-        // Before its own flush, which would be one.
-        let slow = syncing();
+    let mut use_all_if = |slow: bool| {
         if slow {
             bound = patience.all;
             board.give_time(after.iter(), true);
         }
         board.give_time(std::iter::once(name), slow);
-    }
+    };
+    let is_slow = |storage: &Arc<dyn Activity>| {
+        storage.is_syncing() && storage.silent_for() < patience.silence
+    };
+    // Before its own flush, which would be a sync.
+    let slow = storage.as_ref().is_some_and(is_slow);
+    use_all_if(slow);
     if let Err(error) = work(false) {
         log::error!("{error}; it is tried once more");
+    }
+    // Its disk may have been silent until now.
+    if !slow && storage.as_ref().is_some_and(is_slow) {
+        use_all_if(true);
     }
     // What they have completed since then is to last too.
     let alone = board.wait_for(after, began + last_flush(bound));
@@ -245,219 +311,4 @@ fn run_once(run: &Arc<Mutex<Option<Run>>>) {
 }
 
 #[cfg(test)]
-mod tests {
-    //! What would be caught: an end that waits for a neighbour that hangs, or for ever; an image
-    //! that is closed under its users, or not at all since they took long; one that is abandoned
-    //! while it is only slow, or since its users wait for a slow sync; something abandoned or gone
-    //! wrong without a word; a part without a thread that is not ended.
-
-    use std::sync::mpsc::channel;
-
-    use super::*;
-
-    const HOUR: Duration = Duration::from_secs(3600);
-
-    fn part(name: &str, after: &[&str], mut work: impl FnMut(bool) + Send + 'static) -> Part {
-        let abandoned = format!("{name} hangs");
-        let syncing: Box<dyn Fn() -> bool + Send> = Box::new(|| false);
-        Part {
-            name: name.to_owned(),
-            after: after.iter().map(|&name| name.to_owned()).collect(),
-            work: Box::new(move |alone| {
-                work(alone);
-                Ok(())
-            }),
-            syncing: name.starts_with("image").then_some(syncing),
-            abandoned: Box::new(move || abandoned.clone()),
-        }
-    }
-
-    /// Takes longer than users get here.
-    fn be_slow() {
-        std::thread::sleep(Duration::from_millis(300));
-    }
-
-    #[test]
-    fn what_hangs_holds_up_nobody_but_its_own_image() {
-        let (ended, seen) = channel();
-        let (release, hang) = channel::<()>();
-        let tell = |what: &'static str| {
-            let ended = ended.clone();
-            move |alone: bool| ended.send((what, alone)).unwrap()
-        };
-        // Nothing here is waited for but what hangs: in any other order this would not end.
-        let all = Patience {
-            users: Duration::from_millis(50),
-            hung: Duration::from_secs(1),
-            all: HOUR,
-        };
-        let parts = vec![
-            part("image a", &["a"], tell("image a")),
-            part("image b", &["b", "job"], tell("image b")),
-            part("image ab", &["a", "b"], tell("image ab")),
-            part("a", &[], move |_| assert!(hang.recv().is_err())),
-            part("b", &[], tell("b")),
-            part("job", &[], tell("job")),
-        ];
-        let error = end(parts, all).unwrap_err().to_string();
-        assert!(error.ends_with(": a hangs"), "{error}");
-        let mut seen: Vec<_> = seen.try_iter().collect();
-        seen.sort_unstable();
-        let expected = [
-            ("b", true),
-            ("image a", false),
-            ("image a", false),
-            ("image ab", false),
-            ("image ab", false),
-            ("image b", true),
-            ("job", true),
-        ];
-        assert_eq!(seen, expected);
-        drop(release);
-    }
-
-    #[test]
-    fn an_image_whose_users_end_late_is_still_closed() {
-        let (release, late) = channel::<()>();
-        let (called, calls) = channel();
-        let parts = vec![
-            part("image", &["export"], move |alone| {
-                called.send(alone).unwrap();
-                // Its user ends only now that the first patience is over.
-                let _ = release.send(());
-            }),
-            part("export", &[], move |_| late.recv().unwrap()),
-        ];
-        let patience = Patience {
-            users: Duration::ZERO,
-            hung: HOUR,
-            all: HOUR,
-        };
-        end(parts, patience).unwrap();
-        assert_eq!(calls.try_iter().collect::<Vec<_>>(), [false, true]);
-    }
-
-    #[test]
-    fn what_gets_no_thread_is_ended_all_the_same() {
-        let (ended, seen) = channel();
-        let tell = |what: &'static str| {
-            let ended = ended.clone();
-            move |alone: bool| ended.send((what, alone)).unwrap()
-        };
-        let parts = vec![
-            part("export", &[], tell("export")),
-            part("image", &["export"], tell("image")),
-        ];
-        end_on(parts, Patience::within(None), |_| {
-            Err(io::Error::other("none"))
-        })
-        .unwrap();
-        let seen: Vec<_> = seen.try_iter().collect();
-        assert_eq!(seen, [("export", true), ("image", true)]);
-    }
-
-    #[test]
-    fn what_ends_is_waited_for_no_longer_than_it_takes() {
-        let (first, second) = channel();
-        let parts = vec![
-            part("image", &["export"], move |alone| {
-                assert!(alone);
-                assert_eq!(second.try_recv(), Ok(()), "before its user had ended");
-            }),
-            part("export", &[], move |_| first.send(()).unwrap()),
-        ];
-        let forever = Patience {
-            users: HOUR,
-            hung: HOUR,
-            all: HOUR,
-        };
-        end(parts, forever).unwrap();
-    }
-
-    #[test]
-    fn an_image_that_is_slow_is_not_abandoned() {
-        let parts = vec![
-            part("image", &["export"], |alone| {
-                assert!(alone);
-                be_slow();
-            }),
-            part("export", &[], |_| {}),
-        ];
-        let patience = Patience {
-            users: HOUR,
-            hung: Duration::ZERO,
-            all: HOUR,
-        };
-        end(parts, patience).unwrap();
-    }
-
-    #[test]
-    fn users_that_wait_for_a_slow_sync_do_not_hang() {
-        let (called, calls) = channel();
-        let (begin, begun) = channel::<()>();
-        let mut image = part("image", &["export"], move |alone| {
-            called.send(alone).unwrap()
-        });
-        image.syncing = Some(Box::new(move || {
-            // What is waited for ends only after it was asked for.
-            begin.send(()).unwrap();
-            true
-        }));
-        let export = part("export", &[], move |_| {
-            begun.recv().unwrap();
-            be_slow();
-        });
-        let patience = Patience {
-            users: Duration::ZERO,
-            hung: Duration::from_millis(100),
-            all: HOUR,
-        };
-        end(vec![image, export], patience).unwrap();
-        assert_eq!(calls.try_iter().collect::<Vec<_>>(), [false, true]);
-    }
-
-    #[test]
-    fn all_the_time_there_is_has_an_end() {
-        let (release, hang) = channel::<()>();
-        let parts = vec![part("image", &[], move |_| assert!(hang.recv().is_err()))];
-        let patience = Patience {
-            users: Duration::ZERO,
-            hung: Duration::ZERO,
-            all: Duration::from_millis(50),
-        };
-        let error = end(parts, patience).unwrap_err().to_string();
-        assert_eq!(error, "abandoned after 0 s: image hangs");
-        drop(release);
-    }
-
-    #[test]
-    fn what_goes_wrong_is_told() {
-        let mut image = part("image", &[], |_| {});
-        image.work = Box::new(|_| Err(Error::Invalid("image is full".into())));
-        let parts = vec![image, part("export", &[], |_| {})];
-        let error = end(parts, Patience::within(None)).unwrap_err();
-        assert_eq!(error.to_string(), "image is full");
-    }
-
-    #[test]
-    fn what_comes_last_has_what_is_left_of_the_bound() {
-        let second = Duration::from_secs(1);
-        let patience = Patience::within(Some(80 * second));
-        assert_eq!(patience.left(Duration::ZERO), 10 * second);
-        assert_eq!(patience.left(76 * second), 4 * second);
-        for taken in [80, 81] {
-            assert_eq!(patience.left(taken * second), second);
-        }
-        // However short the bound is.
-        assert_eq!(Patience::within(Some(second)).left(Duration::ZERO), second);
-    }
-
-    #[test]
-    fn hung_users_have_nine_seconds_unless_it_is_configured() {
-        let patience = Patience::within(None);
-        assert_eq!(patience.hung, Duration::from_secs(9));
-        assert_eq!(last_flush(patience.hung), Duration::from_secs(8));
-        let patience = Patience::within(Some(Duration::from_secs(8)));
-        assert_eq!((patience.hung.as_secs(), patience.all.as_secs()), (1, 8));
-    }
-}
+mod tests;

@@ -3,13 +3,18 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::ending::Part;
-use super::{Exports, Served, on_this_thread, sync_errors};
+use super::ending::{Activity, Part};
+use super::sync_errors::syncs_of;
+use super::{Exports, Served, on_this_thread};
+use crate::chain::Layer;
 use crate::error::{Error, Result};
+use crate::export::Export;
 use crate::graph::Graph;
 use crate::graph::Node;
 use crate::job::Manager;
+use crate::storage::Syncs;
 
 /// The parts of the daemon's end. From here on no job begins.
 pub fn of(
@@ -19,6 +24,7 @@ pub fn of(
     sockets: Option<Box<dyn FnMut() + Send>>,
 ) -> Vec<Part> {
     let mut parts = Vec::new();
+    let mut served = Vec::new();
     let mut users = Vec::new();
     let mut written = BTreeSet::new();
     let jobs = jobs.map(Manager::close);
@@ -40,7 +46,7 @@ pub fn of(
                 }
                 Ok(())
             }),
-            syncing: None,
+            storage: None,
             abandoned: Box::new(move || what.clone()),
         });
     }
@@ -52,7 +58,7 @@ pub fn of(
                 shut_down();
                 Ok(())
             }),
-            syncing: None,
+            storage: None,
             abandoned: Box::new(|| "the control sockets do not end".to_owned()),
         });
     }
@@ -61,7 +67,9 @@ pub fn of(
     } in exports.list()
     {
         let name = format!("export '{}'", options.id);
-        users.push((name.clone(), images_of(&nodes, &options.node_name)));
+        let uses = images_of(&nodes, &options.node_name);
+        served.push((export.clone(), uses.clone()));
+        users.push((name.clone(), uses));
         let (ending, stuck, what) = (export.clone(), export.clone(), name.clone());
         parts.push(Part {
             name,
@@ -70,7 +78,7 @@ pub fn of(
                 ending.shutdown();
                 Ok(())
             }),
-            syncing: None,
+            storage: None,
             abandoned: Box::new(move || {
                 let left = stuck.unfinished();
                 format!("{what}: {left} requests have not completed, its images are not closed")
@@ -92,12 +100,50 @@ pub fn of(
             images.push(node);
         }
     }
-    parts.extend(images.into_iter().map(|node| image(graph, node, &users)));
+    parts.extend(images.into_iter().map(|node| {
+        let exports = served.iter().filter(|(_, uses)| uses.contains(&node.name));
+        let exports = exports.map(|(export, _)| export.clone()).collect();
+        image(graph, node, &users, exports)
+    }));
     parts
 }
 
-/// The image of a node, which is closed after those of `users` that use it.
-fn image(graph: &Arc<Graph>, node: Node, users: &[(String, BTreeSet<String>)]) -> Part {
+/// What an image is stored in, and who serves it.
+struct Storages {
+    disks: Vec<Arc<Layer>>,
+    exports: Vec<Arc<Export>>,
+}
+
+impl Activity for Storages {
+    fn is_syncing(&self) -> bool {
+        let mut syncs = self.disks.iter().flat_map(|disk| syncs_of(disk));
+        syncs.any(|syncs| syncs.is_under_way())
+    }
+
+    /// What the kernel answers of a file that is in its memory is no sign of life: calls that
+    /// have ended do not count.
+    fn silent_for(&self) -> Duration {
+        let storages = self.disks.iter().flat_map(|disk| disk.storages());
+        let since =
+            storages.filter_map(|storage| Syncs::of(storage).silent_since(storage.call_since()));
+        let Some(since) = since.min() else {
+            return Duration::ZERO;
+        };
+        let queues = self.exports.iter().flat_map(|export| export.stats());
+        let answered = queues.filter_map(|queue| queue.last_end.at()).max();
+        answered
+            .map_or(since, |answered| answered.max(since))
+            .elapsed()
+    }
+}
+
+/// The image of a node, which is closed after those of `users` that use it, `exports` among them.
+fn image(
+    graph: &Arc<Graph>,
+    node: Node,
+    users: &[(String, BTreeSet<String>)],
+    exports: Vec<Arc<Export>>,
+) -> Part {
     let name = image_name(&node);
     let uses = users.iter().filter(|(_, nodes)| nodes.contains(&node.name));
     let after = uses.map(|(user, _)| user.clone()).collect();
@@ -105,7 +151,10 @@ fn image(graph: &Arc<Graph>, node: Node, users: &[(String, BTreeSet<String>)]) -
     let state = graph.state();
     let disks = state.disks_under(&node).into_iter().map(|disk| &**disk);
     let disks = disks.chain([&node]).map(|disk| disk.layer.clone());
-    let disks: Vec<_> = disks.collect();
+    let storage = Arc::new(Storages {
+        disks: disks.collect(),
+        exports,
+    });
     let graph = graph.clone();
     Part {
         name,
@@ -115,11 +164,17 @@ fn image(graph: &Arc<Graph>, node: Node, users: &[(String, BTreeSet<String>)]) -
             // Its job has closed it, or was the last to use it.
             _ => Ok(()),
         }),
-        syncing: Some(Box::new(move || {
-            let mut syncs = disks.iter().flat_map(|layer| sync_errors::syncs_of(layer));
-            syncs.any(|syncs| syncs.is_under_way())
-        })),
-        abandoned: Box::new(move || what.clone()),
+        abandoned: Box::new({
+            let storage = storage.clone();
+            move || match storage.silent_for() {
+                silent if silent.is_zero() => what.clone(),
+                silent => format!(
+                    "{what}, its storage has not answered for {} s",
+                    silent.as_secs()
+                ),
+            }
+        }),
+        storage: Some(storage),
     }
 }
 
@@ -177,7 +232,6 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::chain::Layer;
     use crate::format::{Format, Raw};
     use crate::graph::Role;
     use crate::job::{BodyFactory, JobError, JobSpec, ParkRunner, SystemClock};

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
 
+use crate::storage::silence::LastEnd;
+
 /// A counter with one writer.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
@@ -32,6 +34,9 @@ macro_rules! queue_stats {
             pub unfinished: AtomicU32,
             /// The worker's thread, as the kernel numbers it.
             pub thread: AtomicI32,
+            /// When requests were last answered while a sync was under way, as the worker saw when it
+            /// went to sleep or let others run.
+            pub last_end: LastEnd,
         }
 
         impl QueueStats {

@@ -15,10 +15,11 @@ use std::collections::VecDeque;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Condvar;
 
+use super::silence::UnderWay;
 use crate::sync::{Event, Mutex};
 
 /// How long a thread without work stays.
@@ -49,6 +50,8 @@ struct Waiting {
     calls: VecDeque<Call>,
     /// A thread carries out the calls.
     has_thread: bool,
+    /// The call that is carried out.
+    under_way: Option<UnderWay>,
 }
 
 impl std::fmt::Debug for Queue {
@@ -125,6 +128,11 @@ impl Calls {
         }
     }
 
+    /// Since when the call that is carried out is under way. `None`: none is.
+    pub fn since(&self) -> Option<Instant> {
+        self.0.0.lock().under_way.as_ref().map(UnderWay::since)
+    }
+
     fn push(&self, call: Call) -> io::Result<()> {
         let mut waiting = self.0.0.lock();
         let queued = std::mem::take(&mut waiting.calls);
@@ -153,10 +161,12 @@ impl Queue {
     fn drain(&self) {
         loop {
             let mut waiting = self.0.lock();
+            waiting.under_way = None;
             let Some(call) = waiting.calls.pop_front() else {
                 waiting.has_thread = false;
                 return;
             };
+            waiting.under_way = Some(UnderWay::begin());
             drop(waiting);
             // The queue's other calls are made all the same. A panic has told of itself.
             if call.is_wanted() && catch_unwind(AssertUnwindSafe(call.make)).is_err() {
@@ -332,7 +342,10 @@ mod tests {
     #[test]
     fn calls_that_were_cancelled_do_not_pile_up() {
         let calls = Calls::default();
+        assert_eq!(calls.since(), None);
+        let before = Instant::now();
         let let_go = hang(&calls);
+        assert!(calls.since().unwrap() >= before);
         for _ in 0..100 {
             cancel(&calls, || ());
         }

@@ -16,6 +16,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use io_uring::{opcode, squeue, types};
 use parking_lot::Mutex;
@@ -416,6 +417,10 @@ impl Storage for FileStorage {
 
     fn syncs(&self) -> Option<&Arc<Syncs>> {
         Some(&self.syncs)
+    }
+
+    fn call_since(&self) -> Option<Instant> {
+        self.opened.calls.since()
     }
 
     fn next_data(&self, offset: u64) -> Answer<'_, Option<(u64, u64)>> {

@@ -54,6 +54,9 @@ async fn run(
                 (&mut guard).await
             }
         };
+        if let Some(syncs) = storage.syncs() {
+            syncs.note_end();
+        }
         tried += 1;
         match (result, guard.into_kept()) {
             (Err(error), Some(kept)) if tried < TRIES && is_interruption(&error) => in_use = kept,

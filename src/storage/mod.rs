@@ -26,10 +26,12 @@ pub mod io;
 pub mod locking;
 pub mod memory;
 pub mod opener;
+pub mod silence;
 pub mod syncs;
 pub mod window;
 
 use std::future::{Ready, ready};
+use std::time::Instant;
 
 use futures_util::future::{Either, FutureExt, LocalBoxFuture};
 
@@ -218,6 +220,12 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     /// The syncs of the file that its bytes are in, shared with all others that have it; a storage over
     /// another one has that one's. `None`: it has a file of its own, written through a page cache.
     fn syncs(&self) -> Option<&std::sync::Arc<Syncs>> {
+        None
+    }
+
+    /// Since when a call of it is under way that blocks a thread (asking its length, closing).
+    /// `None`: none is.
+    fn call_since(&self) -> Option<Instant> {
         None
     }
 

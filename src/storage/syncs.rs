@@ -22,9 +22,10 @@ use std::future::Future;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::{Arc, LazyLock, Weak};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use super::identity::identity_of;
+use super::silence::{LastEnd, UnderWay};
 use super::{Identity, Storage, are_different, is_known};
 use crate::error::SyncFailure;
 use crate::sync::{AsyncMutex, Mutex};
@@ -35,6 +36,8 @@ pub struct Syncs {
     /// Held by the sync under way.
     turn: AsyncMutex<()>,
     state: Mutex<State>,
+    /// Of operations of tasks.
+    last_end: LastEnd,
 }
 
 #[derive(Debug, Default)]
@@ -43,8 +46,8 @@ struct State {
     page_cache: bool,
     /// Syncs that have begun.
     begun: u64,
-    /// The latest one that has ended.
-    ended: u64,
+    /// When the one that is under way began.
+    since: Option<Instant>,
     /// The latest one that succeeded.
     succeeded: u64,
     failure: Option<SyncFailure>,
@@ -88,6 +91,7 @@ impl Syncs {
                 page_cache,
                 ..State::default()
             }),
+            last_end: LastEnd::default(),
         })
     }
 
@@ -194,8 +198,21 @@ impl Syncs {
     /// Whether a sync is being carried out just now.
     #[must_use]
     pub fn is_under_way(&self) -> bool {
-        let state = self.state.lock();
-        state.begun > state.ended
+        self.state.lock().since.is_some()
+    }
+
+    /// An operation of the file has ended.
+    pub(super) fn note_end(&self) {
+        self.last_end.note();
+    }
+
+    /// Since when a sync is under way, or a call that is since `call`, without any operation of a
+    /// task that has ended. `None`: none is under way.
+    #[must_use]
+    pub fn silent_since(&self, call: Option<Instant>) -> Option<Instant> {
+        let sync = self.state.lock().since;
+        let since = sync.into_iter().chain(call).min()?;
+        Some(self.last_end.at().map_or(since, |last| last.max(since)))
     }
 
     /// Forgets the failure: the next sync is tried again. Returns what it was.
@@ -222,13 +239,11 @@ impl Syncs {
             state.begun += 1;
             state.begun
         };
+        let under_way = SyncUnderWay::begin(self);
         let result = sync.await;
-        {
-            let mut state = self.state.lock();
-            state.ended = number;
-            if result.is_ok() {
-                state.succeeded = number;
-            }
+        drop(under_way);
+        if result.is_ok() {
+            self.state.lock().succeeded = number;
         }
         result.map(drop).map_err(|error| self.fail(file, error))
     }
@@ -256,6 +271,29 @@ impl Syncs {
             listener(self, &failure);
         }
         failure.into()
+    }
+}
+
+/// The sync of a file that is under way: until it has ended, or nobody waits for it any more.
+struct SyncUnderWay<'a> {
+    syncs: &'a Syncs,
+    _counted: UnderWay,
+}
+
+impl<'a> SyncUnderWay<'a> {
+    fn begin(syncs: &'a Syncs) -> Self {
+        let counted = UnderWay::begin();
+        syncs.state.lock().since = Some(counted.since());
+        Self {
+            syncs,
+            _counted: counted,
+        }
+    }
+}
+
+impl Drop for SyncUnderWay<'_> {
+    fn drop(&mut self) {
+        self.syncs.state.lock().since = None;
     }
 }
 
@@ -365,6 +403,21 @@ mod tests {
             panic!("the second one has failed, too");
         };
         assert!(!syncs.is_under_way());
+    }
+
+    /// Its waiter was cancelled: what is left of it is no sign of a disk that hangs.
+    #[test]
+    fn a_sync_that_nobody_waits_for_is_not_under_way() {
+        let syncs = Syncs::new(true);
+        let mut first = Box::pin(syncs.share("disk", std::future::pending()));
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(first.as_mut().poll(&mut context).is_pending());
+        let began = syncs.silent_since(None).unwrap();
+        syncs.note_end();
+        assert!(syncs.silent_since(None).unwrap() > began, "an operation has ended");
+        drop(first);
+        assert!(!syncs.is_under_way());
+        assert_eq!(syncs.silent_since(None), None);
     }
 
     #[test]

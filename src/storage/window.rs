@@ -6,6 +6,7 @@
 use std::any::Any;
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::{Access, Answer, Limits, Op, Storage, Submission, Syncs, at_once, later};
 use crate::error::{Action, Error, Result};
@@ -226,6 +227,10 @@ impl Storage for Window {
 
     fn syncs(&self) -> Option<&Arc<Syncs>> {
         Some(&self.syncs)
+    }
+
+    fn call_since(&self) -> Option<Instant> {
+        self.inner.call_since()
     }
 
     fn next_data(&self, offset: u64) -> Answer<'_, Option<(u64, u64)>> {

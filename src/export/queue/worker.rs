@@ -46,6 +46,8 @@ struct WorkerLoop<'a> {
     /// What was queued in the turn before has not been submitted.
     held_back: bool,
     fairness: Fairness,
+    /// Requests that had been answered when the thread last slept or let others run.
+    answered: u64,
 }
 
 /// When a thread that does not sleep lets others run.
@@ -71,11 +73,13 @@ impl Fairness {
         self.since = None;
     }
 
-    /// One more turn has begun.
-    fn turn(&mut self) {
-        if self.on && self.is_due(Instant::now()) {
+    /// One more turn has begun. True: others have run.
+    fn turn(&mut self) -> bool {
+        let due = self.on && self.is_due(Instant::now());
+        if due {
             sched::give_turn();
         }
+        due
     }
 
     /// Whether others are to run at a turn that begins `now`. Then the time counts anew.
@@ -125,6 +129,7 @@ pub(super) fn run(
         exit: false,
         held_back: false,
         fairness: Fairness::of_this_thread(),
+        answered: 0,
     };
     while !worker.exit || worker.in_flight() {
         worker.turn();
@@ -136,7 +141,9 @@ pub(super) fn run(
 
 impl WorkerLoop<'_> {
     fn turn(&mut self) {
-        self.fairness.turn();
+        if self.fairness.turn() {
+            self.note_ends();
+        }
         self.take_orders();
         let mut taken = false;
         if let Some(queue) = &mut self.queue {
@@ -285,6 +292,15 @@ impl WorkerLoop<'_> {
         }
     }
 
+    /// Notes that requests have been answered since the last time.
+    fn note_ends(&mut self) {
+        let stats = &self.context.stats;
+        let answered = stats.requests();
+        if std::mem::replace(&mut self.answered, answered) != answered {
+            stats.last_end.note();
+        }
+    }
+
     /// Waits for something to do.
     fn rest(&mut self) {
         let mut timeout = None;
@@ -314,6 +330,7 @@ impl WorkerLoop<'_> {
         if !in_flight || self.context.is_unused() {
             self.context.leave();
         }
+        self.note_ends();
         let stats = &self.context.stats;
         stats.sleeps.add(1);
         stats.enters.add(self.reactor.enters() - stats.enters.get());
