@@ -84,14 +84,13 @@ impl Graph {
         if node.fixed_read_only || self.node(name)?.fixed_read_only {
             return Err(Error::Invalid("Block node is read-only".into()));
         }
-        let state = self.state();
-        for disk in state.disks_in(&node) {
-            if disk.fixed_read_only || state.image_node(&disk.name)?.fixed_read_only {
-                return Err(read_only(&disk.name));
+        for disk in self.names_of_disks_in(&node) {
+            if self.node(&disk)?.fixed_read_only || self.image_node(&disk)?.fixed_read_only {
+                return Err(read_only(&disk));
             }
             // Before the node's own turn: nobody waits for one turn in another. The grant for the
             // node is one for these.
-            Box::pin(self.prepare(&disk.name)).await?;
+            Box::pin(self.prepare(&disk)).await?;
         }
         let _turn = self.turn(&node).await?;
         let node = self.node(&node.name)?;
@@ -126,10 +125,18 @@ impl Graph {
             self.make_read_only(&node.name).await?;
         }
         drop(turn);
-        for disk in self.state().disks_in(&node) {
-            Box::pin(self.lower_unwritten(&disk.name)).await?;
+        for disk in self.names_of_disks_in(&node) {
+            Box::pin(self.lower_unwritten(&disk)).await?;
         }
         Ok(())
+    }
+
+    /// The disks that a node is laid out in. By name: who waits for storage must not hold a state of
+    /// the graph meanwhile, since the files of all nodes in it would stay open.
+    fn names_of_disks_in(&self, node: &Node) -> Vec<String> {
+        let state = self.state();
+        let disks = state.disks_in(node).into_iter();
+        disks.map(|disk| disk.name.clone()).collect()
     }
 
     /// Whether an image in the disk of node `name` is open for writing, granted or not: what it has
@@ -222,15 +229,23 @@ impl Graph {
     /// Lets other programs read what a node is in, unless another node goes on writing through the
     /// same descriptor: windows of one file share it.
     pub(super) async fn lower(&self, node: &Node, storage: &Arc<dyn Storage>) -> Result<()> {
+        if self.writes_beside(node)? {
+            return Ok(());
+        }
+        storage.set_access(reading(node)).await.map_err(text)
+    }
+
+    /// Whether another node writes to what `node` is in.
+    fn writes_beside(&self, node: &Node) -> Result<bool> {
         let state = self.state();
         let bottom = state.bottom(node)?;
         for other in state.nodes() {
             let writes = !other.layer.read_only && !other.is_filter();
             if writes && other.name != node.name && state.bottom(other)? == bottom {
-                return Ok(());
+                return Ok(true);
             }
         }
-        storage.set_access(reading(node)).await.map_err(text)
+        Ok(false)
     }
 }
 
