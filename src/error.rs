@@ -29,10 +29,12 @@ impl fmt::Display for Action {
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     /// The storage failed.
-    #[error("{file}: {action} at offset {offset}: {}", errno_text(*errno))]
+    #[error("{file}: {action}{of} at offset {offset}: {}", errno_text(*errno))]
     Io {
         /// What was tried.
         action: Action,
+        /// Of what, or what for, with a space before it; nothing where the offset says it.
+        of: &'static str,
         /// The system's error number.
         errno: i32,
         /// The storage's name.
@@ -80,6 +82,18 @@ impl Error {
     /// Wraps a storage error.
     #[must_use]
     pub fn io(action: Action, file: &str, offset: u64, error: &io::Error) -> Self {
+        Self::io_of(action, "", file, offset, error)
+    }
+
+    /// As [`io`](Self::io), with words that say of what it was, or what for.
+    #[must_use]
+    pub fn io_of(
+        action: Action,
+        of: &'static str,
+        file: &str,
+        offset: u64,
+        error: &io::Error,
+    ) -> Self {
         let inner = error.get_ref();
         if let Some(failure) = inner.and_then(|inner| inner.downcast_ref::<SyncFailure>()) {
             return Self::Sync(failure.clone());
@@ -91,6 +105,7 @@ impl Error {
         let errno = error.raw_os_error().unwrap_or(libc::EIO);
         Self::Io {
             action,
+            of,
             errno,
             file: file.to_owned(),
             offset,

@@ -12,7 +12,7 @@ use crate::format::qcow2::Clear;
 use crate::format::{Format, Qcow2};
 use crate::reactor::carry_out;
 use crate::storage::buffer::is_zero;
-use crate::storage::{AlignedBuf, IoBufs, ScratchBuf};
+use crate::storage::{AlignedBuf, IoBufs, Purpose, ScratchBuf};
 
 /// Bytes that copy-on-read claims and copies at a time.
 const COPY_ON_READ_STEP: u64 = 512 << 10;
@@ -104,7 +104,9 @@ impl View {
         }
         // SAFETY: `buffer` outlives the read.
         let bufs = unsafe { IoBufs::of(&buffer, 0, len as usize) };
-        self.chain.read_from(span.target + 1, offset, &bufs).await?;
+        self.chain
+            .read_from(span.target + 1, offset, &bufs, Purpose::Copy)
+            .await?;
         let mut copied = Copied::default();
         for (start, end, zero) in runs(&buffer, unit as usize) {
             let at = offset + start as u64;
@@ -163,7 +165,8 @@ impl View {
             let target = qcow2.target(at, left).await?;
             let len = left.min(target.end - at);
             let bufs = bytes.slice(done as usize, len as usize);
-            if let Err(error) = self.fill(span.target, target, at, &bufs).await {
+            let filled = self.fill(span.target, target, at, &bufs, Purpose::Copy);
+            if let Err(error) = filled.await {
                 qcow2.abandon(target).await;
                 return Err(error);
             }

@@ -35,7 +35,7 @@ use crate::error::{Action, Error, Result};
 use crate::format::{Format, Place, Qcow2};
 use crate::grace::{EraCache, Grace, LocalEra, Users};
 use crate::reactor::carry_out;
-use crate::storage::{self, Limits, Storage};
+use crate::storage::{self, Limits, Purpose, Storage};
 use crate::sync::{self, ArcSwap};
 
 pub use backed::Backed;
@@ -66,7 +66,17 @@ pub struct Layer {
 
 impl Layer {
     fn io_error(&self, action: Action, offset: u64, error: &std::io::Error) -> Error {
-        Error::io(action, self.storage.name(), offset, error)
+        self.io_error_of(action, Purpose::Data, offset, error)
+    }
+
+    fn io_error_of(
+        &self,
+        action: Action,
+        purpose: Purpose,
+        offset: u64,
+        error: &std::io::Error,
+    ) -> Error {
+        Error::io_of(action, purpose.words(), self.storage.name(), offset, error)
     }
 
     /// The storages that the layer's bytes are in, that of its metadata first.

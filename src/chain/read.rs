@@ -8,7 +8,7 @@ use futures_util::future::join_all;
 use super::{Chain, Layer, Source, View};
 use crate::error::{Action, Error, Result};
 use crate::format::{Compressed, Format, Place};
-use crate::storage::{self, IoBufs};
+use crate::storage::{self, IoBufs, Purpose};
 
 /// Extents of one request that are read at the same time.
 const PARALLEL: usize = 16;
@@ -33,13 +33,19 @@ impl View {
                 log::warn!("copy-on-read: {error}");
             }
         }
-        self.chain.read_from(0, offset, &bufs).await
+        self.chain.read_from(0, offset, &bufs, Purpose::Data).await
     }
 }
 
 impl Chain {
     /// Reads what the layers from `first` on down hold at `offset`.
-    pub(super) async fn read_from(&self, first: usize, offset: u64, bufs: &IoBufs) -> Result<()> {
+    pub(super) async fn read_from(
+        &self,
+        first: usize,
+        offset: u64,
+        bufs: &IoBufs,
+        purpose: Purpose,
+    ) -> Result<()> {
         let mut done = 0;
         while done < bufs.len() {
             let mut batch = Vec::with_capacity(PARALLEL);
@@ -54,7 +60,7 @@ impl Chain {
             let fetched = join_all(
                 batch
                     .into_iter()
-                    .map(|(found, bufs)| self.fetch(found, bufs)),
+                    .map(|(found, bufs)| self.fetch(found, bufs, purpose)),
             );
             fetched.await.into_iter().collect::<Result<()>>()?;
         }
@@ -95,7 +101,7 @@ impl Chain {
     }
 
     /// Brings the bytes of one extent into `bufs`.
-    async fn fetch(&self, found: Found, bufs: IoBufs) -> Result<()> {
+    async fn fetch(&self, found: Found, bufs: IoBufs, purpose: Purpose) -> Result<()> {
         match found {
             Found::Plain(Source::Zero) => {
                 bufs.zero();
@@ -104,9 +110,9 @@ impl Chain {
             Found::Plain(Source::Storage { layer, offset }) => {
                 let layer = self.layer(layer)?;
                 layer
-                    .fetch(offset, &bufs)
+                    .fetch(offset, &bufs, purpose)
                     .await
-                    .map_err(|error| layer.io_error(Action::Read, offset, &error))
+                    .map_err(|error| layer.io_error_of(Action::Read, purpose, offset, &error))
             }
             Found::Compressed(layer, compressed) => {
                 let layer = self.layer(layer)?;
@@ -130,14 +136,14 @@ impl Chain {
 impl Layer {
     /// Reads at an offset of the storage. The bytes of a raw disk that its device does not have any
     /// more are an error, not zeros: a job would write these down for good.
-    async fn fetch(&self, offset: u64, bufs: &IoBufs) -> std::io::Result<()> {
+    async fn fetch(&self, offset: u64, bufs: &IoBufs, purpose: Purpose) -> std::io::Result<()> {
         if matches!(self.format, Format::Raw(_))
             && let Some(end) = self.storage.capacity().await?
             && offset + bufs.len() as u64 > end
         {
             return Err(std::io::Error::from_raw_os_error(libc::EIO));
         }
-        storage::io::read(&*self.storage, bufs, offset).await
+        storage::io::read(purpose.on(&*self.storage), bufs, offset).await
     }
 
     /// Says where the bytes from `offset` on are, with metadata loaded as needed.

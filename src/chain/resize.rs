@@ -11,7 +11,7 @@ use crate::error::{Action, Error, Result};
 use crate::format::qcow2::bitmaps::InForce;
 use crate::format::qcow2::{self, Preallocation};
 use crate::format::{Format, Qcow2};
-use crate::storage::{self, Storage};
+use crate::storage::{self, Purpose, Storage};
 
 /// How to change a size.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,7 +37,9 @@ pub async fn preallocate_raw(
     let len = to.saturating_sub(from);
     match mode {
         Preallocation::Off | Preallocation::Metadata => Ok(()),
-        Preallocation::Falloc => storage::io::zero(storage, from, len, false).await,
+        Preallocation::Falloc => {
+            storage::io::zero(Purpose::Space.on(storage), from, len, false).await
+        }
         Preallocation::Full => qcow2::write_zeros(storage, from, len).await,
     }
 }

@@ -18,7 +18,7 @@ use crate::error::{Action, Error, Result};
 use crate::format::qcow2::{Clear, Target};
 use crate::format::{Format, Place, Qcow2};
 use crate::reactor::carry_out;
-use crate::storage::{self, AlignedBuf, IoBufs, ScratchBuf};
+use crate::storage::{self, AlignedBuf, IoBufs, Purpose, ScratchBuf};
 
 /// Guest bytes allocated at a time: bounds the buffers and lets others have the clusters.
 const ALLOCATE_AT_ONCE: u64 = 2 << 20;
@@ -41,7 +41,7 @@ impl View {
     async fn write_top(&self, offset: u64, bufs: IoBufs) -> Result<()> {
         let top = self.writable_top()?;
         match &top.format {
-            Format::Raw(_) => top.store(offset, &bufs).await,
+            Format::Raw(_) => top.store(offset, &bufs, Purpose::Data).await,
             Format::Qcow2(qcow2) => self.write_qcow2(top, qcow2, offset, &bufs).await,
             Format::Qed(_) => Err(top.not_writable()),
         }
@@ -60,7 +60,8 @@ impl View {
         match &top.format {
             Format::Raw(_) => {
                 top.whole_blocks(offset, len)?;
-                storage::io::zero(&*top.storage, offset, len, unmap && top.discard)
+                let to = Purpose::Data.on(&*top.storage);
+                storage::io::zero(to, offset, len, unmap && top.discard)
                     .await
                     .map_err(|error| top.io_error(Action::Write, offset, &error))
             }
@@ -83,7 +84,7 @@ impl View {
             return Ok(());
         }
         match &top.format {
-            Format::Raw(_) => storage::io::discard(&*top.storage, offset, len)
+            Format::Raw(_) => storage::io::discard(Purpose::Data.on(&*top.storage), offset, len)
                 .await
                 .map_err(|error| top.io_error(Action::Write, offset, &error)),
             Format::Qcow2(qcow2) => self.discard_qcow2(top, qcow2, offset, len).await,
@@ -111,8 +112,8 @@ impl View {
         while done < len {
             let at = offset + done;
             if let Some((host, now)) = top.format.map_write(at, len - done) {
-                top.store(host, &bufs.slice(done as usize, now as usize))
-                    .await?;
+                let part = bufs.slice(done as usize, now as usize);
+                top.store(host, &part, Purpose::Data).await?;
                 done += now;
                 continue;
             }
@@ -147,9 +148,8 @@ impl View {
         }
         let target = qcow2.target(offset, len.min(extent.len)).await?;
         let len = len.min(extent.len).min(target.end - offset);
-        let result = self
-            .fill(0, target, offset, &bufs.slice(0, len as usize))
-            .await;
+        let part = bufs.slice(0, len as usize);
+        let result = self.fill(0, target, offset, &part, Purpose::Data).await;
         if let Err(error) = result {
             Box::pin(qcow2.abandon(target)).await;
             return Err(error);
@@ -165,6 +165,7 @@ impl View {
         target: Target,
         offset: u64,
         bufs: &IoBufs,
+        purpose: Purpose,
     ) -> Result<()> {
         let end = offset + bufs.len() as u64;
         // The bytes to be read; what is fresh and was zero needs neither a read nor a write.
@@ -174,7 +175,7 @@ impl View {
         let to = self.chain.layer(layer)?;
         let at = target.host + (head.start - target.start);
         if head.is_empty() && tail.is_empty() {
-            return to.store(at, bufs).await;
+            return to.store(at, bufs, purpose).await;
         }
         // Apart: it is much, and most futures of writes need no room for it.
         let parts = (head, bufs, tail);
@@ -199,7 +200,7 @@ impl View {
             let part = |start, len| unsafe { IoBufs::of(&old, start, len) };
             let (head, tail) = (part(0, first), part(last, old.len() - last));
             let all = IoBufs::joined(&[head, bufs.clone(), tail]);
-            return to.store(at, &all).await;
+            return to.store(at, &all, Purpose::CopyOnWrite).await;
         }
         // Both to their end: what one uses is not left behind where the other fails.
         let (head, tail) = join(self.old_bytes(layer, head), self.old_bytes(layer, tail)).await;
@@ -207,7 +208,7 @@ impl View {
         // SAFETY: nobody changes the buffers.
         let whole = |buffer: &ScratchBuf| unsafe { IoBufs::of(buffer, 0, buffer.len()) };
         let all = IoBufs::joined(&[whole(&head), bufs.clone(), whole(&tail)]);
-        to.store(at, &all).await
+        to.store(at, &all, Purpose::CopyOnWrite).await
     }
 
     /// What of a part around new data must be copied: all of it, or nothing (an empty range at its
@@ -233,7 +234,9 @@ impl View {
         }
         // SAFETY: `buffer` outlives the read.
         let bufs = unsafe { IoBufs::of(&buffer, 0, within) };
-        self.chain.read_from(layer, part.start, &bufs).await?;
+        self.chain
+            .read_from(layer, part.start, &bufs, Purpose::CopyOnWrite)
+            .await?;
         Ok(buffer)
     }
 
@@ -369,11 +372,11 @@ impl Layer {
     }
 
     /// Writes at an offset of the storage.
-    pub(super) async fn store(&self, at: u64, bufs: &IoBufs) -> Result<()> {
+    pub(super) async fn store(&self, at: u64, bufs: &IoBufs, purpose: Purpose) -> Result<()> {
         self.whole_blocks(at, bufs.len() as u64)?;
-        storage::io::write(&*self.storage, bufs, at)
+        storage::io::write(purpose.on(&*self.storage), bufs, at)
             .await
-            .map_err(|error| self.io_error(Action::Write, at, &error))
+            .map_err(|error| self.io_error_of(Action::Write, purpose, at, &error))
     }
 }
 

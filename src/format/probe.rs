@@ -9,7 +9,7 @@ use std::fmt;
 
 use super::{qcow2, qed};
 use crate::error::{Error, Result};
-use crate::storage::{self, Storage};
+use crate::storage::{self, Purpose, Storage};
 
 /// Bytes at the start that decide.
 pub const START: usize = 512;
@@ -144,9 +144,15 @@ pub async fn detect_in(storage: &dyn Storage) -> Result<Detected> {
         .len()
         .await
         .map_err(|error| Error::io(crate::error::Action::Read, storage.name(), 0, &error))?;
-    let first = storage::io::fetch(storage, 0, len.min(START as u64) as usize).await?;
+    let first = storage::io::fetch(
+        Purpose::Header.on(storage),
+        0,
+        len.min(START as u64) as usize,
+    )
+    .await?;
     let ending = len.min(END as u64);
-    let last = storage::io::fetch(storage, len - ending, ending as usize).await?;
+    let last =
+        storage::io::fetch(Purpose::Header.on(storage), len - ending, ending as usize).await?;
     Ok(detect(&first, &last, len))
 }
 

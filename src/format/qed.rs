@@ -13,8 +13,8 @@ use super::directory::Directory;
 use super::qcow2::Backing;
 use super::{Extent, Place};
 use crate::error::{Error, Result};
-use crate::storage::Storage;
 use crate::storage::io::fetch;
+use crate::storage::{Purpose, Storage};
 
 /// "QED\0", little-endian.
 const MAGIC: u32 = 0x0044_4551;
@@ -162,12 +162,12 @@ impl Qed {
     /// # Errors
     /// When it is not a QED image, contradicts the specification or needs an unknown feature.
     pub async fn open(storage: Arc<dyn Storage>) -> Result<Self> {
-        let start = fetch(&*storage, 0, HEADER_BYTES).await?;
+        let start = fetch(Purpose::Header.on(&*storage), 0, HEADER_BYTES).await?;
         let header = Header::parse(&start, storage.name())?;
         let backing = match header.backing {
             None => None,
             Some((offset, len)) => {
-                let name = fetch(&*storage, offset, len as usize).await?;
+                let name = fetch(Purpose::Header.on(&*storage), offset, len as usize).await?;
                 let name = String::from_utf8(name.to_vec()).map_err(|_| {
                     Error::corrupt(storage.name(), "the backing file name is not valid UTF-8")
                 })?;
@@ -177,7 +177,8 @@ impl Qed {
         };
         let clusters = header.size.div_ceil(1 << header.cluster_bits);
         let needed = clusters.div_ceil(header.entries);
-        let l1 = words(&fetch(&*storage, header.l1_offset, needed as usize * 8).await?);
+        let from = Purpose::L1Table.on(&*storage);
+        let l1 = words(&fetch(from, header.l1_offset, needed as usize * 8).await?);
         for (index, entry) in l1.iter().enumerate() {
             if !is_offset(*entry, header.cluster_bits) {
                 return Err(Error::corrupt(
@@ -270,7 +271,8 @@ impl Qed {
             return Ok(());
         };
         let at = table + number * SLICE % self.entries * 8;
-        let slice = words(&fetch(&*self.storage, at, SLICE as usize * 8).await?);
+        let from = Purpose::L2Table.on(&*self.storage);
+        let slice = words(&fetch(from, at, SLICE as usize * 8).await?);
         let bad = slice
             .iter()
             .find(|&&entry| entry != ZERO && !is_offset(entry, self.cluster_bits));

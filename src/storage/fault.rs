@@ -3,19 +3,20 @@
 //! [`Uneven`] is the kernel as it may be at any time: transfers that are short, operations that are
 //! interrupted or to be tried again. A seed decides which, so that tests can repeat it.
 //! [`FaultStorage`] gives any storage a trait of another one: blocks, holes, a page cache, calls
-//! that hang at a [`Gate`].
+//! that hang at a [`Gate`], operations that fail by the rules of [`Faults`].
+
+mod rules;
 
 use std::any::Any;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use parking_lot::{Condvar, Mutex};
-
 use super::calls::Calls;
-use super::{Access, Answer, Limits, Op, Storage, Submission, Syncs, at_once, later};
-use crate::reactor::{Reactor, Remote, Token};
-use crate::sync::Event;
+use super::{Access, Answer, Limits, Op, Purpose, Storage, Submission, Syncs, at_once, later};
+use crate::reactor::{Reactor, Token};
+
+pub use rules::{Call, Faults, Gate, Rule};
 
 /// Decides what becomes of each operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,131 +69,6 @@ impl Uneven {
     }
 }
 
-/// A kind of call that storage is asked to make.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Call {
-    /// [`Op::Read`].
-    Read,
-    /// [`Op::Write`].
-    Write,
-    /// [`Op::Sync`].
-    Sync,
-    /// [`Op::Reserve`].
-    Reserve,
-    /// [`Op::Zero`].
-    Zero,
-    /// [`Storage::len`] and [`Storage::capacity`].
-    Len,
-    /// [`Storage::set_len`].
-    SetLen,
-    /// [`Storage::set_access`].
-    SetAccess,
-    /// [`Storage::open_writable`].
-    OpenWritable,
-    /// [`Storage::next_data`].
-    NextData,
-    /// The last reference goes.
-    Close,
-}
-
-impl Call {
-    /// All of them.
-    pub const ALL: [Self; 11] = [
-        Self::Read,
-        Self::Write,
-        Self::Sync,
-        Self::Reserve,
-        Self::Zero,
-        Self::Len,
-        Self::SetLen,
-        Self::SetAccess,
-        Self::OpenWritable,
-        Self::NextData,
-        Self::Close,
-    ];
-
-    fn of(op: &Op<'_>) -> Self {
-        match op {
-            Op::Read { .. } => Self::Read,
-            Op::Write { .. } => Self::Write,
-            Op::Sync => Self::Sync,
-            Op::Reserve { .. } => Self::Reserve,
-            Op::Zero { .. } => Self::Zero,
-        }
-    }
-}
-
-/// Where calls hang, until it is opened by any thread. Operations that have hung end as
-/// interrupted then, having done nothing, and are tried again; everything else goes on.
-#[derive(Debug, Default)]
-pub struct Gate {
-    state: Mutex<GateState>,
-    opened: Event,
-    opened_to_threads: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct GateState {
-    shut: Vec<Call>,
-    operations: Vec<(Arc<Remote>, Token)>,
-    /// Calls that have hung.
-    hung: usize,
-}
-
-impl Gate {
-    /// Calls of these kinds hang from now on.
-    pub fn shut(&self, calls: &[Call]) {
-        self.state.lock().shut.extend(calls);
-    }
-
-    /// Nothing hangs any more.
-    pub fn open(&self) {
-        let operations = {
-            let mut state = self.state.lock();
-            state.shut.clear();
-            std::mem::take(&mut state.operations)
-        };
-        self.opened.notify(usize::MAX);
-        self.opened_to_threads.notify_all();
-        for (remote, token) in operations {
-            remote.complete(token, Err(io::Error::from_raw_os_error(libc::EAGAIN)));
-        }
-    }
-
-    /// How many calls have hung so far.
-    #[must_use]
-    pub fn hung(&self) -> usize {
-        self.state.lock().hung
-    }
-
-    /// Whether an operation hangs.
-    fn holds(&self, op: &Op<'_>, reactor: &Reactor, token: Token) -> bool {
-        let mut state = self.state.lock();
-        let shut = state.shut.contains(&Call::of(op));
-        if shut {
-            state.hung += 1;
-            state.operations.push((reactor.remote(), token));
-        }
-        shut
-    }
-
-    /// Hangs while the gate is shut for `call`; blocks nobody.
-    async fn pass(&self, call: Call) {
-        let mut counted = false;
-        loop {
-            let opened = self.opened.listen();
-            {
-                let mut state = self.state.lock();
-                if !state.shut.contains(&call) {
-                    return;
-                }
-                state.hung += usize::from(!std::mem::replace(&mut counted, true));
-            }
-            opened.await;
-        }
-    }
-}
-
 /// Hangs when it is dropped, on a thread that is there for that, and lets go of a storage then.
 #[derive(Debug)]
 struct Closing {
@@ -204,11 +80,7 @@ impl Drop for Closing {
     fn drop(&mut self) {
         let (gate, inner) = (self.gate.clone(), self.inner.take());
         let hang = move || {
-            let mut state = gate.state.lock();
-            state.hung += usize::from(state.shut.contains(&Call::Close));
-            while state.shut.contains(&Call::Close) {
-                gate.opened_to_threads.wait(&mut state);
-            }
+            gate.pass_close();
             drop(inner);
         };
         Calls::default().dispose(OnDrop(Some(hang)));
@@ -233,6 +105,7 @@ pub struct FaultStorage<S> {
     data: Option<Range<u64>>,
     tells_syncs: bool,
     gate: Option<Closing>,
+    faults: Option<Arc<Faults>>,
 }
 
 impl<S: Storage> FaultStorage<S> {
@@ -245,6 +118,7 @@ impl<S: Storage> FaultStorage<S> {
             data: None,
             tells_syncs: true,
             gate: None,
+            faults: None,
         }
     }
 
@@ -284,6 +158,13 @@ impl<S: Storage> FaultStorage<S> {
         self
     }
 
+    /// Its operations fail as the rules of `faults` say.
+    #[must_use]
+    pub fn with_faults(mut self, faults: &Arc<Faults>) -> Self {
+        self.faults = Some(faults.clone());
+        self
+    }
+
     /// Carries `call` out when the gate is open for it.
     fn behind_gate<'a, T: 'a>(
         &'a self,
@@ -317,17 +198,32 @@ impl<S: Storage> FaultStorage<S> {
 
 impl<S: Storage> Storage for FaultStorage<S> {
     unsafe fn submit(&self, reactor: &Reactor, op: Op<'_>, token: Token) -> Submission {
+        // SAFETY: passed on to the caller.
+        unsafe { self.submit_for(reactor, op, token, Purpose::Data) }
+    }
+
+    unsafe fn submit_for(
+        &self,
+        reactor: &Reactor,
+        op: Op<'_>,
+        token: Token,
+        purpose: Purpose,
+    ) -> Submission {
         if !self.is_whole(&op) {
             // As a file that was opened with O_DIRECT.
             return Submission::Ready(Err(io::Error::from_raw_os_error(libc::EINVAL)));
         }
         if let Some(Closing { gate, .. }) = &self.gate
-            && gate.holds(&op, reactor, token)
+            && gate.holds(&op, purpose, reactor, token)
         {
             return Submission::Pending;
         }
+        let met = self.faults.as_ref().map(|faults| faults.meet(&op, purpose));
+        if let Some(Err(error)) = met {
+            return Submission::Ready(Err(error));
+        }
         // SAFETY: passed on to the caller.
-        unsafe { self.inner.submit(reactor, op, token) }
+        unsafe { self.inner.submit_for(reactor, op, token, purpose) }
     }
 
     fn len(&self) -> Answer<'_, io::Result<u64>> {
@@ -431,6 +327,43 @@ mod tests {
             blocks.submit(&reactor, op, Token::client(0))
         };
         assert!(matches!(part(512), Submission::Ready(Err(_))));
+        Reactor::leave_thread();
+    }
+
+    /// An operation that fails, or hangs, though it is for something else; or one of these that does not.
+    #[test]
+    fn rules_choose_operations_by_what_they_are_for() {
+        let reactor = Reactor::for_this_thread().unwrap();
+        let (faults, gate) = (Arc::new(Faults::default()), Arc::new(Gate::default()));
+        let storage = FaultStorage::over(Arc::new(MemoryStorage::new(vec![7; 8192])))
+            .with_faults(&faults)
+            .with_gate(&gate);
+        let read = |purpose: Purpose| {
+            let read = reactor.block_on(read_buf(purpose.on(&storage), 0, 512));
+            read.map(drop).map_err(|error| error.raw_os_error())
+        };
+        faults.add(Rule {
+            call: Call::Read,
+            purpose: Some(Purpose::L2Table),
+            errno: libc::EIO,
+            times: 1,
+        });
+        let bytes = AlignedBuf::zeroed(512);
+        let write = write_buf(Purpose::L2Table.on(&storage), 0, &bytes);
+        reactor.block_on(write).unwrap();
+        assert_eq!(read(Purpose::Data), Ok(()));
+        assert_eq!(read(Purpose::L2Table), Err(Some(libc::EIO)));
+        assert_eq!(read(Purpose::L2Table), Ok(()));
+        gate.shut_for(Call::Read, Purpose::Copy);
+        assert_eq!(read(Purpose::L2Table), Ok(()));
+        assert_eq!(gate.hung(), 0);
+        let mut copy = Box::pin(read_buf(Purpose::Copy.on(&storage), 0, 512));
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        assert!(copy.as_mut().poll(&mut context).is_pending());
+        assert_eq!(gate.hung(), 1);
+        gate.open();
+        reactor.block_on(copy).unwrap();
+        drop(storage);
         Reactor::leave_thread();
     }
 }

@@ -1,13 +1,17 @@
 //! Asynchronous operations on storage for tasks: whole transfers, whatever the kernel splits or
 //! interrupts, and whatever alignment the storage asks for.
+//!
+//! They take a storage with the purpose of the operation ([`Purpose::on`]), or alone where that has
+//! none of its own.
 
 use std::any::Any;
+use std::future::Future;
 use std::io;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{AlignedBuf, IoBufs, Op, ScratchBuf, Storage, Submission, Syncs};
+use super::{AlignedBuf, IoBufs, Op, Purpose, ScratchBuf, Storage, Submission, Syncs, Target};
 use crate::error::{Action, Error};
 use crate::reactor::{Reactor, carry_out, yield_now};
 
@@ -29,12 +33,13 @@ struct InUse {
 
 /// Carries out the operation that `op` makes of the vectors of `bufs`, again when it was interrupted.
 async fn run(
-    storage: &dyn Storage,
+    to: Target<'_>,
     bufs: IoBufs,
     op: impl for<'a> Fn(&'a [libc::iovec]) -> Op<'a>,
 ) -> io::Result<u32> {
     let reactor = Reactor::current()
         .ok_or_else(|| io::Error::other("storage used on a thread without a reactor"))?;
+    let Target { storage, purpose } = to;
     let mut tried = 0;
     let mut in_use = InUse {
         bufs,
@@ -47,7 +52,7 @@ async fn run(
         let op = op(iovecs.get(..1024).unwrap_or(iovecs));
         // SAFETY: the vectors, and what they name, are kept by the guard until the operation has
         // ended.
-        let result = match unsafe { storage.submit(&reactor, op, guard.token()) } {
+        let result = match unsafe { storage.submit_for(&reactor, op, guard.token(), purpose) } {
             Submission::Ready(result) => result,
             Submission::Pending => {
                 guard.mark_started();
@@ -82,33 +87,42 @@ fn is_interruption(error: &io::Error) -> bool {
 ///
 /// # Errors
 /// What the storage reports.
-pub async fn read(storage: &dyn Storage, bufs: &IoBufs, offset: u64) -> io::Result<()> {
+pub fn read<'a>(
+    from: impl Into<Target<'a>>,
+    bufs: &IoBufs,
+    offset: u64,
+) -> impl Future<Output = io::Result<()>> {
+    read_from(from.into(), bufs, offset)
+}
+
+async fn read_from(from: Target<'_>, bufs: &IoBufs, offset: u64) -> io::Result<()> {
+    let storage = from.storage;
     let len = bufs.len() as u64;
     match storage.capacity().await? {
         Some(end) if offset >= end && len > 0 => Err(io::Error::from_raw_os_error(libc::EIO)),
         Some(end) if len > end.saturating_sub(offset) => {
             let within = (end - offset) as usize;
             bufs.slice(within, bufs.len() - within).zero();
-            read_within(storage, &bufs.slice(0, within), offset).await
+            read_within(from, &bufs.slice(0, within), offset).await
         }
-        _ => read_within(storage, bufs, offset).await,
+        _ => read_within(from, bufs, offset).await,
     }
 }
 
 /// Reads what does not reach past a fixed end.
-async fn read_within(storage: &dyn Storage, bufs: &IoBufs, offset: u64) -> io::Result<()> {
-    let limits = storage.limits();
+async fn read_within(from: Target<'_>, bufs: &IoBufs, offset: u64) -> io::Result<()> {
+    let limits = from.storage.limits();
     if !bufs.is_aligned(limits.memory_align)
         || !offset.is_multiple_of(limits.offset_align)
         || !(bufs.len() as u64).is_multiple_of(limits.offset_align)
     {
-        return read_unaligned(storage, bufs, offset).await;
+        return read_unaligned(from, bufs, offset).await;
     }
     let mut done = 0;
     while done < bufs.len() {
         let rest = bufs.slice(done, bufs.len() - done);
         let offset = offset + done as u64;
-        let count = run(storage, rest, |iovecs| Op::Read { iovecs, offset }).await?;
+        let count = run(from, rest, |iovecs| Op::Read { iovecs, offset }).await?;
         if count == 0 {
             bufs.slice(done, bufs.len() - done).zero();
             return Ok(());
@@ -123,8 +137,8 @@ async fn read_within(storage: &dyn Storage, bufs: &IoBufs, offset: u64) -> io::R
     Ok(())
 }
 
-async fn read_unaligned(storage: &dyn Storage, bufs: &IoBufs, offset: u64) -> io::Result<()> {
-    let bytes = Box::pin(read_blocks(storage, offset, bufs.len())).await?;
+async fn read_unaligned(from: Target<'_>, bufs: &IoBufs, offset: u64) -> io::Result<()> {
+    let bytes = Box::pin(read_blocks(from, offset, bufs.len())).await?;
     bufs.copy_from(&bytes);
     Ok(())
 }
@@ -145,8 +159,8 @@ impl Deref for Borrowed {
 }
 
 /// Reads the blocks that `len` bytes at `offset` lie in.
-async fn read_blocks(storage: &dyn Storage, offset: u64, len: usize) -> io::Result<Borrowed> {
-    let align = storage.limits().offset_align.max(1);
+async fn read_blocks(from: Target<'_>, offset: u64, len: usize) -> io::Result<Borrowed> {
+    let align = from.storage.limits().offset_align.max(1);
     let start = offset / align * align;
     let end = (offset + len as u64).div_ceil(align) * align;
     let whole = (end - start) as usize;
@@ -154,7 +168,7 @@ async fn read_blocks(storage: &dyn Storage, offset: u64, len: usize) -> io::Resu
     let buffer = ScratchBuf::new(whole.next_power_of_two());
     // SAFETY: `buffer` outlives the operation below.
     let bufs = unsafe { IoBufs::of(&buffer, 0, whole) };
-    read(storage, &bufs, start).await?;
+    read_from(from, &bufs, start).await?;
     let skip = (offset - start) as usize;
     Ok(Borrowed {
         buffer,
@@ -166,25 +180,33 @@ async fn read_blocks(storage: &dyn Storage, offset: u64, len: usize) -> io::Resu
 ///
 /// # Errors
 /// What the storage reports; some of the bytes may have been written then.
-pub async fn write(storage: &dyn Storage, bufs: &IoBufs, offset: u64) -> io::Result<()> {
-    let limits = storage.limits();
+pub fn write<'a>(
+    to: impl Into<Target<'a>>,
+    bufs: &IoBufs,
+    offset: u64,
+) -> impl Future<Output = io::Result<()>> {
+    write_to(to.into(), bufs, offset)
+}
+
+async fn write_to(to: Target<'_>, bufs: &IoBufs, offset: u64) -> io::Result<()> {
+    let limits = to.storage.limits();
     if !offset.is_multiple_of(limits.offset_align)
         || !(bufs.len() as u64).is_multiple_of(limits.offset_align)
     {
-        return write_unaligned(storage, bufs, offset).await;
+        return write_unaligned(to, bufs, offset).await;
     }
     if !bufs.is_aligned(limits.memory_align) {
         let mut bounce = AlignedBuf::zeroed(bufs.len());
         bufs.copy_to(&mut bounce);
         // SAFETY: `bounce` outlives the operation below.
         let whole = unsafe { IoBufs::of(&bounce, 0, bounce.len()) };
-        return Box::pin(write(storage, &whole, offset)).await;
+        return Box::pin(write_to(to, &whole, offset)).await;
     }
     let mut done = 0;
     while done < bufs.len() {
         let rest = bufs.slice(done, bufs.len() - done);
         let offset = offset + done as u64;
-        let count = run(storage, rest, |iovecs| Op::Write { iovecs, offset }).await?;
+        let count = run(to, rest, |iovecs| Op::Write { iovecs, offset }).await?;
         if count == 0 {
             return Err(io::ErrorKind::WriteZero.into());
         }
@@ -195,19 +217,19 @@ pub async fn write(storage: &dyn Storage, bufs: &IoBufs, offset: u64) -> io::Res
 
 /// Reads the blocks around an unaligned write and writes them whole. Callers must see to it that
 /// nobody else writes those blocks meanwhile.
-async fn write_unaligned(storage: &dyn Storage, bufs: &IoBufs, offset: u64) -> io::Result<()> {
-    let align = storage.limits().offset_align.max(1);
+async fn write_unaligned(to: Target<'_>, bufs: &IoBufs, offset: u64) -> io::Result<()> {
+    let align = to.storage.limits().offset_align.max(1);
     let start = offset / align * align;
     let end = (offset + bufs.len() as u64).div_ceil(align) * align;
     let mut bounce = AlignedBuf::zeroed((end - start) as usize);
     // SAFETY: `bounce` outlives the operations below.
     let whole = unsafe { IoBufs::of(&bounce, 0, bounce.len()) };
-    Box::pin(read(storage, &whole, start)).await?;
+    Box::pin(read_from(to, &whole, start)).await?;
     let skip = (offset - start) as usize;
     if let Some(target) = bounce.get_mut(skip..) {
         bufs.copy_to(target);
     }
-    Box::pin(write(storage, &whole, start)).await
+    Box::pin(write_to(to, &whole, start)).await
 }
 
 /// Makes everything written before this call stable.
@@ -219,7 +241,7 @@ async fn write_unaligned(storage: &dyn Storage, bufs: &IoBufs, offset: u64) -> i
 pub async fn sync_shared(storage: &Arc<dyn Storage>) -> io::Result<()> {
     let storage = storage.clone();
     let sync = async move {
-        let sync = run(&*storage, IoBufs::empty(), |_| Op::Sync);
+        let sync = run(Purpose::Flush.on(&*storage), IoBufs::empty(), |_| Op::Sync);
         Syncs::of(&storage).share(storage.name(), sync).await
     };
     carry_out(sync).await
@@ -231,7 +253,7 @@ pub async fn sync_shared(storage: &Arc<dyn Storage>) -> io::Result<()> {
 /// # Errors
 /// As for [`sync_shared`].
 pub async fn sync(storage: &dyn Storage) -> io::Result<()> {
-    let sync = run(storage, IoBufs::empty(), |_| Op::Sync);
+    let sync = run(Purpose::Flush.on(storage), IoBufs::empty(), |_| Op::Sync);
     match storage.syncs() {
         Some(syncs) => syncs.share(storage.name(), sync).await,
         None => sync.await.map(drop),
@@ -243,18 +265,23 @@ pub async fn sync(storage: &dyn Storage) -> io::Result<()> {
 ///
 /// # Errors
 /// What the storage reports.
-pub async fn zero(storage: &dyn Storage, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+pub fn zero<'a>(
+    to: impl Into<Target<'a>>,
+    offset: u64,
+    len: u64,
+    unmap: bool,
+) -> impl Future<Output = io::Result<()>> {
+    zero_in(to.into(), offset, len, unmap)
+}
+
+async fn zero_in(to: Target<'_>, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
     if len == 0 {
         return Ok(());
     }
-    let zero = run(storage, IoBufs::empty(), |_| Op::Zero {
-        offset,
-        len,
-        unmap,
-    });
+    let zero = run(to, IoBufs::empty(), |_| Op::Zero { offset, len, unmap });
     match zero.await {
         Ok(_) => Ok(()),
-        Err(error) if cannot(&error) => write_zeros(storage, offset, len).await,
+        Err(error) if cannot(&error) => write_zeros(to, offset, len).await,
         Err(error) => Err(error),
     }
 }
@@ -262,7 +289,9 @@ pub async fn zero(storage: &dyn Storage, offset: u64, len: u64, unmap: bool) -> 
 /// Reserves space behind the end of the storage, where that makes later writes cheaper.
 /// False: it does not, or there is no space; writes will tell.
 pub async fn reserve(storage: &dyn Storage, offset: u64, len: u64) -> bool {
-    let reserve = run(storage, IoBufs::empty(), |_| Op::Reserve { offset, len });
+    let reserve = run(Purpose::Space.on(storage), IoBufs::empty(), |_| {
+        Op::Reserve { offset, len }
+    });
     reserve.await.is_ok()
 }
 
@@ -270,13 +299,17 @@ pub async fn reserve(storage: &dyn Storage, offset: u64, len: u64) -> bool {
 ///
 /// # Errors
 /// What the storage reports, except that it cannot do this.
-pub async fn discard(storage: &dyn Storage, offset: u64, len: u64) -> io::Result<()> {
+pub fn discard<'a>(
+    to: impl Into<Target<'a>>,
+    offset: u64,
+    len: u64,
+) -> impl Future<Output = io::Result<()>> {
+    discard_in(to.into(), offset, len)
+}
+
+async fn discard_in(to: Target<'_>, offset: u64, len: u64) -> io::Result<()> {
     let unmap = true;
-    let discard = run(storage, IoBufs::empty(), |_| Op::Zero {
-        offset,
-        len,
-        unmap,
-    });
+    let discard = run(to, IoBufs::empty(), |_| Op::Zero { offset, len, unmap });
     match discard.await {
         Err(error) if !cannot(&error) => Err(error),
         _ => Ok(()),
@@ -290,14 +323,14 @@ fn cannot(error: &io::Error) -> bool {
     )
 }
 
-async fn write_zeros(storage: &dyn Storage, offset: u64, len: u64) -> io::Result<()> {
+async fn write_zeros(to: Target<'_>, offset: u64, len: u64) -> io::Result<()> {
     let zeros = AlignedBuf::zeroed(ZERO_CHUNK.min(len as usize));
     let mut done = 0;
     while done < len {
         let now = (len - done).min(ZERO_CHUNK as u64);
         // SAFETY: `zeros` outlives the operation.
         let bufs = unsafe { IoBufs::of(&zeros, 0, now as usize) };
-        write(storage, &bufs, offset + done).await?;
+        write_to(to, &bufs, offset + done).await?;
         done += now;
     }
     Ok(())
@@ -307,11 +340,19 @@ async fn write_zeros(storage: &dyn Storage, offset: u64, len: u64) -> io::Result
 ///
 /// # Errors
 /// What the storage reports.
-pub async fn read_buf(storage: &dyn Storage, offset: u64, len: usize) -> io::Result<AlignedBuf> {
+pub fn read_buf<'a>(
+    from: impl Into<Target<'a>>,
+    offset: u64,
+    len: usize,
+) -> impl Future<Output = io::Result<AlignedBuf>> {
+    read_new(from.into(), offset, len)
+}
+
+async fn read_new(from: Target<'_>, offset: u64, len: usize) -> io::Result<AlignedBuf> {
     let buffer = AlignedBuf::zeroed(len);
     // SAFETY: `buffer` outlives the operation.
     let bufs = unsafe { IoBufs::of(&buffer, 0, len) };
-    read(storage, &bufs, offset).await?;
+    read_from(from, &bufs, offset).await?;
     Ok(buffer)
 }
 
@@ -319,14 +360,21 @@ pub async fn read_buf(storage: &dyn Storage, offset: u64, len: usize) -> io::Res
 ///
 /// # Errors
 /// What the storage reports.
-pub async fn fetch(
-    storage: &dyn Storage,
+pub fn fetch<'a>(
+    from: impl Into<Target<'a>>,
     offset: u64,
     len: usize,
-) -> crate::error::Result<AlignedBuf> {
-    read_buf(storage, offset, len)
-        .await
-        .map_err(|error| Error::io(Action::Read, storage.name(), offset, &error))
+) -> impl Future<Output = crate::error::Result<AlignedBuf>> {
+    let from = from.into();
+    async move {
+        let read = read_new(from, offset, len).await;
+        read.map_err(|error| failed_read(from, offset, &error))
+    }
+}
+
+fn failed_read(from: Target<'_>, offset: u64, error: &io::Error) -> Error {
+    let words = from.purpose.words();
+    Error::io_of(Action::Read, words, from.storage.name(), offset, error)
 }
 
 /// As [`fetch`], but for a moment, and wherever the bytes begin and end: into memory that is neither
@@ -334,24 +382,34 @@ pub async fn fetch(
 ///
 /// # Errors
 /// What the storage reports, with the file and the place.
-pub async fn borrow(
-    storage: &dyn Storage,
+pub fn borrow<'a>(
+    from: impl Into<Target<'a>>,
     offset: u64,
     len: usize,
-) -> crate::error::Result<Borrowed> {
-    read_blocks(storage, offset, len)
-        .await
-        .map_err(|error| Error::io(Action::Read, storage.name(), offset, &error))
+) -> impl Future<Output = crate::error::Result<Borrowed>> {
+    let from = from.into();
+    async move {
+        let read = read_blocks(from, offset, len).await;
+        read.map_err(|error| failed_read(from, offset, &error))
+    }
 }
 
 /// Writes `bytes` at `offset`.
 ///
 /// # Errors
 /// What the storage reports.
-pub async fn write_buf(storage: &dyn Storage, offset: u64, bytes: &AlignedBuf) -> io::Result<()> {
+pub fn write_buf<'a>(
+    to: impl Into<Target<'a>>,
+    offset: u64,
+    bytes: &AlignedBuf,
+) -> impl Future<Output = io::Result<()>> {
+    write_bytes(to.into(), offset, bytes)
+}
+
+async fn write_bytes(to: Target<'_>, offset: u64, bytes: &AlignedBuf) -> io::Result<()> {
     // SAFETY: `bytes` is borrowed for the whole operation.
     let bufs = unsafe { IoBufs::of(bytes, 0, bytes.len()) };
-    write(storage, &bufs, offset).await
+    write_to(to, &bufs, offset).await
 }
 
 #[cfg(test)]

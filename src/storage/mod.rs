@@ -5,6 +5,8 @@
 //! [`Storage::submit`] with a client token and guest memory as it is; everything else uses the
 //! `async` functions of [`io`], which own their buffers.
 //!
+//! Operations of tasks say what they are for ([`Purpose`]); those of the data path are guest data.
+//!
 //! Storage may move fewer bytes than it was asked to, and may answer any operation with EINTR or
 //! EAGAIN, which mean that nothing was done. [`io`] goes on where a transfer ended and tries such
 //! an operation again, for a bounded time. The data path does neither: what has not moved every
@@ -26,6 +28,7 @@ pub mod io;
 pub mod locking;
 pub mod memory;
 pub mod opener;
+mod purpose;
 pub mod silence;
 pub mod syncs;
 pub mod window;
@@ -42,6 +45,7 @@ pub use file::FileStorage;
 pub use identity::{Identity, are_different, is_known, is_same_file, is_same_path};
 pub use locking::Access;
 pub use opener::OpenFlags;
+pub use purpose::{Purpose, Target};
 pub use syncs::Syncs;
 pub use window::Window;
 
@@ -132,6 +136,22 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     /// the operation is done: when `Ready` is returned, or when `token`'s completion has been
     /// delivered.
     unsafe fn submit(&self, reactor: &Reactor, op: Op<'_>, token: Token) -> Submission;
+
+    /// As [`submit`](Self::submit), of an operation with a purpose that is not to move the bytes of a
+    /// disk at once: that is what `submit` alone is for.
+    ///
+    /// # Safety
+    /// As there.
+    unsafe fn submit_for(
+        &self,
+        reactor: &Reactor,
+        op: Op<'_>,
+        token: Token,
+        _purpose: Purpose,
+    ) -> Submission {
+        // SAFETY: passed on to the caller.
+        unsafe { self.submit(reactor, op, token) }
+    }
 
     /// Length in bytes: the end of what was ever written.
     ///

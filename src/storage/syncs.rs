@@ -414,7 +414,10 @@ mod tests {
         assert!(first.as_mut().poll(&mut context).is_pending());
         let began = syncs.silent_since(None).unwrap();
         syncs.note_end();
-        assert!(syncs.silent_since(None).unwrap() > began, "an operation has ended");
+        assert!(
+            syncs.silent_since(None).unwrap() > began,
+            "an operation has ended"
+        );
         drop(first);
         assert!(!syncs.is_under_way());
         assert_eq!(syncs.silent_since(None), None);

@@ -8,7 +8,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{Access, Answer, Limits, Op, Storage, Submission, Syncs, at_once, later};
+use super::{Access, Answer, Limits, Op, Purpose, Storage, Submission, Syncs, at_once, later};
 use crate::error::{Action, Error, Result};
 use crate::reactor::{Reactor, Token};
 
@@ -152,6 +152,20 @@ impl Storage for Window {
         match self.moved(op) {
             // SAFETY: the memory is the caller's, who keeps it valid.
             Ok(op) => unsafe { self.inner.submit(reactor, op, token) },
+            Err(error) => Submission::Ready(Err(error)),
+        }
+    }
+
+    unsafe fn submit_for(
+        &self,
+        reactor: &Reactor,
+        op: Op<'_>,
+        token: Token,
+        purpose: Purpose,
+    ) -> Submission {
+        match self.moved(op) {
+            // SAFETY: the memory is the caller's, who keeps it valid.
+            Ok(op) => unsafe { self.inner.submit_for(reactor, op, token, purpose) },
             Err(error) => Submission::Ready(Err(error)),
         }
     }

@@ -25,6 +25,7 @@ mod model;
 mod nbd;
 mod pairs;
 mod powercut;
+mod purposes;
 mod random;
 mod refusals;
 mod repair;

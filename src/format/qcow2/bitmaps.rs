@@ -14,7 +14,7 @@ use super::header::{
 use super::journal;
 use super::numbers::{be, be32, be64};
 use crate::error::{Error, Result};
-use crate::storage::{self, Storage};
+use crate::storage::{self, Purpose, Storage};
 
 pub use resize::{InForce, check_resize};
 
@@ -202,7 +202,12 @@ async fn read_directory(storage: &dyn Storage, header: &Header) -> Result<Option
     {
         return Ok(None);
     }
-    let bytes = storage::io::fetch(storage, directory.offset, directory.len as usize).await?;
+    let bytes = storage::io::fetch(
+        Purpose::Bitmap.on(storage),
+        directory.offset,
+        directory.len as usize,
+    )
+    .await?;
     Ok(Some(bytes.to_vec()))
 }
 
@@ -278,7 +283,7 @@ impl Qcow2 {
             return Ok(());
         }
         let offset = header.bitmaps.map_or(0, |d| d.offset);
-        self.write_at(offset, directory).await?;
+        self.write_at(offset, directory, Purpose::Bitmap).await?;
         self.barrier().await
     }
 }

@@ -14,7 +14,7 @@ use super::inflate::inflate;
 use super::words::Words;
 use crate::error::{Action, Error, Result};
 use crate::format::Compressed;
-use crate::storage::{self, AlignedBuf};
+use crate::storage::{self, AlignedBuf, Purpose};
 use crate::sync::Mutex;
 
 /// Clusters kept after decompression: guests read a cluster in several requests.
@@ -73,7 +73,8 @@ impl Qcow2 {
         if let Some(cluster) = self.decompressed.get(offset) {
             return Ok(cluster);
         }
-        let bytes = storage::io::borrow(&*self.storage, offset, len).await?;
+        let from = Purpose::Compressed.on(&*self.storage);
+        let bytes = storage::io::borrow(from, offset, len).await?;
         let compression = self.header.lock().compression;
         let cluster = self.cluster_size() as usize;
         let cluster = inflate(compression, &bytes, cluster).map_err(|what| {
@@ -117,7 +118,8 @@ impl Qcow2 {
         if let Some(start) = padded.get_mut(..packed.len()) {
             start.copy_from_slice(&packed);
         }
-        let written = storage::io::write_buf(&*self.storage, host, &padded).await;
+        let to = Purpose::Compressed.on(&*self.storage);
+        let written = storage::io::write_buf(to, host, &padded).await;
         if let Err(error) = written {
             self.release(host >> self.cluster_bits).await;
             return Err(self.io_error(Action::Write, host, &error));

@@ -18,7 +18,7 @@ use super::l2::Shape;
 use super::numbers::put;
 use super::refcount;
 use crate::error::{Action, Error, Result};
-use crate::storage::{self, AlignedBuf, Storage};
+use crate::storage::{self, AlignedBuf, Purpose, Storage};
 
 /// Bytes of a version 3 header: the compression type, padded to a multiple of 8.
 const V3_LENGTH: usize = 112;
@@ -245,20 +245,24 @@ pub async fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<()
     // Whatever header was here is gone for good before anything that it names is overwritten.
     storage.set_len(0).await.map_err(failed(0))?;
     if !storage.limits().zero_past_end {
-        storage::io::zero(storage, 0, needed, false)
+        storage::io::zero(Purpose::Space.on(storage), 0, needed, false)
             .await
             .map_err(failed(0))?;
     }
     storage::io::sync(storage).await.map_err(failed(0))?;
     storage.set_len(needed).await.map_err(failed(0))?;
     let refcounts = AlignedBuf::copy_of(&layout.refcounts(options));
-    storage::io::write_buf(storage, cluster, &refcounts)
+    storage::io::write_buf(Purpose::RefcountBlock.on(storage), cluster, &refcounts)
         .await
         .map_err(failed(cluster))?;
     storage::io::sync(storage).await.map_err(failed(0))?;
-    storage::io::write_buf(storage, 0, &AlignedBuf::copy_of(&header))
-        .await
-        .map_err(failed(0))?;
+    storage::io::write_buf(
+        Purpose::Header.on(storage),
+        0,
+        &AlignedBuf::copy_of(&header),
+    )
+    .await
+    .map_err(failed(0))?;
     storage::io::sync(storage).await.map_err(failed(0))
 }
 

@@ -24,7 +24,7 @@ use super::header::{Backing, Patch, SECTOR};
 use super::refcount::Need;
 use super::{Freed, Qcow2};
 use crate::error::{Action, Error, Result};
-use crate::storage::{self, AlignedBuf, Syncs};
+use crate::storage::{self, AlignedBuf, Purpose, Syncs};
 use crate::sync::{
     AsyncMutex, AsyncMutexGuard,
     atomic::{AtomicBool, AtomicU64, Ordering},
@@ -245,18 +245,20 @@ impl Qcow2 {
                 .await
                 .map_err(|error| Error::io(Action::Flush, data.storage.name(), 0, &error))?;
         }
-        self.write_pieces(&snapshot.refcounts).await?;
+        self.write_pieces(&snapshot.refcounts, Purpose::RefcountBlock)
+            .await?;
         self.barrier().await?;
         if !snapshot.reftable.is_empty() {
-            self.write_pieces(&snapshot.reftable).await?;
+            self.write_pieces(&snapshot.reftable, Purpose::RefcountTable)
+                .await?;
             self.barrier().await?;
         }
         if !snapshot.l2.is_empty() {
-            self.write_pieces(&snapshot.l2).await?;
+            self.write_pieces(&snapshot.l2, Purpose::L2Table).await?;
             self.barrier().await?;
         }
         if !snapshot.l1.is_empty() {
-            self.write_pieces(&snapshot.l1).await?;
+            self.write_pieces(&snapshot.l1, Purpose::L1Table).await?;
             self.barrier().await?;
         }
         Ok(())
@@ -290,7 +292,7 @@ impl Qcow2 {
             .map_err(|error| self.io_error(Action::Flush, 0, &error))
     }
 
-    async fn write_pieces(&self, pieces: &[Piece]) -> Result<()> {
+    async fn write_pieces(&self, pieces: &[Piece], purpose: Purpose) -> Result<()> {
         let merged = merge(pieces);
         for batch in merged.chunks(PARALLEL) {
             // All of them, also when one has failed: the next flush writes to the same places, and
@@ -298,17 +300,21 @@ impl Qcow2 {
             let written = join_all(
                 batch
                     .iter()
-                    .map(|(offset, bytes)| self.write_at(*offset, bytes)),
+                    .map(|(offset, bytes)| self.write_at(*offset, bytes, purpose)),
             );
             written.await.into_iter().collect::<Result<()>>()?;
         }
         Ok(())
     }
 
-    pub(super) async fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        storage::io::write_buf(&*self.storage, offset, &AlignedBuf::copy_of(bytes))
+    pub(super) async fn write_at(&self, offset: u64, bytes: &[u8], purpose: Purpose) -> Result<()> {
+        let to = purpose.on(&*self.storage);
+        storage::io::write_buf(to, offset, &AlignedBuf::copy_of(bytes))
             .await
-            .map_err(|error| self.io_error(Action::Write, offset, &error))
+            .map_err(|error| {
+                let file = self.storage.name();
+                Error::io_of(Action::Write, purpose.words(), file, offset, &error)
+            })
     }
 
     /// Makes the header name another backing file, or none. When this returns, everything that
@@ -342,7 +348,8 @@ impl Qcow2 {
 
     async fn write_patches(&self, patches: &[Patch]) -> Result<()> {
         for patch in patches {
-            self.write_at(patch.offset, &patch.bytes).await?;
+            self.write_at(patch.offset, &patch.bytes, Purpose::Header)
+                .await?;
             self.barrier().await?;
         }
         Ok(())
@@ -416,9 +423,13 @@ impl Qcow2 {
         // Every block that the new table names must be stable before the table.
         self.write_back().await?;
         let offset = (start + blocks) << self.cluster_bits;
-        self.write_at(start << self.cluster_bits, block_bytes)
-            .await?;
-        self.write_at(offset, table).await?;
+        self.write_at(
+            start << self.cluster_bits,
+            block_bytes,
+            Purpose::RefcountBlock,
+        )
+        .await?;
+        self.write_at(offset, table, Purpose::RefcountTable).await?;
         self.barrier().await?;
         let header = self.header();
         let old = (

@@ -47,7 +47,7 @@ use super::words::Words;
 use super::{Freed, Meta, Qcow2};
 use crate::error::Result;
 use crate::reactor::Reactor;
-use crate::storage;
+use crate::storage::{self, Purpose};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Event, Mutex};
 
@@ -262,8 +262,10 @@ impl Qcow2 {
             return;
         }
         let offset = cluster << self.cluster_bits;
-        if let Err(error) = storage::io::discard(&*self.storage, offset, self.cluster_size()).await
-        {
+        if let Err(error) = {
+            let to = Purpose::Space.on(&*self.storage);
+            storage::io::discard(to, offset, self.cluster_size()).await
+        } {
             log::warn!(
                 "{}: discarding a freed cluster: {error}",
                 self.storage.name()

@@ -9,7 +9,7 @@ use super::open::read_table;
 use super::words::Words;
 use super::{Qcow2, refcount};
 use crate::error::{Action, Result};
-use crate::storage;
+use crate::storage::{self, Purpose};
 use serde_json::{Map, Value, json};
 
 impl Qcow2 {
@@ -72,15 +72,24 @@ impl Qcow2 {
     async fn count_used(&self, end: u64, enough: u64) -> Result<u64> {
         let header = self.header();
         let bytes = u64::from(header.reftable_clusters) << self.cluster_bits;
-        let table = read_table(&*self.storage, header.reftable_offset, bytes / 8).await?;
+        let table = read_table(
+            Purpose::RefcountTable.on(&*self.storage),
+            header.reftable_offset,
+            bytes / 8,
+        )
+        .await?;
         let per_block = (8u64 << self.cluster_bits) >> header.refcount_order;
         let mut used = 0;
         for (first, &block) in (0..end).step_by(per_block as usize).zip(&table) {
             if block == 0 {
                 continue;
             }
-            let bytes =
-                storage::io::fetch(&*self.storage, block, self.cluster_size() as usize).await?;
+            let bytes = storage::io::fetch(
+                Purpose::RefcountBlock.on(&*self.storage),
+                block,
+                self.cluster_size() as usize,
+            )
+            .await?;
             for index in 0..per_block.min(end - first) as usize {
                 used += u64::from(refcount::get(&bytes, header.refcount_order, index) > 0);
                 if used >= enough {

@@ -10,7 +10,7 @@ use super::refcount::SLICE_BYTES;
 use super::words::Words;
 use super::{Meta, Qcow2};
 use crate::error::{Error, Result};
-use crate::storage;
+use crate::storage::{self, Purpose};
 use crate::sync::Event;
 
 /// The part of the cache that is for refcounts, which only those who allocate and free need.
@@ -43,7 +43,8 @@ impl Qcow2 {
             return Ok(());
         };
         let bytes = self.slice_bytes() as usize;
-        let buffer = storage::io::fetch(&*self.storage, offset, bytes).await?;
+        let from = Purpose::L2Table.on(&*self.storage);
+        let buffer = storage::io::fetch(from, offset, bytes).await?;
         let slice = Slice::from_bytes(&buffer, self.shape.extended);
         let mut meta = self.meta.lock();
         let adopted = Self::put_adopted(&meta, number, &slice);
@@ -165,7 +166,8 @@ impl Qcow2 {
             )
         };
         let Some(offset) = offset else { return Ok(()) };
-        let buffer = storage::io::fetch(&*self.storage, offset, bytes).await?;
+        let from = Purpose::RefcountBlock.on(&*self.storage);
+        let buffer = storage::io::fetch(from, offset, bytes).await?;
         let mut meta = self.meta.lock();
         // Room is made before, so that what was just asked for stays.
         meta.allocator.trim(self.refcount_slices());

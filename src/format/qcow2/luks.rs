@@ -6,7 +6,7 @@
 use super::header::{EXT_CRYPTO_HEADER, Header};
 use super::numbers::{be, be32, be64};
 use crate::error::{Error, Result};
-use crate::storage::{self, Storage};
+use crate::storage::{self, Purpose, Storage};
 use serde_json::{Map, Value, json};
 
 const MAGIC: &[u8] = b"LUKS\xba\xbe";
@@ -30,7 +30,7 @@ pub async fn describe(storage: &dyn Storage, header: &Header) -> Result<Value> {
         .extension(EXT_CRYPTO_HEADER)
         .ok_or_else(|| damaged("encrypted by LUKS, but without a LUKS header".to_owned()))?;
     let offset = be64(pointer, 0);
-    let bytes = storage::io::fetch(storage, offset, LENGTH).await?;
+    let bytes = storage::io::fetch(Purpose::Header.on(storage), offset, LENGTH).await?;
     if !bytes.starts_with(MAGIC) || be(&bytes, 6, 2) != 1 {
         return Err(damaged(format!(
             "no LUKS header of version 1 at {offset:#x}"

@@ -12,7 +12,7 @@ use super::slice_entries;
 use super::{DataFile, Meta, Options, Qcow2, check, compress, flush, metadata, reserve};
 use crate::error::{Action, Error, Result};
 use crate::format::directory::Directory;
-use crate::storage::{self, Storage};
+use crate::storage::{self, Purpose, Storage, Target};
 use crate::sync::{Mutex, atomic::AtomicU64};
 
 impl Qcow2 {
@@ -61,10 +61,20 @@ impl Qcow2 {
             header = read_header(&*storage).await?;
         }
         let cluster = 1u64 << header.cluster_bits;
-        let mut l1 = read_table(&*storage, header.l1_offset, u64::from(header.l1_size)).await?;
+        let mut l1 = read_table(
+            Purpose::L1Table.on(&*storage),
+            header.l1_offset,
+            u64::from(header.l1_size),
+        )
+        .await?;
         let mut table = if options.writable {
             let entries = u64::from(header.reftable_clusters) * cluster / 8;
-            read_table(&*storage, header.reftable_offset, entries).await?
+            read_table(
+                Purpose::RefcountTable.on(&*storage),
+                header.reftable_offset,
+                entries,
+            )
+            .await?
         } else {
             // Readers do not need refcounts.
             Vec::new()
@@ -215,11 +225,7 @@ fn check_writable(
 }
 
 /// Reads a table of big-endian words.
-pub(super) async fn read_table(
-    storage: &dyn Storage,
-    offset: u64,
-    entries: u64,
-) -> Result<Vec<u64>> {
-    let bytes = storage::io::fetch(storage, offset, (entries * 8) as usize).await?;
+pub(super) async fn read_table(from: Target<'_>, offset: u64, entries: u64) -> Result<Vec<u64>> {
+    let bytes = storage::io::fetch(from, offset, (entries * 8) as usize).await?;
     Ok(words(&bytes).collect())
 }

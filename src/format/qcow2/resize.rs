@@ -15,7 +15,7 @@ use super::refcount::Allocation;
 use super::words::Words;
 use super::{Qcow2, header};
 use crate::error::{Action, Error, Result};
-use crate::storage::{self, AlignedBuf};
+use crate::storage::{self, AlignedBuf, Purpose};
 
 /// Bytes of the disk that get their place at a time.
 const STEP: u64 = 64 << 20;
@@ -65,7 +65,8 @@ impl Qcow2 {
         for (word, entry) in bytes.chunks_exact_mut(8).zip(&self.l1) {
             word.copy_from_slice(&entry.load(Ordering::Relaxed).to_be_bytes());
         }
-        self.write_at(place.offset, &bytes).await?;
+        self.write_at(place.offset, &bytes, Purpose::L1Table)
+            .await?;
         self.barrier().await?;
         self.patch_header(&[old.with_size(old.size, place.offset, entries as u32)])
             .await?;
@@ -262,12 +263,13 @@ impl Qcow2 {
     /// Makes a new place read as zeros, in the way that `mode` asks for.
     async fn fill_place(&self, place: &Allocation, mode: Preallocation) -> Result<()> {
         let storage = self.data_storage();
+        let space = Purpose::Space.on(&**storage);
         let len = place.clusters << self.cluster_bits;
         let result = match mode {
             Preallocation::Off => Ok(()),
             Preallocation::Metadata if place.fresh || self.data.is_some() => Ok(()),
-            Preallocation::Metadata => storage::io::zero(&**storage, place.offset, len, true).await,
-            Preallocation::Falloc => storage::io::zero(&**storage, place.offset, len, false).await,
+            Preallocation::Metadata => storage::io::zero(space, place.offset, len, true).await,
+            Preallocation::Falloc => storage::io::zero(space, place.offset, len, false).await,
             Preallocation::Full => write_zeros(&**storage, place.offset, len).await,
         };
         result.map_err(|error| Error::io(Action::Write, storage.name(), place.offset, &error))
@@ -299,7 +301,7 @@ pub async fn write_zeros(
         let now = (len - done).min(ZERO_CHUNK);
         // SAFETY: `zeros` outlives the write.
         let bufs = unsafe { storage::IoBufs::of(&zeros, 0, now as usize) };
-        storage::io::write(storage, &bufs, offset + done).await?;
+        storage::io::write(Purpose::Space.on(storage), &bufs, offset + done).await?;
         done += now;
     }
     Ok(())

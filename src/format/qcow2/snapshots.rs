@@ -7,7 +7,7 @@
 use super::header::Header;
 use super::numbers::be;
 use crate::error::{Error, Result};
-use crate::storage::{self, AlignedBuf, Storage};
+use crate::storage::{self, AlignedBuf, Purpose, Storage};
 
 /// QEMU's limits.
 const MAX_SNAPSHOTS: u32 = 65536;
@@ -66,7 +66,8 @@ pub(super) struct Table {
 /// # Errors
 /// When the table cannot be read, or contradicts the specification.
 pub async fn list(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapshot>> {
-    let fetch = async |offset, len| storage::io::fetch(storage, offset, len).await;
+    let fetch =
+        async |offset, len| storage::io::fetch(Purpose::Snapshots.on(storage), offset, len).await;
     Ok(read(fetch, storage.name(), header).await?.snapshots)
 }
 

@@ -6,7 +6,7 @@ use super::metadata::Kind;
 use super::refcount::Allocation;
 use super::{Meta, Qcow2};
 use crate::error::{Action, Result};
-use crate::storage;
+use crate::storage::{self, Purpose};
 use crate::sync::atomic::Ordering;
 
 impl Qcow2 {
@@ -69,7 +69,8 @@ impl Qcow2 {
     /// Makes a new table read as zeros.
     async fn clear_table(&self, table: &Allocation) -> Result<()> {
         if !table.fresh {
-            storage::io::zero(&*self.storage, table.offset, self.cluster_size(), false)
+            let to = Purpose::L2Table.on(&*self.storage);
+            storage::io::zero(to, table.offset, self.cluster_size(), false)
                 .await
                 .map_err(|error| self.io_error(Action::Write, table.offset, &error))?;
         }
@@ -85,14 +86,16 @@ impl Qcow2 {
         if len.is_ok_and(|len| len >= at + last) {
             return Ok(());
         }
-        self.write_at(at, &vec![0; last as usize]).await
+        self.write_at(at, &vec![0; last as usize], Purpose::L2Table)
+            .await
     }
 
     /// Copies a table that a snapshot refers to as well. Nobody changes it: it is not ours.
     async fn copy_table(&self, from: u64, to: u64) -> Result<()> {
         let len = self.cluster_size() as usize;
-        let bytes = storage::io::fetch(&*self.storage, from, len).await?;
-        storage::io::write_buf(&*self.storage, to, &bytes)
+        let image = Purpose::L2Table.on(&*self.storage);
+        let bytes = storage::io::fetch(image, from, len).await?;
+        storage::io::write_buf(image, to, &bytes)
             .await
             .map_err(|error| self.io_error(Action::Write, to, &error))
     }

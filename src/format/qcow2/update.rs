@@ -12,7 +12,7 @@ use super::refcount::{Allocation, Allocator, Need};
 use super::words::Words;
 use super::{Meta, Qcow2};
 use crate::error::{Action, Error, Result};
-use crate::storage;
+use crate::storage::{self, Purpose};
 
 use std::cell::Cell;
 use std::ops::Range;
@@ -441,10 +441,11 @@ impl Qcow2 {
         };
         let end = end.min(self.size);
         let unmap = how != Clear::ZeroKeep && self.options.discard;
+        let to = Purpose::Data.on(&*data.storage);
         let result = if data.raw {
-            storage::io::zero(&*data.storage, offset, end - offset, unmap).await
+            storage::io::zero(to, offset, end - offset, unmap).await
         } else if unmap {
-            storage::io::discard(&*data.storage, offset, end - offset).await
+            storage::io::discard(to, offset, end - offset).await
         } else {
             Ok(())
         };

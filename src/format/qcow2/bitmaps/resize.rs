@@ -16,7 +16,7 @@ use super::{
     AUTO, Bitmap, DATA_OFFSET, IN_USE, MAX_BYTES, list, parse, possible_entry, read_directory,
 };
 use crate::error::{Error, Result};
-use crate::storage::{self, Storage};
+use crate::storage::{self, Purpose, Storage};
 
 /// Which bitmaps track writes and have seen all of them: where their entries are in the directory.
 ///
@@ -155,7 +155,9 @@ impl Qcow2 {
         let header = self.header();
         bitmap.check(&*self.storage, &header)?;
         let len = bitmap.table_entries as usize * 8;
-        let bytes = storage::io::fetch(&*self.storage, bitmap.table_offset, len).await?;
+        let bytes =
+            storage::io::fetch(Purpose::Bitmap.on(&*self.storage), bitmap.table_offset, len)
+                .await?;
         let mut table: Vec<u64> = words(&bytes).collect();
         if let Some(entry) = table
             .iter()
@@ -193,7 +195,7 @@ impl Qcow2 {
         let len = self.cluster_size() as usize;
         let mut bits = match entry & DATA_OFFSET {
             0 => vec![0xff; len],
-            data => storage::io::fetch(&*self.storage, data, len)
+            data => storage::io::fetch(Purpose::Bitmap.on(&*self.storage), data, len)
                 .await?
                 .to_vec(),
         };
@@ -213,7 +215,7 @@ impl Qcow2 {
         let len = clusters << self.cluster_bits;
         moved.new.push((place.offset, len));
         bytes.resize(len as usize, 0);
-        self.write_at(place.offset, bytes).await?;
+        self.write_at(place.offset, bytes, Purpose::Bitmap).await?;
         Ok(place.offset)
     }
 }

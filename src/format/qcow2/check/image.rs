@@ -12,7 +12,7 @@ use super::super::numbers::words;
 use super::super::read_header;
 use super::plan::{Plan, Step};
 use crate::error::{Action, Error, Result};
-use crate::storage::{self, AlignedBuf, Storage};
+use crate::storage::{self, AlignedBuf, Purpose, Storage};
 use crate::sync::Mutex;
 
 /// Bytes of a table that are read at a time.
@@ -91,7 +91,7 @@ impl<'a> Image<'a> {
             match step {
                 Step::Write { offset, bytes } => {
                     let bytes = AlignedBuf::copy_of(&bytes);
-                    storage::io::write_buf(self.storage, offset, &bytes)
+                    storage::io::write_buf(Purpose::Check.on(self.storage), offset, &bytes)
                         .await
                         .map_err(failed(Action::Write, offset))?;
                 }
@@ -146,7 +146,7 @@ impl<'a> Image<'a> {
     /// Reads `len` bytes; those behind the end of the file are 0.
     pub async fn read(&self, offset: u64, len: usize) -> Result<AlignedBuf> {
         let mut bytes = if offset < self.len {
-            storage::io::fetch(self.storage, offset, len).await?
+            storage::io::fetch(Purpose::Check.on(self.storage), offset, len).await?
         } else {
             AlignedBuf::zeroed(len)
         };

@@ -2,7 +2,7 @@
 
 use super::Header;
 use crate::error::Result;
-use crate::storage::{self, Storage};
+use crate::storage::{self, Purpose, Storage};
 
 /// Reads and parses the header of the image in `storage`.
 ///
@@ -23,11 +23,16 @@ pub async fn describe_header(storage: &dyn Storage) -> Result<Header> {
 /// What the header says is mostly in its first bytes; the whole cluster is read only where it is
 /// not, so that a chain of many layers opens with one short read for each.
 async fn read_first_cluster(storage: &dyn Storage) -> Result<Vec<u8>> {
-    let start = storage::io::fetch(storage, 0, 4096).await?;
+    let start = storage::io::fetch(Purpose::Header.on(storage), 0, 4096).await?;
     let cluster = 1 << super::cluster_bits(&start, storage.name())?;
     let mut first = start.to_vec();
     if cluster > first.len() && !super::is_whole(&first) {
-        let rest = storage::io::fetch(storage, first.len() as u64, cluster - first.len()).await?;
+        let rest = storage::io::fetch(
+            Purpose::Header.on(storage),
+            first.len() as u64,
+            cluster - first.len(),
+        )
+        .await?;
         first.extend_from_slice(&rest);
     }
     first.truncate(cluster);

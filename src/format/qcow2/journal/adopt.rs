@@ -25,7 +25,7 @@ use super::mark::Mark;
 use super::record::{self, Record};
 use super::verdict::{Verdict, live, refused};
 use crate::error::{Action, Error, Result};
-use crate::storage::Storage;
+use crate::storage::{Purpose, Storage};
 
 /// Slices that are loaded together.
 const PARALLEL: usize = 64;
@@ -588,7 +588,8 @@ impl Qcow2 {
 
     async fn name_journal(&self, patch: &super::super::header::Patch) -> Result<()> {
         let patched = self.header().patched(std::slice::from_ref(patch))?;
-        self.write_at(patch.offset, &patch.bytes).await?;
+        self.write_at(patch.offset, &patch.bytes, Purpose::Header)
+            .await?;
         *self.header.lock() = patched;
         Ok(())
     }

@@ -19,7 +19,7 @@ use super::file::Folder;
 use super::ids;
 use super::mark::{AUTOCLEAR, EXTENSION, Mark};
 use crate::error::{Error, Result};
-use crate::storage::{self, Storage};
+use crate::storage::{self, Purpose, Storage};
 
 /// What is to be thought of an image's journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,7 +89,7 @@ pub async fn forget(storage: &dyn Storage) -> Result<Option<Mark>> {
     for Patch { offset, bytes } in header.plan_journal(None)? {
         let failed = |error| Error::io(crate::error::Action::Write, storage.name(), offset, &error);
         let bytes = storage::AlignedBuf::copy_of(&bytes);
-        storage::io::write_buf(storage, offset, &bytes)
+        storage::io::write_buf(Purpose::Header.on(storage), offset, &bytes)
             .await
             .map_err(failed)?;
         storage::io::sync(storage).await.map_err(failed)?;
