@@ -14,6 +14,8 @@ mod disks;
 mod floor;
 mod guest;
 mod guest_rows;
+mod hung_rows;
+mod hung_table;
 mod io_rows;
 mod load;
 mod machine;
@@ -60,6 +62,10 @@ struct Options {
     /// outlives it
     #[arg(long)]
     kept: bool,
+    /// Also measure a disk beside another one that hangs, for so many seconds, and for as many
+    /// without: the same daemon serves both
+    #[arg(long, value_name = "SECONDS")]
+    hang: Option<f64>,
     /// Folder for the images of the tmpfs rows ("none" leaves them out)
     #[arg(long, default_value = "/dev/shm")]
     dir_tmpfs: PathBuf,
@@ -153,6 +159,9 @@ fn run(options: &Options) -> Res<()> {
             start_rows::rows()
                 .iter()
                 .for_each(|row| println!("{}", row.name(place)));
+            if options.hang.is_some() {
+                println!("{}", hung_rows::name(place));
+            }
             guest_rows::rows(place)
                 .iter()
                 .for_each(|row| println!("{}", row.name(place)));
@@ -172,6 +181,7 @@ fn run(options: &Options) -> Res<()> {
         turn_rows::measure(options, place, &dir, &variants, &mut report)?;
         stream_rows::measure(options, place, &dir, &variants, &mut report)?;
         start_rows::measure(options, place, &dir, &variants, &mut report)?;
+        hung_rows::measure(options, place, &dir, &variants, &mut report)?;
     }
     if let Some(testbed) = &testbed {
         guest_rows::measure(options, &variants, testbed, &mut report)?;

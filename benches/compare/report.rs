@@ -1,5 +1,6 @@
 //! The table: medians over the rounds, and ratios of them.
 
+use crate::hung_table::{self, HungSample};
 use crate::pairs::Ratio;
 use crate::samples::{Disturbance, Floor, IoSample, StartSample, StreamSample, TurnSample};
 use crate::variants::Variant;
@@ -14,6 +15,7 @@ pub struct Report {
     stream: Vec<(String, &'static str, StreamSample)>,
     start: Vec<(String, &'static str, StartSample)>,
     copies: Vec<(String, &'static str, f64)>,
+    hung: Vec<(String, &'static str, HungSample)>,
     failures: Vec<String>,
 }
 
@@ -28,6 +30,7 @@ impl Report {
             stream: Vec::new(),
             start: Vec::new(),
             copies: Vec::new(),
+            hung: Vec::new(),
             failures: Vec::new(),
         }
     }
@@ -71,6 +74,12 @@ impl Report {
         self.start.push((row.to_owned(), variant, sample));
     }
 
+    /// Takes a run beside a disk that hangs.
+    pub fn add_hung(&mut self, row: &str, variant: &'static str, sample: HungSample) {
+        eprintln!("    {sample:.1?}");
+        self.hung.push((row.to_owned(), variant, sample));
+    }
+
     /// Takes the seconds of a plain copy of what a stream row copies.
     pub fn add_copy(&mut self, row: &str, seconds: f64) {
         self.copies.push((row.to_owned(), FLOOR, seconds));
@@ -92,6 +101,7 @@ impl Report {
         let mut other: Vec<Disturbance> = self.io.iter().map(|s| s.2.other).collect();
         other.extend(self.turns.iter().map(|s| s.2.io.other));
         other.extend(self.stream.iter().map(|s| s.2.other));
+        other.extend(self.hung.iter().map(|s| s.2.other));
         let mut line = |what: &str, get: fn(&Disturbance) -> f64| {
             let mean = other.iter().map(get).sum::<f64>() / other.len().max(1) as f64;
             let most = other.iter().map(get).fold(0.0, f64::max);
@@ -126,6 +136,9 @@ impl Report {
         }
         if !self.stream.is_empty() {
             self.stream_table(&mut text, &names);
+        }
+        if !self.hung.is_empty() {
+            hung_table::table(&self.hung, &mut text);
         }
         if !self.start.is_empty() {
             self.start_table(&mut text, &names);
