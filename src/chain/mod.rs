@@ -19,11 +19,14 @@
 
 mod backed;
 mod copy;
+mod ended;
+mod onto;
 mod read;
 pub mod resize;
 mod room;
 mod span;
 mod status;
+pub mod tap;
 mod write;
 
 use std::rc::Rc;
@@ -40,9 +43,11 @@ use crate::sync::{self, ArcSwap};
 
 pub use backed::Backed;
 pub use copy::Copied;
+pub use ended::Ended;
 pub use room::with_room;
 pub use span::Span;
 pub use status::CopyStatus;
+pub use tap::Tap;
 
 /// How many pieces a request is cut into before it takes the slow path.
 pub const MAX_PIECES: usize = 8;
@@ -121,6 +126,9 @@ pub struct Chain {
     layers: Vec<Arc<Layer>>,
     /// The grace periods of its requests, which its images wait for.
     grace: Arc<Grace>,
+    /// Where all that is written to it is written as well.
+    tap: Option<tap::InUse>,
+    ended: Arc<Ended>,
 }
 
 /// A part of a request and where its bytes are.
@@ -163,10 +171,25 @@ impl Chain {
         let chain = Self {
             layers,
             grace: Arc::default(),
+            tap: None,
+            ended: Arc::default(),
         };
         chain.users().for_each(|users| users.add(&chain.grace));
         chain.overlays().for_each(Qcow2::begin_overlay);
         Ok(chain)
+    }
+
+    /// The same layers, of which all that is written goes to `tap` as well.
+    #[must_use]
+    pub fn tapped(mut self, tap: Option<Arc<Tap>>) -> Self {
+        self.tap = tap.map(tap::InUse::new);
+        self
+    }
+
+    /// What says when this chain is gone, and all requests with it.
+    #[must_use]
+    pub fn ended(&self) -> Arc<Ended> {
+        self.ended.clone()
     }
 
     /// The images that have something below them here.
@@ -269,6 +292,9 @@ impl Chain {
     /// take [`View::write`].
     pub fn plan_write(&self, offset: u64, len: usize, pieces: &mut Pieces) -> bool {
         pieces.clear();
+        if self.tap.is_some() {
+            return false;
+        }
         let mut done = 0;
         while done < len {
             let Some((at, now)) = self
@@ -321,7 +347,10 @@ impl Chain {
     /// # Errors
     /// What the storage reports.
     pub async fn flush(&self) -> Result<()> {
-        self.top().flush().await
+        match &self.tap {
+            None => self.top().flush().await,
+            Some(tap) => Box::pin(tap.flush(self.top())).await,
+        }
     }
 }
 
@@ -329,6 +358,7 @@ impl Drop for Chain {
     fn drop(&mut self) {
         self.overlays().for_each(Qcow2::end_overlay);
         self.users().for_each(|users| users.remove(&self.grace));
+        self.ended.set();
     }
 }
 

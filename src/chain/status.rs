@@ -1,12 +1,14 @@
 //! What a layer and those below it hold, without reading the data.
 
+use std::ops::Range;
+
 use super::read::Found;
 use super::{Chain, Source, Span};
 use crate::error::Result;
 use crate::format::{Format, Place};
 use crate::storage::Storage;
 
-/// Whether a range is to be copied by a stream.
+/// Whether a range is to be copied by a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CopyStatus {
     /// The layer itself has it.
@@ -17,6 +19,13 @@ pub enum CopyStatus {
     Zero,
     /// A layer between has data.
     Data,
+}
+
+/// The layers that a copy takes from.
+struct Between {
+    layers: Range<usize>,
+    /// The file system is asked for the holes of raw layers.
+    sparse: bool,
 }
 
 impl Chain {
@@ -70,14 +79,46 @@ impl Chain {
             return Ok((CopyStatus::Present, clip(own.len, start, offset, len)));
         }
         let stop = stop.min(start + own.len);
-        let (status, run) = self.status_below(span, start, stop, cluster).await?;
+        let between = Between {
+            layers: target + 1..span.end(),
+            sparse: span.is_sparse(),
+        };
+        let run = self.status_between(&between, start, stop, cluster).await?;
+        Ok((run.0, clip(run.1, start, offset, len)))
+    }
+
+    /// What the layers above `end` hold from `offset` on, in whole blocks of `block` bytes: zeros where
+    /// none has anything and there is none below. For jobs: the file system is asked for the holes of
+    /// raw layers.
+    ///
+    /// # Errors
+    /// When metadata cannot be read.
+    pub async fn status_above(
+        &self,
+        end: usize,
+        offset: u64,
+        len: u64,
+        block: u64,
+    ) -> Result<(CopyStatus, u64)> {
+        let start = offset / block * block;
+        let stop = (offset + len).next_multiple_of(block).min(self.size());
+        let between = Between {
+            layers: 0..end,
+            sparse: true,
+        };
+        let stop = stop.max(start + 1);
+        let (status, run) = self.status_between(&between, start, stop, block).await?;
+        let status = match status {
+            CopyStatus::Absent if end >= self.layers().len() => CopyStatus::Zero,
+            status => status,
+        };
         Ok((status, clip(run, start, offset, len)))
     }
 
     /// The status of the clusters from `start` on that are all alike, and their length.
-    async fn status_below(
+    async fn status_between(
         &self,
-        span: Span,
+        between: &Between,
         start: u64,
         stop: u64,
         cluster: u64,
@@ -85,7 +126,7 @@ impl Chain {
         let mut run: Option<CopyStatus> = None;
         let mut at = start;
         while at < stop {
-            let (status, now) = self.extent_status(span, at, stop - at).await?;
+            let (status, now) = self.extent_status(between, at, stop - at).await?;
             let whole = if at + now == stop {
                 now
             } else {
@@ -95,7 +136,7 @@ impl Chain {
                 (status, whole)
             } else {
                 let stop = stop.min(at + cluster);
-                (self.mixed_status(span, at, stop).await?, stop - at)
+                (self.mixed_status(between, at, stop).await?, stop - at)
             };
             if *run.get_or_insert(status) != status {
                 break;
@@ -106,11 +147,11 @@ impl Chain {
     }
 
     /// The status of one cluster that consists of several extents.
-    async fn mixed_status(&self, span: Span, start: u64, stop: u64) -> Result<CopyStatus> {
+    async fn mixed_status(&self, between: &Between, start: u64, stop: u64) -> Result<CopyStatus> {
         let mut all: Option<CopyStatus> = None;
         let mut at = start;
         while at < stop {
-            let (status, now) = self.extent_status(span, at, stop - at).await?;
+            let (status, now) = self.extent_status(between, at, stop - at).await?;
             all = Some(match (all, status) {
                 (None, status) => status,
                 (Some(a), b) if a == b => a,
@@ -118,7 +159,7 @@ impl Chain {
                 (
                     Some(CopyStatus::Zero | CopyStatus::Absent),
                     CopyStatus::Zero | CopyStatus::Absent,
-                ) if span.end() >= self.layers().len() => CopyStatus::Zero,
+                ) if between.layers.end >= self.layers().len() => CopyStatus::Zero,
                 _ => CopyStatus::Data,
             });
             at += now;
@@ -126,16 +167,21 @@ impl Chain {
         Ok(all.unwrap_or(CopyStatus::Absent))
     }
 
-    async fn extent_status(&self, span: Span, offset: u64, len: u64) -> Result<(CopyStatus, u64)> {
+    async fn extent_status(
+        &self,
+        between: &Between,
+        offset: u64,
+        len: u64,
+    ) -> Result<(CopyStatus, u64)> {
         let mut len = len;
-        let between = self.layers().iter().take(span.end());
-        for layer in between.skip(span.target() + 1) {
+        let Range { start, end } = between.layers;
+        for layer in self.layers().iter().take(end).skip(start) {
             let extent = layer.map_loaded(offset, len).await?;
             len = extent.len;
             match extent.place {
                 Place::Below => {}
                 Place::Zero => return Ok((CopyStatus::Zero, len)),
-                Place::Data(at) if span.is_sparse() && matches!(layer.format, Format::Raw(_)) => {
+                Place::Data(at) if between.sparse && matches!(layer.format, Format::Raw(_)) => {
                     return Ok(raw_status(&*layer.storage, at, len).await);
                 }
                 _ => return Ok((CopyStatus::Data, len)),

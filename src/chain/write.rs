@@ -35,10 +35,16 @@ impl View {
     /// # Errors
     /// When the top layer is read-only or cannot be written.
     pub async fn write(self: Rc<Self>, offset: u64, bufs: IoBufs) -> Result<()> {
-        carry_out(async move { self.write_top(offset, bufs).await }).await
+        carry_out(async move {
+            match &self.chain.tap {
+                None => self.write_top(offset, bufs).await,
+                Some(tap) => Box::pin(self.write_tapped(tap, offset, bufs)).await,
+            }
+        })
+        .await
     }
 
-    async fn write_top(&self, offset: u64, bufs: IoBufs) -> Result<()> {
+    pub(super) async fn write_top(&self, offset: u64, bufs: IoBufs) -> Result<()> {
         let top = self.writable_top()?;
         match &top.format {
             Format::Raw(_) => top.store(offset, &bufs, Purpose::Data).await,
@@ -52,10 +58,16 @@ impl View {
     /// # Errors
     /// As for [`View::write`].
     pub async fn write_zeroes(self: Rc<Self>, offset: u64, len: u64, unmap: bool) -> Result<()> {
-        carry_out(async move { self.zero_top(offset, len, unmap).await }).await
+        carry_out(async move {
+            match &self.chain.tap {
+                None => self.zero_top(offset, len, unmap).await,
+                Some(tap) => Box::pin(self.zero_tapped(tap, offset, len, unmap)).await,
+            }
+        })
+        .await
     }
 
-    async fn zero_top(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+    pub(super) async fn zero_top(&self, offset: u64, len: u64, unmap: bool) -> Result<()> {
         let top = self.writable_top()?;
         match &top.format {
             Format::Raw(_) => {
@@ -75,10 +87,16 @@ impl View {
     /// # Errors
     /// As for [`View::write`].
     pub async fn discard(self: Rc<Self>, offset: u64, len: u64) -> Result<()> {
-        carry_out(async move { self.discard_top(offset, len).await }).await
+        carry_out(async move {
+            match &self.chain.tap {
+                None => self.discard_top(offset, len).await,
+                Some(tap) => Box::pin(self.discard_tapped(tap, offset, len)).await,
+            }
+        })
+        .await
     }
 
-    async fn discard_top(&self, offset: u64, len: u64) -> Result<()> {
+    pub(super) async fn discard_top(&self, offset: u64, len: u64) -> Result<()> {
         let top = self.writable_top()?;
         if !top.discard {
             return Ok(());
@@ -92,7 +110,7 @@ impl View {
         }
     }
 
-    fn writable_top(&self) -> Result<&Arc<Layer>> {
+    pub(super) fn writable_top(&self) -> Result<&Arc<Layer>> {
         let top = self.chain.top();
         if top.read_only {
             return Err(top.not_writable());

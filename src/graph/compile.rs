@@ -17,7 +17,8 @@ use crate::error::Result;
 /// When there is no such node.
 pub(super) fn compile(state: &State, top: &str) -> Result<Chain> {
     let nodes = state.chain_nodes(top)?;
-    Chain::new(nodes.into_iter().map(|node| node.layer.clone()).collect())
+    let layers = nodes.into_iter().map(|node| node.layer.clone());
+    Ok(Chain::new(layers.collect())?.tapped(state.tap(top).cloned()))
 }
 
 /// The layer of filter `name`, which has `attribute`, over `layer`.

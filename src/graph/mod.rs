@@ -41,7 +41,7 @@ use std::sync::{Arc, OnceLock};
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 
-use crate::chain::{Chain, Layer, Root};
+use crate::chain::{Chain, Ended, Layer, Root};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::journal::Folder;
@@ -80,7 +80,17 @@ struct Inner {
 pub struct Released {
     _states: Vec<Arc<State>>,
     /// Disks that were looked at, each with a chain that is not in force.
-    _chains: Vec<(Arc<Root>, Option<Arc<Chain>>)>,
+    chains: Vec<(Arc<Root>, Option<Arc<Chain>>)>,
+}
+
+impl Released {
+    /// What says, of each disk that has another chain since, when the requests of the old one have
+    /// ended. They end later if this is kept.
+    #[must_use]
+    pub fn ended(&self) -> Vec<Arc<Ended>> {
+        let chains = self.chains.iter().filter_map(|(_, chain)| chain.as_ref());
+        chains.map(|chain| chain.ended()).collect()
+    }
 }
 
 impl Graph {
@@ -291,7 +301,7 @@ impl Inner {
             result,
             Released {
                 _states: states,
-                _chains: chains,
+                chains,
             },
         )
     }
@@ -321,6 +331,7 @@ fn compile_changed(
             let mut pairs = old.iter().zip(&nodes);
             old.len() == nodes.len() && pairs.all(|(one, other)| Arc::ptr_eq(one, other))
         });
+        let same = same && old.tap(top).map(Arc::as_ptr) == new.tap(top).map(Arc::as_ptr);
         if !(same && is_known)
             && let Some((_, chain)) = chains.last_mut()
         {

@@ -12,7 +12,7 @@ use std::sync::{Arc, Weak};
 
 use super::driver::{self, Driver};
 use super::edges::{Edge, Role};
-use crate::chain::{Layer, Root};
+use crate::chain::{Layer, Root, Tap};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::options::BlockdevOptions;
@@ -125,6 +125,8 @@ pub struct State {
     pub(super) roots: Vec<(Weak<Root>, String)>,
     /// Disks that other nodes are laid out in, likewise.
     pub(super) inner: Vec<(Weak<Root>, String)>,
+    /// Images of which all that is written goes to another disk as well.
+    pub(super) taps: Vec<(String, Arc<Tap>)>,
     /// Windows and filters are served through their chains, too.
     pub(super) unflattened: bool,
 }
@@ -261,6 +263,13 @@ impl State {
             next = self.backing(name)?;
         }
         Ok(nodes)
+    }
+
+    /// The tap of the disk whose top is node `top`, if its image has one.
+    pub(super) fn tap(&self, top: &str) -> Option<&Arc<Tap>> {
+        let image = self.image_node(top).ok()?;
+        let mut taps = self.taps.iter();
+        Some(&taps.find(|(name, _)| *name == image.name)?.1)
     }
 
     /// A node over `name`, and the child's role.

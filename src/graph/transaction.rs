@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 use super::edges::Role;
 use super::grants::{Grant, Held};
 use super::nodes::{Node, State};
-use crate::chain::{Layer, Root};
+use crate::chain::{Layer, Root, Tap};
 use crate::error::{Error, Result};
 
 /// One change.
@@ -17,6 +17,7 @@ enum Change {
     Layer(String, Arc<Layer>),
     Child(String, Role, Option<String>),
     Inner(Weak<Root>, String),
+    Tap(String, Option<Arc<Tap>>),
 }
 
 /// Changes that are to be published together ([`Graph::commit`](super::Graph::commit)).
@@ -100,6 +101,15 @@ impl Transaction {
         self.make(Change::Child(name.to_owned(), role, child))
     }
 
+    /// From then on all that is written to the disks over image `name` goes to the tap's disk as well;
+    /// or no longer.
+    ///
+    /// # Errors
+    /// When there is no such node, or it has a tap already.
+    pub fn set_tap(&mut self, name: &str, tap: Option<Arc<Tap>>) -> Result<()> {
+        self.make(Change::Tap(name.to_owned(), tap))
+    }
+
     /// Keeps the chain of `root`, whose top is `top`, as the graph has it, for as long as a node is
     /// laid out in that disk.
     pub(super) fn keep_inner(&mut self, root: &Arc<Root>, top: &str) -> Result<()> {
@@ -174,6 +184,17 @@ impl Change {
                 state.node_mut(name)?.set_child(*role, child.as_deref());
             }
             Self::Inner(root, top) => state.inner.push((root.clone(), top.clone())),
+            Self::Tap(name, tap) => {
+                let name = state.node(name)?.name.clone();
+                let has_one = state.taps.iter().any(|(tapped, _)| *tapped == name);
+                if has_one && tap.is_some() {
+                    return Err(Error::Invalid(format!(
+                        "Node '{name}' is busy: what is written to it is copied already"
+                    )));
+                }
+                state.taps.retain(|(tapped, _)| *tapped != name);
+                state.taps.extend(tap.clone().map(|tap| (name, tap)));
+            }
         }
         Ok(())
     }
