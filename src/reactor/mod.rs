@@ -26,6 +26,7 @@
 
 mod carry;
 mod executor;
+pub mod kept;
 mod op;
 mod remote;
 mod ring;

@@ -17,6 +17,8 @@ use std::sync::Arc;
 use io_uring::{Builder, IoUring};
 use parking_lot::Mutex;
 
+use super::kept;
+
 /// What is registered in each ring.
 static KEPT_OPEN: Mutex<Vec<Arc<File>>> = Mutex::new(Vec::new());
 
@@ -24,6 +26,16 @@ static KEPT_OPEN: Mutex<Vec<Arc<File>>> = Mutex::new(Vec::new());
 /// last ring that is made after this. Rings that exist already do not know of it.
 pub fn keep_open(files: impl IntoIterator<Item = Arc<File>>) {
     KEPT_OPEN.lock().extend(files);
+}
+
+/// Makes it possible to keep files open that come later ([`kept::add`]): by all rings that are made
+/// after this.
+///
+/// # Errors
+/// When there can be no socket for that.
+pub fn keep_more_open() -> io::Result<()> {
+    keep_open(kept::prepare()?);
+    Ok(())
 }
 
 /// Makes a ring.
