@@ -4,7 +4,7 @@ use super::open::{Images, Purpose, common};
 use super::options::{HELP, Options, size_error};
 use crate::chain::resize::preallocate_raw;
 use crate::ctl::{Failure, units};
-use crate::error::{Action, Error, Result, errno_text};
+use crate::error::{Action, Error, Result};
 use crate::format::Qcow2;
 use crate::format::qcow2::create::{self, CreateOptions};
 use crate::format::qcow2::header::Backing;
@@ -12,15 +12,12 @@ use crate::format::qcow2::{self, Preallocation};
 use crate::graph::backing_options;
 use crate::graph::resolve;
 use crate::options::{BlockdevOptions, size};
-use crate::storage::OpenFlags;
-use crate::storage::{Access, FileStorage, Storage};
+use crate::storage::{NewFile, behind_links};
 use clap::Args;
 use serde_json::json;
-use std::fs::OpenOptions;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 /// Options of `create`.
 #[derive(Debug, Args)]
@@ -213,13 +210,15 @@ fn create_qcow2(images: &Images, file: &Path, wanted: &Wanted) -> Result<()> {
         }
     }
     // Both are open, and locked, before either is written to.
-    let storage = NewFile::open(images, file)?;
-    let data = data.map(|data| NewFile::open(images, &data)).transpose()?;
+    let storage = images.run(NewFile::open(file))?;
+    let data = data
+        .map(|data| images.run(NewFile::open(&data)))
+        .transpose()?;
     if let Some(data) = &data {
         images.run(data.set_size(options.size))?;
     }
     images.run(async {
-        create::create(&*storage.storage, &wanted.options).await?;
+        create::create(&*storage.storage(), &wanted.options).await?;
         if wanted.preallocation == Preallocation::Off {
             return Ok(());
         }
@@ -248,11 +247,11 @@ fn create_raw(images: &Images, path: &Path, size: u64, mode: Preallocation) -> R
                 .into(),
         ));
     }
-    let file = NewFile::open(images, path)?;
+    let file = images.run(NewFile::open(path))?;
     images.run(file.set_size(size))?;
     images
-        .run(preallocate_raw(&*file.storage, 0, size, mode))
-        .map_err(|error| Error::io(Action::Write, file.storage.name(), 0, &error))?;
+        .run(preallocate_raw(&*file.storage(), 0, size, mode))
+        .map_err(|error| Error::io(Action::Write, file.storage().name(), 0, &error))?;
     file.keep();
     Ok(())
 }
@@ -275,97 +274,4 @@ fn is_same(one: &Path, other: &Path) -> bool {
     };
     let (one, other) = (place(one), place(other));
     one.is_some() && one == other
-}
-
-/// Where a chain of symbolic links ends, whether or not there is a file.
-fn behind_links(path: &Path) -> PathBuf {
-    let mut path = path.to_owned();
-    // As many as the kernel follows.
-    for _ in 0..40 {
-        let Ok(target) = std::fs::read_link(&path) else {
-            break;
-        };
-        path = match path.parent() {
-            Some(folder) => folder.join(target),
-            None => target,
-        };
-    }
-    path
-}
-
-/// A file for a new image; one that was not there goes again unless it is kept.
-struct NewFile {
-    storage: Arc<FileStorage>,
-    path: PathBuf,
-    fresh: bool,
-}
-
-impl NewFile {
-    /// Opens or makes the file. It is locked, so that nobody loses an image in use.
-    fn open(images: &Images, path: &Path) -> Result<Self> {
-        let failed = |error: std::io::Error| {
-            let text = match error.raw_os_error() {
-                Some(code) => errno_text(code),
-                None => error.to_string(),
-            };
-            Error::Invalid(format!("Could not create '{}': {text}", path.display()))
-        };
-        // A link that leads nowhere stays: what it names is made, and goes again if need be.
-        let path = &*behind_links(path);
-        let fresh = match OpenOptions::new().write(true).create_new(true).open(path) {
-            Ok(_) => true,
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => false,
-            Err(error) => return Err(failed(error)),
-        };
-        let flags = OpenFlags {
-            writable: true,
-            ..OpenFlags::default()
-        };
-        let text = |error: std::io::Error| Error::Busy(error.to_string());
-        let storage = FileStorage::open(path, flags).map_err(|error| {
-            forget(path, fresh);
-            text(error)
-        })?;
-        let file = Self {
-            storage: Arc::new(storage),
-            path: path.to_owned(),
-            fresh,
-        };
-        images
-            .run(file.storage.set_access(Access::Write))
-            .map_err(text)?;
-        Ok(file)
-    }
-
-    fn storage(&self) -> Arc<dyn Storage> {
-        self.storage.clone()
-    }
-
-    /// Empties the file and makes it `size` bytes of zeros.
-    async fn set_size(&self, size: u64) -> Result<()> {
-        let failed = |error| Error::io(Action::Write, self.storage.name(), size, &error);
-        // Where the file system has no files of that size, the old contents stay.
-        if self.storage.len().await.map_err(failed)? < size {
-            self.storage.set_len(size).await.map_err(failed)?;
-        }
-        self.storage.set_len(0).await.map_err(failed)?;
-        self.storage.set_len(size).await.map_err(failed)
-    }
-
-    fn keep(mut self) {
-        self.fresh = false;
-    }
-}
-
-impl Drop for NewFile {
-    fn drop(&mut self) {
-        forget(&self.path, self.fresh);
-    }
-}
-
-fn forget(path: &Path, fresh: bool) {
-    if fresh {
-        // The error that led here is told; this one would say no more.
-        let _ = std::fs::remove_file(path);
-    }
 }
