@@ -136,7 +136,7 @@ fn one_disk_becomes_nodes_and_an_export() {
     let (monitor, chardev) = config.monitor_sockets().next().unwrap();
     assert_eq!(monitor.chardev, chardev.id);
     assert!(chardev.server && !chardev.wait);
-    assert_eq!(chardev.addr, SocketAddress::Unix(PathBuf::from("/q")));
+    assert_eq!(chardev.addr, Some(SocketAddress::Unix(PathBuf::from("/q"))));
     assert_eq!(
         (config.pidfile, config.daemonize),
         (Some(PathBuf::from("/p")), true)
@@ -399,8 +399,8 @@ fn mistakes_are_told_with_place_and_remedy() {
     assert_eq!(
         export("wrtable=on"),
         "--export: unknown key 'wrtable' (near 'wrtable=on'); expected one of: type, id, \
-         node-name, addr, writable, writethrough, num-queues, logical-block-size, iothread, \
-         fixed-iothread, allow-inactive, serial (did you mean 'writable'?)"
+         node-name, writable, writethrough, iothread, fixed-iothread, allow-inactive, addr, \
+         num-queues, logical-block-size, serial (did you mean 'writable'?)"
     );
     assert_eq!(
         blockdev("qcow,node-name=a"),
@@ -439,7 +439,11 @@ fn mistakes_are_told_with_place_and_remedy() {
     assert!(error(&["--export", "nbd,id=x,node-name=n"]).contains("one of: vhost-user-blk"));
     assert!(error(&["--object", "throttle-group,id=t"]).contains("not supported yet"));
     assert!(error(&["--object", "foo,id=t"]).contains("one of: iothread"));
-    assert!(error(&["--chardev", "stdio,id=t"]).contains("one of: socket"));
+    assert!(error(&["--chardev", "file,id=t"]).contains("one of: socket, stdio"));
+    let twice = ["--chardev", "stdio,id=a", "--chardev", "stdio,id=b"];
+    assert!(error(&twice).contains("cannot use stdio by multiple character devices"));
+    let behind = ["--chardev", "stdio,id=a", "--monitor", "a", "--daemonize"];
+    assert!(error(&behind).contains("no standard input"));
     assert!(error(&["--chardev", "socket,id=t"]).contains("'path' and 'fd'"));
     assert!(error(&["--chardev", "socket,id=t,path=/x,wait=off"]).contains("server=on"));
     assert!(error(&["--monitor", "c"]).contains("no --chardev defines"));

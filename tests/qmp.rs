@@ -743,7 +743,7 @@ fn socket_files() {
 #[test]
 fn inherited_sockets() {
     let bench = Bench::new();
-    let engine = FakeDaemon::new().engine(Arc::default(), bench.jobs.clone());
+    let engine = FakeDaemon::new().engine(Arc::default(), bench.jobs.clone(), bench.hub.sink());
     let control = Control::new(engine);
     let (ours, theirs) = UnixStream::pair().unwrap();
     let directory = tempfile::TempDir::new().unwrap();
@@ -870,7 +870,7 @@ fn negotiation_has_its_time() {
 #[test]
 fn an_invited_client_has_all_the_time_it_wants() {
     let bench = Bench::new();
-    let engine = FakeDaemon::new().engine(Arc::default(), bench.jobs.clone());
+    let engine = FakeDaemon::new().engine(Arc::default(), bench.jobs.clone(), bench.hub.sink());
     let control = Control::new(engine);
     let (ours, theirs) = UnixStream::pair().unwrap();
     let limits = Limits {
@@ -947,4 +947,385 @@ fn a_job_is_as_the_schema_says() {
     told.sort_unstable();
     there.sort_unstable();
     assert_eq!(told, there);
+}
+
+/// Would catch a node that stays in use when its export is gone, while some query still looks at
+/// the export; an event that comes before the export has left the list.
+#[test]
+fn a_node_is_free_when_its_export_has_ended() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    let looked_at = bench.exports.list();
+    client.get("block-export-del", json!({"id": "e0"}));
+    assert_eq!(client.named("BLOCK_EXPORT_DELETED"), json!({"id": "e0"}));
+    assert_eq!(client.get("query-block-exports", json!({})), json!([]));
+    client.get("blockdev-del", json!({"node-name": "top"}));
+    drop(looked_at);
+}
+
+/// Would catch a node that goes although something uses it, and any other words for it than QEMU's.
+#[test]
+fn nodes_in_use_stay() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    bench.daemon.shut_gate();
+    for (node, text) in [
+        ("x", "Failed to find node with node-name='x'"),
+        ("top", "Node top is in use"),
+        (
+            "mid",
+            "Node 'mid' is busy: node is used as backing hd of 'top'",
+        ),
+    ] {
+        let refused = client.fail("blockdev-del", json!({"node-name": node}));
+        assert_eq!(refused, generic(text));
+    }
+    client.get("block-stream", json!({"device": "low", "job-id": "j"}));
+    let busy = "Node 'base' is busy: block device is in use by block job: stream";
+    let refused = client.fail("blockdev-del", json!({"node-name": "base"}));
+    assert_eq!(refused, generic(busy));
+    bench.daemon.open_gate();
+    client.status("j", "null");
+}
+
+/// Would catch objects, properties and paths that do not behave as QEMU's.
+#[test]
+fn objects_and_their_properties() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    let add = json!({"qom-type": "iothread", "id": "io", "poll-max-ns": 5000});
+    client.get("object-add", add.clone());
+    let refused = client.fail("object-add", add);
+    let duplicate = "attempt to add duplicate property 'io' to object (type 'container')";
+    assert_eq!(refused, generic(duplicate));
+    for (path, property, value) in [
+        ("io", "poll-max-ns", json!(5000)),
+        ("/objects/io", "type", json!("iothread")),
+        ("/objects", "io", json!("/objects/io")),
+        ("/", "objects", json!("/objects")),
+        ("/objects", "type", json!("container")),
+        ("io", "poll-grow", json!(0)),
+    ] {
+        let arguments = json!({"path": path, "property": property});
+        assert_eq!(client.get("qom-get", arguments), value, "{path} {property}");
+    }
+    let set = |value: Value| json!({"path": "io", "property": "poll-max-ns", "value": value});
+    client.get("qom-set", set(json!(7)));
+    let threads = client.get("query-iothreads", json!({}));
+    assert_eq!(threads[0]["poll-max-ns"], 7);
+    assert_eq!(threads[0]["id"], "io");
+    assert!(threads[0]["thread-id"].is_i64());
+    let range = "poll-max-ns value must be in range [0, 9223372036854775807]";
+    for (arguments, text) in [
+        (set(json!(-1)), range),
+        (
+            set(json!("7")),
+            "Invalid parameter type for 'poll-max-ns', expected: integer",
+        ),
+        (
+            json!({"path": "io", "property": "type", "value": "x"}),
+            "Property 'iothread.type' is not writable",
+        ),
+        (
+            json!({"path": "io", "property": "nope", "value": 1}),
+            "Property 'iothread.nope' not found",
+        ),
+        (
+            json!({"path": "io", "property": "poll-max-ns"}),
+            "Parameter 'value' is missing",
+        ),
+    ] {
+        assert_eq!(client.fail("qom-set", arguments), generic(text));
+    }
+    let (class, text) = client.fail("qom-list", json!({"path": "/nope"}));
+    assert_eq!(
+        (class.as_str(), text.as_str()),
+        ("DeviceNotFound", "Device '/nope' not found")
+    );
+    client.get("object-del", json!({"id": "io"}));
+    let refused = client.fail("object-del", json!({"id": "io"}));
+    assert_eq!(refused, generic("object 'io' not found"));
+}
+
+/// Would catch uses of nodes that are missing, or are said to be another one's.
+#[test]
+fn the_block_graph_has_all_nodes_and_their_users() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    let graph = client.get("x-debug-query-block-graph", json!({}));
+    let nodes = graph["nodes"].as_array().unwrap();
+    let id = |name: &str| {
+        let node = nodes.iter().find(|node| node["name"] == name).unwrap();
+        node["id"].clone()
+    };
+    let edges = graph["edges"].as_array().unwrap();
+    let edge = |child: &str| {
+        let edge = edges.iter().find(|edge| edge["child"] == id(child));
+        edge.unwrap()
+    };
+    assert_eq!(nodes.len(), 6);
+    assert_eq!(edge("mid")["parent"], id("top"));
+    assert_eq!(edge("mid")["name"], "backing");
+    assert_eq!(edge("top")["name"], "root");
+    assert_eq!(edge("top")["parent"], id(""));
+    assert_eq!(edge("top")["perm"], json!(["consistent-read"]));
+    let all = json!(["resize", "write-unchanged", "write", "consistent-read"]);
+    assert_eq!(edge("top")["shared-perm"], all);
+    // Nodes have numbers of their own.
+    let stats = client.get("query-blockstats", json!({"query-nodes": true}));
+    let names = stats.as_array().unwrap().iter();
+    let names: Vec<_> = names
+        .map(|node| node["node-name"].as_str().unwrap())
+        .collect();
+    assert_eq!(names, ["base", "low", "mid", "top", "solo"]);
+    assert_eq!(stats[3]["backing"]["node-name"], "mid");
+}
+
+/// The schema, to look things up in.
+struct Schema(Value);
+
+impl Schema {
+    fn of(client: &mut Client) -> Self {
+        Self(client.get("query-qmp-schema", json!({})))
+    }
+
+    fn entry(&self, name: &str) -> &Value {
+        let entries = self.0.as_array().unwrap();
+        let found = entries.iter().find(|entry| entry["name"] == name);
+        found.unwrap_or_else(|| panic!("'{name}' is not described"))
+    }
+
+    fn kind<'v>(entry: &'v Value, key: &str) -> &'v str {
+        entry[key].as_str().unwrap()
+    }
+
+    /// What does not fit the type called `name` in `value`, which is at `place`.
+    fn check(&self, value: &Value, name: &str, place: &str) {
+        let entry = self.entry(name);
+        match Self::kind(entry, "meta-type") {
+            "builtin" => {
+                let fits = match Self::kind(entry, "json-type") {
+                    "string" => value.is_string(),
+                    "int" => value.is_i64() || value.is_u64(),
+                    "number" => value.is_number(),
+                    "boolean" => value.is_boolean(),
+                    "null" => value.is_null(),
+                    _ => true,
+                };
+                assert!(fits, "{place}: {value} is no {name}");
+            }
+            "array" => {
+                let element = Self::kind(entry, "element-type");
+                let items = value
+                    .as_array()
+                    .unwrap_or_else(|| panic!("{place}: no list"));
+                for (at, item) in items.iter().enumerate() {
+                    self.check(item, element, &format!("{place}[{at}]"));
+                }
+            }
+            "object" => self.check_object(value, entry, place),
+            other => panic!("{place}: an answer of type {other}"),
+        }
+    }
+
+    fn check_object(&self, value: &Value, entry: &Value, place: &str) {
+        let there = value
+            .as_object()
+            .unwrap_or_else(|| panic!("{place}: no object"));
+        let members = entry["members"].as_array().unwrap();
+        for member in members {
+            let name = Self::kind(member, "name");
+            match there.get(name) {
+                Some(value) => {
+                    self.check(
+                        value,
+                        Self::kind(member, "type"),
+                        &format!("{place}.{name}"),
+                    );
+                }
+                None => assert!(member.get("default").is_some(), "{place}: no '{name}'"),
+            }
+        }
+        for name in there.keys() {
+            let known = members.iter().any(|member| member["name"] == *name);
+            assert!(known, "{place}: '{name}' is not declared");
+        }
+    }
+
+    /// A value of this type, and one that is of none of its types.
+    fn example(&self, name: &str, depth: usize) -> (Value, Value) {
+        let entry = self.entry(name);
+        match Self::kind(entry, "meta-type") {
+            "builtin" => match Self::kind(entry, "json-type") {
+                "string" => (json!("x"), json!(1)),
+                "int" => (json!(4096), json!("x")),
+                "boolean" => (json!(true), json!("on")),
+                other => (json!(null), json!({"a": other})),
+            },
+            "enum" => (entry["values"][0].clone(), json!("nonesuch")),
+            "array" => {
+                let (item, _) = self.example(Self::kind(entry, "element-type"), depth);
+                (json!([item]), json!("x"))
+            }
+            "alternate" => {
+                // A name, or a word.
+                let kinds = entry["members"].as_array().unwrap();
+                let simple = kinds.iter().map(|kind| Self::kind(kind, "type"));
+                let simple = simple.filter(|kind| self.entry(kind)["meta-type"] != "object");
+                let kind = simple.into_iter().next().unwrap();
+                (self.example(kind, depth).0, json!(1))
+            }
+            _ => (self.object(entry, None, depth), json!(1)),
+        }
+    }
+
+    /// The members of an object type, for a case of its tag.
+    fn all_members(&self, entry: &Value, case: Option<&str>) -> Vec<Value> {
+        let mut members = entry["members"].as_array().unwrap().clone();
+        if let Some(variants) = entry["variants"].as_array() {
+            let wanted = |variant: &&Value| case.is_none_or(|case| variant["case"] == case);
+            let variant = variants.iter().find(wanted).unwrap();
+            let own = self.entry(Self::kind(variant, "type"));
+            members.extend(own["members"].as_array().unwrap().clone());
+        }
+        members
+    }
+
+    /// An object with all that is required.
+    fn object(&self, entry: &Value, case: Option<&str>, depth: usize) -> Value {
+        assert!(depth < 8);
+        let members = self.all_members(entry, case).into_iter();
+        let required = members.filter(|member| member.get("default").is_none());
+        let mut object = serde_json::Map::new();
+        for member in required {
+            let name = Self::kind(&member, "name");
+            let (value, _) = match (entry.get("tag"), case) {
+                (Some(tag), Some(case)) if tag == name => (json!(case), Value::Null),
+                // Nothing is made.
+                _ if name == "filename" => (json!("/none/x"), Value::Null),
+                _ => self.example(Self::kind(&member, "type"), depth + 1),
+            };
+            object.insert(name.to_owned(), value);
+        }
+        Value::Object(object)
+    }
+}
+
+fn is_about_type(text: &str) -> bool {
+    text.contains("Invalid parameter type")
+        || text.contains("does not accept value")
+        || text.contains("expects uint")
+}
+
+/// Calls each command with arguments made from the schema. Would catch an argument that is declared
+/// and not taken, taken as another type, or required and not missed; and one that is not declared.
+#[test]
+fn arguments_are_as_the_schema_says() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    let schema = Schema::of(&mut client);
+    let entries = schema.0.as_array().unwrap().clone();
+    let mut calls = 0;
+    for command in entries
+        .iter()
+        .filter(|entry| entry["meta-type"] == "command")
+    {
+        let name = Schema::kind(command, "name");
+        if ["quit", "qmp_capabilities"].contains(&name) {
+            continue;
+        }
+        let arguments = schema.entry(Schema::kind(command, "arg-type")).clone();
+        let cases: Vec<Option<String>> = match arguments["variants"].as_array() {
+            Some(variants) => {
+                let cases = variants.iter().map(|variant| Schema::kind(variant, "case"));
+                cases.map(|case| Some(case.to_owned())).collect()
+            }
+            None => vec![None],
+        };
+        for case in cases {
+            let case = case.as_deref();
+            let whole = schema.object(&arguments, case, 0);
+            let mut ask = |arguments: &Value| {
+                calls += 1;
+                let answer = client.ask(name, arguments.clone());
+                let text = answer["error"]["desc"].as_str().unwrap_or_default();
+                text.to_owned()
+            };
+            for member in schema.all_members(&arguments, case) {
+                let key = Schema::kind(&member, "name");
+                let (good, bad) = schema.example(Schema::kind(&member, "type"), 0);
+                let good = whole.get(key).cloned().unwrap_or(good);
+                let with = |value: Value| {
+                    let mut given = whole.clone();
+                    given[key] = value;
+                    given
+                };
+                let text = ask(&with(good));
+                let unexpected = format!("Parameter '{key}' is unexpected");
+                let about_it = is_about_type(&text) && text.contains(&format!("'{key}'"));
+                assert!(
+                    text != unexpected && !about_it,
+                    "{name} {case:?} {key}: {text}"
+                );
+                if Schema::kind(&member, "type") != "any" {
+                    let text = ask(&with(bad));
+                    assert!(is_about_type(&text), "{name} {case:?} {key}, wrong: {text}");
+                }
+                if member.get("default").is_none() {
+                    let mut given = whole.clone();
+                    given.as_object_mut().unwrap().remove(key);
+                    let text = ask(&given);
+                    assert_eq!(
+                        text,
+                        format!("Parameter '{key}' is missing"),
+                        "{name} {case:?}"
+                    );
+                }
+            }
+            let mut given = whole.clone();
+            given["x-none"] = json!(1);
+            let text = ask(&given);
+            assert_eq!(text, "Parameter 'x-none' is unexpected", "{name} {case:?}");
+        }
+    }
+    assert!(calls > 300, "{calls} calls");
+}
+
+/// Would catch a member of an answer or of an event that is not declared, or declared and not there.
+#[test]
+fn answers_are_as_the_schema_says() {
+    let bench = Bench::new();
+    let mut client = bench.client();
+    bench.daemon.fail_flush("mid", libc::EIO);
+    client.get("object-add", json!({"qom-type": "iothread", "id": "io"}));
+    let stream = json!({"device": "e0", "auto-dismiss": false, "base": "low.qcow2"});
+    client.get("block-stream", stream);
+    client.status("e0", "concluded");
+    let schema = Schema::of(&mut client);
+    let entries = schema.0.as_array().unwrap().clone();
+    let mut asked = Vec::new();
+    for command in entries
+        .iter()
+        .filter(|entry| entry["meta-type"] == "command")
+    {
+        let name = Schema::kind(command, "name");
+        let returns = Schema::kind(command, "ret-type");
+        let arguments = match name {
+            "qom-list" => json!({"path": "/objects/io"}),
+            name if name.starts_with("query-") || name.starts_with("x-debug") => json!({}),
+            _ => {
+                let told = ["empty", "any", "str"].contains(&returns);
+                assert!(told, "{name}: its answers are not looked at here");
+                continue;
+            }
+        };
+        let answer = client.get(name, arguments);
+        schema.check(&answer, returns, name);
+        let is_empty = answer.as_array().is_some_and(Vec::is_empty);
+        assert!(!is_empty, "{name}: nothing to look at");
+        asked.push(name.to_owned());
+    }
+    let nodes = client.get("query-blockstats", json!({"query-nodes": true}));
+    schema.check(&nodes, "[BlockStats]", "query-blockstats");
+    assert!(asked.len() > 10, "{asked:?}");
 }

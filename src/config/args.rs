@@ -5,10 +5,10 @@
 
 use super::disk::{self, DiskArgs};
 use super::{Action, Config, check, help};
-use crate::options::keyval::{self, Notation};
+use crate::options::keyval::Notation;
 use crate::options::{
     BlockdevOptions, ChardevOptions, ConfigError, Dialect, ExportOptions, MonitorOptions,
-    ObjectOptions, TraceOptions, is_well_formed_id, size,
+    ObjectOptions, TraceOptions, is_well_formed_id, read_text, size,
 };
 use crate::state::StateOptions;
 use clap::error::ErrorKind as ClapKind;
@@ -285,28 +285,11 @@ fn read_all<T>(
     texts
         .iter()
         .map(|text| {
-            read_value(text, notation)
+            read_text(text, notation)
                 .and_then(|(value, dialect)| from_value(&value, dialect))
                 .map_err(|error| error.in_option(option, text))
         })
         .collect()
-}
-
-/// The value of a structured option, in either notation.
-fn read_value(text: &str, notation: Notation) -> Result<(Value, Dialect), ConfigError> {
-    if !text.starts_with('{') {
-        return Ok((keyval::parse(text, notation)?, Dialect::Keyval));
-    }
-    match serde_json::from_str(text) {
-        Ok(value) => Ok((value, Dialect::Json)),
-        Err(error) => {
-            let rest: String = text
-                .chars()
-                .skip(error.column().saturating_sub(8))
-                .collect();
-            Err(ConfigError::other(format!("invalid JSON: {error}")).near(rest))
-        }
-    }
 }
 
 /// The text for `--object help`, `--export vhost-user-blk,help` and the like.

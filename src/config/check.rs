@@ -140,7 +140,22 @@ fn check_monitors(config: &Config) -> Result<(), ConfigError> {
 
 /// Two listeners on one address would take each other's place without a word.
 fn unique_sockets(config: &Config) -> Result<(), ConfigError> {
-    let chardevs = config.chardevs.iter().map(|chardev| &chardev.addr);
+    let chardevs = config.chardevs.iter();
+    if chardevs
+        .clone()
+        .filter(|chardev| chardev.addr.is_none())
+        .count()
+        > 1
+    {
+        let text = "cannot use stdio by multiple character devices";
+        return Err(ConfigError::other(text).in_option("--chardev", "stdio"));
+    }
+    if config.daemonize && chardevs.clone().any(|chardev| chardev.addr.is_none()) {
+        let text = "a daemon in the background has no standard input (expected --chardev socket, \
+                    or no --daemonize)";
+        return Err(ConfigError::other(text).in_option("--chardev", "stdio"));
+    }
+    let chardevs = chardevs.filter_map(|chardev| chardev.addr.as_ref());
     let exports = config.exports.iter().map(|export| &export.addr);
     let mut seen: Vec<&SocketAddress> = Vec::new();
     for addr in chardevs.chain(exports) {

@@ -209,7 +209,7 @@ pub(super) fn add_control_sockets(
         });
         config.chardevs.push(ChardevOptions {
             id,
-            addr: SocketAddress::Unix(path.clone()),
+            addr: Some(SocketAddress::Unix(path.clone())),
             server: true,
             wait: false,
         });

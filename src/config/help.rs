@@ -93,7 +93,7 @@ macro_rules! export {
     logical-block-size=N      a power of two from 512 to 2097152 [512]
     serial=TEXT               serial number, of at most 20 bytes [made from the id]
     iothread=NAME             take the polling time of this --object iothread
-    (accepted without effect: fixed-iothread, allow-inactive)
+    (accepted without effect: fixed-iothread)
 "
     };
 }
@@ -108,6 +108,11 @@ macro_rules! chardev {
     server=on|off             listen for clients, or connect to a listener [off]
     wait=on|off               with server=on: start when the first client is there [on]
     (accepted without effect: reconnect, reconnect-ms, tight)
+
+--chardev [backend=]stdio,id=NAME
+
+    standard input and output, for one monitor
+    (accepted without effect: signal)
 
 --monitor [chardev=]NAME[,id=NAME][,mode=control][,pretty=on|off]
 

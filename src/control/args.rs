@@ -15,6 +15,14 @@ pub enum Kind {
     Bool,
     /// One of some words; the type's name comes first.
     Enum(&'static str, &'static [&'static str]),
+    /// Any value.
+    Any,
+    /// All arguments are options of this type, which are read as a whole.
+    Whole(&'static str),
+    /// Options of this type.
+    Options(&'static str),
+    /// A list of options of this type.
+    OptionsList(&'static str),
     /// A list of words.
     EnumList(&'static str, &'static [&'static str]),
 }
@@ -58,6 +66,15 @@ impl Args {
     /// Checks `given` against what a command takes. The first thing wrong is told, in the order of
     /// `wanted`, then what is too much.
     pub fn check(wanted: &[Arg], given: Map<String, Value>) -> Result<Self, CommandError> {
+        if let [
+            Arg {
+                kind: Kind::Whole(_),
+                ..
+            },
+        ] = wanted
+        {
+            return Ok(Self(given));
+        }
         for arg in wanted {
             match given.get(arg.name) {
                 Some(value) => check_value(arg, value)?,
@@ -79,6 +96,16 @@ impl Args {
             ))),
             None => Ok(Self(given)),
         }
+    }
+
+    /// All of them as one value.
+    pub fn to_value(&self) -> Value {
+        Value::Object(self.0.clone())
+    }
+
+    /// The argument `name`, if it was given.
+    pub fn value(&self, name: &str) -> Option<&Value> {
+        self.0.get(name)
     }
 
     /// The string `name`, if it was given.
@@ -125,6 +152,8 @@ fn check_value(arg: &Arg, value: &Value) -> Result<(), CommandError> {
         Kind::Str if !value.is_string() => Err(wrong_type(name, "string")),
         Kind::Int if value.as_i64().is_none() => Err(wrong_type(name, "integer")),
         Kind::Bool if !value.is_boolean() => Err(wrong_type(name, "boolean")),
+        Kind::Options(_) if !value.is_object() => Err(wrong_type(name, "object")),
+        Kind::OptionsList(_) if !value.is_array() => Err(wrong_type(name, "array")),
         Kind::Enum(_, words) => check_word(name, name, words, value),
         Kind::EnumList(_, words) => {
             let items = value.as_array().ok_or_else(|| wrong_type(name, "array"))?;

@@ -43,11 +43,12 @@ pub(super) struct Command {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Returns {
     Nothing,
-    Object,
-    List,
     Text,
+    Any,
     /// A list of jobs, told in full.
     BlockJobs,
+    /// This type of `answers`; that of a list in brackets.
+    Of(&'static str),
 }
 
 /// A line of the table of commands.

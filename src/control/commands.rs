@@ -8,8 +8,8 @@ use super::args::{Arg, Args, Kind};
 use super::command::{Answer, Command, Control, Done, NEGOTIATE, Returns, command, version};
 use super::error::{CommandError, ErrorClass};
 use super::nodes::{Nodes, io_status, sync_error};
-use super::{hmp, schema, stats, stream};
-use crate::engine::{Engine, Served};
+use super::{blockdev, exports, graph, hmp, objects, schema, stats, stream};
+use crate::engine::Engine;
 use crate::job::Job;
 
 const CAPABILITIES: Kind = Kind::EnumList("QMPCapability", &["oob"]);
@@ -33,6 +33,33 @@ const OLD_SPEED: &[Arg] = &[
     Arg::required("device", Kind::Str),
     Arg::required("value", Kind::Int),
 ];
+const BLOCKDEV: &[Arg] = &[Arg::required("", Kind::Whole("BlockdevOptions"))];
+const EXPORT: &[Arg] = &[Arg::required("", Kind::Whole("BlockExportOptions"))];
+const REMOVE_MODE: Kind = Kind::Enum("BlockExportRemoveMode", &["safe", "hard"]);
+const EXPORT_DEL: &[Arg] = &[
+    Arg::required("id", Kind::Str),
+    Arg::optional("mode", REMOVE_MODE),
+];
+const OBJECT: &[Arg] = &[Arg::required("", Kind::Whole("ObjectOptions"))];
+const PATH: &[Arg] = &[Arg::required("path", Kind::Str)];
+const PROPERTY: &[Arg] = &[
+    Arg::required("path", Kind::Str),
+    Arg::required("property", Kind::Str),
+];
+const SET_PROPERTY: &[Arg] = &[
+    Arg::required("path", Kind::Str),
+    Arg::required("property", Kind::Str),
+    Arg::required("value", Kind::Any),
+];
+const CREATE: &[Arg] = &[
+    Arg::required("job-id", Kind::Str),
+    Arg::required("options", Kind::Options("BlockdevCreateOptions")),
+];
+const BACKING_FILE: &[Arg] = &[
+    Arg::required("device", Kind::Str),
+    Arg::required("image-node-name", Kind::Str),
+    Arg::required("backing-file", Kind::Str),
+];
 const STREAM: &[Arg] = &[
     Arg::optional("job-id", Kind::Str),
     Arg::required("device", Kind::Str),
@@ -53,20 +80,37 @@ const STREAM: &[Arg] = &[
 #[rustfmt::skip]
 static COMMANDS: &[Command] = &[
     command(NEGOTIATE, &[Arg::optional("enable", CAPABILITIES)], Returns::Nothing, negotiate),
-    command("query-version", NO_ARGS, Returns::Object, |_, _| Ok(version().into())),
-    command("query-commands", NO_ARGS, Returns::List, |c, _| Ok(schema::commands(c.commands).into())),
-    command("query-qmp-schema", NO_ARGS, Returns::List, |c, _| Ok(schema::schema(c.commands).into())),
+    command("query-version", NO_ARGS, Returns::Of("VersionInfo"), |_, _| Ok(version().into())),
+    command("query-commands", NO_ARGS, Returns::Of("[CommandInfo]"), |c, _| Ok(schema::commands(c.commands).into())),
+    command("query-qmp-schema", NO_ARGS, Returns::Of("[SchemaInfo]"), |c, _| Ok(schema::schema(c.commands).into())),
     command("quit", NO_ARGS, Returns::Nothing, |_, _| Ok(Answer { value: json!({}), quit: true })),
     command("human-monitor-command",
         &[Arg::required("command-line", Kind::Str), Arg::optional("cpu-index", Kind::Int)],
         Returns::Text, hmp::human_monitor_command),
     command("query-named-block-nodes", &[Arg::optional("flat", Kind::Bool)],
-        Returns::List, query_named_block_nodes),
-    command("query-block-exports", NO_ARGS, Returns::List, query_block_exports),
-    command("query-block", NO_ARGS, Returns::List, query_block),
-    command("query-blockstats", NO_ARGS, Returns::List, query_blockstats),
+        Returns::Of("[BlockDeviceInfo]"), query_named_block_nodes),
+    command("query-block-exports", NO_ARGS, Returns::Of("[BlockExportInfo]"), exports::query),
+    command("block-export-add", EXPORT, Returns::Nothing, exports::add),
+    command("block-export-del", EXPORT_DEL, Returns::Nothing, exports::del),
+    command("blockdev-add", BLOCKDEV, Returns::Nothing, blockdev::blockdev_add),
+    command("blockdev-del", &[Arg::required("node-name", Kind::Str)], Returns::Nothing,
+        blockdev::blockdev_del),
+    command("query-block", NO_ARGS, Returns::Of("[BlockInfo]"), query_block),
+    command("x-debug-query-block-graph", NO_ARGS, Returns::Of("XDbgBlockGraph"), graph::query),
+    command("query-blockstats", &[Arg::optional("query-nodes", Kind::Bool)], Returns::Of("[BlockStats]"), query_blockstats),
+    command("object-add", OBJECT, Returns::Nothing, objects::add),
+    command("object-del", ID, Returns::Nothing, objects::del),
+    command("query-iothreads", NO_ARGS, Returns::Of("[IOThreadInfo]"), objects::query_iothreads),
+    command("qom-list", PATH, Returns::Of("[ObjectPropertyInfo]"), objects::list),
+    command("qom-get", PROPERTY, Returns::Any, objects::get),
+    command("qom-set", SET_PROPERTY, Returns::Nothing, objects::set),
     command("query-block-jobs", NO_ARGS, Returns::BlockJobs, query_block_jobs),
-    command("query-jobs", NO_ARGS, Returns::List, query_jobs),
+    command("query-jobs", NO_ARGS, Returns::Of("[JobInfo]"), query_jobs),
+    command("blockdev-reopen",
+        &[Arg::required("options", Kind::OptionsList("BlockdevOptions"))],
+        Returns::Nothing, blockdev::blockdev_reopen),
+    command("change-backing-file", BACKING_FILE, Returns::Nothing, blockdev::change_backing_file),
+    command("blockdev-create", CREATE, Returns::Nothing, blockdev::blockdev_create),
     command("block-stream", STREAM, Returns::Nothing, stream::block_stream),
     command("block-job-set-speed", SPEED, Returns::Nothing, |c, a| set_speed(c, a, "speed")),
     command("block-job-cancel", CANCEL, Returns::Nothing, block_job_cancel),
@@ -120,19 +164,6 @@ fn query_named_block_nodes(control: &Control, args: &Args) -> Done {
         .into())
 }
 
-fn query_block_exports(control: &Control, _: &Args) -> Done {
-    let exports = control.engine.exports.list();
-    let to_value = |served: &Served| {
-        json!({
-            "node-name": served.options.node_name,
-            "shutting-down": served.export.info().shutting_down,
-            "type": "vhost-user-blk",
-            "id": served.options.id,
-        })
-    };
-    Ok(exports.iter().map(to_value).collect::<Value>().into())
-}
-
 fn query_block(control: &Control, _: &Args) -> Done {
     let nodes = Nodes::of(&control.engine);
     let devices = control.engine.exports.list().into_iter().map(|served| {
@@ -159,7 +190,10 @@ fn query_block(control: &Control, _: &Args) -> Done {
     Ok(devices.collect::<Value>().into())
 }
 
-fn query_blockstats(control: &Control, _: &Args) -> Done {
+fn query_blockstats(control: &Control, args: &Args) -> Done {
+    if args.bool("query-nodes") == Some(true) {
+        return Ok(stats::nodes(&control.engine.graph.state()).into());
+    }
     let exports = control.engine.exports.list();
     Ok(exports.iter().map(stats::export).collect::<Value>().into())
 }
@@ -170,6 +204,7 @@ fn query_block_jobs(control: &Control, _: &Args) -> Done {
         .jobs
         .list()
         .iter()
+        .filter(|job| job.is_block_job())
         .map(|job| job.to_block_job())
         .collect::<Value>()
         .into())
@@ -199,7 +234,9 @@ fn no_job() -> CommandError {
 
 /// The job that the older commands call `device`.
 fn block_job(control: &Control, id: &str) -> Result<Arc<Job>, CommandError> {
-    control.engine.jobs.job(id).ok_or_else(|| no_block_job(id))
+    let job = control.engine.jobs.job(id);
+    job.filter(|job| job.is_block_job())
+        .ok_or_else(|| no_block_job(id))
 }
 
 type JobVerb = fn(&Job) -> Result<(), crate::job::Refused>;
@@ -238,6 +275,7 @@ fn block_job_finalize(control: &Control, args: &Args) -> Done {
 
 fn block_job_dismiss(control: &Control, args: &Args) -> Done {
     let id = args.required_str("id")?;
+    block_job(control, id)?;
     control
         .engine
         .jobs

@@ -13,6 +13,8 @@ pub enum ErrorClass {
     CommandNotFound,
     /// No such job.
     DeviceNotActive,
+    /// No such device or object.
+    DeviceNotFound,
 }
 
 impl ErrorClass {
@@ -22,6 +24,7 @@ impl ErrorClass {
             Self::GenericError => "GenericError",
             Self::CommandNotFound => "CommandNotFound",
             Self::DeviceNotActive => "DeviceNotActive",
+            Self::DeviceNotFound => "DeviceNotFound",
         }
     }
 }

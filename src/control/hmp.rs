@@ -374,7 +374,8 @@ fn help(name: &str, item: &str) -> Output {
 }
 
 fn info_block_jobs(control: &Control) -> Output {
-    let jobs = control.engine.jobs.list();
+    let jobs = control.engine.jobs.list().into_iter();
+    let jobs: Vec<_> = jobs.filter(|job| job.is_block_job()).collect();
     if jobs.is_empty() {
         return "No active jobs\n".into();
     }

@@ -8,13 +8,18 @@
 //!
 //! Wherever it can be observed, names, texts and order are those of qemu-storage-daemon.
 
+mod answers;
 pub mod args;
+mod blockdev;
 mod command;
 pub mod commands;
 mod error;
 pub mod events;
+mod exports;
+mod graph;
 mod hmp;
 mod nodes;
+mod objects;
 mod places;
 mod schema;
 pub mod server;

@@ -1,9 +1,13 @@
 //! What there is, told to clients: `query-commands` and `query-qmp-schema`.
 
-use serde_json::{Map, Value, json};
+use std::collections::HashSet;
 
+use serde_json::{Value, json};
+
+use super::answers::{Member, TYPES, counted};
 use super::args::{Arg, Kind};
 use super::command::{Command, Returns};
+use crate::options::keys::{self, Key, KeyType};
 
 /// Each event with its members and their types.
 const EVENTS: &[(&str, &[(&str, &str)])] = &[
@@ -31,6 +35,7 @@ const EVENTS: &[(&str, &[(&str, &str)])] = &[
             ("copied", "int"),
         ],
     ),
+    ("BLOCK_EXPORT_DELETED", &[("id", "str")]),
     (
         "BLOCK_JOB_ERROR",
         &[("device", "str"), ("operation", "str"), ("action", "str")],
@@ -50,26 +55,6 @@ const EVENTS: &[(&str, &[(&str, &str)])] = &[
     ("BLOCK_JOB_PENDING", &[("type", "str"), ("id", "str")]),
 ];
 
-/// The members of an item of `query-block-jobs`; the last may be missing.
-const BLOCK_JOB: &[(&str, &str)] = &[
-    ("type", "str"),
-    ("device", "str"),
-    ("len", "int"),
-    ("offset", "int"),
-    ("busy", "bool"),
-    ("paused", "bool"),
-    ("speed", "int"),
-    ("io-status", "str"),
-    ("ready", "bool"),
-    ("status", "str"),
-    ("auto-finalize", "bool"),
-    ("auto-dismiss", "bool"),
-    ("copied", "int"),
-    ("to-copy", "int"),
-    ("to-copy-final", "bool"),
-    ("error", "str"),
-];
-
 /// The value of `query-commands`.
 pub(super) fn commands(table: &[Command]) -> Value {
     table
@@ -78,97 +63,191 @@ pub(super) fn commands(table: &[Command]) -> Value {
         .collect()
 }
 
-/// The value of `query-qmp-schema`: arguments in full, answers by their outermost type only, but
-/// for those that have members which QEMU's have not.
+/// The value of `query-qmp-schema`: all that can be asked for, given, answered and told.
 pub(super) fn schema(table: &[Command]) -> Value {
-    let mut entries = builtins();
-    let mut enums: Map<String, Value> = Map::new();
+    let mut entries = Entries::default();
     for command in table {
-        let arguments = format!("{}-arg", command.name);
-        let returns = match command.returns {
+        let arguments = arguments(command, &mut entries);
+        let returns = entries.reference(match command.returns {
             Returns::Nothing => "empty",
-            Returns::Object => "any",
-            Returns::List => "[any]",
+            Returns::Any => "any",
             Returns::Text => "str",
             Returns::BlockJobs => "[BlockJobInfo]",
-        };
-        entries.push(json!({
+            Returns::Of(kind) => kind,
+        });
+        entries.add(json!({
             "name": command.name,
             "meta-type": "command",
             "arg-type": arguments,
             "ret-type": returns,
             "allow-oob": false,
         }));
-        let members: Value = command
-            .args
-            .iter()
-            .map(|arg| member(arg, &mut enums))
-            .collect();
-        entries.push(json!({"name": arguments, "meta-type": "object", "members": members}));
     }
     for (name, members) in EVENTS {
         let data = format!("{name}-data");
-        entries.push(json!({"name": name, "meta-type": "event", "arg-type": data}));
-        let members: Value = members
-            .iter()
-            .map(|(name, kind)| json!({"name": name, "type": kind}))
-            .collect();
-        entries.push(json!({"name": data, "meta-type": "object", "members": members}));
+        entries.add(json!({"name": name, "meta-type": "event", "arg-type": data}));
+        let members = members.iter().map(|(name, kind)| (*name, *kind, false));
+        let members = entries.members(members);
+        entries.add(json!({"name": data, "meta-type": "object", "members": members}));
     }
-    entries.extend(enums.into_iter().map(|(_, entry)| entry));
-    Value::Array(entries)
+    for (name, members) in TYPES {
+        entries.answer(name, members);
+    }
+    for (name, members) in counted() {
+        entries.answer(name, &members);
+    }
+    entries.options();
+    entries.into_value()
 }
 
-fn builtins() -> Vec<Value> {
-    let mut entries: Vec<Value> = [
-        ("str", "string"),
-        ("int", "int"),
-        ("bool", "boolean"),
-        ("any", "value"),
-    ]
-    .iter()
-    .map(|(name, json_type)| json!({"name": name, "meta-type": "builtin", "json-type": json_type}))
-    .collect();
-    for element in ["any", "BlockJobInfo"] {
-        let name = format!("[{element}]");
-        entries.push(json!({"name": name, "meta-type": "array", "element-type": element}));
+/// The type of a command's arguments.
+fn arguments(command: &Command, entries: &mut Entries) -> String {
+    if let [
+        Arg {
+            kind: Kind::Whole(name),
+            ..
+        },
+    ] = command.args
+    {
+        return (*name).to_owned();
     }
-    let members: Value = BLOCK_JOB
-        .iter()
-        .map(|(name, kind)| match *name {
-            "error" => json!({"name": name, "type": kind, "default": null}),
-            _ => json!({"name": name, "type": kind}),
-        })
-        .collect();
-    entries.push(json!({"name": "BlockJobInfo", "meta-type": "object", "members": members}));
-    entries.push(json!({"name": "empty", "meta-type": "object", "members": []}));
-    entries
+    let name = format!("{}-arg", command.name);
+    let arguments = command.args.iter();
+    let members: Value = arguments.map(|arg| entries.argument(arg)).collect();
+    entries.add(json!({"name": name, "meta-type": "object", "members": members}));
+    name
 }
 
-fn member(arg: &Arg, enums: &mut Map<String, Value>) -> Value {
-    let kind = match arg.kind {
-        Kind::Str => "str".to_owned(),
-        Kind::Int => "int".to_owned(),
-        Kind::Bool => "bool".to_owned(),
-        Kind::Enum(name, words) => word_type(name, words, enums),
-        Kind::EnumList(name, words) => {
-            let element = word_type(name, words, enums);
-            let name = format!("[{element}]");
-            let entry = json!({"name": name, "meta-type": "array", "element-type": element});
-            enums.insert(name.clone(), entry);
-            name
+/// What has been described so far, each thing once.
+#[derive(Default)]
+struct Entries {
+    list: Vec<Value>,
+    names: HashSet<String>,
+}
+
+impl Entries {
+    fn add(&mut self, entry: Value) {
+        let name = entry
+            .get("name")
+            .and_then(Value::as_str)
+            .unwrap_or_default();
+        if self.names.insert(name.to_owned()) {
+            self.list.push(entry);
         }
-    };
-    let mut member = json!({"name": arg.name, "type": kind});
-    if let (false, Some(members)) = (arg.required, member.as_object_mut()) {
-        members.insert("default".to_owned(), Value::Null);
     }
-    member
+
+    fn into_value(mut self) -> Value {
+        for (name, json_type) in [
+            ("str", "string"),
+            ("int", "int"),
+            ("number", "number"),
+            ("bool", "boolean"),
+            ("null", "null"),
+            ("any", "value"),
+        ] {
+            self.add(json!({"name": name, "meta-type": "builtin", "json-type": json_type}));
+        }
+        Value::Array(self.list)
+    }
+
+    /// A type by name; that of a list is described here.
+    fn reference(&mut self, name: &str) -> String {
+        if let Some(element) = name
+            .strip_prefix('[')
+            .and_then(|name| name.strip_suffix(']'))
+        {
+            self.add(json!({"name": name, "meta-type": "array", "element-type": element}));
+        }
+        name.to_owned()
+    }
+
+    fn members<'m>(&mut self, members: impl Iterator<Item = (&'m str, &'m str, bool)>) -> Value {
+        let members =
+            members.map(|(name, kind, optional)| member(name, self.reference(kind), !optional));
+        members.collect()
+    }
+
+    fn answer(&mut self, name: &str, members: &[Member]) {
+        let members = self.members(members.iter().copied());
+        self.add(json!({"name": name, "meta-type": "object", "members": members}));
+    }
+
+    fn argument(&mut self, arg: &Arg) -> Value {
+        let kind = match arg.kind {
+            Kind::Str => "str".to_owned(),
+            Kind::Int => "int".to_owned(),
+            Kind::Bool => "bool".to_owned(),
+            Kind::Any => "any".to_owned(),
+            Kind::Whole(name) | Kind::Options(name) => name.to_owned(),
+            Kind::OptionsList(name) => self.reference(&format!("[{name}]")),
+            Kind::Enum(name, words) => self.words(name, words),
+            Kind::EnumList(name, words) => {
+                let element = self.words(name, words);
+                self.reference(&format!("[{element}]"))
+            }
+        };
+        member(arg.name, kind, arg.required)
+    }
+
+    fn words(&mut self, name: &str, words: &[&str]) -> String {
+        let members: Value = words.iter().map(|word| json!({"name": word})).collect();
+        self.add(json!({"name": name, "meta-type": "enum", "members": members, "values": words}));
+        name.to_owned()
+    }
+
+    fn alternate(&mut self, name: &str, kinds: &[&str]) -> String {
+        let members: Value = kinds.iter().map(|kind| json!({"type": kind})).collect();
+        self.add(json!({"name": name, "meta-type": "alternate", "members": members}));
+        name.to_owned()
+    }
+
+    fn key(&mut self, key: &Key) -> Value {
+        let kind = match key.kind {
+            KeyType::Str => "str".to_owned(),
+            KeyType::Int => "int".to_owned(),
+            KeyType::Bool => "bool".to_owned(),
+            KeyType::Word(name, words) => self.words(name, words),
+            KeyType::Object(name) => name.to_owned(),
+            KeyType::Node => self.alternate("BlockdevRef", &["BlockdevOptions", "str"]),
+            KeyType::NodeOrNull => {
+                let kinds = ["BlockdevOptions", "str", "null"];
+                self.alternate("BlockdevRefOrNull", &kinds)
+            }
+            KeyType::WordOr(name, words, object) => {
+                let word = self.words(name, words);
+                self.alternate(&format!("{object}OrMode"), &[object, &word])
+            }
+        };
+        member(key.name, kind, key.required)
+    }
+
+    /// All types of structured options.
+    fn options(&mut self) {
+        for (name, keys) in keys::OBJECTS {
+            let members: Value = keys.iter().map(|key| self.key(key)).collect();
+            self.add(json!({"name": name, "meta-type": "object", "members": members}));
+        }
+        for union in keys::UNIONS {
+            let name = union.name;
+            let mut variants = Vec::new();
+            for (case, keys) in union.variants {
+                let own = format!("{name}-{case}");
+                let members: Value = keys.iter().map(|key| self.key(key)).collect();
+                self.add(json!({"name": own, "meta-type": "object", "members": members}));
+                variants.push(json!({"case": case, "type": own}));
+            }
+            let members: Value = union.common.iter().map(|key| self.key(key)).collect();
+            self.add(
+                json!({"name": name, "meta-type": "object", "tag": union.tag,
+                "variants": variants, "members": members}),
+            );
+        }
+    }
 }
 
-fn word_type(name: &str, words: &[&str], enums: &mut Map<String, Value>) -> String {
-    let members: Value = words.iter().map(|word| json!({"name": word})).collect();
-    let entry = json!({"name": name, "meta-type": "enum", "members": members, "values": words});
-    enums.insert(name.to_owned(), entry);
-    name.to_owned()
+fn member(name: &str, kind: String, required: bool) -> Value {
+    match required {
+        true => json!({"name": name, "type": kind}),
+        false => json!({"name": name, "type": kind, "default": null}),
+    }
 }

@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 
 use crate::engine::Served;
 use crate::export::{Counter, QueueStats};
+use crate::graph::{Node, Role, State};
 
 /// An export as an item of `query-blockstats`.
 pub(super) fn export(served: &Served) -> Value {
@@ -22,6 +23,28 @@ pub(super) fn export(served: &Served) -> Value {
         "poll-max-ns": nanoseconds(export.poll_max()),
         "queues": queues.map(|stats| queue(stats, elapsed)).collect::<Value>(),
     })
+}
+
+/// All nodes as items of `query-blockstats`, each with those under it. As in QEMU nothing but their
+/// devices is counted, which are the exports.
+pub(super) fn nodes(state: &State) -> Value {
+    let nodes = state.nodes().iter();
+    nodes.map(|node| node_stats(state, node)).collect()
+}
+
+fn node_stats(state: &State, node: &Node) -> Value {
+    let mut members = Map::new();
+    let child = |role| node.child(role).and_then(|name| state.node(name).ok());
+    let file = child(Role::File).or_else(|| child(Role::Filtered));
+    if let Some(file) = file {
+        members.insert("parent".to_owned(), node_stats(state, file));
+    }
+    members.insert("stats".to_owned(), device_stats(&[]));
+    if let Some(below) = child(Role::Backing) {
+        members.insert("backing".to_owned(), node_stats(state, below));
+    }
+    members.insert("node-name".to_owned(), node.name.clone().into());
+    members.into()
 }
 
 fn nanoseconds(time: Duration) -> u64 {

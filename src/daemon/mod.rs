@@ -9,8 +9,8 @@ mod fence;
 mod logging;
 mod monitors;
 mod process;
+mod stdio;
 
-use std::os::fd::{FromRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -23,17 +23,19 @@ use crate::config::Config;
 use crate::control::{Control, EventHub};
 use crate::engine::stream::on_graph;
 use crate::engine::sync_errors::Watch;
-use crate::engine::{Engine, Exports, Served, control_thread, ending, neighbours, parts, state};
+use crate::engine::{
+    self, Engine, Exports, Runtime, Served, Setup, control_thread, ending, neighbours, parts,
+    serving, state,
+};
 use crate::error::{Error, Result};
-use crate::export::{Export, ExportConfig, SocketSource};
-use crate::format::Format;
 use crate::format::qcow2::journal::Folder;
 use crate::graph::{Graph, Holder, Request};
 use crate::job::{JobMain, JobRunner, Ledger, Manager, SystemClock, Timer};
-use crate::options::{DetectZeroes, ExportOptions, ObjectOptions, SocketAddress};
+use crate::options::ExportOptions;
 use crate::reactor::Reactor;
 use crate::state::Store;
 
+use fence::Fences;
 use monitors::Monitors;
 pub use process::abort_on_panic;
 use process::{Foreground, PidFile};
@@ -75,9 +77,10 @@ fn serve(config: &Config, began: Instant) -> Result<()> {
         .unwrap_or(START_TIMEOUT)
         .min(START_TIMEOUT);
     watch_signals(&stop, &starting, patience)?;
+    let mut setup = state::expected(config.state.as_ref(), &named(config));
     // Before anything is opened, and before the first ring is made.
     let fences = fence::hold(
-        &config.exports,
+        &setup.exports,
         config
             .state
             .as_ref()
@@ -86,7 +89,7 @@ fn serve(config: &Config, began: Instant) -> Result<()> {
         config.fence_timeout,
         &stopped,
     )?;
-    let Some(fences) = fences else {
+    let Some(fences) = fences.map(Arc::new) else {
         return Ok(());
     };
     let reactor = Reactor::for_this_thread().map_err(|e| during("starting", &e))?;
@@ -95,6 +98,11 @@ fn serve(config: &Config, began: Instant) -> Result<()> {
     let exports = Arc::new(Exports::default());
     // Before the first image is opened: whatever fails from then on is to be recorded.
     let watched = state::open(config.state.as_ref()).and_then(|store| {
+        let held = std::mem::take(&mut setup.exports);
+        setup = state::setup(store.as_ref(), &named(config))?;
+        // What the process before this one has still changed at its end.
+        let mut more = setup.exports.iter().filter(|export| !held.contains(export));
+        more.try_for_each(|export| engine::Fences::take(&*fences, export))?;
         let watch = Watch::start(&graph, &exports, store.clone())?;
         Ok((store, watch))
     });
@@ -107,6 +115,7 @@ fn serve(config: &Config, began: Instant) -> Result<()> {
                 &exports,
                 (&stop, &starting),
                 (store, &watch),
+                (setup, fences.clone()),
             ),
             Some(watch),
         ),
@@ -159,6 +168,15 @@ fn serve(config: &Config, began: Instant) -> Result<()> {
     match (result, ended) {
         (Err(first), Err(last)) => Err(Error::Invalid(format!("{first}; at the end: {last}"))),
         (result, ended) => result.and(ended),
+    }
+}
+
+/// What the command line names.
+fn named(config: &Config) -> Setup {
+    Setup {
+        objects: config.objects.clone(),
+        nodes: config.blockdevs.clone(),
+        exports: config.exports.clone(),
     }
 }
 
@@ -234,23 +252,19 @@ fn set_up(
     exports: &Arc<Exports>,
     (stop, starting): (&Sender<Call>, &Starting),
     (store, watch): (Option<Arc<Store>>, &Watch),
+    (setup, fences): (Setup, Arc<Fences>),
 ) -> Result<Running> {
     if let Some(folder) = &config.journal {
         graph.keep_journals(Folder::open(folder, config.journal_size)?);
     }
     let recorded = state::recorded(store.as_ref());
-    reactor.block_on(graph.open_recorded_all(&config.blockdevs, recorded))?;
+    reactor.block_on(graph.open_recorded_all(&setup.nodes, recorded))?;
     let plan = state::plan(config.state.as_ref(), graph, store.as_ref())?;
-    neighbours::check(
-        &config.exports,
-        config.state.as_ref(),
-        graph,
-        store.as_ref(),
-    )?;
+    neighbours::check(&setup.exports, config.state.as_ref(), graph, store.as_ref())?;
     // All of them before the first guest is served: an image that does not answer would hold up the
     // end of those that are.
     let mut grants = Vec::new();
-    for options in &config.exports {
+    for options in &setup.exports {
         let holder = Holder::Export(options.id.clone());
         let request = Request::disk(holder, &options.node_name, options.writable);
         grants.push(
@@ -259,15 +273,22 @@ fn set_up(
                 .map_err(about(options))?,
         );
     }
-    for (options, grant) in config.exports.iter().zip(grants) {
-        let export = start_export(config, options, graph)?;
+    let hub = EventHub::new();
+    let runtime = Runtime::new(
+        named(config),
+        setup.objects,
+        hub.sink(),
+        fences,
+        config.state.clone(),
+    );
+    for (options, grant) in setup.exports.iter().zip(grants) {
+        let export = serving::start(options, graph, &runtime.objects).map_err(about(options))?;
+        serving::warn_without_journal(graph, options);
         exports.add(export, options.clone(), grant);
         // A guest may be served from here on.
         starting.has_ended();
     }
-    warn_without_journal(config, exports);
     end_with_last_front_end(config, exports, stop);
-    let hub = EventHub::new();
     watch.tell(hub.sink());
     let ledger = store.clone().map(|store| store as Arc<dyn Ledger>);
     let clock = Arc::new(SystemClock::new());
@@ -284,6 +305,7 @@ fn set_up(
         graph: graph.clone(),
         exports: exports.clone(),
         store,
+        runtime,
         quit: Box::new(move || {
             // When nobody listens any more, the daemon is ending already.
             let _ = quit.send(Call::Stop);
@@ -299,24 +321,6 @@ fn set_up(
     Ok(Running { manager, monitors })
 }
 
-/// Says, once, what images do without a journal.
-fn warn_without_journal(config: &Config, exports: &Exports) {
-    let has_mapping = |export: &Export| {
-        let chain = export.root().chain();
-        let top = chain.top();
-        !top.read_only && matches!(top.format, Format::Qcow2(_))
-    };
-    let mut exports = exports.list().into_iter();
-    if config.journal.is_none()
-        && exports.any(|one| one.options.writable && has_mapping(&one.export))
-    {
-        log::warn!(
-            "without --journal, writes to qcow2 images that a guest has not flushed are lost if \
-             this process is killed"
-        );
-    }
-}
-
 /// Says which export an error is about.
 fn about(options: &ExportOptions) -> impl Fn(Error) -> Error {
     |error| match error {
@@ -325,84 +329,9 @@ fn about(options: &ExportOptions) -> impl Fn(Error) -> Error {
     }
 }
 
-fn start_export(config: &Config, options: &ExportOptions, graph: &Graph) -> Result<Export> {
-    let context = &about(options);
-    let root = graph.root(&options.node_name).map_err(context)?;
-    // What the disk cannot write by itself the guest must not ask for.
-    let block = root.chain().top().storage.limits().offset_align;
-    let logical_block_size = options
-        .logical_block_size
-        .max(u32::try_from(block).unwrap_or(512));
-    let poll_max_ns = config.objects.iter().find_map(|object| match object {
-        ObjectOptions::Iothread(thread) if Some(&thread.id) == options.iothread.as_ref() => {
-            thread.poll_max_ns
-        }
-        ObjectOptions::Iothread(_) => None,
-    });
-    let mut export = ExportConfig::new(options.id.clone(), socket_source(&options.addr)?);
-    export.queues = options.num_queues;
-    export.writable = options.writable;
-    export.serial.clone_from(&options.serial);
-    export.logical_block_size = logical_block_size;
-    export.write_cache = !options.writethrough;
-    export.detect_zeroes = match graph.node(&options.node_name)?.options.detect_zeroes {
-        DetectZeroes::Off => None,
-        DetectZeroes::On => Some(false),
-        DetectZeroes::Unmap => Some(true),
-    };
-    if let Some(ns) = poll_max_ns {
-        export.poll_max_us = u32::try_from(ns.div_ceil(1000)).unwrap_or(u32::MAX);
-    }
-    Export::start(export, root).map_err(context)
-}
-
-fn socket_source(address: &SocketAddress) -> Result<SocketSource> {
-    Ok(match address {
-        SocketAddress::Unix(path) => SocketSource::Path(path.clone()),
-        SocketAddress::Fd(fd) => {
-            let fd = inherited(*fd)?;
-            if is_listening(&fd) {
-                SocketSource::ListenFd(fd)
-            } else {
-                SocketSource::ConnectedFd(fd)
-            }
-        }
-    })
-}
-
-/// A descriptor that the process was started with.
-fn inherited(fd: i32) -> Result<OwnedFd> {
-    // SAFETY: no memory is passed.
-    if fd <= 2 || unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
-        return Err(Error::Invalid(format!(
-            "file descriptor {fd} is not an open socket"
-        )));
-    }
-    // SAFETY: it is open, and the user has given it to this option alone.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-fn is_listening(fd: &OwnedFd) -> bool {
-    use std::os::fd::AsRawFd;
-
-    let mut value: libc::c_int = 0;
-    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: the call writes one int and its length.
-    let result = unsafe {
-        libc::getsockopt(
-            fd.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_ACCEPTCONN,
-            (&raw mut value).cast(),
-            &raw mut len,
-        )
-    };
-    result == 0 && value != 0
-}
-
 /// A daemon whose only purpose was one connection ends with it.
 fn end_with_last_front_end(config: &Config, exports: &Exports, stop: &Sender<Call>) {
-    if config.exports.len() != 1 || !config.monitors.is_empty() {
+    if exports.list().len() != 1 || !config.monitors.is_empty() {
         return;
     }
     for Served { export, .. } in exports.list() {

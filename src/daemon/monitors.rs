@@ -3,20 +3,27 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::{Call, during, inherited};
+use super::{Call, during, stdio};
 use crate::config::Config;
 use crate::control::{Control, Endpoint, EventHub, Server};
+use crate::engine::serving::inherited;
 use crate::error::Result;
 use crate::options::{ChardevOptions, SocketAddress};
+
+/// How long the reader of standard output may take for the last answers.
+const STDIO_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The running control sockets.
 pub struct Monitors {
     server: Mutex<Server>,
     /// How many of them are to have a client before the start is over.
     awaited: usize,
+    /// Told when all has been written to standard output, if that is one of them.
+    written: Mutex<Option<Receiver<()>>>,
 }
 
 impl Monitors {
@@ -32,11 +39,11 @@ impl Monitors {
     ) -> Result<Self> {
         let failed = |error| during("starting the control sockets", &error);
         let mut server = Server::start(Vec::new(), control, hub).map_err(failed)?;
-        let mut awaited = 0;
+        let (mut awaited, mut written) = (0, None);
         // All are there before any has a client.
         let sockets = config.monitor_sockets();
         let endpoints = sockets
-            .map(|(_, chardev)| Ok((endpoint(chardev)?, chardev)))
+            .map(|(_, chardev)| Ok((endpoint(chardev, &mut written)?, chardev)))
             .collect::<Result<Vec<_>>>()?;
         for (endpoint, chardev) in endpoints {
             if !(chardev.server && chardev.wait) {
@@ -45,7 +52,8 @@ impl Monitors {
             }
             eprintln!(
                 "stratablk: chardev '{}': waiting for a client on {}",
-                chardev.id, chardev.addr
+                chardev.id,
+                place(chardev)
             );
             let calls = calls.clone();
             let arrived = move || {
@@ -58,6 +66,7 @@ impl Monitors {
         Ok(Self {
             server: Mutex::new(server),
             awaited,
+            written: Mutex::new(written),
         })
     }
 
@@ -69,17 +78,31 @@ impl Monitors {
     /// Gives clients their last answers and events, and hangs up.
     pub fn shut_down(&self) {
         self.server.lock().stop();
+        if let Some(written) = self.written.lock().take() {
+            // Nobody may be reading it.
+            let _ = written.recv_timeout(STDIO_TIMEOUT);
+        }
     }
 }
 
-fn endpoint(chardev: &ChardevOptions) -> Result<Endpoint> {
+fn place(chardev: &ChardevOptions) -> String {
+    let addr = chardev.addr.as_ref();
+    addr.map_or_else(|| "stdio".to_owned(), ToString::to_string)
+}
+
+fn endpoint(chardev: &ChardevOptions, written: &mut Option<Receiver<()>>) -> Result<Endpoint> {
     let failed = |error| {
         during(
-            &format!("chardev '{}' ({})", chardev.id, chardev.addr),
+            &format!("chardev '{}' ({})", chardev.id, place(chardev)),
             &error,
         )
     };
-    match &chardev.addr {
+    let Some(addr) = &chardev.addr else {
+        let (endpoint, told) = stdio::endpoint().map_err(failed)?;
+        *written = Some(told);
+        return Ok(endpoint);
+    };
+    match addr {
         SocketAddress::Unix(path) if chardev.server => Endpoint::bind(path).map_err(failed),
         SocketAddress::Unix(path) => Endpoint::connect(path).map_err(failed),
         SocketAddress::Fd(fd) => {

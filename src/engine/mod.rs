@@ -4,18 +4,28 @@
 //!
 //! - [`control_thread`]: publishes all changes
 //! - [`exports`]: what guests are served
+//! - [`nodes`], [`objects`], [`serving`]: nodes, objects and exports that come and go
+//! - [`runtime`]: what the next process knows of that
 //! - [`stream`]: stream jobs
 //! - [`state`]: what is recorded, and how the next process goes on with it
 //! - [`neighbours`]: what other processes have recorded of the same images
 //! - [`sync_errors`]: failed flushes
 //! - [`parts`], [`ending`]: the end
 
+mod backing_file;
 pub mod control_thread;
+mod create;
 pub mod ending;
 pub mod exports;
 mod guests;
 pub mod neighbours;
+mod nodes;
+mod object_changes;
+pub mod objects;
 pub mod parts;
+mod reopen;
+pub mod runtime;
+pub mod serving;
 pub mod sizes;
 pub mod state;
 pub mod stream;
@@ -30,6 +40,8 @@ use crate::reactor::Reactor;
 use crate::state::Store;
 
 pub use exports::{Exports, Served};
+pub use runtime::{Fences, NoFences, Runtime, Setup};
+pub use serving::Removal;
 use stream::Streams;
 pub use sync_errors::SyncError;
 
@@ -45,6 +57,8 @@ pub struct Engine {
     pub store: Option<Arc<Store>>,
     /// Makes the bodies of streams.
     pub streams: Streams,
+    /// What operations at run time need.
+    pub runtime: Runtime,
     /// Ends the process, soon.
     pub quit: Box<dyn Fn() + Send + Sync>,
 }

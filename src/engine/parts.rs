@@ -24,10 +24,11 @@ pub fn of(
     sockets: Option<Box<dyn FnMut() + Send>>,
 ) -> Vec<Part> {
     let mut parts = Vec::new();
-    let mut served = Vec::new();
+    let mut all_served = Vec::new();
     let mut users = Vec::new();
     let mut written = BTreeSet::new();
     let jobs = jobs.map(Manager::close);
+    exports.close();
     // Only now: no job changes it any more, apart from those that end here.
     let nodes = graph.nodes();
     for job in jobs.into_iter().flatten() {
@@ -62,20 +63,25 @@ pub fn of(
             abandoned: Box::new(|| "the control sockets do not end".to_owned()),
         });
     }
-    for Served {
-        export, options, ..
-    } in exports.list()
-    {
+    for served in exports.list() {
+        let Served {
+            export, options, ..
+        } = &served;
         let name = format!("export '{}'", options.id);
         let uses = images_of(&nodes, &options.node_name);
-        served.push((export.clone(), uses.clone()));
+        all_served.push((export.clone(), uses.clone()));
         users.push((name.clone(), uses));
-        let (ending, stuck, what) = (export.clone(), export.clone(), name.clone());
+        let (ending, stuck, what) = (served.clone(), export.clone(), name.clone());
         parts.push(Part {
             name,
             after: Vec::new(),
             work: Box::new(move |_| {
-                ending.shutdown();
+                let removed = !ending.begin_to_end();
+                ending.export.shutdown();
+                if removed {
+                    // Its image is given back to the readers then.
+                    ending.wait_for_end(None);
+                }
                 Ok(())
             }),
             storage: None,
@@ -101,7 +107,9 @@ pub fn of(
         }
     }
     parts.extend(images.into_iter().map(|node| {
-        let exports = served.iter().filter(|(_, uses)| uses.contains(&node.name));
+        let exports = all_served
+            .iter()
+            .filter(|(_, uses)| uses.contains(&node.name));
         let exports = exports.map(|(export, _)| export.clone()).collect();
         image(graph, node, &users, exports)
     }));

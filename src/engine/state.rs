@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
-use super::Engine;
+use super::{Engine, Setup};
 use crate::error::SyncFailure;
 use crate::error::{Error, Result};
 use crate::format::Format;
@@ -43,6 +43,30 @@ pub fn open(options: Option<&StateOptions>) -> Result<Option<Arc<Store>>> {
         keep_failure(failed);
     }
     Ok(Some(Arc::new(store)))
+}
+
+/// What there is to be, where this is what the command line names. What the command line has learnt
+/// of the changes that are recorded is taken out of the record.
+///
+/// # Errors
+/// When the two do not fit together, or the record cannot be written.
+pub fn setup(store: Option<&Arc<Store>>, named: &Setup) -> Result<Setup> {
+    let Some(store) = store else {
+        return Ok(named.clone());
+    };
+    let mut changes = store.state().changes;
+    let setup = named.with(&mut changes, &store.path().display().to_string())?;
+    store.change(|state| state.changes = changes)?;
+    Ok(setup)
+}
+
+/// What [`setup`] is going to say, as far as is known while another process may have the state.
+#[must_use]
+pub fn expected(options: Option<&StateOptions>, named: &Setup) -> Setup {
+    let state = options.and_then(|options| crate::state::peek(&options.dir, &options.name).ok());
+    // What is wrong with it is told when it is opened.
+    let setup = state.and_then(|mut state| named.with(&mut state.changes, "").ok());
+    setup.unwrap_or_else(|| named.clone())
 }
 
 /// A flush that failed for an earlier process has failed for this one.

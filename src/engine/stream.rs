@@ -318,7 +318,7 @@ fn refused(error: crate::error::Error) -> Refused {
     Refused(error.to_string())
 }
 
-fn no_such_device(device: &str, node: &str) -> Refused {
+pub(super) fn no_such_device(device: &str, node: &str) -> Refused {
     Refused(format!(
         "Cannot find device='{device}' nor node-name='{node}'"
     ))

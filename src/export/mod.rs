@@ -34,7 +34,7 @@ pub mod stats;
 mod write_cache;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -85,11 +85,15 @@ pub struct Export {
     id: String,
     writable: bool,
     queues: u16,
-    root: Arc<Root>,
+    /// The disk, until the export has ended: its node may go then, whoever still looks at what is
+    /// left.
+    root: Mutex<Option<Arc<Root>>>,
+    /// The node as of the beginning.
+    node_name: String,
     control: Arc<Control>,
     stats: Vec<Arc<QueueStats>>,
     started: Instant,
-    poll_max: Duration,
+    poll_max_us: Arc<AtomicU32>,
     shutting_down: AtomicBool,
     session: Mutex<Option<JoinHandle<()>>>,
     ending: Arc<Mutex<Ending>>,
@@ -116,6 +120,7 @@ impl Export {
         }
         let geometry = Geometry::new(&config, &chain);
         let log = Arc::new(Log::new(&config.id));
+        let poll_max_us = Arc::new(AtomicU32::new(config.poll_max_us));
         let facts = Arc::new(DeviceFacts {
             id: config.id.clone(),
             root: root.clone(),
@@ -123,7 +128,7 @@ impl Export {
             serial: config.serial_bytes(),
             writable: config.writable,
             block_size: u64::from(geometry.block_size),
-            poll_max_us: config.poll_max_us,
+            poll_max_us: poll_max_us.clone(),
             detect_zeroes: config.detect_zeroes,
         });
         let workers = (0..config.queues)
@@ -157,11 +162,12 @@ impl Export {
             id: config.id,
             writable: config.writable,
             queues: config.queues,
-            root,
+            node_name: root.chain().top().name.clone(),
+            root: Mutex::new(Some(root)),
             control,
             stats,
             started,
-            poll_max: Duration::from_micros(config.poll_max_us.into()),
+            poll_max_us,
             shutting_down: AtomicBool::new(false),
             session: Mutex::new(Some(thread)),
             ending,
@@ -174,18 +180,14 @@ impl Export {
         &self.id
     }
 
-    /// The disk that it shows.
-    #[must_use]
-    pub fn root(&self) -> &Arc<Root> {
-        &self.root
-    }
-
     /// What it is and how it is.
     #[must_use]
     pub fn info(&self) -> ExportInfo {
+        let root = self.root.lock();
+        let top = root.as_ref().map(|root| root.chain().top().name.clone());
         ExportInfo {
             id: self.id.clone(),
-            node_name: self.root.chain().top().name.clone(),
+            node_name: top.unwrap_or_else(|| self.node_name.clone()),
             writable: self.writable,
             queues: self.queues,
             connected: self.control.connected.load(Ordering::SeqCst),
@@ -208,7 +210,12 @@ impl Export {
     /// The longest time that a queue polls before it sleeps.
     #[must_use]
     pub fn poll_max(&self) -> Duration {
-        self.poll_max
+        Duration::from_micros(self.poll_max_us.load(Ordering::Relaxed).into())
+    }
+
+    /// From now on its queues poll no longer than this before they sleep; 0: not at all.
+    pub fn set_poll_max_us(&self, micros: u32) {
+        self.poll_max_us.store(micros, Ordering::Relaxed);
     }
 
     /// How many requests an export that is ending still waits for.
@@ -233,17 +240,43 @@ impl Export {
         }
     }
 
+    /// Lets no front-end in any more, unless there is one. False: there is one, and all goes on.
+    #[must_use]
+    pub fn close_unless_connected(&self) -> bool {
+        let closed = self.control.stop_unless_connected();
+        if closed {
+            self.shutting_down.store(true, Ordering::SeqCst);
+        }
+        closed
+    }
+
+    /// Whether a front-end is there.
+    #[must_use]
+    pub fn has_front_end(&self) -> bool {
+        self.control.has_front_end()
+    }
+
+    /// Lets no front-end in any more and hangs up on the one that is there. What it has asked for
+    /// still goes on.
+    pub fn close(&self) {
+        self.shutting_down.store(true, Ordering::SeqCst);
+        self.control.stop();
+    }
+
     /// Ends the export: every request that was taken is completed, threads end, the socket is
     /// removed. Returns when that is done.
     pub fn shutdown(&self) {
         self.shutting_down.store(true, Ordering::SeqCst);
         self.control.stop();
-        let session = self.session.lock().take();
-        if let Some(session) = session
+        // Held while the thread is waited for: who comes second waits as well.
+        let mut session = self.session.lock();
+        if let Some(session) = session.take()
             && session.join().is_err()
         {
             log::error!("export '{}': the session thread has panicked", self.id);
         }
+        let root = self.root.lock().take();
+        drop(root);
     }
 }
 

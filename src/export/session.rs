@@ -38,13 +38,44 @@ impl Control {
 
     /// Asks the session thread to end.
     pub(super) fn stop(&self) {
+        self.stop_if(|_| true);
+    }
+
+    /// Asks the session thread to end, unless there is a front-end. False: there is one.
+    pub(super) fn stop_unless_connected(&self) -> bool {
+        self.stop_if(|connection| connection.is_none())
+    }
+
+    fn stop_if(&self, wanted: impl FnOnce(Option<&UnixStream>) -> bool) -> bool {
+        // A front-end that comes meanwhile either is seen here or sees that it is too late.
+        let connection = self.connection.lock();
+        if !wanted(connection.as_ref()) {
+            return false;
+        }
         self.stop.store(true, Ordering::SeqCst);
         if let Err(error) = self.event.write(1) {
             log::debug!("stopping an export: {error}");
         }
-        if let Some(connection) = &*self.connection.lock() {
+        if let Some(connection) = &*connection {
             let _ = connection.shutdown(std::net::Shutdown::Both);
         }
+        true
+    }
+
+    /// Whether there is a front-end: one that has gone, but not all of its requests have ended, is
+    /// none.
+    pub(super) fn has_front_end(&self) -> bool {
+        self.connection.lock().is_some()
+    }
+
+    /// Takes a front-end in. False: the session thread is to end.
+    fn enter(&self, stream: UnixStream) -> bool {
+        let mut connection = self.connection.lock();
+        if self.is_stopping() {
+            return false;
+        }
+        *connection = Some(stream);
+        true
     }
 
     pub(super) fn is_stopping(&self) -> bool {
@@ -104,7 +135,9 @@ fn accept(log: &Log, listener: &UnixListener) -> Option<UnixStream> {
 /// Serves one front-end until it goes.
 fn serve(log: &Log, stream: UnixStream, control: &Control, handler: Handler) -> io::Result<()> {
     stream.set_nonblocking(false)?;
-    *control.connection.lock() = Some(stream.try_clone()?);
+    if !control.enter(stream.try_clone()?) {
+        return Ok(());
+    }
     control.connected.store(true, Ordering::SeqCst);
     log.info(Topic::Session, format_args!("a front-end has connected"));
     let handler = Arc::new(StdMutex::new(handler));

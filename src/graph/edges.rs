@@ -66,6 +66,13 @@ impl Rights {
         (Self::RESIZE, "resize"),
     ];
 
+    /// QEMU's names of those that there are, in the order in which it lists them.
+    pub fn qemu_names(self) -> impl Iterator<Item = String> {
+        let names = Self::NAMES.into_iter().rev();
+        let order = move |(right, name): (Self, &'static str)| self.has(right).then_some(name);
+        names.filter_map(order).map(|name| name.replace(' ', "-"))
+    }
+
     /// Whether it has any of `other`.
     #[must_use]
     pub fn has(self, other: Self) -> bool {

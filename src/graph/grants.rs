@@ -270,11 +270,51 @@ impl Graph {
         Ok(self.granted(held))
     }
 
+    /// What a grant is for that uses `node` by name, in QEMU's words for who wants to remove it.
+    pub(super) fn user_of(&self, node: &str) -> Option<String> {
+        let grants = self.0.publishing.lock();
+        let uses = |held: &&Arc<Held>| held.request.uses.iter().any(|used| used.node == node);
+        let users: Vec<_> = grants.0.iter().filter(uses).collect();
+        let job = users.iter().find_map(|held| match held.request.holder {
+            Holder::Job(kind, _) => Some(busy(node, kind)),
+            Holder::Export(_) | Holder::Tool => None,
+        });
+        let others = users
+            .iter()
+            .any(|held| !matches!(held.request.holder, Holder::Job(..)));
+        match others {
+            true => Some(format!("Node {node} is in use")),
+            false => job,
+        }
+    }
+
     /// The kind of the job that has `node`, if one does.
     #[cfg(test)]
     #[must_use]
     pub fn reserved_by(&self, node: &str) -> Option<&'static str> {
         self.0.publishing.lock().reserved_by(node)
+    }
+
+    /// Who uses which node for what: all edges of the graph, and all grants.
+    #[must_use]
+    pub fn uses(&self) -> Vec<NodeUse> {
+        let grants = self.0.publishing.lock();
+        let state = self.state();
+        let users = grants.users(&state);
+        let nodes = state.nodes().iter();
+        let uses = nodes.flat_map(|node| {
+            let users = users.get(node.name.as_str()).into_iter().flatten();
+            users.map(|user| NodeUse {
+                user: match user.who {
+                    Who::Node(name) => NodeUser::Node(name.to_owned()),
+                    Who::Held(held) => NodeUser::Holder(held.request.holder.clone()),
+                },
+                child: user.child,
+                node: node.name.clone(),
+                demand: user.demand,
+            })
+        });
+        uses.collect()
     }
 
     fn granted(&self, held: Arc<Held>) -> Grant {
@@ -296,6 +336,28 @@ impl Graph {
             .get(node)
             .is_some_and(|users| users.iter().any(writes))
     }
+}
+
+/// Who uses a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NodeUser {
+    /// A node over it.
+    Node(String),
+    /// The holder of a grant.
+    Holder(Holder),
+}
+
+/// A use of a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeUse {
+    /// Who uses it.
+    pub user: NodeUser,
+    /// What it is to the user, in QEMU's words.
+    pub child: &'static str,
+    /// The node.
+    pub node: String,
+    /// What is done and tolerated.
+    pub demand: Demand,
 }
 
 /// What uses a node: a grant, or a node over it.
@@ -444,7 +506,30 @@ impl Grants {
                 }
             }
         }
+        self.check_read_only(old, new)?;
         self.check(new)
+    }
+
+    /// Refuses nodes that are not to be written any more, and are.
+    fn check_read_only(&self, old: &State, new: &State) -> Result<()> {
+        let was_writable = |name: &str| old.node(name).is_ok_and(|node| !node.fixed_read_only);
+        let closed = new.nodes().iter().filter(|node| node.fixed_read_only);
+        let mut closed = closed.filter(|node| was_writable(&node.name)).peekable();
+        if closed.peek().is_none() {
+            return Ok(());
+        }
+        let users = self.users(new);
+        for node in closed {
+            let writing = Rights::WRITE | Rights::RESIZE | Rights::OPEN;
+            let users = users.get(node.name.as_str()).into_iter().flatten();
+            if users.into_iter().any(|user| user.demand.does.has(writing)) {
+                return Err(Error::Invalid(format!(
+                    "Read-only block node '{}' cannot support read-write users",
+                    node.name
+                )));
+            }
+        }
+        Ok(())
     }
 }
 

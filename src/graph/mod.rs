@@ -8,7 +8,8 @@
 //! * `driver`: what is known of a node by its driver alone; `drivers`: each of them;
 //! * `below`, `descent`, `recorded`, `together`, `opening`, `open`: from options, headers and
 //!   records to nodes;
-//! * `writable`, `resize`: images that are open to be written.
+//! * `writable`, `resize`: images that are open to be written;
+//! * `removal`: nodes that go.
 //!
 //! Readers load the present value ([`Graph::state`]) and never wait for a change. All that is
 //! published goes through [`Graph::commit`], which neither opens, syncs nor waits: what takes time
@@ -27,6 +28,7 @@ mod open;
 mod opening;
 mod owner;
 pub mod recorded;
+mod removal;
 mod resize;
 #[cfg(test)]
 mod tests;
@@ -51,7 +53,7 @@ use writable::Turns;
 
 pub use below::{backing_options, layer_options};
 pub use edges::{Demand, Edge, Rights, Role};
-pub use grants::{Busy, Grant, Holder, Request};
+pub use grants::{Busy, Grant, Holder, NodeUse, NodeUser, Request};
 pub use nodes::{Node, State};
 pub use owner::Task;
 pub use recorded::{Recorded, RecordedLink, RecordedNode};
@@ -110,6 +112,12 @@ impl Graph {
     /// From now on the images that are opened have their journals in `folder`. Can be said once.
     pub fn keep_journals(&self, folder: Arc<Folder>) {
         let _ = self.0.journals.set(folder);
+    }
+
+    /// Whether images that are opened have journals.
+    #[must_use]
+    pub fn has_journals(&self) -> bool {
+        self.0.journals.get().is_some()
     }
 
     pub(super) fn journal(&self) -> Option<Arc<Folder>> {

@@ -274,7 +274,12 @@ impl State {
 
     /// A node over `name`, and the child's role.
     pub(super) fn over(&self, name: &str) -> Option<(&Node, Role)> {
-        self.nodes.iter().find_map(|node| {
+        self.all_over(name).next()
+    }
+
+    /// The nodes over `name`, each with the child's role.
+    pub(super) fn all_over(&self, name: &str) -> impl Iterator<Item = (&Node, Role)> {
+        self.nodes.iter().filter_map(move |node| {
             let edge = node.edges.iter().find(|edge| edge.child == name)?;
             Some((&**node, edge.role))
         })
@@ -305,6 +310,11 @@ impl State {
             }
         }
         found
+    }
+
+    /// The nodes, children before those over them.
+    pub fn nodes_children_first(&self) -> impl Iterator<Item = &Arc<Node>> {
+        self.children_first().into_iter()
     }
 
     /// The nodes, children before those over them.

@@ -8,7 +8,7 @@ use super::driver::WHOLE;
 use super::opening::{Opening, Origin};
 use super::recorded::Recorded;
 use super::together::Together;
-use super::{Graph, drivers};
+use super::{Graph, Transaction, drivers};
 use crate::error::Result;
 use crate::format::qcow2::Backing;
 use crate::options::BlockdevOptions;
@@ -45,6 +45,19 @@ impl Graph {
         list: &[BlockdevOptions],
         recorded: Recorded,
     ) -> Result<()> {
+        let transaction = self.open_unseen(list, recorded).await?;
+        self.commit(transaction).map(drop)
+    }
+
+    /// As [`Graph::open_recorded_all`], up to the moment when the nodes are to be published.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn open_unseen(
+        &self,
+        list: &[BlockdevOptions],
+        recorded: Recorded,
+    ) -> Result<Transaction> {
         let list = recorded.present(list);
         let opening = Opening::new(self, drivers::of, Together::new(&list, recorded));
         let opened = join_all(list.iter().enumerate().map(async |(place, options)| {
@@ -56,7 +69,7 @@ impl Graph {
         }))
         .await;
         opened.into_iter().try_for_each(|result| result.map(drop))?;
-        opening.commit()
+        Ok(opening.finish())
     }
 
     /// Opens `backing` as the header of node `above`'s image would name it. It is not put under

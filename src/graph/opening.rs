@@ -108,9 +108,15 @@ impl<'a> Opening<'a> {
 
     /// Publishes all nodes, in the order of the list that they are from.
     pub(super) fn commit(self) -> Result<()> {
+        let graph = self.graph;
+        graph.commit(self.finish()).map(drop)
+    }
+
+    /// All nodes, to be published in the order of the list that they are from.
+    pub(super) fn finish(self) -> Transaction {
         let mut transaction = self.transaction.into_inner();
         transaction.arrange(&self.together.places);
-        self.graph.commit(transaction).map(drop)
+        transaction
     }
 
     pub(super) fn open_node<'o>(

@@ -8,6 +8,7 @@ use super::grants::{Grant, Held};
 use super::nodes::{Node, State};
 use crate::chain::{Layer, Root, Tap};
 use crate::error::{Error, Result};
+use crate::options::BlockdevOptions;
 
 /// One change.
 #[derive(Debug)]
@@ -16,6 +17,7 @@ enum Change {
     Remove(String),
     Layer(String, Arc<Layer>),
     Child(String, Role, Option<String>),
+    Options(String, Box<BlockdevOptions>),
     Inner(Weak<Root>, String),
     Tap(String, Option<Arc<Tap>>),
 }
@@ -110,6 +112,15 @@ impl Transaction {
         self.make(Change::Tap(name.to_owned(), tap))
     }
 
+    /// Gives a node that a user has named other options: those of its driver and of nodes inside it
+    /// are taken as they are.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub fn set_options(&mut self, name: &str, options: BlockdevOptions) -> Result<()> {
+        self.make(Change::Options(name.to_owned(), Box::new(options)))
+    }
+
     /// Keeps the chain of `root`, whose top is `top`, as the graph has it, for as long as a node is
     /// laid out in that disk.
     pub(super) fn keep_inner(&mut self, root: &Arc<Root>, top: &str) -> Result<()> {
@@ -183,6 +194,11 @@ impl Change {
                 }
                 state.node_mut(name)?.set_child(*role, child.as_deref());
             }
+            Self::Options(name, options) => {
+                let node = state.node_mut(name)?;
+                node.fixed_read_only = options.read_only && !node.implicit;
+                node.options = (**options).clone();
+            }
             Self::Inner(root, top) => state.inner.push((root.clone(), top.clone())),
             Self::Tap(name, tap) => {
                 let name = state.node(name)?.name.clone();
@@ -205,7 +221,7 @@ fn check_children(state: &State, node: &Node) -> Result<()> {
     edges.try_for_each(|edge| state.node(&edge.child).map(drop))
 }
 
-fn in_use(name: &str, above: &Node, role: Role) -> Error {
+pub(super) fn in_use(name: &str, above: &Node, role: Role) -> Error {
     let what = match role {
         Role::Backing => "backing hd",
         other => other.key(),

@@ -66,6 +66,13 @@ impl JobSpec {
         }
     }
 
+    /// Whether it is a job on a disk that guests may use. Others are known to the commands and events
+    /// for all jobs alone.
+    #[must_use]
+    pub fn is_block_job(&self) -> bool {
+        is_block_job(self.kind)
+    }
+
     /// The record of a new job.
     fn record(&self) -> Option<record::Job> {
         Some(record::Job {
@@ -85,6 +92,10 @@ impl JobSpec {
             end: None,
         })
     }
+}
+
+fn is_block_job(kind: &str) -> bool {
+    kind != "create"
 }
 
 /// What a job looks like at one moment.
@@ -119,6 +130,12 @@ pub struct JobInfo {
 }
 
 impl JobInfo {
+    /// See [`JobSpec::is_block_job`].
+    #[must_use]
+    pub fn is_block_job(&self) -> bool {
+        is_block_job(self.kind)
+    }
+
     /// The job as an item of `query-block-jobs`.
     pub fn to_block_job(&self) -> Value {
         let mut value = json!({
@@ -339,6 +356,12 @@ impl Job {
         &self.spec.id
     }
 
+    /// See [`JobSpec::is_block_job`].
+    #[must_use]
+    pub fn is_block_job(&self) -> bool {
+        self.spec.is_block_job()
+    }
+
     pub(super) fn spec(&self) -> &JobSpec {
         &self.spec
     }
@@ -528,6 +551,9 @@ impl Job {
 
     /// Tells that the job is over.
     pub(super) fn emit_end(&self, name: &'static str, state: &State) {
+        if !self.spec.is_block_job() {
+            return;
+        }
         let mut data = json!({
             "device": self.spec.id,
             "len": state.len,

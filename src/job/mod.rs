@@ -18,12 +18,14 @@
 //! - [`source`]: what a job copies, and what it sees of guests
 //! - [`copier`]: copies, in order and within limits: the common part of jobs
 //! - [`stream`]: the stream job
+//! - [`create`]: the create job
 //! - [`records`]: what is recorded of nodes and results
 //! - `survey`: what is left to copy
 //! - `settle`: what was copied becomes stable while the job runs
 
 pub mod context;
 pub mod copier;
+pub mod create;
 mod driver;
 pub mod handle;
 pub mod ledger;

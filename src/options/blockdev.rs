@@ -7,9 +7,6 @@
 
 use std::path::{Path, PathBuf};
 
-/// The drivers that can be named, for messages.
-pub const DRIVERS: &[&str] = &["file", "host_device", "raw", "qcow2", "qed", "copy-on-read"];
-
 /// One block node, with all defaults filled in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlockdevOptions {

@@ -1,11 +1,13 @@
 //! Reading [`BlockdevOptions`] from a JSON value.
 
 use super::blockdev::{
-    Aio, BackingRef, BlockRef, BlockdevOptions, CopyOnReadOptions, DRIVERS, DetectZeroes, Discard,
-    Driver, FileOptions, Inherited, Locking, OverlapCheck, Qcow2Options, QedOptions, RawOptions,
+    Aio, AutoOptions, BackingRef, BlockRef, BlockdevOptions, CopyOnReadOptions, DetectZeroes,
+    Discard, Driver, FileOptions, Inherited, Locking, OverlapCheck, Qcow2Options, QedOptions,
+    RawOptions,
 };
 use super::error::ConfigError;
 use super::fields::{Dialect, Fields};
+use super::keys::{self, DRIVERS, Key, KeyType};
 use serde_json::Value;
 use std::path::PathBuf;
 
@@ -14,53 +16,19 @@ const MAX_NODE_NAME: usize = 31;
 /// Deepest nesting of nodes inside nodes; bounds the recursion.
 const MAX_DEPTH: usize = 64;
 
-const COMMON_KEYS: &[&str] = &[
-    "driver",
-    "node-name",
-    "read-only",
-    "auto-read-only",
-    "force-share",
-    "discard",
-    "detect-zeroes",
-    "cache",
-    "active",
-];
-const FILE_KEYS: &[&str] = &[
-    "filename",
-    "aio",
-    "aio-max-batch",
-    "locking",
-    "drop-cache",
-    "pr-manager",
-    "x-check-cache-dropped",
-];
-const RAW_KEYS: &[&str] = &["file", "offset", "size"];
-const QED_KEYS: &[&str] = &["file", "backing"];
-const COPY_ON_READ_KEYS: &[&str] = &["file", "bottom"];
-const QCOW2_KEYS: &[&str] = &[
-    "file",
-    "backing",
-    "copy-on-read",
-    "lazy-refcounts",
-    "pass-discard-request",
-    "pass-discard-snapshot",
-    "pass-discard-other",
-    "discard-no-unref",
-    "overlap-check",
-    "cache-size",
-    "l2-cache-size",
-    "l2-cache-entry-size",
-    "refcount-cache-size",
-    "cache-clean-interval",
-    "data-file",
-    "encrypt",
-];
-
 impl BlockdevOptions {
     /// Reads a backing node that is written inside the image above it, `above` being its node
     /// (`json:` names).
     pub fn from_nested(value: &Value, above: &Self, dialect: Dialect) -> Result<Self, ConfigError> {
         parse_node(value, "", dialect, Inherited::for_backing(above), 0)
+    }
+
+    /// Reads a node that is the member at `path` of something else, and needs no name.
+    ///
+    /// # Errors
+    /// As for [`from_value`](Self::from_value).
+    pub fn from_unnamed(value: &Value, path: &str) -> Result<Self, ConfigError> {
+        parse_node(value, path, Dialect::Json, Inherited::default(), 0)
     }
 
     /// Reads a whole node with a name of its own: the value of `--blockdev`, or the arguments of
@@ -96,8 +64,12 @@ fn parse_node(
     }
     let fields = Fields::new(value, path, dialect)?;
     let driver = fields.string("driver")?;
-    let keys = driver_keys(driver).ok_or_else(|| unsupported_driver(&fields, driver))?;
-    fields.only(&[COMMON_KEYS, keys])?;
+    let own = driver_keys(driver, dialect).ok_or_else(|| unsupported_driver(&fields, driver))?;
+    if driver == "qcow2" && fields.get("encrypt").is_some() {
+        let text = "'encrypt': encrypted images are not supported";
+        return Err(ConfigError::other(text));
+    }
+    fields.only_keys(&[keys::NODE, own])?;
     // The driver's part needs the common part, which its children inherit: a placeholder stands
     // for it until it is known.
     let common = parse_common(&fields, inherited)?;
@@ -112,13 +84,14 @@ fn parse_node(
     Ok(BlockdevOptions { driver, ..common })
 }
 
-fn driver_keys(driver: &str) -> Option<&'static [&'static str]> {
+fn driver_keys(driver: &str, dialect: Dialect) -> Option<&'static [Key]> {
     match driver {
-        "file" | "host_device" => Some(FILE_KEYS),
-        "raw" => Some(RAW_KEYS),
-        "qcow2" => Some(QCOW2_KEYS),
-        "qed" => Some(QED_KEYS),
-        "copy-on-read" => Some(COPY_ON_READ_KEYS),
+        "auto" if dialect == Dialect::Recorded => Some(keys::AUTO),
+        "file" | "host_device" => Some(keys::FILE),
+        "raw" => Some(keys::RAW),
+        "qcow2" => Some(keys::QCOW2),
+        "qed" => Some(keys::QED),
+        "copy-on-read" => Some(keys::COPY_ON_READ),
         _ => None,
     }
 }
@@ -129,17 +102,19 @@ fn unsupported_driver(fields: &Fields<'_>, driver: &str) -> ConfigError {
 }
 
 fn parse_common(fields: &Fields<'_>, inherited: Inherited) -> Result<BlockdevOptions, ConfigError> {
-    let node_name = fields.opt_id("node-name")?;
+    let name = fields.opt_str("node-name")?.unwrap_or_default();
+    let node_name = fields
+        .opt_id("node-name")
+        .map_err(|error| error.said(format!("Invalid node-name: '{name}'")))?;
     if let Some(name) = node_name
         .as_deref()
         .filter(|name| name.len() > MAX_NODE_NAME)
     {
         let expected = format!("at most {MAX_NODE_NAME} characters");
-        return Err(ConfigError::bad_value(
-            &fields.path("node-name"),
-            name,
-            expected,
-        ));
+        return Err(
+            ConfigError::bad_value(&fields.path("node-name"), name, expected)
+                .said("Node name too long"),
+        );
     }
     if fields.opt_bool("active")? == Some(false) {
         return Err(ConfigError::bad_value(
@@ -150,7 +125,7 @@ fn parse_common(fields: &Fields<'_>, inherited: Inherited) -> Result<BlockdevOpt
     }
     let mut cache = inherited.cache;
     if let Some(object) = fields.opt_object("cache")? {
-        object.only(&[&["direct", "no-flush"]])?;
+        object.only_keys(&[keys::CACHE])?;
         cache.direct = object.bool_or("direct", cache.direct)?;
         cache.no_flush = object.bool_or("no-flush", cache.no_flush)?;
     }
@@ -215,6 +190,10 @@ fn parse_driver(place: &KeyPath<'_>, driver: &str) -> Result<Driver, ConfigError
             file: place.required_child("file")?,
             bottom: fields.opt_owned("bottom")?,
         }),
+        "auto" => Driver::Auto(AutoOptions {
+            file: place.required_child("file")?,
+            copy_on_read: fields.bool_or("copy-on-read", false)?,
+        }),
         other => return Err(unsupported_driver(fields, other)),
     })
 }
@@ -248,11 +227,6 @@ fn parse_file(fields: &Fields<'_>) -> Result<FileOptions, ConfigError> {
 
 fn parse_qcow2(place: &KeyPath<'_>) -> Result<Qcow2Options, ConfigError> {
     let fields = &place.fields;
-    if fields.get("encrypt").is_some() {
-        return Err(ConfigError::other(
-            "'encrypt': encrypted images are not supported",
-        ));
-    }
     let options = Qcow2Options {
         file: place.required_child("file")?,
         backing: place.backing()?,
@@ -296,24 +270,14 @@ fn parse_overlap_check(fields: &Fields<'_>) -> Result<OverlapCheck, ConfigError>
         ("cached", OverlapCheck::Cached),
         ("all", OverlapCheck::All),
     ];
-    const SWITCHES: &[&str] = &[
-        "main-header",
-        "active-l1",
-        "active-l2",
-        "refcount-table",
-        "refcount-block",
-        "snapshot-table",
-        "inactive-l1",
-        "inactive-l2",
-        "bitmap-directory",
-    ];
     let word = if let Some(Value::Object(_)) = fields.get("overlap-check") {
         let Some(object) = fields.opt_object("overlap-check")? else {
             return Ok(OverlapCheck::default());
         };
-        object.only(&[&["template"], SWITCHES])?;
-        for switch in SWITCHES {
-            object.opt_bool(switch)?;
+        object.only_keys(&[keys::OVERLAP_FLAGS])?;
+        let switches = keys::OVERLAP_FLAGS.iter();
+        for switch in switches.filter(|key| key.kind == KeyType::Bool) {
+            object.opt_bool(switch.name)?;
         }
         object.opt_word("template", WORDS)?
     } else {

@@ -12,8 +12,10 @@ const NEAR_LIMIT: usize = 72;
 /// An option, or the arguments of a QMP command, that cannot be accepted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigError {
-    option: Option<String>,
-    near: Option<String>,
+    option: Option<Box<str>>,
+    near: Option<Box<str>>,
+    /// QEMU's text, where it has one of its own for this mistake.
+    qmp: Option<Box<str>>,
     kind: ErrorKind,
 }
 
@@ -58,6 +60,7 @@ impl ConfigError {
         Self {
             option: None,
             near: None,
+            qmp: None,
             kind,
         }
     }
@@ -80,7 +83,14 @@ impl ConfigError {
     /// Adds the word of the user's text that the error is about.
     #[must_use]
     pub fn near(mut self, word: impl AsRef<str>) -> Self {
-        self.near = Some(shorten(word.as_ref()));
+        self.near = Some(shorten(word.as_ref()).into());
+        self
+    }
+
+    /// Gives QMP clients this text, which QEMU has for the mistake.
+    #[must_use]
+    pub fn said(mut self, text: impl Into<String>) -> Self {
+        self.qmp = Some(text.into().into());
         self
     }
 
@@ -88,9 +98,9 @@ impl ConfigError {
     /// repeated when no closer word is known.
     #[must_use]
     pub fn in_option(mut self, option: &str, text: &str) -> Self {
-        self.option = Some(option.to_owned());
+        self.option = Some(option.into());
         if self.near.is_none() {
-            self.near = Some(shorten(text));
+            self.near = Some(shorten(text).into());
         }
         self
     }
@@ -102,6 +112,9 @@ impl ConfigError {
 
     /// The text that a QMP client gets, in the words QEMU uses for the same mistake.
     pub fn qmp_desc(&self) -> String {
+        if let Some(text) = &self.qmp {
+            return text.to_string();
+        }
         match &self.kind {
             ErrorKind::UnknownKey { key, .. } => format!("Parameter '{key}' is unexpected"),
             ErrorKind::MissingKey { key } => format!("Parameter '{key}' is missing"),
@@ -109,6 +122,8 @@ impl ConfigError {
                 format!("Invalid parameter type for '{key}', expected: {expected}")
             }
             ErrorKind::BadValue { key, value, .. } => {
+                // QEMU names no path here.
+                let key = last_component(key);
                 format!("Parameter '{key}' does not accept value '{value}'")
             }
             ErrorKind::Other(text) => text.clone(),

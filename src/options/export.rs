@@ -1,28 +1,14 @@
 //! Exports: `--export` and the arguments of QMP's `block-export-add`.
 
-use super::error::ConfigError;
+use super::error::{ConfigError, ErrorKind};
 use super::fields::{Dialect, Fields};
+use super::keys;
 use serde_json::Value;
 use std::fmt;
 use std::path::PathBuf;
 
 /// Longest serial number that virtio-blk can carry.
 pub const MAX_SERIAL: usize = 20;
-
-const KEYS: &[&str] = &[
-    "type",
-    "id",
-    "node-name",
-    "addr",
-    "writable",
-    "writethrough",
-    "num-queues",
-    "logical-block-size",
-    "iothread",
-    "fixed-iothread",
-    "allow-inactive",
-    "serial",
-];
 
 /// A device offered to front-ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,13 +63,14 @@ impl ExportOptions {
                 "one of: vhost-user-blk",
             ));
         }
-        fields.only(&[KEYS])?;
-        fields.opt_bool("allow-inactive")?;
-        if fields.opt_bool("fixed-iothread")? == Some(true) && fields.get("iothread").is_none() {
-            return Err(ConfigError::other("'fixed-iothread' requires 'iothread'"));
+        fields.only_keys(&[keys::EXPORT, keys::VHOST_USER_BLK])?;
+        if fields.opt_bool("allow-inactive")? == Some(true) {
+            let text = "Export type does not support inactive exports";
+            return Err(ConfigError::other(text).near("allow-inactive"));
         }
+        fields.opt_bool("fixed-iothread")?;
         Ok(Self {
-            id: fields.id("id")?,
+            id: fields.id("id").map_err(said_of_id)?,
             node_name: fields.string("node-name")?.to_owned(),
             addr: parse_address(&fields)?,
             writable: fields.bool_or("writable", false)?,
@@ -96,8 +83,23 @@ impl ExportOptions {
     }
 }
 
+/// A missing id is told as for any key.
+fn said_of_id(error: ConfigError) -> ConfigError {
+    match error.kind() {
+        ErrorKind::BadValue { .. } => error.said("Invalid block export id"),
+        _ => error,
+    }
+}
+
 fn parse_num_queues(fields: &Fields<'_>) -> Result<u16, ConfigError> {
-    let number = fields.opt_ranged("num-queues", 1, u64::from(u16::MAX))?;
+    let text = match fields.opt_u64("num-queues") {
+        Ok(Some(0)) => "num-queues must be greater than 0",
+        Ok(_) => "Parameter 'num-queues' expects uint16_t",
+        Err(_) => "Parameter 'num-queues' expects uint64",
+    };
+    let number = fields
+        .opt_ranged("num-queues", 1, u64::from(u16::MAX))
+        .map_err(|error| error.said(text))?;
     Ok(number
         .and_then(|number| u16::try_from(number).ok())
         .unwrap_or(1))
@@ -113,7 +115,8 @@ fn parse_block_size(fields: &Fields<'_>) -> Result<u32, ConfigError> {
             "logical-block-size",
             &size.to_string(),
             "a power of 2 between 512 and 2097152",
-        )),
+        )
+        .said("parameter logical-block-size must be a power of 2 between 512 and 2097152")),
     }
 }
 
@@ -143,25 +146,24 @@ fn parse_address(fields: &Fields<'_>) -> Result<SocketAddress, ConfigError> {
         .ok_or_else(|| fields.missing("addr"))?;
     match addr.string("type")? {
         "unix" => {
-            addr.only(&[&["type", "path", "abstract", "tight"]])?;
+            addr.only_keys(&[keys::SOCKET, keys::SOCKET_UNIX])?;
             refuse_abstract(&addr)?;
             let path = addr.opt_file("path")?.ok_or_else(|| addr.missing("path"))?;
             check_socket_path(&addr.path("path"), &path)?;
             Ok(SocketAddress::Unix(path))
         }
         "fd" => {
-            addr.only(&[&["type", "str"]])?;
+            addr.only_keys(&[keys::SOCKET, keys::SOCKET_FD])?;
             let text = addr.string("str")?;
             let fd = parse_fd(text).ok_or_else(|| {
                 ConfigError::bad_value(&addr.path("str"), text, "the number of an open descriptor")
             })?;
             Ok(SocketAddress::Fd(fd))
         }
-        other => Err(ConfigError::bad_value(
-            &addr.path("type"),
-            other,
-            "one of: unix, fd",
-        )),
+        other => Err(
+            ConfigError::bad_value(&addr.path("type"), other, "one of: unix, fd")
+                .said("Only socket address types 'unix' and 'fd' are supported"),
+        ),
     }
 }
 
@@ -185,11 +187,10 @@ pub fn check_socket_path(key: &str, path: &std::path::Path) -> Result<(), Config
     const MAX: usize = 107;
     if path.as_os_str().len() > MAX {
         let expected = format!("at most {MAX} bytes, the kernel's limit for a socket's path");
-        return Err(ConfigError::bad_value(
-            key,
-            &path.to_string_lossy(),
-            expected,
-        ));
+        return Err(
+            ConfigError::bad_value(key, &path.to_string_lossy(), expected)
+                .said(format!("UNIX socket path '{}' is too long", path.display())),
+        );
     }
     Ok(())
 }

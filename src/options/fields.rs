@@ -5,6 +5,7 @@
 //! that `"read-only": "on"` is refused in JSON as QEMU refuses it, and taken on a command line.
 
 use super::error::{ConfigError, ErrorKind};
+use super::keys::Key;
 use super::keyval::{self, join};
 use super::size;
 use serde_json::{Map, Value};
@@ -17,6 +18,8 @@ pub enum Dialect {
     Keyval,
     /// JSON, from a command line or a QMP client: leaves have types.
     Json,
+    /// JSON that this program has written, where things may be that nobody can give.
+    Recorded,
 }
 
 /// One object whose members are being read.
@@ -52,6 +55,13 @@ impl<'a> Fields<'a> {
         let near = near(&key, value, self.dialect);
         let expected = known.iter().flat_map(|list| list.iter().copied()).collect();
         Err(ConfigError::new(ErrorKind::UnknownKey { key, expected }).near(near))
+    }
+
+    /// As [`only`](Self::only), with keys of tables.
+    pub fn only_keys(&self, known: &[&[Key]]) -> Result<(), ConfigError> {
+        let names = known.iter().flat_map(|list| list.iter());
+        let names: Vec<&'static str> = names.map(|key| key.name).collect();
+        self.only(&[names.as_slice()])
     }
 
     pub fn dialect(&self) -> Dialect {

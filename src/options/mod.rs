@@ -7,23 +7,28 @@
 
 mod blockdev;
 mod blockdev_read;
+mod create;
 mod error;
 mod export;
 mod fields;
+pub mod keys;
 pub mod keyval;
 mod object;
 pub mod size;
+mod text;
+mod write;
 
 pub use blockdev::{
     Aio, AutoOptions, BackingRef, BlockRef, BlockdevOptions, CacheOptions, CopyOnReadOptions,
-    DRIVERS, DetectZeroes, Discard, Driver, FileOptions, Locking, OverlapCheck, Qcow2Options,
-    QedOptions, RawOptions,
+    DetectZeroes, Discard, Driver, FileOptions, Locking, OverlapCheck, Qcow2Options, QedOptions,
+    RawOptions,
 };
 
+pub use create::{Allocate, ImageOptions, NewFileOptions, NewQcow2Options};
 pub use error::{ConfigError, ErrorKind, closest};
 pub use export::{ExportOptions, MAX_SERIAL, SocketAddress, check_serial, check_socket_path};
 
 pub use fields::{Dialect, is_well_formed_id};
-pub use object::{
-    ChardevOptions, IothreadOptions, MonitorOptions, OBJECT_TYPES, ObjectOptions, TraceOptions,
-};
+pub use keys::{DRIVERS, OBJECT_TYPES};
+pub use object::{ChardevOptions, IothreadOptions, MonitorOptions, ObjectOptions, TraceOptions};
+pub use text::read_text;

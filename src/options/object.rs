@@ -1,13 +1,11 @@
 //! Everything around nodes and exports: `--object`, `--chardev`, `--monitor` and `--trace`.
 
-use super::error::ConfigError;
+use super::error::{ConfigError, ErrorKind};
 use super::export::{SocketAddress, check_socket_path, parse_fd, refuse_abstract};
 use super::fields::{Dialect, Fields};
+use super::keys::{self, OBJECT_TYPES};
 use serde_json::Value;
 use std::path::PathBuf;
-
-/// The object types that can be named, for messages.
-pub const OBJECT_TYPES: &[&str] = &["iothread"];
 
 /// A named helper object: `--object` and the arguments of QMP's `object-add`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,30 +55,35 @@ impl ObjectOptions {
     }
 }
 
-/// Keys of `--object iothread`.
-pub(crate) const IOTHREAD_KEYS: &[&str] = &[
-    "qom-type",
-    "id",
-    "poll-max-ns",
-    "poll-grow",
-    "poll-shrink",
-    "aio-max-batch",
-    "thread-pool-min",
-    "thread-pool-max",
-];
-
 fn parse_iothread(fields: &Fields<'_>) -> Result<IothreadOptions, ConfigError> {
-    fields.only(&[IOTHREAD_KEYS])?;
+    fields.only_keys(&[keys::OBJECT, keys::IOTHREAD])?;
     // There is no thread pool to size.
     fields.opt_u64("thread-pool-min")?;
     fields.opt_u64("thread-pool-max")?;
+    let id = fields.id("id").map_err(|error| match error.kind() {
+        ErrorKind::BadValue { .. } => error.said("Parameter 'id' expects an identifier"),
+        _ => error,
+    })?;
     Ok(IothreadOptions {
-        id: fields.id("id")?,
-        poll_max_ns: fields.opt_u64("poll-max-ns")?,
-        poll_grow: fields.opt_u64("poll-grow")?,
-        poll_shrink: fields.opt_u64("poll-shrink")?,
-        aio_max_batch: fields.opt_u64("aio-max-batch")?,
+        id,
+        poll_max_ns: property(fields, "poll-max-ns")?,
+        poll_grow: property(fields, "poll-grow")?,
+        poll_shrink: property(fields, "poll-shrink")?,
+        aio_max_batch: property(fields, "aio-max-batch")?,
     })
+}
+
+/// A number that an object has as a property.
+fn property(fields: &Fields<'_>, key: &str) -> Result<Option<u64>, ConfigError> {
+    let most = i64::MAX.unsigned_abs();
+    fields
+        .opt_ranged(key, 0, most)
+        .map_err(|error| match error.kind() {
+            ErrorKind::BadValue { .. } => {
+                error.said(format!("{key} value must be in range [0, {most}]"))
+            }
+            _ => error,
+        })
 }
 
 /// A named socket that a monitor can use: `--chardev`.
@@ -88,8 +91,8 @@ fn parse_iothread(fields: &Fields<'_>) -> Result<IothreadOptions, ConfigError> {
 pub struct ChardevOptions {
     /// The socket's name.
     pub id: String,
-    /// Where it is.
-    pub addr: SocketAddress,
+    /// Where it is; none: standard input and output.
+    pub addr: Option<SocketAddress>,
     /// Listen for clients; otherwise connect to somebody who listens.
     pub server: bool,
     /// Do not start before the first client is there.
@@ -114,8 +117,19 @@ impl ChardevOptions {
     pub fn from_value(value: &Value, dialect: Dialect) -> Result<Self, ConfigError> {
         let fields = Fields::new(value, "", dialect)?;
         let backend = fields.string("backend")?;
+        if backend == "stdio" {
+            fields.only(&[&["backend", "id", "signal"]])?;
+            fields.opt_bool("signal")?;
+            return Ok(Self {
+                id: fields.id("id")?,
+                addr: None,
+                server: false,
+                wait: false,
+            });
+        }
         if backend != "socket" {
-            return Err(ConfigError::bad_value("backend", backend, "one of: socket"));
+            let expected = "one of: socket, stdio";
+            return Err(ConfigError::bad_value("backend", backend, expected));
         }
         for key in ["host", "port"] {
             if fields.get(key).is_some() {
@@ -135,7 +149,7 @@ impl ChardevOptions {
         }
         Ok(Self {
             id: fields.id("id")?,
-            addr: parse_chardev_address(&fields)?,
+            addr: Some(parse_chardev_address(&fields)?),
             server,
             wait: wait.unwrap_or(server),
         })

@@ -3,6 +3,7 @@
 //! Each change of these types is a new version of the file's format (`text`).
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::graph::recorded::is_same_image;
 pub use crate::storage::{Identity, are_different};
@@ -19,6 +20,39 @@ pub struct State {
     pub next_job: u64,
     /// Files that could not be made stable.
     pub failed_syncs: Vec<FailedSync>,
+    /// What was added and removed while the daemon ran.
+    #[serde(default, skip_serializing_if = "Changes::is_empty")]
+    pub changes: Changes,
+}
+
+/// How what there is differs from what the command line names.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Changes {
+    /// Nodes.
+    pub nodes: Changed,
+    /// Exports.
+    pub exports: Changed,
+    /// Helper objects.
+    pub objects: Changed,
+}
+
+impl Changes {
+    fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// What was added and removed of one kind. Options are as clients give them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Changed {
+    /// The options of those that are there and that the command line does not name, in the order
+    /// of their making.
+    pub added: Vec<Value>,
+    /// The options of those that the command line names and that are not there, or have other
+    /// options by now.
+    pub removed: Vec<Value>,
 }
 
 /// A node, so that it is found again.

@@ -145,6 +145,7 @@ fn state() -> State {
         links: vec![link()],
         jobs: vec![job("j"), job("k")],
         next_job: 2,
+        changes: Changes::default(),
         failed_syncs: vec![FailedSync {
             file: "/disks/top.qcow2".to_owned(),
             identity: [0, 0],

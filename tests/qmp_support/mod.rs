@@ -15,7 +15,7 @@ use futures_util::future::LocalBoxFuture;
 use serde_json::{Value, json};
 use stratablk::chain::{CopyStatus, Layer};
 use stratablk::control::{Control, Endpoint, EventHub, Limits, Server};
-use stratablk::engine::{Engine, Exports};
+use stratablk::engine::{Engine, Exports, Runtime};
 use stratablk::export::{Export, ExportConfig, SocketSource};
 use stratablk::format::Format;
 use stratablk::format::qcow2::create::{CreateOptions, create};
@@ -24,7 +24,7 @@ use stratablk::graph::{Graph, Holder, Node, Request, Role};
 use stratablk::job::source::{CopySource, JobIoError};
 use stratablk::job::stream::StreamSpec;
 use stratablk::job::{
-    Body, BodyFactory, JobContext, JobError, Manager, ParkRunner, SystemClock, copier,
+    Body, BodyFactory, EventSink, JobContext, JobError, Manager, ParkRunner, SystemClock, copier,
 };
 use stratablk::options::{BlockdevOptions, Dialect, ExportOptions};
 use stratablk::reactor::Reactor;
@@ -100,13 +100,19 @@ impl FakeDaemon {
     }
 
     /// An engine that has `exports`, and runs `jobs`.
-    pub fn engine(self: &Arc<Self>, exports: Arc<Exports>, jobs: Arc<Manager>) -> Arc<Engine> {
+    pub fn engine(
+        self: &Arc<Self>,
+        exports: Arc<Exports>,
+        jobs: Arc<Manager>,
+        events: EventSink,
+    ) -> Arc<Engine> {
         let (daemon, quitting) = (self.clone(), self.clone());
         Arc::new(Engine {
             graph: self.graph.clone(),
             exports,
             jobs,
             store: None,
+            runtime: Runtime::alone(events),
             streams: Box::new(move |spec, _job| {
                 let body = FakeBody(FakeSource {
                     daemon: daemon.clone(),
@@ -258,6 +264,7 @@ pub struct Bench {
     pub jobs: Arc<Manager>,
     pub hub: Arc<EventHub>,
     pub path: PathBuf,
+    pub exports: Arc<Exports>,
     _directory: TempDir,
 }
 
@@ -278,7 +285,7 @@ impl Bench {
             Arc::new(SystemClock::new()),
             hub.sink(),
         );
-        let control = Control::new(daemon.engine(exports, jobs.clone()));
+        let control = Control::new(daemon.engine(exports.clone(), jobs.clone(), hub.sink()));
         let endpoint = Endpoint::bind(&path).unwrap();
         let server = Server::with_limits(limits, vec![endpoint], control, hub.clone()).unwrap();
         Self {
@@ -287,6 +294,7 @@ impl Bench {
             jobs,
             hub,
             path,
+            exports,
             _directory: directory,
         }
     }

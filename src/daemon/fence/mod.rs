@@ -15,7 +15,8 @@
 //!   devices are locked by nobody else, and `locking=off` takes none. With the fences held they are
 //!   free, too.
 //! * All rings hold all fences: an export's disk may be read by a job's ring, and the next daemon may
-//!   have one of the exports only. So fences are taken before the first ring is made.
+//!   have one of the exports only. So fences are taken before the first ring is made. Those of
+//!   exports that come later reach the rings through [`crate::reactor::kept`].
 //! * A lock belongs to an open file description, which `fork` shares: fences are taken when the
 //!   daemon has gone to the background, and are closed in whatever it may execute.
 //! * At an orderly end they are given back when all that rings have begun has ended, and not when
@@ -30,13 +31,16 @@
 //! or nearly. A process that has been killed, or that nobody sees any more, is waited for.
 
 mod file;
+mod later;
 mod place;
 
 use std::fmt::Write;
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use super::Call;
 use crate::error::{Error, Result};
@@ -58,7 +62,11 @@ const LONG: Duration = Duration::from_secs(1);
 /// its I/O last.
 #[derive(Debug)]
 pub struct Fences {
-    files: Vec<FenceFile>,
+    /// Each with the export whose it is.
+    files: Mutex<Vec<(String, FenceFile)>>,
+    /// The file of the daemon's state, without its ending.
+    state: Option<PathBuf>,
+    timeout: Duration,
     /// How long they were waited for.
     pub waited: Duration,
 }
@@ -66,7 +74,7 @@ pub struct Fences {
 impl Fences {
     /// Shows who waits that this process is about to end: its end is waited for.
     pub fn say_that_it_ends(&self) {
-        for file in &self.files {
+        for (_, file) in &*self.files.lock() {
             if let Err(error) = file.mark_ending() {
                 log::debug!("the fence {file}: {error}");
             }
@@ -76,7 +84,7 @@ impl Fences {
     /// Gives them back to the next process after an orderly end: the kernel would take its time with rings
     /// in which nothing is in flight, as well. Only for a process all of whose I/O has ended.
     pub fn give_back(&self) {
-        for file in &self.files {
+        for (_, file) in &*self.files.lock() {
             if let Err(error) = file.unlock() {
                 log::debug!("giving the fence {file} back: {error}");
             }
@@ -101,40 +109,53 @@ pub fn hold(
         paused: false,
         stopped,
     };
-    let mut held: Vec<FenceFile> = Vec::with_capacity(exports.len());
+    let mut held: Vec<(String, FenceFile)> = Vec::with_capacity(exports.len());
     let mut without = Vec::new();
     for export in exports {
         let Some(fence) = place::open(export, state)? else {
             without.push(export.id.as_str());
             continue;
         };
-        if held.iter().any(|other| other.is_same(&fence)) {
-            return Err(Error::Invalid(format!(
-                "export '{}': its fence {fence} is another export's, too: each needs a socket of \
-                 its own",
-                export.id
-            )));
-        }
+        refuse_shared(&held, export, &fence)?;
         match take(fence, timeout, &mut world)
             .map_err(|text| Error::Invalid(format!("export '{}': {text}", export.id)))?
         {
-            Some(fence) => held.push(fence),
+            Some(fence) => held.push((export.id.clone(), fence)),
             None => return Ok(None),
         }
     }
     if !without.is_empty() {
         warn_without(&without);
     }
-    uring::keep_open(held.iter().map(FenceFile::shared));
+    let failed = |error| Error::Invalid(format!("preparing for more fences: {error}"));
+    uring::keep_more_open().map_err(failed)?;
+    uring::keep_open(held.iter().map(|(_, fence)| fence.shared()));
     let mut waited = Duration::ZERO;
     if world.paused {
         waited = world.waited();
         log::info!("fence: waited {} ms", waited.as_millis());
     }
     Ok(Some(Fences {
-        files: held,
+        files: Mutex::new(held),
+        state: state.map(Path::to_owned),
+        timeout,
         waited,
     }))
+}
+
+fn refuse_shared(
+    held: &[(String, FenceFile)],
+    export: &ExportOptions,
+    fence: &FenceFile,
+) -> Result<()> {
+    if held.iter().any(|(_, other)| other.is_same(fence)) {
+        return Err(Error::Invalid(format!(
+            "export '{}': its fence {fence} is another export's, too: each needs a socket of its \
+             own",
+            export.id
+        )));
+    }
+    Ok(())
 }
 
 fn warn_without(exports: &[&str]) {

@@ -18,6 +18,7 @@ mod worker;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
@@ -71,7 +72,7 @@ pub(super) struct DeviceFacts {
     pub(super) writable: bool,
     /// Requests keep to multiples of it.
     pub(super) block_size: u64,
-    pub(super) poll_max_us: u32,
+    pub(super) poll_max_us: Arc<AtomicU32>,
     /// Writes of nothing but zeros become write-zeroes requests.
     pub(super) detect_zeroes: Option<Unmap>,
 }

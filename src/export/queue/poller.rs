@@ -4,6 +4,8 @@
 //! window grows while sleeps turn out shorter than the longest window that is allowed, and
 //! closes when they are longer: an idle queue costs nothing.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// The first window.
@@ -21,22 +23,28 @@ pub(super) struct Polled {
 
 #[derive(Debug)]
 pub(super) struct Poller {
-    max: Duration,
+    /// The longest window, in microseconds. It may change at any time.
+    max_us: Arc<AtomicU32>,
     window: Duration,
 }
 
 impl Poller {
-    pub(super) fn new(max_us: u32) -> Self {
+    pub(super) fn new(max_us: Arc<AtomicU32>) -> Self {
         Self {
-            max: Duration::from_micros(u64::from(max_us)),
+            max_us,
             window: Duration::ZERO,
         }
+    }
+
+    fn max(&self) -> Duration {
+        Duration::from_micros(self.max_us.load(Ordering::Relaxed).into())
     }
 
     /// Looks for work, until `found` says there is some or the window is over. `None`: the window
     /// is closed, and there was no look.
     pub(super) fn poll(&self, mut found: impl FnMut() -> bool) -> Option<Polled> {
-        if self.window.is_zero() {
+        let window = self.window.min(self.max());
+        if window.is_zero() {
             return None;
         }
         let start = Instant::now();
@@ -50,7 +58,7 @@ impl Poller {
                 std::hint::spin_loop();
             }
             time = start.elapsed();
-            if time >= self.window {
+            if time >= window {
                 return Some(Polled { found: false, time });
             }
         }
@@ -58,15 +66,16 @@ impl Poller {
 
     /// Whether sleeps need to be measured.
     pub(super) fn is_on(&self) -> bool {
-        !self.max.is_zero()
+        !self.max().is_zero()
     }
 
     /// Learns from a sleep.
     pub(super) fn slept(&mut self, time: Duration) {
-        if time > self.max {
+        let max = self.max();
+        if time > max {
             self.window = Duration::ZERO;
         } else if time > self.window {
-            self.window = (self.window * 2).clamp(FIRST.min(self.max), self.max);
+            self.window = (self.window * 2).clamp(FIRST.min(max), max);
         }
     }
 }
@@ -78,31 +87,49 @@ mod tests {
 
     use super::*;
 
+    fn poller(max_us: u32) -> Poller {
+        Poller::new(Arc::new(AtomicU32::new(max_us)))
+    }
+
     fn open(max_us: u32) -> Poller {
-        let mut poller = Poller::new(max_us);
+        let mut poller = poller(max_us);
         for _ in 0..64 {
-            poller.slept(poller.max);
+            poller.slept(poller.max());
         }
-        assert!(poller.window == poller.max);
+        assert!(poller.window == poller.max());
         poller
     }
 
     #[test]
     fn the_window_grows_to_its_bound_and_closes() {
-        let mut poller = Poller::new(32);
+        let mut poller = poller(32);
         assert_eq!(poller.poll(|| true), None, "closed at first");
         for _ in 0..10 {
             poller.slept(Duration::from_micros(31));
         }
-        assert!(poller.window <= poller.max && !poller.window.is_zero());
+        assert!(poller.window <= poller.max() && !poller.window.is_zero());
         assert!(poller.poll(|| true).is_some_and(|polled| polled.found));
         poller.slept(Duration::from_millis(1));
         assert_eq!(poller.poll(|| true), None, "closed by a long sleep");
     }
 
     #[test]
+    fn a_bound_that_changes_holds_at_once() {
+        let poller = open(1 << 20);
+        poller.max_us.store(0, Ordering::Relaxed);
+        assert_eq!(poller.poll(|| true), None);
+        assert!(!poller.is_on());
+        poller.max_us.store(50, Ordering::Relaxed);
+        let polled = poller.poll(|| false).unwrap();
+        assert!(
+            polled.time < Duration::from_micros(1 << 20),
+            "it is the old window"
+        );
+    }
+
+    #[test]
     fn a_bound_of_zero_never_polls() {
-        let mut poller = Poller::new(0);
+        let mut poller = poller(0);
         poller.slept(Duration::ZERO);
         poller.slept(Duration::from_nanos(1));
         assert!(!poller.is_on());

@@ -112,7 +112,7 @@ pub(super) fn run(
     let thread = unsafe { libc::gettid() };
     stats.thread.store(thread, Ordering::Relaxed);
     let _ = ready.send(Ok(reactor.remote()));
-    let poller = Poller::new(facts.poll_max_us);
+    let poller = Poller::new(facts.poll_max_us.clone());
     // A copy of its own: every request looks at the facts and every task holds them, so that a
     // count that all workers shared would take the line away from the others.
     let facts = Rc::new(facts.clone());

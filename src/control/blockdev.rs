@@ -1,0 +1,63 @@
+//! `blockdev-*`: nodes that come and go.
+
+use serde_json::{Value, json};
+
+use super::args::Args;
+use super::command::{Control, Done};
+use super::error::CommandError;
+use crate::options::{BlockdevOptions, ConfigError, Dialect, ImageOptions};
+
+/// Opens a node.
+pub(super) fn blockdev_add(control: &Control, args: &Args) -> Done {
+    let given = args.to_value();
+    let options = BlockdevOptions::from_value(&given, Dialect::Json)?;
+    control.engine.add_node(&options, &given)?;
+    Ok(json!({}).into())
+}
+
+/// Starts a job that makes an image.
+pub(super) fn blockdev_create(control: &Control, args: &Args) -> Done {
+    let options = ImageOptions::from_value(args.value("options").unwrap_or(&Value::Null))?;
+    control
+        .engine
+        .start_create(args.required_str("job-id")?, options)?;
+    Ok(json!({}).into())
+}
+
+/// Gives nodes other options.
+pub(super) fn blockdev_reopen(control: &Control, args: &Args) -> Done {
+    let list = args.value("options").and_then(Value::as_array);
+    let list = list
+        .into_iter()
+        .flatten()
+        .enumerate()
+        .map(|(at, given)| BlockdevOptions::from_unnamed(given, &format!("options[{at}]")));
+    let list = list.collect::<Result<Vec<_>, ConfigError>>()?;
+    control.engine.reopen_nodes(&list)?;
+    Ok(json!({}).into())
+}
+
+/// Changes what an image's header says.
+pub(super) fn change_backing_file(control: &Control, args: &Args) -> Done {
+    let (device, image) = (
+        args.required_str("device")?,
+        args.required_str("image-node-name")?,
+    );
+    let name = args.required_str("backing-file")?;
+    control.engine.change_backing_file(device, image, name)?;
+    Ok(json!({}).into())
+}
+
+/// Removes a node.
+pub(super) fn blockdev_del(control: &Control, args: &Args) -> Done {
+    control
+        .engine
+        .remove_node(args.required_str("node-name")?)?;
+    Ok(json!({}).into())
+}
+
+impl From<ConfigError> for CommandError {
+    fn from(error: ConfigError) -> Self {
+        Self::generic(error.qmp_desc())
+    }
+}

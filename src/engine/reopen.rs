@@ -1,0 +1,279 @@
+//! Nodes that get other options while they are there: what lies under them, and whether they may be
+//! written. All other options stay as they are, and a request to change one is refused.
+//!
+//! Guests go on meanwhile. A request that has begun ends on the chain that it began with.
+
+use serde_json::{Map, Value};
+
+use super::Engine;
+use super::nodes::refused;
+use super::runtime::Change;
+use super::stream::no_such_device;
+use crate::graph::recorded::is_same_image;
+use crate::graph::{Node, Role, State, Transaction};
+use crate::job::Refused;
+use crate::job::records::{below, identity};
+use crate::options::{BackingRef, BlockRef, BlockdevOptions, Driver};
+use crate::state::record::Link;
+
+/// Options that may change, and the name, which says which node is meant.
+const MAY_CHANGE: &[&str] = &["node-name", "read-only", "auto-read-only", "backing"];
+
+impl Engine {
+    /// Gives nodes other options, all or none.
+    ///
+    /// # Errors
+    /// In QEMU's words, what cannot be changed. Nothing has changed then.
+    pub fn reopen_nodes(&self, list: &[BlockdevOptions]) -> Result<(), Refused> {
+        let _changing = self.runtime.change();
+        let before = self.graph.state();
+        let mut transaction = self.graph.transaction();
+        for options in list {
+            reopen(&mut transaction, options)?;
+        }
+        let names = list
+            .iter()
+            .filter_map(|options| options.node_name.as_deref());
+        let names: Vec<&str> = names.collect();
+        // Before it is published, so that the record has what is in force.
+        let links = self.links_of(&transaction, &names)?;
+        let recorded = names.iter().map(|name| {
+            let node = transaction.state().node(name).map_err(refused)?;
+            Ok((
+                *name,
+                in_place(transaction.state(), &node.options).to_value(),
+            ))
+        });
+        let recorded = recorded.collect::<Result<Vec<_>, Refused>>()?;
+        let released = self.graph.commit(transaction).map_err(refused)?;
+        let changes = recorded
+            .iter()
+            .flat_map(|(name, options)| [Change::RemoveNode(name), Change::AddNode(options)]);
+        let changes: Vec<_> = changes.chain([Change::Links(&links)]).collect();
+        if let Err(error) = self.record(&changes) {
+            self.take_back(&before, &names);
+            return Err(error);
+        }
+        drop((before, released));
+        Ok(())
+    }
+
+    /// What is recorded of the chains of nodes `names`, as it is to be.
+    fn links_of(&self, transaction: &Transaction, names: &[&str]) -> Result<Vec<Link>, Refused> {
+        let Some(store) = &self.store else {
+            return Ok(Vec::new());
+        };
+        let mut links = Vec::new();
+        for link in store.state().links {
+            for name in names {
+                let node = self.graph.node(name).map_err(refused)?;
+                let file = self.graph.file_of(&node).map_err(refused)?;
+                if !is_same_image((&link.node.file, link.identity), (&file, identity(&node))) {
+                    continue;
+                }
+                let now = transaction.state().node(name).map_err(refused)?;
+                let under = now.child(Role::Backing).map(|name| self.graph.node(name));
+                let under = under.transpose().map_err(refused)?;
+                let under = under.map(|node| below(&self.graph, &node));
+                let mut link = link.clone();
+                link.below = under.transpose().map_err(refused)?;
+                if let Some(below) = &link.below {
+                    let node = &below.node;
+                    link.released
+                        .retain(|name| node.name.as_ref() != Some(name));
+                    link.released_files.retain(|file| node.file != *file);
+                }
+                links.push(link);
+            }
+        }
+        Ok(links)
+    }
+
+    /// Gives nodes the options and children again that they had before.
+    fn take_back(&self, before: &State, names: &[&str]) {
+        let mut transaction = self.graph.transaction();
+        let gone = before.nodes_children_first();
+        let gone = gone.filter(|node| self.graph.node(&node.name).is_err());
+        let mut result = Ok(());
+        for node in gone {
+            result = result.and_then(|()| transaction.add(Node::clone(node)));
+        }
+        for node in names.iter().filter_map(|name| before.node(name).ok()) {
+            let child = node.child(Role::Backing);
+            result = result
+                .and_then(|()| transaction.set_child(&node.name, Role::Backing, child))
+                .and_then(|()| transaction.set_options(&node.name, node.options.clone()));
+        }
+        if let Err(error) = result.and_then(|()| self.graph.commit(transaction)) {
+            log::error!("a change of nodes that is not recorded stays: {error}");
+        }
+    }
+}
+
+fn refuse<T>(text: impl Into<String>) -> Result<T, Refused> {
+    Err(Refused(text.into()))
+}
+
+fn reopen(transaction: &mut Transaction, options: &BlockdevOptions) -> Result<(), Refused> {
+    let Some(name) = options.node_name.as_deref() else {
+        return refuse("node-name not specified");
+    };
+    let Ok(node) = transaction.state().node(name).cloned() else {
+        return refuse(format!("Failed to find node with node-name='{name}'"));
+    };
+    if node.implicit {
+        return refuse(format!("Node {name} is not owned by the monitor"));
+    }
+    check_unchanged(transaction.state(), &node, options)?;
+    let backing = backing(transaction.state(), &node, options)?;
+    if backing.as_deref() != node.child(Role::Backing) {
+        transaction
+            .set_child(name, Role::Backing, backing.as_deref())
+            .map_err(refused)?;
+    }
+    let file = node
+        .file()
+        .and_then(|file| transaction.state().node(file).ok());
+    if !options.read_only && file.is_some_and(|file| file.fixed_read_only) {
+        return refuse("Block node is read-only");
+    }
+    // Nodes inside it stay as they are, and so do their options.
+    let mut now = options.clone();
+    if let (Some(new), Some(old)) = (
+        now.driver.file_mut(),
+        node.options.clone().driver.file_mut(),
+    ) {
+        *new = old.clone();
+    }
+    transaction.set_options(name, now).map_err(refused)
+}
+
+/// The options with all nodes that nobody asked for by name written in place: the names that they
+/// have now the next process may give to others.
+fn in_place(state: &State, options: &BlockdevOptions) -> BlockdevOptions {
+    let mut options = options.clone();
+    options.node_name = options.node_name.filter(|name| !name.starts_with('#'));
+    let settle = |child: &mut BlockRef| {
+        let inner = match &*child {
+            BlockRef::Inline(inner) => in_place(state, inner),
+            BlockRef::Name(name) => match state.node(name) {
+                Ok(node) if node.implicit => in_place(state, &node.options),
+                _ => return,
+            },
+        };
+        *child = BlockRef::Inline(Box::new(inner));
+    };
+    options.driver.file_mut().map(settle);
+    match &mut options.driver {
+        Driver::Qcow2(qcow2) => {
+            qcow2.data_file.as_mut().map(settle);
+            if let BackingRef::Node(below) = &mut qcow2.backing {
+                settle(below);
+            }
+        }
+        Driver::Qed(qed) => {
+            if let BackingRef::Node(below) = &mut qed.backing {
+                settle(below);
+            }
+        }
+        _ => {}
+    }
+    options
+}
+
+/// What is to lie under a node.
+fn backing(
+    state: &State,
+    node: &Node,
+    options: &BlockdevOptions,
+) -> Result<Option<String>, Refused> {
+    let own = node.child(Role::Backing).map(str::to_owned);
+    let wanted = match &options.driver {
+        Driver::Qcow2(qcow2) => &qcow2.backing,
+        Driver::Qed(qed) => &qed.backing,
+        _ => return Ok(own),
+    };
+    match (wanted, &own) {
+        // The header's would be meant, and nobody has said whether it still is to be.
+        (BackingRef::Default, own) if own.is_some() || node.layer.format.backing().is_some() => {
+            refuse(format!("backing is missing for '{}'", node.name))
+        }
+        (BackingRef::Default | BackingRef::None, _) => Ok(None),
+        (BackingRef::Node(BlockRef::Name(name)), _) => match state.node(name) {
+            Ok(_) => Ok(Some(name.clone())),
+            Err(_) => Err(no_such_device("", name)),
+        },
+        (BackingRef::Node(BlockRef::Inline(inline)), Some(own)) => {
+            let below = state.node(own).map_err(refused)?;
+            check_child(&inline.to_value(), &below.options.to_value(), "backing")?;
+            Ok(Some(own.clone()))
+        }
+        (BackingRef::Node(BlockRef::Inline(_)), None) => {
+            refuse("Cannot change the option 'backing'")
+        }
+    }
+}
+
+/// Refuses options that cannot change.
+fn check_unchanged(state: &State, node: &Node, options: &BlockdevOptions) -> Result<(), Refused> {
+    let (old, new) = (node.options.to_value(), options.to_value());
+    for (key, old, new) in differences(&old, &new, MAY_CHANGE) {
+        let child = match key.as_str() {
+            "file" => node.file(),
+            "data-file" => node.child(Role::DataFile),
+            _ => None,
+        };
+        let same = match (child, &new) {
+            (Some(child), Value::String(name)) => child == name,
+            (Some(child), Value::Object(_)) => {
+                let child = state.node(child).map_err(refused)?;
+                check_child(&new, &child.options.to_value(), &key)?;
+                true
+            }
+            _ => false,
+        };
+        if !same {
+            return refuse(cannot(&key, &old, &new));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses options of a node in place that are not those of the node that is there.
+fn check_child(new: &Value, old: &Value, key: &str) -> Result<(), Refused> {
+    let inherited = [MAY_CHANGE, &["file", "data-file"]].concat();
+    match differences(old, new, &inherited).first() {
+        Some((own, old, new)) => refuse(cannot(&format!("{key}.{own}"), old, new)),
+        None => Ok(()),
+    }
+}
+
+fn cannot(key: &str, old: &Value, new: &Value) -> String {
+    let inner = differences(old, new, &[]);
+    match inner.first() {
+        Some((own, ..)) if old.is_object() && new.is_object() => {
+            format!("Cannot change the option '{key}.{own}'")
+        }
+        _ => format!("Cannot change the option '{key}'"),
+    }
+}
+
+/// The members that differ, but for those `but`.
+fn differences(old: &Value, new: &Value, but: &[&str]) -> Vec<(String, Value, Value)> {
+    let none = Map::new();
+    let (old, new) = (
+        old.as_object().unwrap_or(&none),
+        new.as_object().unwrap_or(&none),
+    );
+    let mut keys: Vec<&String> = old.keys().chain(new.keys()).collect();
+    keys.sort();
+    keys.dedup();
+    // The driver first: all else follows from it.
+    keys.sort_by_key(|key| *key != "driver");
+    let keys = keys.into_iter().filter(|key| !but.contains(&key.as_str()));
+    let pairs = keys.map(|key| {
+        let value = |map: &Map<String, Value>| map.get(key).cloned().unwrap_or_default();
+        (key.clone(), value(old), value(new))
+    });
+    pairs.filter(|(_, old, new)| old != new).collect()
+}
