@@ -525,3 +525,48 @@ fn raw_commands() {
     assert_eq!(code(&hmp), 1);
     assert!(String::from_utf8_lossy(&hmp.stderr).contains("human-monitor-command"));
 }
+
+/// Would catch options that reach a daemon with other types than it expects, or with keys that
+/// only one of the two daemons knows.
+#[test]
+fn nodes_and_exports_come_and_go() {
+    let Some(daemon) = Daemon::start() else {
+        return;
+    };
+    run(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", "more.qcow2", "4M"],
+        daemon.dir.path(),
+    );
+    let node = "qcow2,node-name=more,file.driver=file,file.filename=more.qcow2,discard=unmap";
+    assert_eq!(daemon.ok(&["node", "add", node]), "");
+    let json = json!({"driver": "raw", "node-name": "over", "file": "more"});
+    daemon.ok(&["node", "add", &json.to_string()]);
+    let listed = daemon.ok(&["node", "list"]);
+    let line = listed.lines().find(|line| line.starts_with("more "));
+    let words: Vec<_> = line.unwrap().split_whitespace().collect();
+    assert_eq!(words, ["more", "qcow2", "more.qcow2"]);
+    let refused = daemon.ctl(&["node", "del", "more"]);
+    assert_eq!(code(&refused), 1);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(said.contains("Block device more is in use"), "{said}");
+    daemon.ok(&["node", "del", "over"]);
+    let export = "vhost-user-blk,id=e,node-name=more,addr.type=unix,addr.path=e.sock,\
+                  writable=on,num-queues=2";
+    daemon.ok(&["export", "add", export]);
+    assert!(daemon.dir.path().join("e.sock").exists());
+    let exports = daemon.json(&["export", "list"]);
+    assert_eq!(exports.as_array().unwrap().len(), 2);
+    daemon.ok(&["export", "del", "e"]);
+    daemon.ok(&["export", "del", "disk0", "--force"]);
+    daemon.ok(&["node", "del", "more"]);
+    assert_eq!(daemon.json(&["export", "list"]), json!([]));
+    for wrong in [
+        &["node", "add", "qcow,node-name=x"][..],
+        &["export", "add", "vhost-user-blk,id=e,wrtable=on"],
+    ] {
+        let refused = daemon.ctl(wrong);
+        assert_eq!(code(&refused), 2, "{refused:?}");
+        assert!(String::from_utf8_lossy(&refused.stderr).contains("did you mean"));
+    }
+}

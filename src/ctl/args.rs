@@ -122,6 +122,12 @@ pub enum Command {
         /// The export or node
         device: String,
     },
+    /// Add, remove and list nodes
+    #[command(subcommand)]
+    Node(NodeCommand),
+    /// Add, remove and list exports
+    #[command(subcommand)]
+    Export(ExportCommand),
     /// Show the version, the exports with their layers, and the jobs
     Info,
     /// Show what guests have read and written, and how their queues waited for it
@@ -144,6 +150,44 @@ pub enum Command {
     Image(ImageArgs),
     /// End the daemon
     Quit,
+}
+
+/// What to do with nodes.
+#[derive(Debug, Subcommand)]
+pub enum NodeCommand {
+    /// Open a node
+    Add {
+        /// As for stratablk's --blockdev: [driver=]DRIVER,node-name=NAME[,...], or a JSON object
+        options: String,
+    },
+    /// Remove a node that nothing uses, and the nodes without names under it
+    Del {
+        /// The node
+        node: String,
+    },
+    /// List all nodes
+    List,
+}
+
+/// What to do with exports.
+#[derive(Debug, Subcommand)]
+pub enum ExportCommand {
+    /// Make an export
+    Add {
+        /// As for stratablk's --export: [type=]vhost-user-blk,id=NAME,node-name=NODE,
+        /// addr.type=unix,addr.path=PATH[,...], or a JSON object
+        options: String,
+    },
+    /// Remove an export that no virtual machine is connected to
+    Del {
+        /// The export
+        export: String,
+        /// Remove it in any case, and hang up on the virtual machine
+        #[arg(long)]
+        force: bool,
+    },
+    /// List all exports
+    List,
 }
 
 /// Options of `stream`.

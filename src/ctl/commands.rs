@@ -2,9 +2,10 @@
 
 use super::args::{Cli, Command, SOCKET_VARIABLE, StreamArgs};
 use super::client::Client;
+use super::send::send;
 use super::tracker::Tracker;
 use super::watch::watch;
-use super::{Failure, image, info, jobs, stats};
+use super::{Failure, image, info, jobs, runtime, stats};
 use crate::options::is_well_formed_id;
 use serde_json::{Map, Value, json};
 use std::io::Write;
@@ -46,6 +47,8 @@ pub fn execute(cli: Cli, out: &mut dyn Write) -> Result<(), Failure> {
             let arguments = json!({"device": device});
             send(client, "x-clear-sync-error", arguments, json, out)
         }
+        Command::Node(command) => runtime::node(client, command, json, out),
+        Command::Export(command) => runtime::export(client, command, json, out),
         Command::Info => info::show(client, json, out),
         Command::Stats => stats::show(client, json, out),
         Command::Qmp { command, arguments } => {
@@ -74,21 +77,6 @@ fn socket_path(cli: &Cli) -> Result<PathBuf, Failure> {
                 "which daemon? Give its control socket with --socket or in {SOCKET_VARIABLE}"
             ))
         })
-}
-
-/// A command whose answer says nothing beyond that it was done.
-fn send(
-    client: &mut Client,
-    command: &str,
-    arguments: Value,
-    json: bool,
-    out: &mut dyn Write,
-) -> Result<(), Failure> {
-    let result = client.execute(command, arguments)?;
-    if json {
-        writeln!(out, "{result}")?;
-    }
-    Ok(())
 }
 
 fn human(

@@ -11,6 +11,8 @@
 //! - `watch`: showing it until they end;
 //! - `jobs`: asking for jobs, and their table;
 //! - `info`: the overview with its trees of layers;
+//! - `send`: commands whose answers say nothing;
+//! - `runtime`: nodes and exports that come and go;
 //! - `image`: tools for image files, which need no daemon;
 //! - `units`: sizes, rates and times as people write them.
 
@@ -20,6 +22,8 @@ mod commands;
 mod image;
 mod info;
 mod jobs;
+mod runtime;
+mod send;
 mod stats;
 mod table;
 mod tracker;
