@@ -760,3 +760,47 @@ fn a_header_and_its_record_change_together() -> Res<()> {
     );
     life.daemon.stop()
 }
+
+/// Would catch a record of a stream that wins over what a client has put under the disk since.
+#[test]
+fn a_chain_that_was_streamed_can_change() -> Res<()> {
+    let bed = Bed::with_state()?;
+    for (name, byte) in [("base", 6), ("other", 8)] {
+        bed.image(name, None)?;
+        let write = format!("write -q -P {byte} 0 1M");
+        images::run("qemu-io", &["-f", "qcow2", "-c", &write, &bed.text(name)?])?;
+    }
+    bed.image("mid", Some("base"))?;
+    bed.image("top", Some("mid"))?;
+    let mut life = bed.start()?;
+    for (name, image, below) in [
+        ("b", "base", None),
+        ("o", "other", None),
+        ("m", "mid", Some("b")),
+        ("t", "top", Some("m")),
+    ] {
+        let mut node = bed.node(name, image)?;
+        node["backing"] = json!(below);
+        life.get("blockdev-add", node)?;
+    }
+    life.get("block-export-add", bed.export("e", "t")?)?;
+    let stream = json!({"device": "e", "base-node": "b", "job-id": "j"});
+    life.get("block-stream", stream)?;
+    life.qmp.job_end("j")?;
+    life.get("blockdev-del", json!({"node-name": "m"}))?;
+    for (backing, byte) in [(json!("o"), 8), (json!("b"), 6), (Value::Null, 0)] {
+        let file = json!({"driver": "file", "filename": bed.text("top")?});
+        let options = json!({"driver": "qcow2", "node-name": "t", "file": file,
+            "backing": backing});
+        life.get("blockdev-reopen", json!({"options": [options]}))?;
+        life.daemon.kill()?;
+        let Life { daemon, qmp } = life;
+        drop((daemon, qmp));
+        images::wait_unlocked(&bed.path("top"))?;
+        life = bed.start()?;
+        let mut guest = bed.guest(&mut life, "e")?;
+        assert_eq!(read(&mut guest, 9)?, byte);
+        drop(guest);
+    }
+    life.daemon.stop()
+}
