@@ -311,3 +311,73 @@ fn the_life_of_a_job() {
     }
     assert_eq!(lives[1], lives[0]);
 }
+
+/// Would catch a snapshot that is refused in other words, at another argument, or not at all.
+#[test]
+fn snapshots_that_are_refused() {
+    let mut requests: Vec<Vec<u8>> = Vec::new();
+    let mut ask = |command: &str, arguments: Value| {
+        let request = json!({"execute": command, "arguments": arguments});
+        requests.push(request.to_string().into_bytes());
+    };
+    let (snapshot, sync) = ("blockdev-snapshot", "blockdev-snapshot-sync");
+    for (node, overlay) in [
+        ("nobody", "top"),
+        ("top", "nobody"),
+        ("top", "mid"),
+        ("mid", "top"),
+    ] {
+        ask(snapshot, json!({"node": node, "overlay": overlay}));
+    }
+    ask(snapshot, json!({"node": "top"}));
+    ask(snapshot, json!({"node": 5, "overlay": "top"}));
+    ask(snapshot, json!({"node": "top", "overlay": "mid", "x": 1}));
+    for arguments in [
+        json!({"snapshot-file": "/nowhere/s"}),
+        json!({"node-name": "nobody", "snapshot-file": "/nowhere/s"}),
+        json!({"device": "nobody", "snapshot-file": "/nowhere/s"}),
+        json!({"node-name": "top", "snapshot-file": "/nowhere/s"}),
+        json!({"node-name": "mid", "snapshot-file": "/nowhere/s", "snapshot-node-name": "s"}),
+        json!({"node-name": "top", "snapshot-file": "/nowhere/s", "snapshot-node-name": "low"}),
+        json!({"node-name": "top", "snapshot-file": "/nowhere/s", "snapshot-node-name": "s"}),
+        json!({"node-name": "top", "snapshot-file": "/nowhere/s", "snapshot-node-name": "s",
+            "format": "raw"}),
+        json!({"node-name": "top", "snapshot-file": "/nowhere/s", "snapshot-node-name": "s",
+            "format": "other"}),
+        json!({"node-name": "top", "snapshot-file": "/nowhere/s", "snapshot-node-name": "s",
+            "mode": "existing"}),
+        json!({"node-name": "top", "snapshot-file": "/nowhere/s", "mode": "other"}),
+        json!({"node-name": "top"}),
+    ] {
+        ask(sync, arguments);
+    }
+    let abort = json!({"type": "abort", "data": {}});
+    for actions in [
+        json!([]),
+        json!(5),
+        json!([5]),
+        json!([abort]),
+        json!([abort, {"type": "other", "data": {}}]),
+        json!([{"data": {}}]),
+        json!([{"type": "abort"}]),
+        json!([{"type": "abort", "data": {}, "y": 1}]),
+        json!([{"type": "abort", "data": {"z": 1}}]),
+        json!([{"type": snapshot, "data": {"node": "top"}}]),
+        json!([{"type": snapshot, "data": {"node": "top", "overlay": 3}}]),
+        json!([{"type": snapshot, "data": {"node": "top", "overlay": "mid", "x": 1}}]),
+        json!([{"type": snapshot, "data": {"node": "nobody", "overlay": "mid"}}, abort]),
+        json!([{"type": sync, "data": {"node-name": "top"}}]),
+    ] {
+        ask("transaction", json!({"actions": actions}));
+    }
+    ask("transaction", json!({}));
+    for mode in ["other", "grouped"] {
+        let properties = json!({"completion-mode": mode});
+        ask(
+            "transaction",
+            json!({"actions": [abort], "properties": properties}),
+        );
+    }
+    let requests: Vec<&[u8]> = requests.iter().map(Vec::as_slice).collect();
+    compare(&requests);
+}

@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::rc::Rc;
 
-use super::{CopyStatus, Span, View};
+use super::{Chain, CopyStatus, Span, View};
 use crate::error::Result;
 use crate::format::qcow2::Clear;
 use crate::format::{Format, Qcow2};
@@ -26,6 +26,19 @@ pub struct Copied {
     pub zero: u64,
 }
 
+impl Chain {
+    /// Whether writes are on their way into layers below the top, in the clusters of a range.
+    fn has_late_writes(&self, offset: u64, len: u64) -> bool {
+        match &self.top().format {
+            Format::Qcow2(image) => {
+                let clusters = image.clusters_of(offset..offset + len);
+                image.late().in_the_way(&[clusters]).is_some()
+            }
+            Format::Raw(_) | Format::Qed(_) => false,
+        }
+    }
+}
+
 impl View {
     /// Copies what the top layer lacks of `[offset, offset + len)` into it.
     pub(super) async fn populate(self: &Rc<Self>, offset: u64, len: u64) -> Result<Copied> {
@@ -33,11 +46,15 @@ impl View {
         let mut copied = Copied::default();
         let mut done = 0;
         while done < len {
-            let now = (len - done).min(COPY_ON_READ_STEP);
-            let step = self.copy(span, offset + done, now).await?;
+            let (at, now) = (offset + done, (len - done).min(COPY_ON_READ_STEP));
+            done += now;
+            if self.chain.has_late_writes(at, now) {
+                // A read waits for no write; what it finds is not kept.
+                continue;
+            }
+            let step = self.copy(span, at, now).await?;
             copied.data += step.data;
             copied.zero += step.zero;
-            done += now;
         }
         Ok(copied)
     }
@@ -64,6 +81,10 @@ impl View {
         let stop = (offset + len)
             .next_multiple_of(unit)
             .min(layer.format.size());
+        // Before the claim, so that no guest waits with it. A place may have more than the units that
+        // are copied, but no more than their clusters.
+        let clusters = qcow2.clusters_of(start..stop);
+        qcow2.late().wait(clusters).await;
         let _claim = qcow2.claim(start, stop.saturating_sub(start)).await;
         let mut copied = Copied::default();
         let mut at = start;

@@ -4,9 +4,11 @@
 //! its end; a change of the layers (at a job's end, say) publishes a new chain in the
 //! [`Root`] and the old one goes with its last request. Guest I/O is never drained for that.
 //!
-//! Invariant: chains of one disk that live at the same time read the same bytes. The end of a
-//! stream takes away layers that supply nothing any more; afterwards a cluster must not become
-//! unallocated while some chain still has those layers under the image, since a request of that
+//! Most changes are *neutral*: both chains read the same bytes while they live at the same time.
+//! After others (a snapshot) the guest writes elsewhere than before: see [`turn`].
+//!
+//! Invariant of neutral changes: the end of a stream takes away layers that supply nothing any
+//! more; afterwards a cluster must not become unallocated while some chain still has those layers under the image, since a request of that
 //! chain would read through to them, or copy them up. Each chain therefore counts, as long as it
 //! lives, in every image that has something below it ([`Qcow2::is_overlay`]), and only an image
 //! that is an overlay nowhere unmaps clusters. It does not matter how a chain came to be
@@ -27,6 +29,7 @@ mod room;
 mod span;
 mod status;
 pub mod tap;
+pub mod turn;
 mod write;
 
 use std::rc::Rc;
@@ -124,6 +127,8 @@ impl Layer {
 #[repr(align(128))]
 pub struct Chain {
     layers: Vec<Arc<Layer>>,
+    /// Those under the top that writes are still on their way into, or have just arrived in.
+    closing: Vec<Arc<Layer>>,
     /// The grace periods of its requests, which its images wait for.
     grace: Arc<Grace>,
     /// Where all that is written to it is written as well.
@@ -170,6 +175,7 @@ impl Chain {
         }
         let chain = Self {
             layers,
+            closing: Vec::new(),
             grace: Arc::default(),
             tap: None,
             ended: Arc::default(),
@@ -190,6 +196,14 @@ impl Chain {
     #[must_use]
     pub fn ended(&self) -> Arc<Ended> {
         self.ended.clone()
+    }
+
+    /// The chain with these of its layers as *closing*: each was the top, and what the guest began to
+    /// write then may arrive there at any time. A flush is one of these layers, too.
+    #[must_use]
+    pub fn closing(mut self, layers: Vec<Arc<Layer>>) -> Self {
+        self.closing = layers;
+        self
     }
 
     /// The images that have something below them here.
@@ -347,6 +361,10 @@ impl Chain {
     /// # Errors
     /// What the storage reports.
     pub async fn flush(&self) -> Result<()> {
+        // What lies below first: the top may hold copies of it.
+        for layer in &self.closing {
+            Box::pin(layer.flush()).await?;
+        }
         match &self.tap {
             None => self.top().flush().await,
             Some(tap) => Box::pin(tap.flush(self.top())).await,

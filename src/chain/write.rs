@@ -150,7 +150,8 @@ impl View {
     }
 
     /// Writes into clusters that must be allocated. Returns how much of `bufs` was written: 0
-    /// when the clusters have been allocated by somebody else meanwhile.
+    /// when the clusters have been allocated by somebody else meanwhile, or what is to be copied
+    /// had to be waited for.
     async fn write_new(
         &self,
         top: &Layer,
@@ -159,13 +160,21 @@ impl View {
         bufs: &IoBufs,
     ) -> Result<u64> {
         let len = bufs.len() as u64;
-        let _claim = qcow2.claim(offset, len).await;
+        let claim = qcow2.claim(offset, len).await;
         let extent = top.map_loaded(offset, len).await?;
         if top.format.map_write(offset, 1).is_some() {
             return Ok(0);
         }
         let target = qcow2.target(offset, len.min(extent.len)).await?;
         let len = len.min(extent.len).min(target.end - offset);
+        let around = [target.start..offset, offset + len..target.end];
+        if let Some(ended) = qcow2.late().in_the_way(&around) {
+            // Without the claim: who replaces whole clusters need not wait.
+            Box::pin(qcow2.abandon(target)).await;
+            drop(claim);
+            ended.await;
+            return Ok(0);
+        }
         let part = bufs.slice(0, len as usize);
         let result = self.fill(0, target, offset, &part, Purpose::Data).await;
         if let Err(error) = result {

@@ -25,6 +25,10 @@ pub enum Kind {
     OptionsList(&'static str),
     /// A list of words.
     EnumList(&'static str, &'static [&'static str]),
+    /// An object, which the command looks into.
+    Object,
+    /// A list of objects, which the command looks into.
+    Objects,
 }
 
 /// An argument a command takes.
@@ -75,12 +79,22 @@ impl Args {
         {
             return Ok(Self(given));
         }
+        Self::check_in("", wanted, given)
+    }
+
+    /// As [`check`](Self::check), of an object inside an argument; `path` leads there, with a dot at
+    /// its end.
+    pub fn check_in(
+        path: &str,
+        wanted: &[Arg],
+        given: Map<String, Value>,
+    ) -> Result<Self, CommandError> {
         for arg in wanted {
             match given.get(arg.name) {
-                Some(value) => check_value(arg, value)?,
+                Some(value) => check_value(path, arg, value)?,
                 None if arg.required => {
                     return Err(CommandError::generic(format!(
-                        "Parameter '{}' is missing",
+                        "Parameter '{path}{}' is missing",
                         arg.name
                     )));
                 }
@@ -92,7 +106,7 @@ impl Args {
             .find(|name| !wanted.iter().any(|arg| arg.name == *name))
         {
             Some(name) => Err(CommandError::generic(format!(
-                "Parameter '{name}' is unexpected"
+                "Parameter '{path}{name}' is unexpected"
             ))),
             None => Ok(Self(given)),
         }
@@ -106,6 +120,17 @@ impl Args {
     /// The argument `name`, if it was given.
     pub fn value(&self, name: &str) -> Option<&Value> {
         self.0.get(name)
+    }
+
+    /// The object `name`, if it was given.
+    pub fn object(&self, name: &str) -> Option<&Map<String, Value>> {
+        self.0.get(name)?.as_object()
+    }
+
+    /// The objects of the list `name`.
+    pub fn objects(&self, name: &str) -> impl Iterator<Item = &Map<String, Value>> {
+        let list = self.0.get(name).and_then(Value::as_array);
+        list.into_iter().flatten().filter_map(Value::as_object)
     }
 
     /// The string `name`, if it was given.
@@ -146,20 +171,28 @@ fn wrong_type(name: &str, expected: &str) -> CommandError {
     ))
 }
 
-fn check_value(arg: &Arg, value: &Value) -> Result<(), CommandError> {
-    let name = arg.name;
+fn check_value(path: &str, arg: &Arg, value: &Value) -> Result<(), CommandError> {
+    let name = &format!("{path}{}", arg.name);
     match arg.kind {
         Kind::Str if !value.is_string() => Err(wrong_type(name, "string")),
         Kind::Int if value.as_i64().is_none() => Err(wrong_type(name, "integer")),
         Kind::Bool if !value.is_boolean() => Err(wrong_type(name, "boolean")),
         Kind::Options(_) if !value.is_object() => Err(wrong_type(name, "object")),
         Kind::OptionsList(_) if !value.is_array() => Err(wrong_type(name, "array")),
-        Kind::Enum(_, words) => check_word(name, name, words, value),
+        Kind::Enum(_, words) => check_word(name, arg.name, words, value),
         Kind::EnumList(_, words) => {
             let items = value.as_array().ok_or_else(|| wrong_type(name, "array"))?;
             // An item has no name of its own, and this is what QEMU calls it.
             items.iter().enumerate().try_for_each(|(at, item)| {
                 check_word(&format!("{name}[{at}]"), "null", words, item)
+            })
+        }
+        Kind::Object if !value.is_object() => Err(wrong_type(name, "object")),
+        Kind::Objects => {
+            let items = value.as_array().ok_or_else(|| wrong_type(name, "array"))?;
+            let wrong = items.iter().position(|item| !item.is_object());
+            wrong.map_or(Ok(()), |at| {
+                Err(wrong_type(&format!("{name}[{at}]"), "object"))
             })
         }
         _ => Ok(()),

@@ -8,7 +8,7 @@ use super::args::{Arg, Args, Kind};
 use super::command::{Answer, Command, Control, Done, NEGOTIATE, Returns, command, version};
 use super::error::{CommandError, ErrorClass};
 use super::nodes::{Nodes, io_status, sync_error};
-use super::{blockdev, exports, graph, hmp, objects, schema, stats, stream};
+use super::{blockdev, exports, graph, hmp, objects, schema, snapshot, stats, stream};
 use crate::engine::Engine;
 use crate::job::Job;
 
@@ -126,6 +126,10 @@ static COMMANDS: &[Command] = &[
     command("job-complete", ID, Returns::Nothing, |c, a| on_job(c, a, Job::complete)),
     command("job-finalize", ID, Returns::Nothing, |c, a| on_job(c, a, Job::finalize)),
     command("job-dismiss", ID, Returns::Nothing, job_dismiss),
+    command("blockdev-snapshot", snapshot::SNAPSHOT, Returns::Nothing, snapshot::blockdev_snapshot),
+    command("blockdev-snapshot-sync", snapshot::SNAPSHOT_SYNC, Returns::Nothing,
+        snapshot::blockdev_snapshot_sync),
+    command("transaction", snapshot::TRANSACTION, Returns::Nothing, snapshot::transaction),
     // Not in QEMU.
     command("x-clear-sync-error", DEVICE, Returns::Nothing, clear_sync_error),
     // The names of 2011.
@@ -167,7 +171,7 @@ fn query_named_block_nodes(control: &Control, args: &Args) -> Done {
 fn query_block(control: &Control, _: &Args) -> Done {
     let nodes = Nodes::of(&control.engine);
     let devices = control.engine.exports.list().into_iter().map(|served| {
-        let node_name = &served.options.node_name;
+        let node_name = &served.export.node_name();
         let failed = control.engine.sync_errors(node_name);
         let mut device = json!({
             "device": served.options.id,

@@ -406,8 +406,11 @@ fn info_block(control: &Control, words: Words) -> Result<Output, CommandError> {
             }
         }
     } else {
-        for Served { options, .. } in control.engine.exports.list() {
-            let (id, node_name) = (&options.id, &options.node_name);
+        for Served {
+            options, export, ..
+        } in control.engine.exports.list()
+        {
+            let (id, node_name) = (&options.id, &export.node_name());
             if !wanted.is_empty() && wanted != id && wanted != node_name {
                 continue;
             }

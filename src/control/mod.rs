@@ -24,6 +24,7 @@ mod places;
 mod schema;
 pub mod server;
 pub mod session;
+mod snapshot;
 mod stats;
 mod stream;
 pub mod wire;

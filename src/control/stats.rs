@@ -17,7 +17,7 @@ pub(super) fn export(served: &Served) -> Value {
     let queues = export.stats().iter();
     json!({
         "device": served.options.id,
-        "node-name": served.options.node_name,
+        "node-name": served.export.node_name(),
         "stats": device_stats(export.stats()),
         "elapsed-ns": elapsed,
         "poll-max-ns": nanoseconds(export.poll_max()),

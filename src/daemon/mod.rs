@@ -24,8 +24,8 @@ use crate::control::{Control, EventHub};
 use crate::engine::stream::on_graph;
 use crate::engine::sync_errors::Watch;
 use crate::engine::{
-    self, Engine, Exports, Runtime, Served, Setup, control_thread, ending, neighbours, parts,
-    serving, state,
+    self, Engine, Exports, Runtime, Served, Setup, control_thread, ending, neighbours, overlays,
+    parts, serving, state,
 };
 use crate::error::{Error, Result};
 use crate::format::qcow2::journal::Folder;
@@ -259,12 +259,14 @@ fn set_up(
     }
     let recorded = state::recorded(store.as_ref());
     reactor.block_on(graph.open_recorded_all(&setup.nodes, recorded))?;
+    let mut wanted = setup.exports.clone();
+    overlays::restore(graph, store.as_ref(), &mut wanted, reactor)?;
     let plan = state::plan(config.state.as_ref(), graph, store.as_ref())?;
-    neighbours::check(&setup.exports, config.state.as_ref(), graph, store.as_ref())?;
+    neighbours::check(&wanted, config.state.as_ref(), graph, store.as_ref())?;
     // All of them before the first guest is served: an image that does not answer would hold up the
     // end of those that are.
     let mut grants = Vec::new();
-    for options in &setup.exports {
+    for options in &wanted {
         let holder = Holder::Export(options.id.clone());
         let request = Request::disk(holder, &options.node_name, options.writable);
         grants.push(
@@ -281,7 +283,7 @@ fn set_up(
         fences,
         config.state.clone(),
     );
-    for (options, grant) in setup.exports.iter().zip(grants) {
+    for (options, grant) in wanted.iter().zip(grants) {
         let export = serving::start(options, graph, &runtime.objects).map_err(about(options))?;
         serving::warn_without_journal(graph, options);
         exports.add(export, options.clone(), grant);

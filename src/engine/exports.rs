@@ -175,6 +175,20 @@ impl Exports {
         self.inner.lock().closed = true;
     }
 
+    /// Gives an export another grant in the place of the one that it has. One that is being ended has
+    /// given that back, and needs none.
+    pub(super) fn regrant(&self, of: &Arc<Export>, grant: Grant) {
+        let inner = self.inner.lock();
+        let mut found = inner.list.iter();
+        let found = found.find(|served| Arc::ptr_eq(&served.export, of));
+        let before = found.and_then(|served| {
+            let mut held = served.life.grant.lock();
+            held.as_mut().map(|held| std::mem::replace(held, grant))
+        });
+        drop(inner);
+        drop(before);
+    }
+
     /// All exports as they are now, in the order of their making.
     #[must_use]
     pub fn list(&self) -> Vec<Served> {

@@ -7,6 +7,9 @@
 //! - [`nodes`], [`objects`], [`serving`]: nodes, objects and exports that come and go
 //! - [`runtime`]: what the next process knows of that
 //! - [`stream`]: stream jobs
+//! - [`snapshot`]: new images on top of those that guests write; transactions
+//! - `overlay_image`: how these images are made and opened
+//! - [`overlays`]: what is recorded of them
 //! - [`state`]: what is recorded, and how the next process goes on with it
 //! - [`neighbours`]: what other processes have recorded of the same images
 //! - [`sync_errors`]: failed flushes
@@ -22,11 +25,14 @@ pub mod neighbours;
 mod nodes;
 mod object_changes;
 pub mod objects;
+mod overlay_image;
+pub mod overlays;
 pub mod parts;
 mod reopen;
 pub mod runtime;
 pub mod serving;
 pub mod sizes;
+pub mod snapshot;
 pub mod state;
 pub mod stream;
 pub mod sync_errors;
@@ -70,13 +76,16 @@ impl Engine {
     pub fn find_device(&self, device: &str) -> Option<(String, Option<String>)> {
         let exports = self.exports.list();
         let found = exports.iter().find(|served| served.options.id == device);
-        if let Some(Served { options, .. }) = found {
-            return Some((options.node_name.clone(), Some(options.id.clone())));
+        if let Some(Served {
+            export, options, ..
+        }) = found
+        {
+            return Some((export.node_name(), Some(options.id.clone())));
         }
         self.graph.node(device).ok()?;
         let export = exports
             .iter()
-            .find(|served| served.options.node_name == device);
+            .find(|served| served.export.node_name() == device);
         let id = export.map(|served| served.options.id.clone());
         Some((device.to_owned(), id))
     }

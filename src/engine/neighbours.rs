@@ -82,6 +82,8 @@ enum Matter {
     Job(String),
     /// Something else lies under it than what was opened.
     Chain(String),
+    /// Another image is on top of it, and its guest writes there.
+    Covered(String, String),
     /// It could not be made stable.
     Flush(String),
 }
@@ -91,6 +93,12 @@ impl std::fmt::Display for Matter {
         match self {
             Self::Job(file) => write!(f, "a job that changes '{file}'"),
             Self::Chain(file) => write!(f, "another chain under '{file}' than what was opened"),
+            Self::Covered(file, top) => {
+                write!(
+                    f,
+                    "that '{top}' is on top of '{file}', which would be served"
+                )
+            }
             Self::Flush(file) => write!(f, "a failed flush of '{file}'"),
         }
     }
@@ -103,6 +111,8 @@ struct Served {
     file: String,
     path: PathBuf,
     identity: Identity,
+    /// The guest writes it.
+    is_top: bool,
     /// Format and place of what was opened under it.
     below: Option<(&'static str, String)>,
     /// The files that a flush of it makes stable.
@@ -125,6 +135,11 @@ impl Served {
         let mut links = commits.map(|commit| &commit.link).chain(&state.links);
         if links.any(|link| self.differs_from(link)) {
             return Some(Matter::Chain(self.file.clone()));
+        }
+        let mut tops = state.tops.iter().filter(|_| self.is_top);
+        if let Some(top) = tops.find(|top| self.is((&top.covered.file, top.identity))) {
+            let (file, top) = (self.file.clone(), top.top.file.clone());
+            return Some(Matter::Covered(file, top));
         }
         let mut failed = state.failed_syncs.iter().filter(|_| !running);
         let failed = failed.find(|failed| {
@@ -163,6 +178,7 @@ impl Served {
 fn served(exports: &[ExportOptions], graph: &Graph) -> Result<Vec<Served>> {
     let (state, mut served) = (graph.state(), Vec::new());
     for export in exports {
+        let top = &state.image_node(&export.node_name)?.name;
         for chain in state.suppliers(&export.node_name)?.into_iter().rev() {
             let mut below = None;
             for node in chain.into_iter().rev() {
@@ -177,6 +193,7 @@ fn served(exports: &[ExportOptions], graph: &Graph) -> Result<Vec<Served>> {
                     export: export.id.clone(),
                     format: node.format_name(),
                     identity: identity(node),
+                    is_top: node.name == *top,
                     below: below.replace((node.format_name(), file.clone())),
                     file,
                     path: node.filename.clone(),

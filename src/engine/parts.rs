@@ -68,7 +68,7 @@ pub fn of(
             export, options, ..
         } = &served;
         let name = format!("export '{}'", options.id);
-        let uses = images_of(&nodes, &options.node_name);
+        let uses = images_of(&nodes, &export.node_name());
         all_served.push((export.clone(), uses.clone()));
         users.push((name.clone(), uses));
         let (ending, stuck, what) = (served.clone(), export.clone(), name.clone());

@@ -300,7 +300,7 @@ fn check_failures(graph: &Graph, options: &StateOptions) -> Result<()> {
 
 /// The node that a record means: under whatever path its file is now. `None` if its image is not
 /// open, and what is open is not in its place.
-fn find(
+pub(super) fn find(
     graph: &Graph,
     wanted: &record::Node,
     of: Identity,

@@ -167,12 +167,16 @@ fn events(
     let served: Vec<Event> = exports
         .list()
         .iter()
-        .filter_map(|Served { options, .. }| {
-            let state = graph.state();
-            let chains = state.suppliers(&options.node_name).ok()?;
-            let node = chains.iter().flatten().find(|node| concerned(node))?;
-            Some(event(&options.id, &node.name))
-        })
+        .filter_map(
+            |Served {
+                 options, export, ..
+             }| {
+                let state = graph.state();
+                let chains = state.suppliers(&export.node_name()).ok()?;
+                let node = chains.iter().flatten().find(|node| concerned(node))?;
+                Some(event(&options.id, &node.name))
+            },
+        )
         .collect();
     if !served.is_empty() {
         return served;

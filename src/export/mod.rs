@@ -31,6 +31,7 @@ pub mod ring;
 mod session;
 mod socket;
 pub mod stats;
+mod turn;
 mod write_cache;
 
 use std::sync::Arc;
@@ -42,11 +43,12 @@ use parking_lot::Mutex;
 
 pub use config::{DEFAULT_POLL_MAX_US, DEFAULT_QUEUE_SIZE, ExportConfig, MAX_QUEUES, SocketSource};
 pub use stats::{Counter, QueueStats};
+pub use turn::Held;
 
 use config::Geometry;
 use handler::Handler;
 use limit::{Log, Topic};
-use queue::{DeviceFacts, Worker};
+use queue::{DeviceFacts, Orders, Worker};
 use session::Control;
 use socket::Socket;
 use write_cache::Kept;
@@ -92,6 +94,9 @@ pub struct Export {
     node_name: String,
     control: Arc<Control>,
     stats: Vec<Arc<QueueStats>>,
+    /// To each of its workers.
+    orders: Vec<Orders>,
+    block_size: u32,
     started: Instant,
     poll_max_us: Arc<AtomicU32>,
     shutting_down: AtomicBool,
@@ -138,6 +143,11 @@ impl Export {
             .iter()
             .map(|worker| worker.stats().clone())
             .collect();
+        let orders = workers
+            .iter()
+            .map(|worker| worker.orders().clone())
+            .collect();
+        let block_size = geometry.block_size;
         let socket = Socket::open(&config.id, config.socket)?;
         let explain = |error: std::io::Error| {
             Error::Invalid(format!("starting export '{}': {error}", config.id))
@@ -166,6 +176,8 @@ impl Export {
             root: Mutex::new(Some(root)),
             control,
             stats,
+            orders,
+            block_size,
             started,
             poll_max_us,
             shutting_down: AtomicBool::new(false),
@@ -180,14 +192,31 @@ impl Export {
         &self.id
     }
 
+    /// The disk that it shows; `None` when it has ended.
+    #[must_use]
+    pub fn root(&self) -> Option<Arc<Root>> {
+        self.root.lock().clone()
+    }
+
+    /// The node that it shows: the top of its chain at the moment.
+    #[must_use]
+    pub fn node_name(&self) -> String {
+        let top = self.root().map(|root| root.chain().top().name.clone());
+        top.unwrap_or_else(|| self.node_name.clone())
+    }
+
+    /// The bytes of a block, which is the least that its guest reads or writes.
+    #[must_use]
+    pub fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
     /// What it is and how it is.
     #[must_use]
     pub fn info(&self) -> ExportInfo {
-        let root = self.root.lock();
-        let top = root.as_ref().map(|root| root.chain().top().name.clone());
         ExportInfo {
             id: self.id.clone(),
-            node_name: top.unwrap_or_else(|| self.node_name.clone()),
+            node_name: self.node_name(),
             writable: self.writable,
             queues: self.queues,
             connected: self.control.connected.load(Ordering::SeqCst),

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use super::nodes::State;
+use super::nodes::{Node, State};
 use crate::chain::{Chain, Layer};
 use crate::error::Result;
 
@@ -17,8 +17,11 @@ use crate::error::Result;
 /// When there is no such node.
 pub(super) fn compile(state: &State, top: &str) -> Result<Chain> {
     let nodes = state.chain_nodes(top)?;
-    let layers = nodes.into_iter().map(|node| node.layer.clone());
-    Ok(Chain::new(layers.collect())?.tapped(state.tap(top).cloned()))
+    let layer = |node: &&Arc<Node>| node.layer.clone();
+    let closing = nodes.iter().skip(1).filter(|node| node.closing);
+    let closing = closing.map(layer).collect();
+    let chain = Chain::new(nodes.iter().map(layer).collect())?;
+    Ok(chain.closing(closing).tapped(state.tap(top).cloned()))
 }
 
 /// The layer of filter `name`, which has `attribute`, over `layer`.

@@ -325,6 +325,13 @@ impl Graph {
         }
     }
 
+    /// Whether a grant is for `node` itself.
+    pub(super) fn is_granted(&self, node: &str) -> bool {
+        let grants = self.0.publishing.lock();
+        let mut uses = grants.0.iter().flat_map(|held| &held.request.uses);
+        uses.any(|used| used.node == node)
+    }
+
     /// Whether a grant is for writing `node`, or something that is laid out in it.
     pub(super) fn is_written(&self, node: &str) -> bool {
         let grants = self.0.publishing.lock();

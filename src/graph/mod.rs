@@ -8,6 +8,7 @@
 //! * `driver`: what is known of a node by its driver alone; `drivers`: each of them;
 //! * `below`, `descent`, `recorded`, `together`, `opening`, `open`: from options, headers and
 //!   records to nodes;
+//! * `overlay`: a new image on top of others;
 //! * `writable`, `resize`: images that are open to be written;
 //! * `removal`: nodes that go.
 //!
@@ -26,6 +27,7 @@ mod grants;
 mod nodes;
 mod open;
 mod opening;
+mod overlay;
 mod owner;
 pub mod recorded;
 mod removal;

@@ -35,6 +35,8 @@ pub struct Node {
     pub implicit: bool,
     /// It is never to be written.
     pub fixed_read_only: bool,
+    /// It was the top of a disk, and what the guest began to write then may still arrive.
+    pub closing: bool,
 }
 
 impl Node {
@@ -49,6 +51,7 @@ impl Node {
             options,
             implicit: false,
             fixed_read_only: false,
+            closing: false,
         }
     }
 
@@ -270,6 +273,20 @@ impl State {
         let image = self.image_node(top).ok()?;
         let mut taps = self.taps.iter();
         Some(&taps.find(|(name, _)| *name == image.name)?.1)
+    }
+
+    /// The top of the disk at `root`, if that is one of the graph's.
+    #[must_use]
+    pub fn top_of(&self, root: &Arc<Root>) -> Option<&str> {
+        let mut roots = self.roots.iter();
+        let (_, top) = roots.find(|(known, _)| std::ptr::eq(known.as_ptr(), Arc::as_ptr(root)))?;
+        Some(top)
+    }
+
+    /// Whether node `name` is `top` or under it.
+    #[must_use]
+    pub fn is_under(&self, name: &str, top: &str) -> bool {
+        self.below(vec![top.to_owned()]).contains(name)
     }
 
     /// A node over `name`, and the child's role.

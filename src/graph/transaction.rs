@@ -20,6 +20,8 @@ enum Change {
     Options(String, Box<BlockdevOptions>),
     Inner(Weak<Root>, String),
     Tap(String, Option<Arc<Tap>>),
+    Top(Weak<Root>, String),
+    Closing(String, bool),
 }
 
 /// Changes that are to be published together ([`Graph::commit`](super::Graph::commit)).
@@ -127,6 +129,23 @@ impl Transaction {
         self.make(Change::Inner(Arc::downgrade(root), top.to_owned()))
     }
 
+    /// Makes node `top` the top of the disk at `root`, whose guest writes there from then on.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub fn set_top(&mut self, root: &Arc<Root>, top: &str) -> Result<()> {
+        self.make(Change::Top(Arc::downgrade(root), top.to_owned()))
+    }
+
+    /// Says whether node `name`, which is no longer the top of a disk, may still be written by what
+    /// its guest had begun: guests' flushes make it stable as well, until it is not.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub fn set_closing(&mut self, name: &str, closing: bool) -> Result<()> {
+        self.make(Change::Closing(name.to_owned(), closing))
+    }
+
     fn make(&mut self, change: Change) -> Result<()> {
         if let Change::Add(node) = &change {
             check_children(&self.draft, node)?;
@@ -154,7 +173,12 @@ impl Transaction {
         for node in state.nodes() {
             check_children(state, node)?;
         }
-        let frees = |change: &Change| matches!(change, Change::Remove(_) | Change::Child(..));
+        let frees = |change: &Change| {
+            matches!(
+                change,
+                Change::Remove(_) | Change::Child(..) | Change::Top(..)
+            )
+        };
         if self.changes.iter().any(frees) {
             state.collect();
         }
@@ -211,6 +235,15 @@ impl Change {
                 state.taps.retain(|(tapped, _)| *tapped != name);
                 state.taps.extend(tap.clone().map(|tap| (name, tap)));
             }
+            Self::Top(root, top) => {
+                state.node(top)?;
+                let mut roots = state.roots.iter_mut();
+                // One that nobody holds any longer needs no top.
+                if let Some((_, of)) = roots.find(|(known, _)| known.ptr_eq(root)) {
+                    top.clone_into(of);
+                }
+            }
+            Self::Closing(name, closing) => state.node_mut(name)?.closing = *closing,
         }
         Ok(())
     }

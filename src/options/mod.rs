@@ -7,6 +7,7 @@
 
 mod blockdev;
 mod blockdev_read;
+mod blockdev_write;
 mod create;
 mod error;
 mod export;

@@ -23,6 +23,9 @@ pub struct State {
     /// What was added and removed while the daemon ran.
     #[serde(default, skip_serializing_if = "Changes::is_empty")]
     pub changes: Changes,
+    /// Which images were put on top of others, in that order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tops: Vec<Top>,
 }
 
 /// How what there is differs from what the command line names.
@@ -106,6 +109,25 @@ pub struct Link {
     /// A stream has let go of the image, and another image has taken its path since.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub let_go: bool,
+}
+
+/// An image that was put on top of another one: the guest of that one writes there since. The options
+/// of a later process may still name the one below, whose guest would go back by it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Top {
+    /// The image below.
+    pub covered: Node,
+    /// Its file.
+    pub identity: Identity,
+    /// The image on top.
+    pub top: Node,
+    /// Its file.
+    pub top_identity: Identity,
+    /// The exports whose guests write there since.
+    pub exports: Vec<String>,
+    /// The options of its node, without what lies under it.
+    pub open_as: serde_json::Value,
 }
 
 /// What a job does about an I/O error.
@@ -286,6 +308,24 @@ impl State {
         self.next_job += 1;
         self.jobs.push(Job { number, ..job });
         Ok(number)
+    }
+
+    /// Records that an image was put on top of another one. What was on top of that one before is not
+    /// any more.
+    pub fn put_top(&mut self, top: Top) {
+        self.uncover((&top.covered.file, top.identity));
+        self.tops.push(top);
+    }
+
+    /// Records that nothing is on top of an image any more: what was has been merged into it.
+    pub fn uncover(&mut self, image: (&str, Identity)) {
+        self.tops
+            .retain(|top| !is_same_image((&top.covered.file, top.identity), image));
+    }
+
+    /// Forgets that an image is on top of another one.
+    pub fn forget_top(&mut self, top: &Top) {
+        self.tops.retain(|other| other != top);
     }
 
     /// The record of the job with this number.

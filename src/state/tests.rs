@@ -152,6 +152,14 @@ fn state() -> State {
             errno: 5,
             at: 1_795_424_733,
         }],
+        tops: vec![Top {
+            covered: link().node,
+            identity: [3, 4],
+            top: link().node,
+            top_identity: [5, 6],
+            exports: vec!["e".to_owned()],
+            open_as: json!({"driver": "qcow2", "file": {"driver": "file", "filename": "/n"}}),
+        }],
     }
 }
 
@@ -374,6 +382,7 @@ fn a_folder_that_is_missing_is_not_made() {
 fn version_1_is_read() {
     let bytes = include_bytes!("fixtures/version1.json");
     let mut wanted = state();
+    wanted.tops.clear();
     let link = |link: &mut Link| {
         link.identity = [0, 0];
         link.released_files.clear();

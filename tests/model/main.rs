@@ -4,7 +4,7 @@
 //! What would be caught: claims that overlap, a waiter that is never woken, a cluster that is
 //! used again while somebody may still read it, an old chain that lives on or goes too early, a
 //! mapping slice that is forgotten with changes in it or loaded over newer ones, references that
-//! are counted wrong, a base that comes to light after a stream's end.
+//! are counted wrong, a base that comes to light after a stream's end, a write that a snapshot loses.
 //!
 //! Small cases are tried in every order; larger ones at random and with few preemptions
 //! (PCT). `STRATABLK_MODEL_RUNS` is how many executions of each are made, `STRATABLK_SEED`
@@ -24,6 +24,7 @@ mod qcow2;
 #[allow(dead_code)]
 #[path = "../engine/support.rs"]
 mod support;
+mod turned;
 
 use stratablk_model::shuttle::scheduler::{DfsScheduler, PctScheduler, RandomScheduler};
 use stratablk_model::shuttle::{Config, Runner};

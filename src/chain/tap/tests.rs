@@ -531,7 +531,8 @@ fn while_it_is_decided_a_failure_waits() {
 fn holds_are_had_in_order_and_given_up() {
     let reactor = reactor();
     let holds: Arc<Holds> = Arc::default();
-    let held: Rc<RefCell<Vec<(u64, Range<u64>)>>> = Rc::default();
+    type Held = Vec<(u64, Range<u64>)>;
+    let held: Rc<RefCell<Held>> = Rc::default();
     let rng = Rng::new(1);
     for number in 0..300 {
         let (holds, held) = (holds.clone(), held.clone());

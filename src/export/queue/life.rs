@@ -22,7 +22,8 @@ use std::sync::Arc;
 use super::flush::FlushGroup;
 use super::slot::Slot;
 use super::{DeviceFacts, Kick, Left, QueueSetup};
-use crate::chain::{View, ViewCache};
+use crate::chain::turn::{Share, Turn};
+use crate::chain::{Chain, View, ViewCache};
 use crate::export::event::Bell;
 use crate::export::inflight::Again;
 use crate::export::limit::Topic;
@@ -39,9 +40,11 @@ use crate::storage::Limits;
 /// guest asks for. A larger request is carried out alone, and by a task.
 pub(super) const MOST_BYTES: u64 = 64 << 20;
 
-/// What a task reports when it has ended.
+/// What a task reports, most of it when it has ended.
 pub(super) enum Done {
     Request(u16, RequestStatus),
+    /// The request has begun anew, with this chain.
+    Moved(u16, Arc<Chain>),
     Flush(Vec<u16>, RequestStatus),
 }
 
@@ -138,6 +141,8 @@ pub(super) struct Queue {
     /// Bytes of the requests that are done and that the driver cannot see yet.
     pub(super) unshown_bytes: u64,
     pub(super) flushes: FlushGroup,
+    /// What was handed over to turning switches and has not ended.
+    pub(super) late: Vec<(Arc<Turn>, Share<u16>)>,
     /// Nothing more is taken from the ring: it is being given back, or it is broken.
     pub(super) closed: bool,
     /// The ring cannot be believed any more, or its memory has gone.
@@ -165,6 +170,7 @@ impl Queue {
             room: MOST_BYTES,
             unshown_bytes: 0,
             flushes: FlushGroup::default(),
+            late: Vec::new(),
             closed: false,
             broken: false,
         }

@@ -13,14 +13,16 @@ mod life;
 mod poller;
 mod slot;
 mod task;
+mod turn;
 mod worker;
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use parking_lot::Mutex;
 
@@ -31,6 +33,7 @@ use super::request::ID_LEN;
 use super::ring::SplitRing;
 use super::stats::QueueStats;
 use crate::chain::Root;
+use crate::chain::turn::Turn;
 use crate::error::{Error, Result};
 use crate::reactor::Remote;
 
@@ -87,6 +90,9 @@ pub(super) enum Left {
     Marked,
 }
 
+/// Whether a turning switch that workers were held for has come about.
+pub(super) type Switched = bool;
+
 /// An order to a worker.
 enum Order {
     Start(Box<QueueSetup>, SyncSender<()>),
@@ -96,6 +102,9 @@ enum Order {
     SetError(Option<Arc<File>>, SyncSender<()>),
     SetMemory(Arc<GuestMemory>, SyncSender<()>),
     SetWriteThrough(bool, SyncSender<()>),
+    /// Answered when what is on its way has been handed over.
+    Hold(Arc<Turn>, SyncSender<()>),
+    GoOn(Arc<Turn>, Switched),
     Exit,
 }
 
@@ -104,6 +113,56 @@ enum Order {
 #[repr(align(128))]
 struct Mailbox {
     orders: Mutex<VecDeque<Order>>,
+    /// Nobody takes orders any more.
+    closed: AtomicBool,
+}
+
+/// Where a worker gets its orders; it may have ended.
+#[derive(Clone)]
+pub(super) struct Orders {
+    mailbox: Arc<Mailbox>,
+    remote: Arc<Remote>,
+}
+
+impl Orders {
+    fn ask<T>(&self, order: impl FnOnce(SyncSender<T>) -> Order) -> Answer<T> {
+        let (reply, answer) = sync_channel(1);
+        self.send(order(reply));
+        Answer(answer)
+    }
+
+    fn send(&self, order: Order) {
+        {
+            let mut orders = self.mailbox.orders.lock();
+            if !self.mailbox.closed.load(Ordering::Relaxed) {
+                orders.push_back(order);
+            }
+        }
+        self.remote.wake();
+    }
+
+    /// Lets no request begin until the worker is told to [go on](Self::go_on), and has it hand over
+    /// what is on its way: that is done when it answers, or has ended.
+    pub(super) fn hold(&self, turn: &Arc<Turn>) -> Answer<()> {
+        self.ask(|reply| Order::Hold(turn.clone(), reply))
+    }
+
+    /// Goes on with what is available by then.
+    pub(super) fn go_on(&self, turn: &Arc<Turn>, switched: Switched) {
+        self.send(Order::GoOn(turn.clone(), switched));
+    }
+}
+
+impl Mailbox {
+    /// Nobody takes orders any more: those that are there will not be answered.
+    fn close(&self) {
+        let left = {
+            let mut orders = self.orders.lock();
+            self.closed.store(true, Ordering::Relaxed);
+            std::mem::take(&mut *orders)
+        };
+        drop(left);
+    }
 }
 
 /// A name that shows in lists of threads; the system keeps 15 bytes of it.
@@ -116,17 +175,28 @@ pub(super) fn thread_name(id: &str, role: &str) -> String {
 pub(super) struct Answer<T>(Receiver<T>);
 
 impl<T> Answer<T> {
-    pub(super) fn wait(self) -> std::io::Result<T> {
-        self.0
-            .recv()
-            .map_err(|_| std::io::Error::other("the queue's worker has ended"))
+    /// As [`wait`](Self::wait), for a time. `None`: the answer has not come, and may yet.
+    pub(super) fn wait_until(&self, deadline: Instant) -> Option<std::io::Result<T>> {
+        let patience = deadline.saturating_duration_since(Instant::now());
+        match self.0.recv_timeout(patience) {
+            Ok(answer) => Some(Ok(answer)),
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => Some(Err(ended())),
+        }
     }
+
+    pub(super) fn wait(self) -> std::io::Result<T> {
+        self.0.recv().map_err(|_| ended())
+    }
+}
+
+fn ended() -> std::io::Error {
+    std::io::Error::other("the queue's worker has ended")
 }
 
 /// A queue's worker thread.
 pub(super) struct Worker {
-    mailbox: Arc<Mailbox>,
-    remote: Arc<Remote>,
+    orders: Orders,
     stats: Arc<QueueStats>,
     thread: Option<JoinHandle<()>>,
 }
@@ -156,8 +226,7 @@ impl Worker {
             .unwrap_or_else(|_| Err(std::io::Error::other("the thread ended at once")))
             .map_err(explain)?;
         Ok(Self {
-            mailbox,
-            remote,
+            orders: Orders { mailbox, remote },
             stats,
             thread: Some(thread),
         })
@@ -201,21 +270,19 @@ impl Worker {
         &self.stats
     }
 
-    fn ask<T>(&self, order: impl FnOnce(SyncSender<T>) -> Order) -> Answer<T> {
-        let (reply, answer) = sync_channel(1);
-        self.send(order(reply));
-        Answer(answer)
+    /// Where it gets its orders.
+    pub(super) fn orders(&self) -> &Orders {
+        &self.orders
     }
 
-    fn send(&self, order: Order) {
-        self.mailbox.orders.lock().push_back(order);
-        self.remote.wake();
+    fn ask<T>(&self, order: impl FnOnce(SyncSender<T>) -> Order) -> Answer<T> {
+        self.orders.ask(order)
     }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        self.send(Order::Exit);
+        self.orders.send(Order::Exit);
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {

@@ -37,7 +37,12 @@ impl Queue {
             .map(|unmap| (unmap, self.memory.clone()));
         context.reactor.spawn(async move {
             let request = |view| perform(view, kind, &bufs, detect_zeroes.as_ref());
-            let status = match with_room(view, || facts.root.chain(), request).await {
+            let renew = || {
+                let chain = facts.root.chain();
+                done.borrow_mut().push(Done::Moved(head, chain.clone()));
+                chain
+            };
+            let status = match with_room(view, renew, request).await {
                 Ok(()) => RequestStatus::Ok,
                 Err(error) => {
                     facts.log.error(Topic::Disk, format_args!("{error}"));
@@ -82,6 +87,7 @@ impl Queue {
             match done {
                 Done::Request(head, RequestStatus::Ok) => self.carried_out(context, head),
                 Done::Request(head, status) => self.complete(context, head, status),
+                Done::Moved(head, chain) => self.moved(head, &chain),
                 Done::Flush(heads, status) => {
                     self.flushes.end();
                     for head in heads {

@@ -11,6 +11,7 @@ use super::life::{Context, Queue};
 use super::poller::Poller;
 use super::{DeviceFacts, Kick, Left, Mailbox, Order, QueueSetup};
 use crate::chain::ViewCache;
+use crate::chain::turn::Turn;
 use crate::export::event::Bell;
 use crate::export::limit::Topic;
 use crate::export::stats::QueueStats;
@@ -41,6 +42,8 @@ struct WorkerLoop<'a> {
     watch: u64,
     /// The last available index of a queue that was taken back.
     last_base: u16,
+    /// Turning switches that it waits for: it takes no requests meanwhile.
+    held: Vec<Arc<Turn>>,
     /// The thread is to end, as soon as nothing is in flight.
     exit: bool,
     /// What was queued in the turn before has not been submitted.
@@ -126,6 +129,7 @@ pub(super) fn run(
         stopping: Vec::new(),
         watch: KICK,
         last_base: 0,
+        held: Vec::new(),
         exit: false,
         held_back: false,
         fairness: Fairness::of_this_thread(),
@@ -135,6 +139,7 @@ pub(super) fn run(
         worker.turn();
     }
     drop(worker);
+    mailbox.close();
     // What requests of other disks wait for may be among it: the claims of a change under way.
     Reactor::end_thread();
 }
@@ -148,7 +153,9 @@ impl WorkerLoop<'_> {
         let mut taken = false;
         if let Some(queue) = &mut self.queue {
             queue.check_memory(&mut self.context);
-            taken = queue.take_available(&mut self.context);
+            if self.held.is_empty() {
+                taken = queue.take_available(&mut self.context);
+            }
             queue.flush(&mut self.context);
         }
         let mut busy = taken | self.reactor.collect();
@@ -161,6 +168,9 @@ impl WorkerLoop<'_> {
                 }
             }
             busy |= queue.tasks_done(&mut self.context);
+            if !queue.late.is_empty() {
+                queue.end_late();
+            }
             queue.flush(&mut self.context);
             queue.show(&mut self.context);
         } else {
@@ -227,6 +237,23 @@ impl WorkerLoop<'_> {
                     queue.set_write_through(on);
                 }
                 let _ = reply.send(());
+            }
+            Order::Hold(turn, reply) => {
+                if let Some(queue) = &mut self.queue {
+                    queue.hand_over(&turn);
+                }
+                self.held.push(turn);
+                let _ = reply.send(());
+            }
+            Order::GoOn(turn, switched) => {
+                self.held.retain(|held| !Arc::ptr_eq(held, &turn));
+                if let Some(queue) = &mut self.queue
+                    && !switched
+                {
+                    queue.take_back(&turn);
+                }
+                // Nobody waits for the view of a thread that has no requests of that time.
+                self.context.leave();
             }
             Order::Exit => {
                 // Sessions give their queues back first; one that panicked has not.
@@ -308,7 +335,10 @@ impl WorkerLoop<'_> {
         // The driver is quick to send its next request. Storage takes its time, and one request
         // after the other would be waited for: there the looking costs more than it brings.
         let in_flight = self.in_flight();
-        if let Some(queue) = self.queue.as_mut().filter(|queue| queue.takes_more()) {
+        if let Some(queue) = self.queue.as_mut()
+            && self.held.is_empty()
+            && queue.takes_more()
+        {
             let look = || queue.ring.has_available() || self.reactor.has_completions();
             if !in_flight && let Some(polled) = self.poller.poll(look) {
                 let stats = &self.context.stats;

@@ -9,6 +9,7 @@
 //! * [`metadata`]: which clusters are the image's own, so that no guest data goes there;
 //! * `bitmaps`: the persistent bitmaps of others, which writing makes out of date;
 //! * [`claims`]: who changes the mapping of which clusters right now;
+//! * [`late`]: writes on their way into layers below the image;
 //! * `update`: allocating, linking, zeroing and unmapping clusters;
 //! * `reserve`: space behind the end of the file, ahead of the writes;
 //! * `flush`: what reaches the disk in which order;
@@ -38,6 +39,7 @@ mod inflate;
 mod inspect;
 pub mod journal;
 pub mod l2;
+pub mod late;
 mod loading;
 pub mod luks;
 mod mapping;
@@ -53,6 +55,7 @@ mod update;
 pub mod words;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::directory::Directory;
@@ -67,6 +70,7 @@ use crate::sync::{
 use claims::Claims;
 use header::Header;
 use l2::{Shape, Slice};
+use late::Late;
 use loading::Loading;
 use refcount::{Allocator, SLICE_BYTES};
 use words::Words;
@@ -167,6 +171,8 @@ pub struct Qcow2 {
     reservation: reserve::Reservation,
     /// Chains that live in which layers lie below this image.
     overlays: Arc<AtomicUsize>,
+    /// Writes on their way into those layers.
+    late: Arc<Late>,
 }
 
 /// A file of its own for guest data: each cluster lies at its guest offset.
@@ -246,6 +252,19 @@ impl Qcow2 {
         &self.users
     }
 
+    /// The bytes of all clusters that have any of `range`.
+    #[must_use]
+    pub fn clusters_of(&self, range: Range<u64>) -> Range<u64> {
+        let cluster = self.cluster_size();
+        range.start / cluster * cluster..range.end.next_multiple_of(cluster)
+    }
+
+    /// Writes on their way into layers below it.
+    #[must_use]
+    pub fn late(&self) -> &Arc<Late> {
+        &self.late
+    }
+
     /// The image in place of `old`, which is the same file as it was opened before: requests that
     /// still use that one are waited for.
     #[must_use]
@@ -253,6 +272,7 @@ impl Qcow2 {
         Self {
             users: old.users.clone(),
             overlays: old.overlays.clone(),
+            late: old.late.clone(),
             ..self
         }
     }

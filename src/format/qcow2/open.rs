@@ -147,6 +147,7 @@ impl Qcow2 {
             decompressed: compress::Cache::default(),
             reservation: reserve::Reservation::new(len),
             overlays: Arc::default(),
+            late: Arc::default(),
             header: Mutex::new(header),
             storage,
         };

@@ -1,0 +1,134 @@
+//! `blockdev-snapshot`, `blockdev-snapshot-sync` and `transaction`: the arguments.
+
+use serde_json::{Map, Value, json};
+
+use super::args::{Arg, Args, Kind};
+use super::command::{Control, Done};
+use super::error::CommandError;
+use crate::engine::snapshot::{Action, NewOverlay};
+
+const MODE: Kind = Kind::Enum("NewImageMode", &["existing", "absolute-paths"]);
+const COMPLETION: Kind = Kind::Enum("ActionCompletionMode", &["individual", "grouped"]);
+
+/// What `blockdev-snapshot` takes.
+pub(super) const SNAPSHOT: &[Arg] = &[
+    Arg::required("node", Kind::Str),
+    Arg::required("overlay", Kind::Str),
+];
+/// What `blockdev-snapshot-sync` takes.
+pub(super) const SNAPSHOT_SYNC: &[Arg] = &[
+    Arg::optional("device", Kind::Str),
+    Arg::optional("node-name", Kind::Str),
+    Arg::required("snapshot-file", Kind::Str),
+    Arg::optional("snapshot-node-name", Kind::Str),
+    Arg::optional("format", Kind::Str),
+    Arg::optional("mode", MODE),
+];
+/// What `transaction` takes.
+pub(super) const TRANSACTION: &[Arg] = &[
+    Arg::required("actions", Kind::Objects),
+    Arg::optional("properties", Kind::Object),
+];
+const PROPERTIES: &[Arg] = &[Arg::optional("completion-mode", COMPLETION)];
+
+/// What a transaction is made of.
+struct Kinds {
+    name: &'static str,
+    args: &'static [Arg],
+    action: fn(&Args) -> Result<Action, CommandError>,
+}
+
+static ACTIONS: &[Kinds] = &[
+    Kinds {
+        name: "abort",
+        args: &[],
+        action: |_| Ok(Action::Abort),
+    },
+    Kinds {
+        name: "blockdev-snapshot",
+        args: SNAPSHOT,
+        action: snapshot,
+    },
+    Kinds {
+        name: "blockdev-snapshot-sync",
+        args: SNAPSHOT_SYNC,
+        action: snapshot_sync,
+    },
+];
+
+/// Puts a node on top of another one.
+pub(super) fn blockdev_snapshot(control: &Control, args: &Args) -> Done {
+    carry_out(control, &[snapshot(args)?])
+}
+
+/// Makes an image, or opens one, and puts it on top of a node.
+pub(super) fn blockdev_snapshot_sync(control: &Control, args: &Args) -> Done {
+    carry_out(control, &[snapshot_sync(args)?])
+}
+
+/// Carries out all actions, or none.
+pub(super) fn transaction(control: &Control, args: &Args) -> Done {
+    let actions = args.objects("actions").enumerate();
+    let actions = actions.map(|(at, action)| read(at, action));
+    let actions = actions.collect::<Result<Vec<_>, _>>()?;
+    let properties = args.object("properties").cloned().unwrap_or_default();
+    let properties = Args::check_in("properties.", PROPERTIES, properties)?;
+    if properties.str("completion-mode") == Some("grouped")
+        && let Some((kind, _)) = actions.first()
+    {
+        return Err(CommandError::generic(format!(
+            "Action '{}' does not support transaction property completion-mode = grouped",
+            kind.name
+        )));
+    }
+    let actions: Vec<_> = actions.into_iter().map(|(_, action)| action).collect();
+    carry_out(control, &actions)
+}
+
+fn carry_out(control: &Control, actions: &[Action]) -> Done {
+    control.engine.transact(actions)?;
+    Ok(json!({}).into())
+}
+
+fn read(at: usize, action: &Map<String, Value>) -> Result<(&'static Kinds, Action), CommandError> {
+    let path = format!("actions[{at}].");
+    let wanted = [
+        Arg::required("type", Kind::Str),
+        Arg::required("data", Kind::Object),
+    ];
+    // The type comes first: what else there is depends on it.
+    if let Some(Value::String(name)) = action.get("type")
+        && !ACTIONS.iter().any(|kind| kind.name == name)
+    {
+        return Err(CommandError::generic(format!(
+            "Parameter 'type' does not accept value '{name}'"
+        )));
+    }
+    let args = Args::check_in(&path, &wanted, action.clone())?;
+    let kind = ACTIONS
+        .iter()
+        .find(|kind| args.str("type") == Some(kind.name));
+    let kind = kind.ok_or_else(|| CommandError::generic("an action of no known type"))?;
+    let data = args.object("data").cloned().unwrap_or_default();
+    let data = Args::check_in(&format!("{path}data."), kind.args, data)?;
+    Ok((kind, (kind.action)(&data)?))
+}
+
+fn snapshot(args: &Args) -> Result<Action, CommandError> {
+    Ok(Action::Snapshot {
+        node: args.required_str("node")?.to_owned(),
+        overlay: args.required_str("overlay")?.to_owned(),
+    })
+}
+
+fn snapshot_sync(args: &Args) -> Result<Action, CommandError> {
+    let text = |name: &str| args.str(name).map(str::to_owned);
+    Ok(Action::SnapshotSync(NewOverlay {
+        device: text("device"),
+        node_name: text("node-name"),
+        file: args.required_str("snapshot-file")?.to_owned(),
+        snapshot_node_name: text("snapshot-node-name"),
+        format: text("format"),
+        existing: args.str("mode") == Some("existing"),
+    }))
+}

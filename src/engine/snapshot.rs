@@ -1,0 +1,458 @@
+//! Snapshots and transactions of them: new images on top of those that guests write.
+//!
+//! ```text
+//!   find ─▶ make, open ─▶ reserve ─▶ grants, locks ─▶ flush ─▶ record ─▶ hold ─▶ publish ─▶ close ─▶ answer
+//!   └────────────── an error takes all of it back ──────────────────────────────────┘
+//! ```
+//!
+//! All but the publishing happens on the thread of the client, and may take long without anybody's
+//! notice. While exports are held (see [`chain::turn`](crate::chain::turn)) nothing is waited for but
+//! their workers' answers. What is published stays: a failure to close the old top is told by the
+//! guest's flushes, which fail then.
+
+use std::sync::Arc;
+
+use super::overlay_image::{check_fits, local_file, make, overlay_options};
+use super::overlays::Cover;
+use super::{Engine, on_this_thread, overlays};
+use crate::chain::turn::Turn;
+use crate::error::{Error, Result};
+use crate::export::{Export, Held};
+use crate::graph::{Grant, Graph, Holder, Node, Request, State, Transaction};
+use crate::job::Refused;
+use crate::state::record;
+use crate::storage::MadeFile;
+
+/// One action of a transaction.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Puts a node that is there on top of another one.
+    Snapshot {
+        /// The export or node that is covered.
+        node: String,
+        /// The image that covers it.
+        overlay: String,
+    },
+    /// Makes an image, or opens one, and puts it on top of a node.
+    SnapshotSync(NewOverlay),
+    /// Fails.
+    Abort,
+}
+
+/// An image that is to be made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewOverlay {
+    /// The export or node that is covered; or else the node.
+    pub device: Option<String>,
+    /// The node that is covered, by its name.
+    pub node_name: Option<String>,
+    /// The new image's file.
+    pub file: String,
+    /// The new node's name.
+    pub snapshot_node_name: Option<String>,
+    /// The new image's format.
+    pub format: Option<String>,
+    /// The image is there already.
+    pub existing: bool,
+}
+
+/// An export whose guest gets another image to write.
+struct Moved {
+    export: Arc<Export>,
+    writable: bool,
+    /// The node that it had on top.
+    old: String,
+    /// What it may do with the image that it gets.
+    grant: Option<Grant>,
+    /// What its guest has begun to do with the one that it had.
+    closing: Option<Grant>,
+}
+
+impl Engine {
+    /// Carries out all `actions`, or none.
+    ///
+    /// # Errors
+    /// What stands in the way, in QEMU's words. All is as before then.
+    pub fn transact(&self, actions: &[Action]) -> std::result::Result<(), Refused> {
+        let mut change = Change::new(self);
+        match change.prepare(actions) {
+            Ok(prepared) => {
+                if let Some((moved, turns)) = prepared {
+                    self.close_covered(moved, &turns);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                change.take_back();
+                Err(Refused(error.to_string()))
+            }
+        }
+    }
+
+    /// Waits until nothing is on its way any more into images that were covered, makes them stable,
+    /// and gives them back to their readers.
+    fn close_covered(&self, moved: Vec<Moved>, turns: &[Arc<Turn>]) {
+        let closed = on_this_thread(|reactor| {
+            reactor.block_on(async {
+                for turn in turns {
+                    turn.late_writes_end().await;
+                }
+                for Moved { old, closing, .. } in moved {
+                    if let Some(grant) = closing
+                        && let Err(error) = close(&self.graph, &old, grant).await
+                    {
+                        log::error!(
+                            "node '{old}', which a snapshot has covered, stays open for writing: \
+                             {error} (the guest's flushes fail until it can be made stable)"
+                        );
+                    }
+                }
+            });
+            Ok(())
+        });
+        if let Err(error) = closed {
+            log::error!("closing what snapshots have covered: {error}");
+        }
+    }
+}
+
+/// Gives node `old` back to its readers, once nobody is writing it any more.
+async fn close(graph: &Graph, old: &str, grant: Grant) -> Result<()> {
+    let node = graph.image_node(old)?;
+    if let Err(error) = node.layer.flush().await {
+        grant.keep();
+        return Err(error);
+    }
+    let mut transaction = graph.transaction();
+    transaction.set_closing(&node.name, false)?;
+    graph.commit(transaction)?;
+    grant.give_back().await
+}
+
+/// What has been done for a transaction, as long as it can be taken back.
+struct Change<'e> {
+    engine: &'e Engine,
+    covers: Vec<Cover>,
+    /// Files and nodes that were made for it.
+    files: Vec<MadeFile>,
+    nodes: Vec<String>,
+    moved: Vec<Moved>,
+    /// Keeps jobs from the nodes.
+    reserved: Vec<Grant>,
+    recorded: Vec<record::Top>,
+}
+
+impl<'e> Change<'e> {
+    fn new(engine: &'e Engine) -> Self {
+        Self {
+            engine,
+            covers: Vec::new(),
+            files: Vec::new(),
+            nodes: Vec::new(),
+            moved: Vec::new(),
+            reserved: Vec::new(),
+            recorded: Vec::new(),
+        }
+    }
+
+    /// Does all of it up to the switch of the chains. What is left is to close the images that have
+    /// been covered.
+    fn prepare(&mut self, actions: &[Action]) -> Result<Option<(Vec<Moved>, Vec<Arc<Turn>>)>> {
+        for action in actions {
+            let cover = match action {
+                Action::Snapshot { node, overlay } => self.find(node, overlay)?,
+                Action::SnapshotSync(new) => self.make(new)?,
+                Action::Abort => {
+                    let text = "Transaction aborted using Abort action";
+                    return Err(Error::Invalid(text.into()));
+                }
+            };
+            self.covers.push(cover);
+        }
+        if self.covers.is_empty() {
+            return Ok(None);
+        }
+        self.take_grants()?;
+        self.flush()?;
+        self.record()?;
+        let turns = self.switch()?;
+        Ok(Some((std::mem::take(&mut self.moved), turns)))
+    }
+
+    /// The graph as it is going to be.
+    fn draft(&self) -> Result<Transaction> {
+        let exports = self.engine.exports.list();
+        let disks = exports.iter().filter_map(|served| served.export.root());
+        let disks: Vec<_> = disks.collect();
+        let mut draft = self.engine.graph.transaction();
+        for Cover { old, overlay } in &self.covers {
+            draft.cover(old, overlay, &disks)?;
+        }
+        Ok(draft)
+    }
+
+    /// The node that a client calls `device`, as the actions so far leave it: for an export, the top
+    /// of its disk.
+    fn device(&self, state: &State, device: &str) -> Option<String> {
+        let exports = self.engine.exports.list();
+        let export = exports.iter().find(|served| served.options.id == device);
+        if let Some(served) = export {
+            return state.top_of(&served.export.root()?).map(str::to_owned);
+        }
+        state.node(device).is_ok().then(|| device.to_owned())
+    }
+
+    /// Refuses to cover node `old`, which jobs may not have from here on.
+    fn check_old(&mut self, state: &State, old: &str) -> Result<()> {
+        state.check_covered(old)?;
+        self.reserve(old)
+    }
+
+    fn reserve(&mut self, node: &str) -> Result<()> {
+        if self.reserved.iter().any(|held| held.nodes() == [node]) {
+            return Ok(());
+        }
+        let reserved = self.engine.jobs.reserve(&[node.to_owned()], "snapshot");
+        let grant = reserved.map_err(|busy| {
+            Error::Invalid(format!(
+                "Node '{node}' is busy: block device is in use by block job: {}",
+                busy.kind
+            ))
+        })?;
+        self.reserved.push(grant);
+        Ok(())
+    }
+
+    /// Two nodes that are there.
+    fn find(&mut self, node: &str, overlay: &str) -> Result<Cover> {
+        let draft = self.draft()?;
+        let state = draft.state();
+        let old = self
+            .device(state, node)
+            .ok_or_else(|| no_node(node, node))?;
+        self.check_old(state, &old)?;
+        if state.node(overlay).is_err() {
+            return Err(no_node(overlay, overlay));
+        }
+        if old == overlay {
+            return Err(Error::Invalid("The overlay is already in use".into()));
+        }
+        self.engine.graph.check_overlay(overlay)?;
+        state.check_overlay(overlay)?;
+        self.reserve(overlay)?;
+        Ok(Cover {
+            old,
+            overlay: overlay.to_owned(),
+        })
+    }
+
+    /// A node that is there, and an image that is made or opened.
+    fn make(&mut self, new: &NewOverlay) -> Result<Cover> {
+        let draft = self.draft()?;
+        let state = draft.state();
+        let names = [new.node_name.as_deref(), new.device.as_deref()];
+        let found = new
+            .device
+            .as_deref()
+            .and_then(|name| self.device(state, name));
+        let node = new.node_name.as_deref();
+        let node = node.filter(|name| state.node(name).is_ok());
+        let old = found.or_else(|| node.map(str::to_owned)).ok_or_else(|| {
+            let [node, device] = names.map(Option::unwrap_or_default);
+            no_node(device, node)
+        })?;
+        self.check_old(state, &old)?;
+        if new.node_name.is_some() && new.snapshot_node_name.is_none() {
+            return Err(Error::Invalid("New overlay node-name missing".into()));
+        }
+        if let Some(name) = &new.snapshot_node_name
+            && state.node(name).is_ok()
+        {
+            let text = "New overlay node-name already in use";
+            return Err(Error::Invalid(text.into()));
+        }
+        let format = new.format.as_deref().unwrap_or("qcow2");
+        let path = local_file(&new.file)?;
+        let below = Node::clone(state.node(&old)?);
+        if !new.existing {
+            self.files.push(make(state, &below, format, &path)?);
+        }
+        let options = overlay_options(&below, format, &path, new.snapshot_node_name.as_deref())?;
+        let graph = &self.engine.graph;
+        let overlay = on_this_thread(|reactor| reactor.block_on(graph.open(&options)))?;
+        self.nodes.push(overlay.clone());
+        graph.check_overlay(&overlay)?;
+        self.reserve(&overlay)?;
+        Ok(Cover { old, overlay })
+    }
+
+    /// Takes what each export needs that gets another image, and opens that to be written.
+    fn take_grants(&mut self) -> Result<()> {
+        let draft = self.draft()?;
+        for served in self.engine.exports.list() {
+            let old = served.export.node_name();
+            let Some(root) = served.export.root() else {
+                continue;
+            };
+            let Some(top) = draft.state().top_of(&root) else {
+                continue;
+            };
+            let before = self.engine.graph.image_node(&old)?.name;
+            let image = draft.state().image_node(top)?;
+            if image.name == before {
+                continue;
+            }
+            check_fits(&served, image)?;
+            let writable = served.options.writable;
+            let request = |node: &str| {
+                let holder = Holder::Export(served.options.id.clone());
+                Request::disk(holder, node, writable)
+            };
+            let graph = &self.engine.graph;
+            self.moved.push(Moved {
+                grant: None,
+                closing: Some(graph.grant(request(&before))?),
+                export: served.export.clone(),
+                writable,
+                old: before,
+            });
+            let granted = graph.access(request(&image.name));
+            let granted = on_this_thread(|reactor| reactor.block_on(granted))?;
+            if let Some(moved) = self.moved.last_mut() {
+                moved.grant = Some(granted);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes stable what is going to be covered: a disk that cannot be must not be let go of, and
+    /// there is less to do afterwards.
+    fn flush(&self) -> Result<()> {
+        for Cover { old, .. } in &self.covers {
+            let node = self.engine.graph.image_node(old)?;
+            let flushed = node.layer.flush();
+            on_this_thread(|reactor| reactor.block_on(flushed))
+                .map_err(|error| Error::Invalid(format!("An IO error has occurred: {error}")))?;
+        }
+        Ok(())
+    }
+
+    /// Records what is on top of what from now on.
+    fn record(&mut self) -> Result<()> {
+        let engine = self.engine;
+        let Some(store) = &engine.store else {
+            return Ok(());
+        };
+        let before = self.moved.iter();
+        let before = before.map(|moved| (moved.old.clone(), moved.export.id().to_owned()));
+        let tops = overlays::records(&engine.graph, &self.covers, before.collect())?;
+        store.change(|state| tops.iter().for_each(|top| state.put_top(top.clone())))?;
+        self.recorded = tops;
+        Ok(())
+    }
+
+    /// Switches the chains of all disks at once.
+    fn switch(&mut self) -> Result<Vec<Arc<Turn>>> {
+        // Anew: images have been opened for writing since.
+        let mut draft = self.draft()?;
+        let mut turns = Vec::new();
+        for Moved { export, old, .. } in &self.moved {
+            let Some(root) = export.root() else {
+                continue;
+            };
+            let Some(top) = draft.state().top_of(&root) else {
+                continue;
+            };
+            let images = draft.state().images_above(top, old)?;
+            let turn = Turn { root, images };
+            turns.push((export.clone(), Arc::new(turn)));
+        }
+        for Moved { writable, old, .. } in &self.moved {
+            if *writable {
+                draft.set_closing(old, true)?;
+            }
+        }
+        let held = Held::all(&turns)?;
+        let released = self.engine.graph.commit(draft)?;
+        // From here on there is no way back.
+        for moved in &mut self.moved {
+            let top = moved.export.node_name();
+            match moved.grant.take() {
+                Some(grant) if grant.nodes() == [top] => {
+                    self.engine.exports.regrant(&moved.export, grant);
+                }
+                // The one that is for a filter over the image is for the image as well.
+                other => drop(other),
+            }
+        }
+        held.switched();
+        drop(released);
+        self.files.drain(..).for_each(MadeFile::keep);
+        // Others may go on with the nodes: what is left to do is under the closing grants.
+        self.reserved.clear();
+        self.tell();
+        Ok(turns.into_iter().map(|(_, turn)| turn).collect())
+    }
+
+    fn tell(&self) {
+        for Cover { old, overlay } in &self.covers {
+            log::info!("node '{overlay}' is on top of node '{old}'");
+        }
+        if self.engine.store.is_none() {
+            for Moved { export, .. } in &self.moved {
+                let graph = &self.engine.graph;
+                let top = graph.image_node(&export.node_name());
+                let file = top.map(|node| node.filename.display().to_string());
+                log::warn!(
+                    "export '{}': its guest writes '{}' from now on, and nothing records that: the \
+                     command line must name it before the next start, or the guest would go back \
+                     (with --state it is recorded)",
+                    export.id(),
+                    file.unwrap_or_default()
+                );
+            }
+        }
+    }
+
+    /// Leaves all as it was.
+    fn take_back(mut self) {
+        let engine = self.engine;
+        if let Some(store) = &engine.store {
+            let forgotten = store.happened(|state| {
+                self.recorded.iter().for_each(|top| state.forget_top(top));
+            });
+            if let Err(error) = forgotten {
+                log::error!("a snapshot that was not taken stays recorded for now: {error}");
+            }
+        }
+        let grants = self.moved.into_iter();
+        let grants: Vec<_> = grants
+            .flat_map(|moved| [moved.grant, moved.closing])
+            .collect();
+        let given_back = on_this_thread(|reactor| {
+            reactor.block_on(async {
+                for grant in grants.into_iter().flatten() {
+                    grant.give_back().await?;
+                }
+                Ok(())
+            })
+        });
+        if let Err(error) = given_back {
+            log::error!("a snapshot that was not taken: back to read-only: {error}");
+        }
+        self.reserved.clear();
+        for node in self.nodes.iter().rev() {
+            if let Err(error) = engine.graph.remove(node) {
+                log::error!("node '{node}' of a snapshot that was not taken stays: {error}");
+            }
+        }
+        // Behind the nodes that are in them.
+        self.files.clear();
+    }
+}
+
+fn no_node(device: &str, node: &str) -> Error {
+    Error::Invalid(format!(
+        "Cannot find device='{device}' nor node-name='{node}'"
+    ))
+}

@@ -1,0 +1,146 @@
+//! Writes on their way into layers below an image: what a guest began before the image was put on
+//! top of its disk.
+//!
+//! Such a write lands in the old top at any time. Copying its cluster up before that would hide it:
+//! the guest would be told that it is done, and read what was there before. So those who copy from
+//! below wait for it; whoever only reads, or replaces whole clusters, does not, since the guest has
+//! both on their way at once and may find either.
+//!
+//! Invariant: all are here before the first request can copy anything into the image. After that
+//! there are only ever fewer, so who finds none in its way needs not look again.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::sync::{
+    Event, EventListener, Mutex,
+    atomic::{AtomicUsize, Ordering},
+};
+
+/// All late writes below an image.
+#[derive(Debug, Default)]
+pub struct Late {
+    /// How many there are: most images never have one.
+    count: AtomicUsize,
+    writes: Mutex<Writes>,
+}
+
+#[derive(Debug, Default)]
+struct Writes {
+    next: u64,
+    /// By number; what each writes, and who waits for it.
+    list: BTreeMap<u64, (Range<u64>, Arc<Event>)>,
+}
+
+/// A write that is on its way. It has ended when this is dropped.
+#[derive(Debug)]
+#[must_use = "the write counts as ended when this is dropped"]
+pub struct LateWrite {
+    late: Arc<Late>,
+    number: u64,
+}
+
+impl Late {
+    /// Adds a write to `range` of the disk.
+    pub fn add(self: &Arc<Self>, range: Range<u64>) -> LateWrite {
+        let mut writes = self.writes.lock();
+        let number = writes.next;
+        writes.next += 1;
+        writes.list.insert(number, (range, Arc::new(Event::new())));
+        self.count.fetch_add(1, Ordering::SeqCst);
+        LateWrite {
+            late: self.clone(),
+            number,
+        }
+    }
+
+    /// Hears of the end of one that touches any of `ranges`. `None`: there is none.
+    #[must_use]
+    pub fn in_the_way(&self, ranges: &[Range<u64>]) -> Option<EventListener> {
+        if self.count.load(Ordering::SeqCst) == 0 {
+            return None;
+        }
+        let writes = self.writes.lock();
+        let meets = |write: &Range<u64>| {
+            // What is empty meets nothing, wherever it is.
+            let meet = |range: &Range<u64>| {
+                !range.is_empty() && write.start < range.end && range.start < write.end
+            };
+            ranges.iter().any(meet)
+        };
+        let found = writes.list.values().find(|(write, _)| meets(write));
+        found.map(|(_, event)| event.listen())
+    }
+
+    /// Waits until none touches `range`.
+    pub async fn wait(&self, range: Range<u64>) {
+        while let Some(listener) = self.in_the_way(std::slice::from_ref(&range)) {
+            listener.await;
+        }
+    }
+}
+
+impl LateWrite {
+    /// Whether it is one of `late`.
+    #[must_use]
+    pub fn is_of(&self, late: &Arc<Late>) -> bool {
+        Arc::ptr_eq(&self.late, late)
+    }
+}
+
+impl Drop for LateWrite {
+    fn drop(&mut self) {
+        let removed = self.late.writes.lock().list.remove(&self.number);
+        self.late.count.fetch_sub(1, Ordering::SeqCst);
+        if let Some((_, event)) = removed {
+            event.notify(usize::MAX);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! What would be caught: a copy that does not wait for a write in its way, waits for one that is
+    //! not, or is never woken; a write that hides another one of the same range.
+
+    use std::cell::Cell;
+    use std::rc::Rc;
+
+    use super::*;
+    use crate::reactor::Reactor;
+
+    #[test]
+    fn who_copies_waits_for_the_writes_in_its_way_alone() {
+        let reactor = Reactor::for_this_thread().unwrap();
+        let late = Arc::new(Late::default());
+        let (one, twin) = (late.add(10..20), late.add(10..20));
+        let other = late.add(40..50);
+        let found = |ranges: &[Range<u64>]| late.in_the_way(ranges).is_some();
+        assert!(found(&[19..20]) && found(&[0..11]) && found(&[0..5, 45..46]));
+        assert!(!found(&[0..10, 20..40]) && !found(&[50..60]) && !found(&[15..15]));
+        let passed = Rc::new(Cell::new(0));
+        for range in [0..12, 0..30, 20..40] {
+            let (late, passed) = (late.clone(), passed.clone());
+            reactor.spawn(async move {
+                late.wait(range).await;
+                passed.set(passed.get() + 1);
+            });
+        }
+        let turn = |wanted: u32| {
+            for _ in 0..10 {
+                reactor.turn();
+            }
+            assert_eq!(passed.get(), wanted);
+        };
+        turn(1);
+        drop(one);
+        turn(1);
+        drop(twin);
+        turn(3);
+        assert!(found(&[0..u64::MAX]));
+        assert!(other.is_of(&late));
+        drop(other);
+        assert!(!found(&[0..u64::MAX]));
+    }
+}
