@@ -45,9 +45,9 @@ impl State {
     pub fn check_overlay(&self, overlay: &str) -> Result<()> {
         let node = self.node(overlay)?;
         let mut roots = self.roots.iter();
-        let is_top = roots.any(|(root, top)| top == overlay && root.strong_count() > 0);
-        if is_top || self.over(overlay).is_some() {
-            return Err(Error::Invalid("The overlay is already in use".into()));
+        let in_use = || Err(Error::Invalid("The overlay is already in use".into()));
+        if roots.any(|(root, top)| top == overlay && root.strong_count() > 0) {
+            return in_use();
         }
         if node.child(Role::Backing).is_some() {
             return Err(Error::Invalid(
@@ -58,6 +58,9 @@ impl State {
             return Err(Error::Invalid(
                 "The overlay does not support backing images".into(),
             ));
+        }
+        if self.over(overlay).is_some() {
+            return in_use();
         }
         Ok(())
     }
