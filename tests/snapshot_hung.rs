@@ -4,6 +4,8 @@
 //! need; a copy of the hung write's cluster that is made before it has landed, which would hide it; a
 //! command that answers while the old top may still be written.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::path::{Path, PathBuf};

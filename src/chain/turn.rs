@@ -87,6 +87,7 @@ impl<T> Share<T> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::single_range_in_vec_init)]
     //! What would be caught: a request that begins anew with another chain and waits for itself, or
     //! is forgotten where it is late still.
 

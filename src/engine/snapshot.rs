@@ -129,6 +129,9 @@ async fn close(graph: &Graph, old: &str, grant: Grant) -> Result<()> {
     grant.give_back().await
 }
 
+/// What is left to do when chains have been switched.
+type Switched = (Vec<Moved>, Vec<Arc<Turn>>);
+
 /// What has been done for a transaction, as long as it can be taken back.
 struct Change<'e> {
     engine: &'e Engine,
@@ -157,7 +160,7 @@ impl<'e> Change<'e> {
 
     /// Does all of it up to the switch of the chains. What is left is to close the images that have
     /// been covered.
-    fn prepare(&mut self, actions: &[Action]) -> Result<Option<(Vec<Moved>, Vec<Arc<Turn>>)>> {
+    fn prepare(&mut self, actions: &[Action]) -> Result<Option<Switched>> {
         for action in actions {
             let cover = match action {
                 Action::Snapshot { node, overlay } => self.find(node, overlay)?,

@@ -101,6 +101,7 @@ impl Drop for LateWrite {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::single_range_in_vec_init)]
     //! What would be caught: a copy that does not wait for a write in its way, waits for one that is
     //! not, or is never woken; a write that hides another one of the same range.
 
