@@ -17,7 +17,8 @@
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 
-use crate::sync::{ArcSwap, Mutex};
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{ArcSwap, Event, Mutex};
 
 /// What to do when the grace period is over.
 type Release = Box<dyn FnOnce() + Send>;
@@ -69,18 +70,50 @@ impl Drop for Era {
 pub struct Grace {
     current: ArcSwap<Era>,
     turning: Mutex<()>,
+    /// What is written goes to another disk as well.
+    tapped: bool,
+    /// The chain is gone.
+    over: AtomicBool,
+    ended: Event,
 }
 
 impl Default for Grace {
     fn default() -> Self {
-        Self {
-            current: ArcSwap::new(Era::new()),
-            turning: Mutex::new(()),
-        }
+        Self::new(false)
     }
 }
 
 impl Grace {
+    /// Those of a new chain, whose writes go to another disk as well if it is `tapped`.
+    #[must_use]
+    pub fn new(tapped: bool) -> Self {
+        Self {
+            current: ArcSwap::new(Era::new()),
+            turning: Mutex::new(()),
+            tapped,
+            over: AtomicBool::new(false),
+            ended: Event::new(),
+        }
+    }
+
+    /// The chain is gone, and with it every request that has it or is about to enter an era.
+    pub fn end(&self) {
+        self.over.store(true, Ordering::SeqCst);
+        self.ended.notify(usize::MAX);
+    }
+
+    /// Waits until the chain is gone. Requests that have taken it and not entered an era yet are waited
+    /// for as well, unlike by [`Grace::retire`].
+    pub async fn ended(&self) {
+        loop {
+            let listener = self.ended.listen();
+            if self.over.load(Ordering::SeqCst) {
+                return;
+            }
+            listener.await;
+        }
+    }
+
     /// The current era. Its holder may use what is retired from now on.
     #[must_use]
     pub fn enter(&self) -> Arc<Era> {
@@ -122,6 +155,17 @@ impl Users {
         if let Some(index) = chains.iter().position(|other| Arc::ptr_eq(other, chain)) {
             chains.swap_remove(index);
         }
+    }
+
+    /// The chains whose writes go to no other disk.
+    #[must_use]
+    pub fn untapped(&self) -> Vec<Arc<Grace>> {
+        let chains = self.0.lock();
+        chains
+            .iter()
+            .filter(|chain| !chain.tapped)
+            .cloned()
+            .collect()
     }
 
     /// Calls `release` when everybody who is in an era of any of the chains now has left it.
@@ -200,7 +244,7 @@ mod tests {
     //! What would be caught: a release that comes too early, out of order, or never; one that
     //! waits for a chain that has nothing to do with it, or for one of two that have.
 
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::atomic::AtomicUsize;
 
     use super::*;
 

@@ -21,7 +21,6 @@
 
 mod backed;
 mod copy;
-mod ended;
 mod onto;
 mod read;
 pub mod resize;
@@ -46,7 +45,6 @@ use crate::sync::{self, ArcSwap};
 
 pub use backed::Backed;
 pub use copy::Copied;
-pub use ended::Ended;
 pub use room::with_room;
 pub use span::Span;
 pub use status::CopyStatus;
@@ -133,7 +131,6 @@ pub struct Chain {
     grace: Arc<Grace>,
     /// Where all that is written to it is written as well.
     tap: Option<tap::InUse>,
-    ended: Arc<Ended>,
 }
 
 /// A part of a request and where its bytes are.
@@ -170,32 +167,32 @@ impl Chain {
     /// # Errors
     /// A chain without a layer.
     pub fn new(layers: Vec<Arc<Layer>>) -> Result<Self> {
+        Self::with_tap(layers, None)
+    }
+
+    /// A chain of `layers`, top first. All that is written to it goes to `tap` as well, if there is one.
+    ///
+    /// # Errors
+    /// A chain without a layer.
+    pub fn with_tap(layers: Vec<Arc<Layer>>, tap: Option<Arc<Tap>>) -> Result<Self> {
         if layers.is_empty() {
             return Err(Error::Invalid("a chain needs at least one layer".into()));
         }
         let chain = Self {
             layers,
             closing: Vec::new(),
-            grace: Arc::default(),
-            tap: None,
-            ended: Arc::default(),
+            grace: Arc::new(Grace::new(tap.is_some())),
+            tap: tap.map(tap::InUse::new),
         };
         chain.users().for_each(|users| users.add(&chain.grace));
         chain.overlays().for_each(Qcow2::begin_overlay);
         Ok(chain)
     }
 
-    /// The same layers, of which all that is written goes to `tap` as well.
-    #[must_use]
-    pub fn tapped(mut self, tap: Option<Arc<Tap>>) -> Self {
-        self.tap = tap.map(tap::InUse::new);
-        self
-    }
-
     /// What says when this chain is gone, and all requests with it.
     #[must_use]
-    pub fn ended(&self) -> Arc<Ended> {
-        self.ended.clone()
+    pub fn grace(&self) -> &Arc<Grace> {
+        &self.grace
     }
 
     /// The chain with these of its layers as *closing*: each was the top, and what the guest began to
@@ -376,7 +373,7 @@ impl Drop for Chain {
     fn drop(&mut self) {
         self.overlays().for_each(Qcow2::end_overlay);
         self.users().for_each(|users| users.remove(&self.grace));
-        self.ended.set();
+        self.grace.end();
     }
 }
 

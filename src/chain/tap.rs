@@ -78,6 +78,8 @@ enum Phase {
 #[derive(Debug)]
 struct State {
     phase: Phase,
+    /// Turns that have been decided.
+    turns: u64,
     /// What may differ: start → end.
     dirty: BTreeMap<u64, u64>,
     /// Why the second disk could not be made stable.
@@ -114,6 +116,7 @@ impl Tap {
             holds: Arc::default(),
             state: Mutex::new(State {
                 phase: Phase::Mirroring,
+                turns: 0,
                 dirty: BTreeMap::new(),
                 unstable: None,
             }),
@@ -171,8 +174,7 @@ impl Tap {
 
     /// Notes that both disks may differ in `range`.
     pub fn mark(&self, range: Range<u64>) {
-        self.state.lock().mark(range);
-        self.changed.notify(usize::MAX);
+        self.note(|state| state.mark(range));
     }
 
     /// Why the second disk could not be made stable for the guest, if that has happened.
@@ -201,10 +203,14 @@ impl Tap {
 
     /// From now on the second disk counts, if it has `turned`; otherwise the guest's own does as before.
     pub fn end_turn(&self, turned: bool) {
-        self.state.lock().phase = match turned {
-            true => Phase::Turned,
-            false => Phase::Mirroring,
-        };
+        {
+            let mut state = self.state.lock();
+            state.turns += 1;
+            state.phase = match turned {
+                true => Phase::Turned,
+                false => Phase::Mirroring,
+            };
+        }
         self.changed.notify(usize::MAX);
     }
 
@@ -213,7 +219,7 @@ impl Tap {
         let target = self.target.chain();
         let (own, second) = join(top.flush(), Box::pin(target.flush())).await;
         let Err(error) = second else {
-            return match self.phase() {
+            return match self.state.lock().phase {
                 Phase::Turned => Ok(()),
                 Phase::Mirroring | Phase::Turning => own,
             };
@@ -223,32 +229,53 @@ impl Tap {
             text: error.to_string(),
         };
         log::warn!("the copy of what the guest writes: {failure:?}");
-        self.state.lock().unstable.get_or_insert(failure);
-        self.changed.notify(usize::MAX);
-        match self.decided().await {
-            Phase::Turned => Err(error),
-            Phase::Mirroring | Phase::Turning => own,
+        let noted = self.note(|state| {
+            state.unstable.get_or_insert(failure);
+        });
+        match self.counts(noted).await {
+            true => Err(error),
+            false => own,
         }
     }
 
-    fn phase(&self) -> Phase {
-        self.state.lock().phase
+    /// Notes a failure of the second disk.
+    fn note(&self, change: impl FnOnce(&mut State)) -> Noted {
+        let noted = {
+            let mut state = self.state.lock();
+            change(&mut state);
+            Noted {
+                phase: state.phase,
+                turns: state.turns,
+            }
+        };
+        self.changed.notify(usize::MAX);
+        noted
     }
 
-    /// Waits while it is being decided which disk counts.
-    async fn decided(&self) -> Phase {
+    /// Whether the second disk counts for a failure that was noted. Noted before a turn began, it has been
+    /// seen to before that one could begin.
+    async fn counts(&self, noted: Noted) -> bool {
+        if noted.phase != Phase::Turning {
+            return noted.phase == Phase::Turned;
+        }
         loop {
             let listener = self.changed.listen();
-            match self.phase() {
-                Phase::Turning => listener.await,
-                decided => return decided,
+            let (turns, phase) = {
+                let state = self.state.lock();
+                (state.turns, state.phase)
+            };
+            if turns > noted.turns {
+                // Those that were decided since had this one's range copied.
+                return turns == noted.turns + 1 && phase == Phase::Turned;
             }
+            listener.await;
         }
     }
 
     /// What the guest hears of a change of `range` that both disks were asked to make. Its hold was
     /// kept until both had answered.
-    async fn settle(&self, hold: Hold, own: Result<()>, second: Result<()>) -> Result<()> {
+    #[doc(hidden)]
+    pub async fn settle(&self, hold: Hold, own: Result<()>, second: Result<()>) -> Result<()> {
         if own.is_ok() && second.is_ok() {
             return Ok(());
         }
@@ -256,15 +283,15 @@ impl Tap {
             log::warn!("the copy of what the guest writes: {error}");
         }
         // Before anybody else can have the range.
-        self.mark(hold.range().clone());
+        let noted = self.note(|state| state.mark(hold.range().clone()));
         drop(hold);
         match (own, second) {
             // The guest's disk has it.
-            (Ok(()), second) => match self.decided().await {
-                Phase::Turned => second,
-                Phase::Mirroring | Phase::Turning => Ok(()),
+            (Ok(()), second) => match self.counts(noted).await {
+                true => second,
+                false => Ok(()),
             },
-            (own, Ok(())) if self.phase() == Phase::Turned => own.or(Ok(())),
+            (Err(_), Ok(())) if noted.phase == Phase::Turned => Ok(()),
             (own, _) => own,
         }
     }
@@ -294,6 +321,13 @@ impl Drop for InUse {
         self.0.chains.fetch_sub(1, Ordering::SeqCst);
         self.0.changed.notify(usize::MAX);
     }
+}
+
+/// How it stood when a failure was noted.
+#[derive(Clone, Copy, Debug)]
+struct Noted {
+    phase: Phase,
+    turns: u64,
 }
 
 impl State {

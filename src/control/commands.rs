@@ -8,7 +8,7 @@ use super::args::{Arg, Args, Kind};
 use super::command::{Answer, Command, Control, Done, NEGOTIATE, Returns, command, version};
 use super::error::{CommandError, ErrorClass};
 use super::nodes::{Nodes, io_status, sync_error};
-use super::{blockdev, exports, graph, hmp, objects, schema, snapshot, stats, stream};
+use super::{blockdev, commit, exports, graph, hmp, objects, schema, snapshot, stats, stream};
 use crate::engine::Engine;
 use crate::job::Job;
 
@@ -76,6 +76,22 @@ const STREAM: &[Arg] = &[
     Arg::optional("compress", Kind::Bool),
 ];
 
+const COMMIT: &[Arg] = &[
+    Arg::optional("job-id", Kind::Str),
+    Arg::required("device", Kind::Str),
+    Arg::optional("base-node", Kind::Str),
+    Arg::optional("base", Kind::Str),
+    Arg::optional("top-node", Kind::Str),
+    Arg::optional("top", Kind::Str),
+    Arg::optional("backing-file", Kind::Str),
+    Arg::optional("backing-mask-protocol", Kind::Bool),
+    Arg::optional("speed", Kind::Int),
+    Arg::optional("on-error", ON_ERROR),
+    Arg::optional("filter-node-name", Kind::Str),
+    Arg::optional("auto-finalize", Kind::Bool),
+    Arg::optional("auto-dismiss", Kind::Bool),
+];
+
 /// All commands, in the order in which `query-commands` lists them.
 #[rustfmt::skip]
 static COMMANDS: &[Command] = &[
@@ -112,6 +128,7 @@ static COMMANDS: &[Command] = &[
     command("change-backing-file", BACKING_FILE, Returns::Nothing, blockdev::change_backing_file),
     command("blockdev-create", CREATE, Returns::Nothing, blockdev::blockdev_create),
     command("block-stream", STREAM, Returns::Nothing, stream::block_stream),
+    command("block-commit", COMMIT, Returns::Nothing, commit::block_commit),
     command("block-job-set-speed", SPEED, Returns::Nothing, |c, a| set_speed(c, a, "speed")),
     command("block-job-cancel", CANCEL, Returns::Nothing, block_job_cancel),
     command("block-job-pause", DEVICE, Returns::Nothing, |c, a| on_block_job(c, a, Job::pause)),

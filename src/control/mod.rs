@@ -13,6 +13,7 @@ pub mod args;
 mod blockdev;
 mod command;
 pub mod commands;
+mod commit;
 mod error;
 pub mod events;
 mod exports;

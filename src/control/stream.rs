@@ -47,7 +47,8 @@ fn base(args: &Args) -> Result<Option<Base>, CommandError> {
         .or_else(|| given("bottom").map(Base::Bottom)))
 }
 
-fn on_error(args: &Args) -> OnError {
+/// What a job does about errors.
+pub(super) fn on_error(args: &Args) -> OnError {
     match args.str("on-error") {
         Some("ignore") => OnError::Ignore,
         Some("stop") => OnError::Stop,

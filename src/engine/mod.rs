@@ -6,7 +6,7 @@
 //! - [`exports`]: what guests are served
 //! - [`nodes`], [`objects`], [`serving`]: nodes, objects and exports that come and go
 //! - [`runtime`]: what the next process knows of that
-//! - [`stream`]: stream jobs
+//! - [`stream`], [`commit`]: stream and commit jobs
 //! - [`snapshot`]: new images on top of those that guests write; transactions
 //! - `overlay_image`: how these images are made and opened
 //! - [`overlays`]: what is recorded of them
@@ -16,6 +16,7 @@
 //! - [`parts`], [`ending`]: the end
 
 mod backing_file;
+pub mod commit;
 pub mod control_thread;
 mod create;
 pub mod ending;

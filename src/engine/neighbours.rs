@@ -11,7 +11,7 @@ use crate::graph::recorded::{is_same_image, is_same_place};
 use crate::graph::{Graph, Role};
 use crate::job::records::identity;
 use crate::options::ExportOptions;
-use crate::state::record::{self, Identity, State, Work};
+use crate::state::record::{self, Identity, State};
 use crate::state::{self, StateOptions, Store};
 use crate::storage::is_same_file;
 
@@ -84,6 +84,8 @@ enum Matter {
     Chain(String),
     /// Another image is on top of it, and its guest writes there.
     Covered(String, String),
+    /// Its guest writes another image.
+    Left(String),
     /// It could not be made stable.
     Flush(String),
 }
@@ -99,6 +101,7 @@ impl std::fmt::Display for Matter {
                     "that '{top}' is on top of '{file}', which would be served"
                 )
             }
+            Self::Left(file) => write!(f, "that the guest of '{file}' writes another image"),
             Self::Flush(file) => write!(f, "a failed flush of '{file}'"),
         }
     }
@@ -124,11 +127,8 @@ impl Served {
     /// flushes itself.
     fn matter_in(&self, state: &State, running: bool) -> Option<Matter> {
         let under_way = state.jobs.iter().filter(|job| job.end.is_none());
-        let mut targets = under_way.map(|job| {
-            let Work::Stream(stream) = &job.work;
-            (stream.target.file.as_str(), stream.identity)
-        });
-        if targets.any(|target| self.is(target)) {
+        let mut changed = under_way.flat_map(|job| job.work.changed());
+        if changed.any(|(node, identity)| self.is((&node.file, identity))) {
             return Some(Matter::Job(self.file.clone()));
         }
         let commits = state.jobs.iter().filter_map(|job| job.commit.as_ref());
@@ -140,6 +140,9 @@ impl Served {
         if let Some(top) = tops.find(|top| self.is((&top.covered.file, top.identity))) {
             let (file, top) = (self.file.clone(), top.top.file.clone());
             return Some(Matter::Covered(file, top));
+        }
+        if state.moved_from((&self.file, self.identity)).is_some() {
+            return Some(Matter::Left(self.file.clone()));
         }
         let mut failed = state.failed_syncs.iter().filter(|_| !running);
         let failed = failed.find(|failed| {

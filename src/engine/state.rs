@@ -17,9 +17,11 @@ use crate::format::qcow2::Backing;
 use crate::graph::Node;
 use crate::graph::recorded::{is_same_image, is_same_place, other_file};
 use crate::graph::{Graph, Recorded, RecordedLink, RecordedNode};
+use crate::job::commit::CommitSpec;
 use crate::job::records::{header, identity};
 use crate::job::stream::StreamSpec;
 use crate::job::{Refused, Untold};
+use crate::options::ExportOptions;
 use crate::state::record::{self, Identity, State, Work, are_different};
 use crate::state::{StateError, StateOptions, Store};
 use crate::storage::{Syncs, is_same_path};
@@ -150,10 +152,69 @@ fn backing(header: &record::Header) -> Backing {
     }
 }
 
+/// Puts exports on the images that their guests write since commits have ended, whatever the options
+/// say: what those have that they name is out of date.
+///
+/// # Errors
+/// When such an image is not among those that are open.
+pub fn follow_moves(
+    graph: &Graph,
+    store: Option<&Arc<Store>>,
+    exports: &mut [ExportOptions],
+) -> Result<()> {
+    let Some(store) = store else {
+        return Ok(());
+    };
+    let state = store.state();
+    for export in exports {
+        // A guest may have moved several times, and never in a circle.
+        for _ in 0..state.moved.len() {
+            let node = graph.image_node(&export.node_name)?;
+            let file = graph.file_of(&node)?;
+            let Some(moved) = state.moved_from((&file, identity(&node))) else {
+                break;
+            };
+            let any = record::Node {
+                name: None,
+                ..moved.to.clone()
+            };
+            let found = find(graph, &any, moved.to_identity);
+            let to = found.ok().flatten().ok_or_else(|| {
+                Error::Invalid(format!(
+                    "export '{}': its guest has left node '{}' for '{}', as '{}' records, and that \
+                     is not open (add it to the options, or remove that file to forget this: what \
+                     '{file}' has is out of date)",
+                    export.id,
+                    node.name,
+                    moved.to.file,
+                    store.path().display()
+                ))
+            })?;
+            log::warn!(
+                "export '{}' shows node '{}' in place of '{}', which was committed into it: name it in \
+                 the options",
+                export.id,
+                to.name,
+                node.name
+            );
+            if export.node_name == node.name {
+                export.node_name.clone_from(&to.name);
+            }
+            // Filters over it.
+            let mut transaction = graph.transaction();
+            transaction.replace(&node.name, &to.name)?;
+            drop(graph.commit(transaction)?);
+        }
+    }
+    Ok(())
+}
+
 /// What becomes of a recorded job.
 enum Next {
     /// It goes on.
-    GoOn(StreamSpec),
+    Stream(StreamSpec),
+    /// It goes on.
+    Commit(CommitSpec),
     /// It is listed.
     List(Option<Untold>),
 }
@@ -230,7 +291,7 @@ pub fn plan(
     for job in &state.jobs {
         let next = match is_left(job) {
             true => None,
-            false => next(graph, job, &released).map_err(differs)?,
+            false => next(graph, job, (&released, &state.moved)).map_err(differs)?,
         };
         if let Some(in_force) = decided(graph, job) {
             // What the header says is in force from here on.
@@ -246,7 +307,7 @@ pub fn plan(
             _ if is_left(job) => {}
             Some((target, next)) => plan.jobs.push((job.clone(), target, next)),
             None => log::warn!(
-                "job '{}' stays recorded in '{}': the image that it streams into is not served",
+                "job '{}' stays recorded in '{}': the image that it is about is not served",
                 job.id,
                 store.path().display()
             ),
@@ -365,16 +426,16 @@ fn decided(graph: &Graph, job: &record::Job) -> Option<bool> {
     (job.end.is_some() || !in_force).then_some(in_force)
 }
 
-/// What becomes of a job, and the name of the node that it streams into; `None` if its image is not
+/// What becomes of a job, and the name of the node that it is about; `None` if its image is not
 /// open.
 fn next(
     graph: &Graph,
     job: &record::Job,
-    released: &HashSet<String>,
+    (released, moved): (&HashSet<String>, &[record::Moved]),
 ) -> std::result::Result<Option<(Option<String>, Next)>, String> {
-    let Work::Stream(stream) = &job.work;
-    let target = find(graph, &stream.target, stream.identity);
-    let gone = !matches!(target, Ok(Some(_))) && released.contains(&stream.target.file);
+    let (wanted, identity) = job.work.target();
+    let target = find(graph, wanted, identity);
+    let gone = !matches!(target, Ok(Some(_))) && released.contains(&wanted.file);
     if job.end.is_some() && (job.commit.is_none() || gone) {
         // It changed nothing, or not what is there now: there is nothing to compare.
         let target = target.ok().flatten();
@@ -393,48 +454,101 @@ fn next(
     {
         return Ok(Some((name, Next::List(Some(Untold::Completed)))));
     }
+    if let Work::Commit(commit) = &job.work
+        && let Some(moved) = moved.iter().find(|moved| moved.to.file == commit.base.file)
+        && commit.overlay.is_none()
+        && is_same_image(
+            (&moved.from.file, moved.identity),
+            (&commit.top.file, commit.identity),
+        )
+    {
+        return Ok(Some((name, Next::List(Some(Untold::Completed)))));
+    }
     if job.cancelled {
         return Ok(Some((name, Next::List(Some(Untold::Cancelled)))));
     }
-    let spec = spec(graph, job, &target)?;
-    Ok(Some((name, Next::GoOn(spec))))
+    let chain = graph.chain_nodes(&target.name);
+    let chain = chain.map_err(|error| error.to_string())?;
+    let next = match &job.work {
+        Work::Stream(stream) => Next::Stream(stream_spec(graph, &job.id, stream, &chain)?),
+        Work::Commit(commit) => Next::Commit(commit_spec(graph, &job.id, commit, &chain)?),
+    };
+    Ok(Some((name, next)))
 }
 
-/// What is left of a stream into `target`.
-fn spec(
+/// Where the image `wanted` is under the first of `chain`, which is job `id`'s.
+fn place(
     graph: &Graph,
-    job: &record::Job,
-    target: &Node,
+    id: &str,
+    (what, wanted): (&str, &record::Node),
+    chain: &[Node],
+) -> std::result::Result<usize, String> {
+    let found = chain.iter().skip(1).position(|node| {
+        let is_there = |file: String| is_same_place(&file, &wanted.file);
+        node.format_name() == wanted.format && graph.file_of(node).is_ok_and(is_there)
+    });
+    found.map(|at| at + 1).ok_or_else(|| {
+        format!(
+            "job '{id}': its {what}, the {} image in '{}', is not under node '{}'",
+            wanted.format,
+            wanted.file,
+            chain.first().map_or("", |node| node.name.as_str())
+        )
+    })
+}
+
+fn names<'n>(nodes: impl Iterator<Item = &'n Node>) -> Vec<String> {
+    nodes.map(|node| node.name.clone()).collect()
+}
+
+/// What is left of a stream into the first of `chain`.
+fn stream_spec(
+    graph: &Graph,
+    id: &str,
+    stream: &record::Stream,
+    chain: &[Node],
 ) -> std::result::Result<StreamSpec, String> {
-    let Work::Stream(stream) = &job.work;
-    let chain = graph
-        .chain_nodes(&target.name)
-        .map_err(|error| error.to_string())?;
     let end = match &stream.base {
         None => chain.len(),
-        Some(base) => chain
-            .iter()
-            .skip(1)
-            .position(|node| {
-                let is_there = |file: String| is_same_place(&file, &base.file);
-                node.format_name() == base.format && graph.file_of(node).is_ok_and(is_there)
-            })
-            .map(|at| at + 1)
-            .ok_or_else(|| {
-                format!(
-                    "job '{}': its base, the {} image in '{}', is not under node '{}'",
-                    job.id, base.format, base.file, target.name
-                )
-            })?,
+        Some(base) => place(graph, id, ("base", base), chain)?,
     };
-    let name_of = |node: &Node| node.name.clone();
+    let layers = names(chain.iter().take(end));
     Ok(StreamSpec {
-        target: target.name.clone(),
-        base: chain.get(end).map(name_of),
-        layers: chain.iter().take(end).map(name_of).collect(),
+        target: layers.first().cloned().unwrap_or_default(),
+        base: chain.get(end).map(|node| node.name.clone()),
+        layers,
         backing_file: stream.backing_file.clone(),
         compress: stream.compress,
     })
+}
+
+/// What is left of a commit of layers under the first of `chain`.
+fn commit_spec(
+    graph: &Graph,
+    id: &str,
+    commit: &record::Committed,
+    chain: &[Node],
+) -> std::result::Result<CommitSpec, String> {
+    let above = usize::from(commit.overlay.is_some());
+    let top = match above {
+        0 => 0,
+        _ => place(graph, id, ("top", &commit.top), chain)?,
+    };
+    let base = place(graph, id, ("base", &commit.base), chain)?;
+    let name = |at: usize| chain.get(at).map(|node| node.name.clone());
+    match name(base) {
+        Some(node) if top == above && base > top => Ok(CommitSpec {
+            overlay: top.checked_sub(1).and_then(name),
+            layers: names(chain.iter().take(base).skip(top)),
+            base: node,
+            backing_file: commit.backing_file.clone(),
+        }),
+        _ => Err(format!(
+            "job '{id}': '{}' is not right under the image over it, with '{}' below (expected the \
+             chain as it was)",
+            commit.top.file, commit.base.file
+        )),
+    }
 }
 
 fn header_of(node: &Node) -> Option<record::Header> {
@@ -449,11 +563,19 @@ impl Engine {
     pub fn go_on(&self, plan: Plan) {
         for (job, target, next) in plan.jobs {
             let id = job.id.clone();
-            let result = match next {
-                Next::GoOn(spec) => self
-                    .restore_stream(&job, &spec)
-                    .or_else(|Refused(text)| self.list(&job, target, Some(Untold::Failed(text)))),
-                Next::List(untold) => self.list(&job, target, untold),
+            let gone_on = match &next {
+                Next::Stream(spec) => self.restore_stream(&job, spec),
+                Next::Commit(spec) => self.restore_commit(&job, spec),
+                Next::List(_) => Ok(()),
+            };
+            let untold = match (gone_on, next) {
+                (Err(Refused(text)), _) => Some(Some(Untold::Failed(text))),
+                (Ok(()), Next::List(untold)) => Some(untold),
+                (Ok(()), _) => None,
+            };
+            let result = match untold {
+                Some(untold) => self.list(&job, target, untold),
+                None => Ok(()),
             };
             if let Err(error) = result {
                 log::error!("job '{id}', which is recorded: {error}");
@@ -461,14 +583,14 @@ impl Engine {
         }
     }
 
-    /// Lists a job that is over, and streamed into node `target`.
+    /// Lists a job that is over, and was about node `target`.
     fn list(
         &self,
         job: &record::Job,
         target: Option<String>,
         untold: Option<Untold>,
     ) -> std::result::Result<(), Refused> {
-        let lease = self.jobs.reserve(target.as_slice(), "stream").ok();
+        let lease = self.jobs.reserve(target.as_slice(), job.work.kind()).ok();
         self.jobs.restore_over(job, lease, untold)
     }
 }

@@ -17,7 +17,7 @@ use crate::job::{Body, BodyFactory, Job, JobError, JobSpec, Lease, OnError, Refu
 use crate::state::record::{self, Work};
 
 /// How often a chain may change under us before we give up.
-const ATTEMPTS: usize = 8;
+pub(super) const ATTEMPTS: usize = 8;
 
 /// Where a stream ends, as a client says it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,19 +57,19 @@ pub struct StreamRequest {
 
 /// The layers that a device names.
 #[derive(Debug)]
-struct Layers {
+pub(super) struct Layers {
     /// The export whose top the first is. Jobs on it are called after it.
-    export: Option<String>,
+    pub(super) export: Option<String>,
     /// The one that was named first, then those under it.
-    nodes: Vec<Node>,
+    pub(super) nodes: Vec<Node>,
 }
 
 impl Layers {
-    fn names(&self) -> impl Iterator<Item = &str> {
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
         self.nodes.iter().map(|node| node.name.as_str())
     }
 
-    fn position(&self, name: &str) -> Option<usize> {
+    pub(super) fn position(&self, name: &str) -> Option<usize> {
         self.names().position(|node| node == name)
     }
 
@@ -88,19 +88,26 @@ impl Layers {
             .collect()
     }
 
-    /// The layer below the first whose file a client calls `file`.
-    fn find_file(&self, file: &str) -> Option<usize> {
-        let mut below = 1..self.nodes.len();
-        let is_called = |at: &usize| self.filenames(*at).iter().any(|name| name == file);
-        below.clone().find(is_called).or_else(|| {
-            let wanted = Path::new(file).canonicalize().ok()?;
-            let is_it = |name: &String| {
-                Path::new(name)
-                    .canonicalize()
-                    .is_ok_and(|name| name == wanted)
-            };
-            below.find(|at| self.filenames(*at).iter().any(is_it))
-        })
+    /// Whether a client may call the layer `at` by the name `file` of its file.
+    pub(super) fn is_called(&self, at: usize, file: &str) -> bool {
+        self.filenames(at).iter().any(|name| name == file)
+    }
+
+    /// The layer below layer `above` whose file a client calls `file`.
+    pub(super) fn find_file(&self, above: usize, file: &str) -> Option<usize> {
+        let mut below = above + 1..self.nodes.len();
+        below
+            .clone()
+            .find(|at| self.is_called(*at, file))
+            .or_else(|| {
+                let wanted = Path::new(file).canonicalize().ok()?;
+                let is_it = |name: &String| {
+                    Path::new(name)
+                        .canonicalize()
+                        .is_ok_and(|name| name == wanted)
+                };
+                below.find(|at| self.filenames(*at).iter().any(is_it))
+            })
     }
 }
 
@@ -115,7 +122,7 @@ impl Engine {
             return refuse("backing file specified, but streaming the entire chain");
         }
         if let Some(name) = &request.filter_node_name {
-            self.check_filter_name(name)?;
+            self.check_filter_name(name, "Could not create node: ")?;
         }
         let Some(target) = layers.nodes.first() else {
             return Err(no_such_device(&request.device, &request.device));
@@ -173,7 +180,7 @@ impl Engine {
     }
 
     /// The layers of what a client calls `device`.
-    fn layers(&self, device: &str) -> Result<Layers, Refused> {
+    pub(super) fn layers(&self, device: &str) -> Result<Layers, Refused> {
         let found = self.find_device(device).and_then(|(node, export)| {
             let top = self.graph.image_node(&node).ok()?.name;
             let nodes = self.graph.chain_nodes(&top).ok()?;
@@ -184,11 +191,20 @@ impl Engine {
 
     /// Takes the layers of a stream, the first of which a client calls `device`.
     fn reserve(&self, spec: &StreamSpec, device: &str) -> Result<Lease, Refused> {
-        let reserved = self.jobs.reserve(&spec.layers, "stream");
-        reserved.map_err(|busy| {
+        self.take_nodes(&spec.layers, device, "stream")
+    }
+
+    /// Takes nodes for a job of this kind, the first of which a client calls `device`.
+    pub(super) fn take_nodes(
+        &self,
+        nodes: &[String],
+        device: &str,
+        kind: &'static str,
+    ) -> Result<Lease, Refused> {
+        self.jobs.reserve(nodes, kind).map_err(|busy| {
             let node = match busy.index {
                 0 => device,
-                index => spec.layers.get(index).map_or(device, String::as_str),
+                index => nodes.get(index).map_or(device, String::as_str),
             };
             Refused(format!(
                 "Node '{node}' is busy: block device is in use by block job: {}",
@@ -206,7 +222,7 @@ impl Engine {
         let end = match &request.base {
             None => layers.nodes.len(),
             Some(Base::File(file)) => layers
-                .find_file(file)
+                .find_file(0, file)
                 .ok_or_else(|| Refused(format!("Can't find '{file}' in the backing chain")))?,
             Some(Base::Node(node)) => {
                 known(node)?;
@@ -239,21 +255,17 @@ impl Engine {
     }
 
     /// Jobs put no filter into the graph, but a name for one is checked all the same.
-    fn check_filter_name(&self, name: &str) -> Result<(), Refused> {
+    pub(super) fn check_filter_name(&self, name: &str, prefix: &str) -> Result<(), Refused> {
         let mut characters = name.chars();
         let well_formed = characters
             .next()
             .is_some_and(|first| first.is_ascii_alphabetic())
             && characters.all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_'));
         if !well_formed {
-            return refuse(format!(
-                "Could not create node: Invalid node-name: '{name}'"
-            ));
+            return refuse(format!("{prefix}Invalid node-name: '{name}'"));
         }
         if self.graph.node(name).is_ok() {
-            return refuse(format!(
-                "Could not create node: Duplicate nodes with node-name='{name}'"
-            ));
+            return refuse(format!("{prefix}Duplicate nodes with node-name='{name}'"));
         }
         Ok(())
     }
@@ -310,11 +322,11 @@ pub fn on_graph(
     })
 }
 
-fn refuse<T>(text: impl Into<String>) -> Result<T, Refused> {
+pub(super) fn refuse<T>(text: impl Into<String>) -> Result<T, Refused> {
     Err(Refused(text.into()))
 }
 
-fn refused(error: crate::error::Error) -> Refused {
+pub(super) fn refused(error: crate::error::Error) -> Refused {
     Refused(error.to_string())
 }
 
@@ -325,10 +337,10 @@ pub(super) fn no_such_device(device: &str, node: &str) -> Refused {
 }
 
 /// The grant of a job that may not come to be. It is given back when this is dropped.
-struct Unused(Option<Grant>);
+pub(super) struct Unused(pub(super) Option<Grant>);
 
 impl Unused {
-    fn take(mut self) -> Option<Grant> {
+    pub(super) fn take(mut self) -> Option<Grant> {
         self.0.take()
     }
 }

@@ -20,8 +20,8 @@ pub(super) fn compile(state: &State, top: &str) -> Result<Chain> {
     let layer = |node: &&Arc<Node>| node.layer.clone();
     let closing = nodes.iter().skip(1).filter(|node| node.closing);
     let closing = closing.map(layer).collect();
-    let chain = Chain::new(nodes.iter().map(layer).collect())?;
-    Ok(chain.closing(closing).tapped(state.tap(top).cloned()))
+    let layers = nodes.iter().map(layer).collect();
+    Ok(Chain::with_tap(layers, state.tap(top).cloned())?.closing(closing))
 }
 
 /// The layer of filter `name`, which has `attribute`, over `layer`.

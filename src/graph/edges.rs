@@ -122,6 +122,21 @@ pub struct Demand {
 }
 
 impl Demand {
+    /// Nothing is done, and all may be.
+    pub const NOTHING: Self = Self {
+        does: Rights::NONE,
+        tolerates: Rights::ALL,
+    };
+
+    /// The same, whatever others do.
+    #[must_use]
+    pub(super) fn minding_nothing(self) -> Self {
+        Self {
+            tolerates: Rights::ALL,
+            ..self
+        }
+    }
+
     /// What a node demands of its child in this role, of which `own` is demanded in all: as an
     /// image, which lets nobody change the bytes that it is laid out in.
     #[must_use]

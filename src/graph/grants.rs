@@ -14,11 +14,12 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
 use super::edges::{Demand, Rights, Role};
 use super::nodes::State;
-use super::{Graph, Inner};
+use super::{Graph, Inner, Released};
 use crate::error::{Error, Result};
 
 /// Who holds a grant.
@@ -48,6 +49,9 @@ pub struct Request {
     uses: Vec<Use>,
     /// Links that stay as they are, each with the node that has the child.
     frozen: Vec<(String, Role)>,
+    /// Images whose own reading of what is under them does not count: what changes there is hidden by
+    /// them, or by those above.
+    hidden: Vec<String>,
 }
 
 /// One node of a grant.
@@ -69,6 +73,7 @@ impl Request {
             holder,
             uses: Vec::new(),
             frozen: Vec::new(),
+            hidden: Vec::new(),
         }
     }
 
@@ -117,19 +122,70 @@ impl Request {
                 ),
                 _ => ("intermediate node", Rights::READ, tolerates),
             };
-            request = request.with(layer, child, Demand { does, tolerates });
-            let mut node = state.node(layer);
-            while let Ok(filter) = node
-                && let Some(child) = filter.child(Role::Filtered)
-            {
-                request = request.frozen(&filter.name, Role::Filtered);
-                node = state.node(child);
-            }
-            if let Ok(image) = node {
-                request = request.frozen(&image.name, Role::Backing);
-            }
+            request = request
+                .with(layer, child, Demand { does, tolerates })
+                .frozen_below(state, layer);
         }
         request
+    }
+
+    /// For a commit of `layers`, top first, into `base`. The image of the `overlay` over them is to name
+    /// the base at the end; where there is none, the first of the layers is written meanwhile.
+    ///
+    /// The layers hide what changes in the base. So they may be read all the while, through the first of
+    /// them; who reads the base, or starts between, would see it change.
+    #[must_use]
+    pub fn commit(
+        state: &State,
+        id: &str,
+        overlay: Option<&str>,
+        layers: &[String],
+        base: (&str, Rights),
+    ) -> Self {
+        let mut request = Self::new(Holder::Job("commit", id.to_owned()));
+        let reads = Rights::READ | Rights::WRITE_UNCHANGED;
+        if let Some(overlay) = overlay {
+            let demand = Demand {
+                does: Rights::READ | Rights::WRITE_UNCHANGED | Rights::OPEN,
+                tolerates: reads | Rights::WRITE,
+            };
+            request = request
+                .with(overlay, "overlay node", demand)
+                .frozen_below(state, overlay);
+        }
+        for (index, layer) in layers.iter().enumerate() {
+            let (child, tolerates) = match (index, overlay) {
+                (0, None) => ("main node", reads | Rights::WRITE),
+                (0, Some(_)) => ("main node", reads),
+                _ => ("intermediate node", Rights::WRITE_UNCHANGED),
+            };
+            let does = Rights::NONE;
+            request = request
+                .with(layer, child, Demand { does, tolerates })
+                .frozen_below(state, layer);
+            let image = state.image_node(layer).map(|image| image.name.clone());
+            request.hidden.extend(image);
+        }
+        let demand = Demand {
+            does: Rights::READ | Rights::WRITE | base.1,
+            tolerates: Rights::WRITE_UNCHANGED,
+        };
+        request.with(base.0, "base", demand)
+    }
+
+    /// And the links from `layer` down to what supplies what its image lacks.
+    fn frozen_below(mut self, state: &State, layer: &str) -> Self {
+        let mut node = state.node(layer);
+        while let Ok(filter) = node
+            && let Some(child) = filter.child(Role::Filtered)
+        {
+            self = self.frozen(&filter.name, Role::Filtered);
+            node = state.node(child);
+        }
+        match node {
+            Ok(image) => self.frozen(&image.name, Role::Backing),
+            Err(_) => self,
+        }
     }
 }
 
@@ -146,6 +202,42 @@ pub struct Busy {
 #[derive(Debug)]
 pub(super) struct Held {
     request: Request,
+    /// What it was for is over: it minds nothing any more.
+    over: AtomicBool,
+}
+
+impl Held {
+    fn new(request: Request) -> Self {
+        Self {
+            request,
+            over: AtomicBool::new(false),
+        }
+    }
+
+    /// Says whether it is over.
+    pub(super) fn end(&self, over: bool) {
+        self.over.store(over, Ordering::SeqCst);
+    }
+
+    fn is_over(&self) -> bool {
+        self.over.load(Ordering::SeqCst)
+    }
+}
+
+/// A grant that is taken together with changes of the graph.
+#[derive(Clone, Debug)]
+pub struct Taken(Arc<Held>);
+
+impl Taken {
+    pub(super) fn new(request: Request) -> Self {
+        Self(Arc::new(Held::new(request)))
+    }
+
+    /// The grant, when the changes have been published.
+    #[must_use]
+    pub fn grant(self, graph: &Graph) -> Grant {
+        graph.granted(self.0)
+    }
 }
 
 /// All grants.
@@ -207,17 +299,18 @@ impl Grant {
         result
     }
 
-    /// As [`Graph::set_backing`], where this grant relies on what is there now.
+    /// As [`Graph::set_backing`], where this grant relies on what is there now, and is over then: it minds
+    /// nothing any more that others do. Returns what is left of the graph before.
     ///
     /// # Errors
     /// When a node does not exist, or another grant relies on that.
-    pub fn set_backing(&self, name: &str, backing: Option<&str>) -> Result<()> {
+    pub fn set_backing(&self, name: &str, backing: Option<&str>) -> Result<Released> {
         let Some(graph) = self.graph.upgrade().map(Graph) else {
             return Err(Error::Invalid(format!("Cannot find node '{name}'")));
         };
-        let mut transaction = graph.transaction().by(self);
+        let mut transaction = graph.transaction().by(self).ending();
         transaction.set_child(name, Role::Backing, backing)?;
-        graph.commit(transaction).map(drop)
+        graph.commit(transaction)
     }
 
     pub(super) fn held(&self) -> Weak<Held> {
@@ -232,7 +325,7 @@ impl Graph {
     /// What others do or do not tolerate, in QEMU's words.
     pub fn grant(&self, request: Request) -> Result<Grant> {
         let mut grants = self.0.publishing.lock();
-        let held = Arc::new(Held { request });
+        let held = Arc::new(Held::new(request));
         grants.0.push(held.clone());
         if let Err(error) = grants.check(&self.state()) {
             grants.0.pop();
@@ -256,16 +349,12 @@ impl Graph {
                 return Err(Busy { index, kind });
             }
         }
-        let demand = Demand {
-            does: Rights::NONE,
-            tolerates: Rights::ALL,
-        };
         let mut request = Request::new(Holder::Job(kind, String::new()));
         for node in nodes {
-            request = request.with(node, "main node", demand);
+            request = request.with(node, "main node", Demand::NOTHING);
         }
         request.uses.iter_mut().for_each(|used| used.alone = true);
-        let held = Arc::new(Held { request });
+        let held = Arc::new(Held::new(request));
         grants.0.push(held.clone());
         Ok(self.granted(held))
     }
@@ -400,6 +489,17 @@ impl Who<'_> {
 }
 
 impl Grants {
+    /// Adds grants that are taken with changes of the graph.
+    pub(super) fn take(&mut self, takes: &[Taken]) {
+        self.0.extend(takes.iter().map(|taken| taken.0.clone()));
+    }
+
+    /// They were not taken after all.
+    pub(super) fn forget(&mut self, takes: &[Taken]) {
+        let is_one = |held: &Arc<Held>| takes.iter().any(|taken| Arc::ptr_eq(&taken.0, held));
+        self.0.retain(|held| !is_one(held));
+    }
+
     fn reserved_by(&self, node: &str) -> Option<&'static str> {
         self.0.iter().find_map(|held| match held.request.holder {
             Holder::Job(kind, _) => {
@@ -411,6 +511,13 @@ impl Grants {
         })
     }
 
+    /// Whether what changes under `image` is hidden from those who read it.
+    fn hides(&self, image: &str) -> bool {
+        let held = self.0.iter().filter(|held| !held.is_over());
+        let mut hidden = held.flat_map(|held| &held.request.hidden);
+        hidden.any(|hidden| hidden == image)
+    }
+
     /// What uses each node of `state`.
     fn users<'a>(&'a self, state: &'a State) -> HashMap<&'a str, Vec<User<'a>>> {
         let mut users: HashMap<&str, Vec<User>> = HashMap::new();
@@ -419,24 +526,28 @@ impl Grants {
                 users.entry(&used.node).or_default().push(User {
                     who: Who::Held(held),
                     child: used.child,
-                    demand: used.demand,
+                    demand: match held.is_over() {
+                        true => used.demand.minding_nothing(),
+                        false => used.demand,
+                    },
                 });
             }
         }
         for node in state.children_first().into_iter().rev() {
-            let mut own = Demand {
-                does: Rights::NONE,
-                tolerates: Rights::ALL,
-            };
+            let mut own = Demand::NOTHING;
             for user in users.get(node.name.as_str()).into_iter().flatten() {
                 own.does = own.does | user.demand.does;
                 own.tolerates = own.tolerates & user.demand.tolerates;
             }
             for edge in &node.edges {
+                let hides = edge.role == Role::Backing && self.hides(&node.name);
                 users.entry(&edge.child).or_default().push(User {
                     who: Who::Node(&node.name),
                     child: edge.role.key(),
-                    demand: node.driver().demand(own, edge.role),
+                    demand: match hides {
+                        true => Demand::NOTHING,
+                        false => node.driver().demand(own, edge.role),
+                    },
                 });
             }
         }

@@ -45,17 +45,18 @@ use std::sync::{Arc, OnceLock};
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 
-use crate::chain::{Chain, Ended, Layer, Root};
+use crate::chain::{Chain, Layer, Root};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::journal::Folder;
+use crate::grace::Grace;
 use grants::Grants;
 use owner::Owner;
 use writable::Turns;
 
 pub use below::{backing_options, layer_options};
 pub use edges::{Demand, Edge, Rights, Role};
-pub use grants::{Busy, Grant, Holder, NodeUse, NodeUser, Request};
+pub use grants::{Busy, Grant, Holder, NodeUse, NodeUser, Request, Taken};
 pub use nodes::{Node, State};
 pub use owner::Task;
 pub use recorded::{Recorded, RecordedLink, RecordedNode};
@@ -91,9 +92,9 @@ impl Released {
     /// What says, of each disk that has another chain since, when the requests of the old one have
     /// ended. They end later if this is kept.
     #[must_use]
-    pub fn ended(&self) -> Vec<Arc<Ended>> {
+    pub fn ended(&self) -> Vec<Arc<Grace>> {
         let chains = self.chains.iter().filter_map(|(_, chain)| chain.as_ref());
-        chains.map(|chain| chain.ended()).collect()
+        chains.map(|chain| chain.grace().clone()).collect()
     }
 }
 
@@ -148,8 +149,14 @@ impl Graph {
         let done = self.by_owner(move || {
             let published = inner.publish(|old, grants, state| {
                 transaction.apply(state)?;
+                transaction.end_grant(true);
+                grants.take(transaction.takes());
                 grants.check_change(old, state, transaction.removed(), transaction.holder())
             });
+            if published.0.is_err() {
+                inner.publishing.lock().forget(transaction.takes());
+                transaction.end_grant(false);
+            }
             // What is dropped may close files, and is not dropped there.
             (published, transaction)
         });
@@ -287,16 +294,16 @@ impl Inner {
     /// that could wait: the caller has it then.
     fn publish(
         &self,
-        change: impl FnOnce(&State, &Grants, &mut State) -> Result<()>,
+        change: impl FnOnce(&State, &mut Grants, &mut State) -> Result<()>,
     ) -> (Result<()>, Released) {
-        let grants = self.publishing.lock();
+        let mut grants = self.publishing.lock();
         let old = self.state.load_full();
         let mut new = State::clone(&old);
         // Jobs come and go: what they have left would pile up.
         new.roots.retain(|(root, _)| root.strong_count() > 0);
         new.inner.retain(|(root, _)| root.strong_count() > 0);
         let mut chains = Vec::new();
-        let result = change(&old, &grants, &mut new)
+        let result = change(&old, &mut grants, &mut new)
             .and_then(|()| new.settle_filters(&old))
             .and_then(|()| compile_changed(&old, &new, &mut chains));
         let mut states = vec![Arc::new(new)];
@@ -327,10 +334,16 @@ fn compile_changed(
     let inner = new.inner.iter().filter(|(_, top)| new.node(top).is_ok());
     let inner = inner.map(|(root, top)| {
         // Its chain was made while others changed the graph.
-        let is_known = old.inner.iter().any(|(known, _)| known.ptr_eq(root));
+        let mut known = old.inner.iter();
+        let is_known = known.any(|(known, of)| known.ptr_eq(root) && of == top);
         (root, top, is_known)
     });
-    let roots = new.roots.iter().map(|(root, top)| (root, top, true));
+    let roots = new.roots.iter().map(|(root, top)| {
+        // One that is new has its chain.
+        let mut known = old.roots.iter();
+        let was = known.find(|(known, _)| known.ptr_eq(root));
+        (root, top, was.is_none_or(|(_, of)| of == top))
+    });
     for (root, top, is_known) in roots.chain(inner) {
         let Some(root) = root.upgrade() else {
             continue;

@@ -302,6 +302,12 @@ impl State {
         })
     }
 
+    /// Whether a node over `name` shows or uses its disk.
+    #[must_use]
+    pub fn is_under_another(&self, name: &str) -> bool {
+        self.over(name).is_some()
+    }
+
     /// The node at the bottom of a node's file children that has the same descriptor.
     pub(super) fn bottom(&self, node: &Node) -> Result<String> {
         let mut node = node;

@@ -1,12 +1,14 @@
 //! Changing the size of a node's image that no guest uses.
 
-use super::{Demand, Graph, Holder, Request, Rights};
+use std::sync::Arc;
+
+use super::{Demand, Graph, Holder, Request, Rights, drivers};
 use crate::chain::Layer;
 use crate::chain::resize::{Resize, grow, preallocate_raw, shrink};
 use crate::error::{Action, Error, Result};
 use crate::format::qcow2::Preallocation;
 use crate::format::qcow2::bitmaps::{InForce, check_resize};
-use crate::format::{Format, Qcow2};
+use crate::format::{Format, Qcow2, Raw};
 
 impl Graph {
     /// Changes the size of node `name`'s image, which is made writable for that. The node itself
@@ -72,6 +74,62 @@ impl Graph {
             Format::Qed(_) => Err(Error::unsupported(file, "QED images are only read")),
         }?;
         Ok(size)
+    }
+}
+
+impl Graph {
+    /// Makes the image of node `name` at least as long as `size` bytes, for one who has a grant for
+    /// writing and resizing it. The node has the new size then, and what is new reads as zeros.
+    ///
+    /// # Errors
+    /// When the format or the image forbids it, or it cannot be written: it has its old size then.
+    pub async fn grow(&self, name: &str, size: u64) -> Result<()> {
+        let node = self.image_node(name)?;
+        let _turn = self.turn(&node).await?;
+        let node = self.node(&node.name)?;
+        let layer = &node.layer;
+        let wanted = Resize {
+            size,
+            ..Resize::default()
+        };
+        let old = layer.format.size();
+        if size <= old {
+            return Ok(());
+        }
+        let file = layer.storage.name();
+        let (grown, opened) = match &layer.format {
+            Format::Raw(_) => {
+                let file_len = layer.storage.len().await;
+                let file_len =
+                    file_len.map_err(|error| Error::io(Action::Read, file, 0, &error))?;
+                if file_len != old || !self.state().disks_under(&node).is_empty() {
+                    return Err(Error::Invalid(format!(
+                        "{file}: node '{name}' is a part of it, of {old} bytes for good (expected a \
+                         base of at least {size} bytes)"
+                    )));
+                }
+                resize_raw(layer, wanted).await?;
+                let format = Format::Raw(Raw::new(size));
+                (Ok(()), (format, layer.storage.clone()))
+            }
+            Format::Qcow2(image) => {
+                let in_force = check_qcow2(image, wanted, true).await?;
+                let chain = self.root(&node.name)?.chain();
+                let grown = grow(&chain, wanted, &in_force).await;
+                // It was closed for that, whatever came of it.
+                let driver = drivers::of(&node.options.driver);
+                (grown, driver.reopen(self, &node).await?)
+            }
+            Format::Qed(_) => return Err(Error::unsupported(file, "QED images are only read")),
+        };
+        let (format, storage) = opened;
+        let layer = Layer {
+            format,
+            storage,
+            ..(**layer).clone()
+        };
+        self.replace_layer(&node.name, Arc::new(layer))?;
+        grown
     }
 }
 

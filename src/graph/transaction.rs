@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 
 use super::edges::Role;
-use super::grants::{Grant, Held};
+use super::grants::{Grant, Held, Request, Taken};
 use super::nodes::{Node, State};
 use crate::chain::{Layer, Root, Tap};
 use crate::error::{Error, Result};
@@ -22,6 +22,7 @@ enum Change {
     Tap(String, Option<Arc<Tap>>),
     Top(Weak<Root>, String),
     Closing(String, bool),
+    Replace(String, String),
 }
 
 /// Changes that are to be published together ([`Graph::commit`](super::Graph::commit)).
@@ -34,6 +35,10 @@ pub struct Transaction {
     changes: Vec<Change>,
     /// What the grant holds whose holder makes them.
     by: Weak<Held>,
+    /// They end what that grant was for.
+    ends: bool,
+    /// Grants that are taken with them.
+    takes: Vec<Taken>,
 }
 
 impl Transaction {
@@ -42,6 +47,8 @@ impl Transaction {
             draft: state,
             changes: Vec::new(),
             by: Weak::new(),
+            ends: false,
+            takes: Vec::new(),
         }
     }
 
@@ -50,6 +57,33 @@ impl Transaction {
     pub fn by(mut self, grant: &Grant) -> Self {
         self.by = grant.held();
         self
+    }
+
+    /// They are the end of what the holder's grant was for: it minds nothing any more that others do.
+    #[must_use]
+    pub fn ending(mut self) -> Self {
+        self.ends = true;
+        self
+    }
+
+    /// A grant that is taken when the changes are published, if it goes with the graph by then. It
+    /// [comes to be](Taken::grant) only if they are; images are not made ready for it.
+    pub fn taking(&mut self, request: Request) -> Taken {
+        let taken = Taken::new(request);
+        self.takes.push(taken.clone());
+        taken
+    }
+
+    /// The grants that are taken with them.
+    pub(super) fn takes(&self) -> &[Taken] {
+        &self.takes
+    }
+
+    /// Says whether the changes have ended what the holder's grant was for, if they are to.
+    pub(super) fn end_grant(&self, over: bool) {
+        if let Some(held) = self.by.upgrade().filter(|_| self.ends) {
+            held.end(over);
+        }
     }
 
     /// What the grant holds whose holder makes the changes, if one does.
@@ -123,6 +157,14 @@ impl Transaction {
         self.make(Change::Options(name.to_owned(), Box::new(options)))
     }
 
+    /// Puts node `to` in the place of `from` in all disks whose top that is, and under all filters of it.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub fn replace(&mut self, from: &str, to: &str) -> Result<()> {
+        self.make(Change::Replace(from.to_owned(), to.to_owned()))
+    }
+
     /// Keeps the chain of `root`, whose top is `top`, as the graph has it, for as long as a node is
     /// laid out in that disk.
     pub(super) fn keep_inner(&mut self, root: &Arc<Root>, top: &str) -> Result<()> {
@@ -176,7 +218,7 @@ impl Transaction {
         let frees = |change: &Change| {
             matches!(
                 change,
-                Change::Remove(_) | Change::Child(..) | Change::Top(..)
+                Change::Remove(_) | Change::Child(..) | Change::Top(..) | Change::Replace(..)
             )
         };
         if self.changes.iter().any(frees) {
@@ -224,6 +266,20 @@ impl Change {
                 node.options = (**options).clone();
             }
             Self::Inner(root, top) => state.inner.push((root.clone(), top.clone())),
+            Self::Replace(from, to) => {
+                state.node(from)?;
+                state.node(to)?;
+                let disks = state.roots.iter_mut().chain(&mut state.inner);
+                for (_, top) in disks.filter(|(_, top)| top == from) {
+                    to.clone_into(top);
+                }
+                let filters = state.nodes().iter();
+                let filters = filters.filter(|node| node.child(Role::Filtered) == Some(from));
+                let filters: Vec<_> = filters.map(|node| node.name.clone()).collect();
+                for filter in filters {
+                    state.node_mut(&filter)?.set_child(Role::Filtered, Some(to));
+                }
+            }
             Self::Tap(name, tap) => {
                 let name = state.node(name)?.name.clone();
                 let has_one = state.taps.iter().any(|(tapped, _)| *tapped == name);

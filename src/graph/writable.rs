@@ -51,7 +51,7 @@ impl Graph {
 
     /// Waits for its turn with the files that `node` is in, those of disks that it is laid out in
     /// among them. Others' turns with these wait meanwhile, and no others.
-    async fn turn(&self, node: &Node) -> Result<Vec<AsyncMutexGuardArc<()>>> {
+    pub(super) async fn turn(&self, node: &Node) -> Result<Vec<AsyncMutexGuardArc<()>>> {
         let state = self.state();
         let mut files = Vec::new();
         for node in std::iter::once(node).chain(state.disks_under(node).into_iter().map(|n| &**n)) {
@@ -106,6 +106,15 @@ impl Graph {
             ..(*node.layer).clone()
         };
         self.replace_layer(&node.name, Arc::new(layer))
+    }
+
+    /// Gives a node's image back to its readers, unless a grant is for writing it: to be called where a
+    /// grant was dropped and not [given back](Grant::give_back).
+    ///
+    /// # Errors
+    /// As for [`Grant::give_back`].
+    pub async fn lower_image(&self, name: &str) -> Result<()> {
+        self.lower_unwritten(name).await
     }
 
     /// Gives a node's image back to its readers, unless a grant is for writing it.

@@ -7,7 +7,7 @@ use event_listener::EventListener;
 use futures_util::future::{self, LocalBoxFuture};
 use serde_json::json;
 
-use super::handle::{Job, OnError};
+use super::handle::{Completion, Job, OnError};
 use super::runner::Timer;
 use super::status::{IoStatus, Progress, Status};
 use crate::throttle::pacing::{Grant, Ticket};
@@ -47,6 +47,11 @@ impl JobContext {
         Self { job, timer }
     }
 
+    /// What it is called in messages.
+    pub fn name(&self) -> String {
+        format!("{} job '{}'", self.job.spec().kind, self.job.id())
+    }
+
     /// Whether the job was cancelled: the body ends as soon as what is in flight has landed.
     pub fn should_stop(&self) -> bool {
         self.job.lock().cancel
@@ -80,18 +85,51 @@ impl JobContext {
                     // Nobody is told of a job that ends for now.
                     if paused && !state.suspend {
                         state.idle = false;
-                        self.job.set_status(&mut state, Status::Running);
+                        let status = match state.ready {
+                            true => Status::Ready,
+                            false => Status::Running,
+                        };
+                        self.job.set_status(&mut state, status);
                     }
                     return;
                 }
                 if !paused {
                     paused = true;
                     state.idle = true;
-                    self.job.set_status(&mut state, Status::Paused);
+                    let status = match state.ready {
+                        true => Status::Standby,
+                        false => Status::Paused,
+                    };
+                    self.job.set_status(&mut state, status);
                 }
             }
             listener.await;
         }
+    }
+
+    /// The job has done all, and goes on following what it copies: a client says when it ends.
+    pub fn set_ready(&self) {
+        let mut state = self.job.lock();
+        if state.ready || state.cancel {
+            return;
+        }
+        state.ready = true;
+        self.job.set_status(&mut state, Status::Ready);
+        self.job.emit(
+            "BLOCK_JOB_READY",
+            json!({
+                "device": self.job.id(),
+                "len": state.len,
+                "offset": state.offset,
+                "speed": state.bucket.speed(),
+                "type": self.job.spec().kind,
+            }),
+        );
+    }
+
+    /// How the job is to end, if it is ready and a client has said so.
+    pub fn completion(&self) -> Option<Completion> {
+        self.job.lock().complete
     }
 
     /// A future that ends when something about the job has changed. What is looked at after this

@@ -380,7 +380,7 @@ impl<'a> Copier<'a> {
     /// What is done about an error; nothing if the job is about to stop anyway. Then whatever
     /// failed is tried again later, and fails again if it must.
     fn decide(&mut self, error: &JobIoError) -> Option<ErrorAction> {
-        log::warn!("stream: {error}");
+        log::warn!("{}: {error}", self.context.name());
         if self.stopping || self.fatal.is_some() || self.context.should_stop() {
             return None;
         }

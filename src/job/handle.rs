@@ -21,7 +21,7 @@ pub use crate::state::record::OnError;
 pub struct JobSpec {
     /// Its name.
     pub id: String,
-    /// What kind of job it is: `stream`.
+    /// What kind of job it is: `stream` or `commit`.
     pub kind: &'static str,
     /// How much there is to do, in bytes, so that clients know before the body has begun.
     pub len: u64,
@@ -40,9 +40,14 @@ pub struct JobSpec {
 impl JobSpec {
     /// A stream job with the defaults of QMP.
     pub fn stream(id: impl Into<String>) -> Self {
+        Self::new("stream", id)
+    }
+
+    /// A job of this kind with the defaults of QMP.
+    pub fn new(kind: &'static str, id: impl Into<String>) -> Self {
         Self {
             id: id.into(),
-            kind: "stream",
+            kind,
             len: 0,
             speed: 0,
             on_error: OnError::Report,
@@ -54,7 +59,6 @@ impl JobSpec {
 
     /// What a job is that was recorded.
     pub(super) fn recorded(job: &record::Job) -> Self {
-        let Work::Stream(_) = &job.work;
         Self {
             len: job.len,
             speed: job.speed,
@@ -62,7 +66,7 @@ impl JobSpec {
             auto_finalize: job.auto_finalize,
             auto_dismiss: job.auto_dismiss,
             work: Some(job.work.clone()),
-            ..Self::stream(&job.id)
+            ..Self::new(job.work.kind(), &job.id)
         }
     }
 
@@ -179,6 +183,15 @@ impl JobInfo {
     }
 }
 
+/// How a job that is ready is to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Completion {
+    /// Its result is put in force.
+    Result,
+    /// The copy is left as it is.
+    Copy,
+}
+
 /// What changes in a job's life. Changes are made, and told, with the lock held, so that events come
 /// in the order of the changes.
 pub(super) struct State {
@@ -190,6 +203,10 @@ pub(super) struct State {
     pub suspend: bool,
     /// The body is asleep: it waits for its speed limit or to be resumed.
     pub idle: bool,
+    /// It has done all, and follows what it copies.
+    pub ready: bool,
+    /// A client asked a job that is ready to end: with its result, or without.
+    pub complete: Option<Completion>,
     /// A client asked for the result to be put in force.
     pub finalize: bool,
     /// The result is being put in force: too late to cancel.
@@ -237,6 +254,8 @@ impl Job {
             cancel: false,
             suspend: false,
             idle: false,
+            ready: false,
+            complete: None,
             finalize: false,
             committing: false,
             len: spec.len,
@@ -481,7 +500,8 @@ impl Job {
         true
     }
 
-    /// Cancels as `block-job-cancel` does: without `force` a paused job is left alone.
+    /// Cancels as `block-job-cancel` does: without `force` a paused job is left alone, and one that is
+    /// ready completes, and leaves its copy as it is.
     pub fn block_cancel(&self, force: bool) -> Result<(), Refused> {
         if !force && self.lock().pause {
             return Err(Refused(format!(
@@ -489,13 +509,28 @@ impl Job {
                 self.spec.id
             )));
         }
+        if !force && self.end_ready(Completion::Copy) {
+            return Ok(());
+        }
         self.cancel()
     }
 
     /// Ends a job that is ready.
     pub fn complete(&self) -> Result<(), Refused> {
-        let state = self.lock();
-        self.check(&state, Verb::Complete)
+        self.check(&self.lock(), Verb::Complete)?;
+        self.end_ready(Completion::Result);
+        Ok(())
+    }
+
+    /// Tells a job how it is to end, if it is ready. What was said first counts.
+    fn end_ready(&self, how: Completion) -> bool {
+        let mut state = self.lock();
+        let is_ready = state.status.allows(Verb::Complete);
+        if is_ready {
+            state.complete.get_or_insert(how);
+            self.wake();
+        }
+        is_ready
     }
 
     /// Puts the result of a pending job in force.

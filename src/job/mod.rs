@@ -1,4 +1,4 @@
-//! Long-running work on images: its states, its speed, and the stream job.
+//! Long-running work on images: its states, its speed, and the jobs.
 //!
 //! A job is a [`Body`] (what to do), run by a [`Manager`] (which jobs exist, who may touch what) on
 //! an OS thread of its own. Between the two stands the state that [`Job`] guards: clients change it
@@ -17,12 +17,15 @@
 //! - [`runner`]: the thread a job runs on
 //! - [`source`]: what a job copies, and what it sees of guests
 //! - [`copier`]: copies, in order and within limits: the common part of jobs
-//! - [`stream`]: the stream job
+//! - [`stream`], [`commit`], [`active`]: the stream job, and both kinds of commit job
 //! - [`create`]: the create job
+//! - `relink`: what makes the results of streams and commits count
 //! - [`records`]: what is recorded of nodes and results
 //! - `survey`: what is left to copy
 //! - `settle`: what was copied becomes stable while the job runs
 
+pub mod active;
+pub mod commit;
 pub mod context;
 pub mod copier;
 pub mod create;
@@ -31,6 +34,7 @@ pub mod handle;
 pub mod ledger;
 pub mod manager;
 pub mod records;
+mod relink;
 pub mod runner;
 mod settle;
 pub mod source;

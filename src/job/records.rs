@@ -57,7 +57,7 @@ pub fn names_of<'a>(graph: &Graph, nodes: impl Iterator<Item = &'a Node>) -> Vec
     names
 }
 
-/// Where a stream's result is recorded.
+/// Where a job's result is recorded.
 #[derive(Clone)]
 pub struct Recording {
     store: Arc<Store>,
@@ -84,6 +84,17 @@ impl Recording {
         if let Err(error) = self.store.happened(|state| self.put(state, commit)) {
             log::error!("a stream's end is not recorded yet: {error}");
         }
+    }
+
+    /// Records that a guest writes another image from now on.
+    pub fn moved(&self, moved: &record::Moved) -> Result<()> {
+        Ok(self.store.change(|state| state.put_moved(moved.clone()))?)
+    }
+
+    /// Takes that back: the guest has not moved.
+    pub fn not_moved(&self, moved: &record::Moved) -> Result<()> {
+        let image = (moved.from.file.as_str(), moved.identity);
+        Ok(self.store.change(|state| state.forget_moved(image))?)
     }
 
     fn put(&self, state: &mut State, commit: &record::Commit) {

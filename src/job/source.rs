@@ -7,6 +7,7 @@ use std::task::{Context, Poll};
 use futures_util::future::{self, LocalBoxFuture};
 
 use crate::chain::CopyStatus;
+use crate::error::Error;
 
 /// How much the guests want of what a job uses as well.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,6 +31,16 @@ pub struct JobIoError {
     pub write: bool,
     /// What failed where, for the log.
     pub text: String,
+}
+
+impl From<&Error> for JobIoError {
+    fn from(error: &Error) -> Self {
+        Self {
+            errno: error.errno(),
+            write: error.is_write(),
+            text: error.to_string(),
+        }
+    }
 }
 
 /// Sees how much guests want.

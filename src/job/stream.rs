@@ -1,9 +1,9 @@
 //! The stream job: copies into a layer what it takes from the layers below, down to a base, so that
 //! the layers between are no longer needed.
 //!
-//! The copying is the [`copier`]'s. Here is what a range needs and how it is copied, and what makes
-//! the result count: everything copied is stable, then the image's header names the base, then the
-//! graph has the base under the image.
+//! The copying is the [`copier`]'s, and what makes the result count is [`relink`]'s: everything copied
+//! is stable, then the image's header names the base, then the graph has the base under the image.
+//! Here is what a range needs and how it is copied.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -11,15 +11,13 @@ use std::sync::Arc;
 use futures_util::future::LocalBoxFuture;
 
 use super::context::JobContext;
-use super::records::{self, Recording};
+use super::records::Recording;
+use super::relink::{self, Relink};
 use super::source::{CopySource, GuestLoad, Guests, JobIoError};
 use super::{Body, JobError, copier};
 use crate::chain::{Chain, CopyStatus, Root, Span, View, with_room};
 use crate::error::{Error, Result};
-use crate::format::Format;
-use crate::format::qcow2::{Backing, Qcow2};
-use crate::graph::{Grant, Graph, Node, resolve};
-use crate::state::record;
+use crate::graph::{Grant, Graph};
 
 /// What to stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,14 +80,6 @@ impl Layers {
     }
 }
 
-fn io_error(error: &Error) -> JobIoError {
-    JobIoError {
-        errno: error.errno(),
-        write: error.is_write(),
-        text: error.to_string(),
-    }
-}
-
 impl CopySource for Layers {
     fn len(&self) -> u64 {
         self.root.chain().size()
@@ -110,7 +100,7 @@ impl CopySource for Layers {
     ) -> LocalBoxFuture<'_, std::result::Result<(u64, CopyStatus), JobIoError>> {
         Box::pin(async move {
             let found = self.find_status(offset, max_len).await;
-            found.map_err(|error| io_error(&error))
+            found.map_err(|error| JobIoError::from(&error))
         })
     }
 
@@ -121,7 +111,7 @@ impl CopySource for Layers {
     ) -> LocalBoxFuture<'_, std::result::Result<u64, JobIoError>> {
         Box::pin(async move {
             let copied = self.copy_range(offset, len).await;
-            copied.map_err(|error| io_error(&error))
+            copied.map_err(|error| JobIoError::from(&error))
         })
     }
 
@@ -129,22 +119,17 @@ impl CopySource for Layers {
         Box::pin(async move {
             let chain = self.root.chain();
             let flushed = chain.top().flush().await;
-            flushed.map_err(|error| io_error(&error))
+            flushed.map_err(|error| JobIoError::from(&error))
         })
     }
 }
 
 /// The body of a stream job.
 pub struct Stream {
-    graph: Arc<Graph>,
     layers: Layers,
-    target: String,
-    /// What to write into the header, where the base's own name is not wanted.
-    backing_file: Option<String>,
+    relink: Relink,
     /// To write the target, and that the layers stay as they are, until the end.
     grant: Option<Grant>,
-    /// Where the result is recorded.
-    recording: Option<Recording>,
 }
 
 impl Stream {
@@ -166,135 +151,16 @@ impl Stream {
                 compress: spec.compress,
                 guests,
             },
-            graph,
-            target: spec.target.clone(),
-            backing_file: spec.backing_file.clone(),
-            grant: Some(grant),
-            recording,
-        })
-    }
-
-    /// The order matters: everything copied is stable before the header changes, and the header
-    /// is stable before anybody hears of it. What the header will say is recorded before, so that a
-    /// process that finds it knows that the stream has ended; and that it does say so is recorded
-    /// before the layers between are let go of, since what is discarded from then on must never be
-    /// read through to them.
-    async fn put_in_force(&self) -> Result<()> {
-        let chain = self.layers.root.chain();
-        let Format::Qcow2(image) = &chain.top().format else {
-            // A raw layer has nothing under it, and no header that could say so.
-            return Ok(());
-        };
-        let backing = match &self.layers.base {
-            None => None,
-            Some(base) => Some(backing(
-                &self.graph,
-                &self.target,
-                base,
-                self.backing_file.clone(),
-            )?),
-        };
-        let Some(recording) = &self.recording else {
-            image.set_backing(backing.as_ref()).await?;
-            return self.let_go();
-        };
-        let mut commit = self.commit(image, backing.as_ref())?;
-        // A header that stays as it is tells nothing: then the record is what counts.
-        let shows = image.backing() != backing;
-        if shows {
-            recording.commit(&commit)?;
-        }
-        image.set_backing(backing.as_ref()).await?;
-        commit.done = true;
-        match shows {
-            true => recording.in_force(&commit),
-            false => recording.commit(&commit)?,
-        }
-        self.let_go()
-    }
-
-    /// Puts the base under the target.
-    fn let_go(&self) -> Result<()> {
-        let base = self.layers.base.as_deref();
-        match &self.grant {
-            Some(grant) => grant.set_backing(&self.target, base),
-            None => Err(Error::Invalid("the stream has been closed".into())),
-        }
-    }
-
-    /// The stream's result, as it is recorded, where the header is to name `backing`. It stays
-    /// recorded when the job is gone: the options of a later start may name other layers, whatever
-    /// those of this one say.
-    fn commit(&self, image: &Qcow2, backing: Option<&Backing>) -> Result<record::Commit> {
-        let nodes = self.graph.chain_nodes(&self.target)?;
-        let base = nodes
-            .iter()
-            .find(|node| Some(&node.name) == self.layers.base.as_ref());
-        let target = self.graph.node(&self.target)?;
-        let below = base
-            .map(|base| records::below(&self.graph, base))
-            .transpose()?;
-        let streamed = nodes.iter().skip(1);
-        let streamed = streamed.take_while(|node| Some(&node.name) != self.layers.base.as_ref());
-        let released_files = streamed.clone().map(|node| self.graph.file_of(node));
-        Ok(record::Commit {
-            link: record::Link {
-                node: records::node(&self.graph, &target)?,
-                identity: image.storage().identity().unwrap_or_default(),
-                header: backing.map(records::header),
-                below,
-                released_files: released_files.collect::<Result<_>>()?,
-                let_go: false,
-                released: records::names_of(&self.graph, streamed),
+            relink: Relink {
+                graph,
+                target: spec.target.clone(),
+                base: spec.base.clone(),
+                backing_file: spec.backing_file.clone(),
+                recording,
             },
-            done: false,
+            grant: Some(grant),
         })
     }
-}
-
-/// The node `base` as the header of node `target`'s image is to name it: by `name`, if one is given.
-fn backing(graph: &Graph, target: &str, base: &str, name: Option<String>) -> Result<Backing> {
-    let nodes = graph.chain_nodes(target)?;
-    let at = nodes
-        .iter()
-        .position(|node| node.name == base)
-        .ok_or_else(|| Error::Invalid(format!("base '{base}' has left the chain")))?;
-    let (Some(target), Some(node)) = (nodes.first(), nodes.get(at)) else {
-        return Err(Error::Invalid(format!("base '{base}' has left the chain")));
-    };
-    let above = at.checked_sub(1).and_then(|index| nodes.get(index));
-    let name = match name.or(named_above(graph, target, node, above)?) {
-        Some(name) => name,
-        None => graph.header_name(base)?,
-    };
-    Ok(Backing {
-        name,
-        format: Some(node.format_name().to_owned()),
-    })
-}
-
-/// The name of `base` in the header of the image above it, if it means that node, and the same
-/// from the folder of `target`.
-fn named_above(
-    graph: &Graph,
-    target: &Node,
-    base: &Node,
-    above: Option<&Node>,
-) -> Result<Option<String>> {
-    let Some(above) = above.filter(|above| above.filename.parent() == target.filename.parent())
-    else {
-        return Ok(None);
-    };
-    let Format::Qcow2(image) = &above.layer.format else {
-        return Ok(None);
-    };
-    let Some(backing) = image.backing() else {
-        return Ok(None);
-    };
-    // The options may have put another node there than the header names.
-    let means_it =
-        resolve(&above.filename, &backing.name) == base.filename && graph.is_whole_file(base)?;
-    Ok(means_it.then_some(backing.name))
 }
 
 /// Checks that the header of the layer streamed into can name its base at the end, which may be
@@ -303,20 +169,10 @@ fn named_above(
 /// # Errors
 /// When it cannot.
 pub fn check_base_name(graph: &Graph, spec: &StreamSpec) -> Result<()> {
-    let Some(base) = &spec.base else {
-        return Ok(());
-    };
-    let Format::Qcow2(image) = &graph.image_node(&spec.target)?.layer.format else {
-        return Ok(());
-    };
-    let backing = backing(graph, &spec.target, base, spec.backing_file.clone())?;
-    image.check_backing(&backing).map_err(|error| {
-        Error::Invalid(format!(
-            "The image of node '{}' could not name its new backing file, node '{base}', at the \
-             end: {error} (give a shorter name with 'backing-file', or files with shorter paths)",
-            spec.target
-        ))
-    })
+    match &spec.base {
+        Some(base) => relink::check_name(graph, &spec.target, base, spec.backing_file.clone()),
+        None => Ok(()),
+    }
 }
 
 impl Body for Stream {
@@ -332,7 +188,10 @@ impl Body for Stream {
         _context: &'a JobContext,
     ) -> LocalBoxFuture<'a, std::result::Result<(), JobError>> {
         Box::pin(async move {
-            let done = self.put_in_force().await;
+            let Some(grant) = &self.grant else {
+                return Err(JobError::new("the stream has been closed"));
+            };
+            let done = self.relink.put_in_force(grant).await.map(drop);
             done.map_err(|error| JobError::new(error.to_string()))
         })
     }
@@ -342,7 +201,7 @@ impl Body for Stream {
             if let Some(grant) = self.grant.take()
                 && let Err(error) = grant.give_back().await
             {
-                log::error!("node '{}': back to read-only: {error}", self.target);
+                log::error!("node '{}': back to read-only: {error}", self.relink.target);
             }
         })
     }
@@ -360,9 +219,12 @@ mod tests {
     use super::super::source::NoGuests;
     use super::*;
     use crate::chain::Layer;
+    use crate::format::Format;
     use crate::format::Raw;
+    use crate::format::qcow2::Backing;
     use crate::format::qcow2::create::{CreateOptions, create};
     use crate::format::qcow2::{Options, Qcow2};
+    use crate::graph::Node;
     use crate::graph::{Request, Role};
     use crate::options::{BlockdevOptions, Dialect};
     use crate::reactor::Reactor;

@@ -26,6 +26,9 @@ pub struct State {
     /// Which images were put on top of others, in that order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tops: Vec<Top>,
+    /// Images whose guests write other ones.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub moved: Vec<Moved>,
 }
 
 /// How what there is differs from what the command line names.
@@ -56,6 +59,21 @@ pub struct Changed {
     /// The options of those that the command line names and that are not there, or have other
     /// options by now.
     pub removed: Vec<Value>,
+}
+
+/// An image that was committed while a guest wrote it: the guest writes the base since, and what the
+/// image has is out of date.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Moved {
+    /// The image that the guest has left.
+    pub from: Node,
+    /// Its file.
+    pub identity: Identity,
+    /// The image that the guest writes.
+    pub to: Node,
+    /// Its file.
+    pub to_identity: Identity,
 }
 
 /// A node, so that it is found again.
@@ -198,6 +216,59 @@ pub struct Job {
 pub enum Work {
     /// It copies into an image what it takes from those below.
     Stream(Stream),
+    /// It copies what images hold into the one below them.
+    Commit(Committed),
+}
+
+impl Work {
+    /// What kind of job does it, as clients call it.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Stream(_) => "stream",
+            Self::Commit(_) => "commit",
+        }
+    }
+
+    /// The image that it is about, and its file: its header, or what is recorded of its guest, says
+    /// whether the result is in force.
+    #[must_use]
+    pub fn target(&self) -> (&Node, Identity) {
+        match self {
+            Self::Stream(stream) => (&stream.target, stream.identity),
+            Self::Commit(commit) => (
+                commit.overlay.as_ref().unwrap_or(&commit.top),
+                commit.identity,
+            ),
+        }
+    }
+
+    /// The images that are changed, and their files.
+    pub fn changed(&self) -> impl Iterator<Item = (&Node, Identity)> {
+        let base = match self {
+            Self::Stream(_) => None,
+            Self::Commit(commit) => Some((&commit.base, commit.base_identity)),
+        };
+        [self.target()].into_iter().chain(base)
+    }
+}
+
+/// A commit.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Committed {
+    /// The image over the layers; none where a guest writes the first of them.
+    pub overlay: Option<Node>,
+    /// The file of the image over the layers, or of the first of them.
+    pub identity: Identity,
+    /// The first of the layers.
+    pub top: Node,
+    /// What they are committed into.
+    pub base: Node,
+    /// The file of what they are committed into.
+    pub base_identity: Identity,
+    /// What to write into the header, where the base's own name is not wanted.
+    pub backing_file: Option<String>,
 }
 
 /// A stream.
@@ -216,7 +287,7 @@ pub struct Stream {
     pub compress: bool,
 }
 
-/// The result of a stream. It is in force as soon as the image's header says what stands here.
+/// The result of a job. It is in force as soon as the image's header says what stands here.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Commit {
@@ -313,6 +384,7 @@ impl State {
     /// Records that an image was put on top of another one. What was on top of that one before is not
     /// any more.
     pub fn put_top(&mut self, top: Top) {
+        self.forget_moved((&top.top.file, top.top_identity));
         self.uncover((&top.covered.file, top.identity));
         self.tops.push(top);
     }
@@ -336,6 +408,30 @@ impl State {
     /// The record of the job of this name.
     pub fn job_named(&mut self, id: &str) -> Option<&mut Job> {
         self.jobs.iter_mut().find(|job| job.id == id)
+    }
+
+    /// Records that a guest writes another image: it has left that one no longer.
+    pub fn put_moved(&mut self, moved: Moved) {
+        let taken = (moved.to.file.clone(), moved.to_identity);
+        self.forget_moved((&taken.0, taken.1));
+        self.forget_moved((&moved.from.file, moved.identity));
+        // Nothing is on top of it any more.
+        self.tops
+            .retain(|top| !is_same_image((&top.covered.file, top.identity), (&taken.0, taken.1)));
+        self.moved.push(moved);
+    }
+
+    /// Forgets that guests have left the image in this file: one writes it again.
+    pub fn forget_moved(&mut self, image: (&str, Identity)) {
+        self.moved
+            .retain(|moved| !is_same_image((&moved.from.file, moved.identity), image));
+    }
+
+    /// Where the guest of the image in this file has gone, if it has.
+    #[must_use]
+    pub fn moved_from(&self, image: (&str, Identity)) -> Option<&Moved> {
+        let mut moved = self.moved.iter();
+        moved.find(|moved| is_same_image((&moved.from.file, moved.identity), image))
     }
 
     /// Forgets a job. What lies under the image of one that has `completed` stays recorded: options

@@ -142,6 +142,7 @@ fn job(id: &str) -> Job {
 
 fn state() -> State {
     State {
+        moved: Vec::new(),
         links: vec![link()],
         jobs: vec![job("j"), job("k")],
         next_job: 2,
@@ -291,7 +292,7 @@ fn versions_before_are_read_through_all_between() {
     assert!(read(4, json!(1)).unwrap_err().contains("version 4"));
     assert!(read(0, json!(1)).unwrap_err().contains("no version"));
     // What this program writes it reads without any of them.
-    assert_eq!(text::VERSION, 2);
+    assert_eq!(text::VERSION, 3);
 }
 
 #[test]
@@ -310,6 +311,7 @@ fn damage_is_told_and_nothing_is_dropped() {
     let mut more = serde_json::to_value(State::default()).unwrap();
     more["more"] = json!(1);
     damaged.push(written(2, &more));
+    damaged.push(written(3, &more));
     for bytes in damaged {
         match text::parse(&bytes, path()) {
             // White space is no part of it.
@@ -390,8 +392,9 @@ fn version_1_is_read() {
     wanted.links.iter_mut().for_each(link);
     for job in &mut wanted.jobs {
         link(&mut job.commit.as_mut().unwrap().link);
-        let Work::Stream(stream) = &mut job.work;
-        stream.identity = [0, 0];
+        if let Work::Stream(stream) = &mut job.work {
+            stream.identity = [0, 0];
+        }
     }
     assert_eq!(text::parse(bytes, path()).unwrap(), wanted);
 }
@@ -672,4 +675,40 @@ fn what_was_let_go_of_stays_so() {
     };
     assert_eq!(link.released_files, ["/disks/b", "/disks/m"]);
     assert_eq!(link.released, ["node /disks/b", "node /disks/m"]);
+}
+
+/// What would be caught: a guest that is put on an image that it has left, or is kept from one that it
+/// has come back to.
+#[test]
+fn a_guest_is_on_one_image_at_a_time() {
+    let node = |file: &str| Node {
+        name: None,
+        format: "qcow2".to_owned(),
+        file: file.to_owned(),
+    };
+    let moved = |from: &str, to: &str| Moved {
+        from: node(from),
+        identity: [0, 0],
+        to: node(to),
+        to_identity: [0, 0],
+    };
+    let mut state = State::default();
+    state.put_moved(moved("/top", "/mid"));
+    state.put_moved(moved("/mid", "/base"));
+    let target = |state: &State, file: &str| {
+        let moved = state.moved_from((file, [0, 0]))?;
+        Some(moved.to.file.clone())
+    };
+    assert_eq!(target(&state, "/top").as_deref(), Some("/mid"));
+    assert_eq!(target(&state, "/mid").as_deref(), Some("/base"));
+    assert_eq!(target(&state, "/base"), None);
+    // A new image has the name of the old one, and is committed as well.
+    state.put_moved(moved("/top", "/base"));
+    assert_eq!(state.moved.len(), 2);
+    assert_eq!(target(&state, "/top").as_deref(), Some("/base"));
+    // It was put back on the image that it had left.
+    state.put_moved(moved("/other", "/mid"));
+    assert_eq!(target(&state, "/mid"), None);
+    let text = text::write(&state);
+    assert_eq!(text::parse(&text, path()).unwrap(), state);
 }

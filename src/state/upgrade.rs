@@ -26,6 +26,11 @@ pub(super) fn to_2(mut state: Value) -> Result<Value, String> {
     Ok(state)
 }
 
+/// From version 2, which knew no commits: nothing is to be changed.
+pub(super) fn to_3(state: Value) -> Result<Value, String> {
+    Ok(state)
+}
+
 fn link_to_2(link: &mut Value) -> Result<(), String> {
     put(link, "identity", json!([0, 0]))?;
     put(link, "released-files", json!([]))

@@ -6,6 +6,7 @@
 #[path = "../common/bitmaps.rs"]
 mod bitmaps;
 mod blocks;
+mod commits;
 mod cuts;
 mod data_file;
 mod device;

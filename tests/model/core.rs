@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Waker};
 
-use stratablk_model::chain::{Chain, Layer, Root, ViewCache};
+use stratablk_model::chain::{Chain, Layer, Root, Tap, ViewCache};
 use stratablk_model::disk::Disk;
+use stratablk_model::error::Error;
 use stratablk_model::format::qcow2::claims::Claims;
 use stratablk_model::format::qcow2::journal::Recorded;
 use stratablk_model::format::qcow2::l2::Slice;
@@ -78,6 +79,123 @@ fn many_claims() {
             (0, 8, true),
         ]);
     });
+}
+
+/// Threads that hold ranges of two disks, and write both: in different orders, unless they hold what they
+/// write. One gives up waiting.
+fn hold(ranges: &[(usize, usize, bool)]) {
+    let root = Root::new(Arc::into_inner(chain(0)).unwrap());
+    let tap = Tap::new(root);
+    let disks: Arc<Vec<[AtomicUsize; 2]>> = Arc::new((0..8).map(|_| Default::default()).collect());
+    let threads: Vec<_> = ranges
+        .iter()
+        .enumerate()
+        .map(|(number, &(start, end, patient))| {
+            let (tap, disks) = (tap.clone(), disks.clone());
+            thread::spawn(move || {
+                let range = start as u64..end as u64;
+                if !patient {
+                    let mut hold = pin!(tap.hold(range));
+                    let _ = hold.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+                    return;
+                }
+                let hold = block_on(tap.hold(range));
+                for disk in 0..2 {
+                    for byte in &disks[start..end] {
+                        byte[disk].store(number + 1, Ordering::SeqCst);
+                    }
+                    thread::yield_now();
+                }
+                drop(hold);
+            })
+        })
+        .collect();
+    threads.into_iter().for_each(|t| t.join().unwrap());
+    for (at, [one, other]) in disks.iter().enumerate() {
+        let [one, other] = [one, other].map(|disk| disk.load(Ordering::SeqCst));
+        assert_eq!(one, other, "the disks differ at {at}");
+    }
+    // All is free again: this does not wait.
+    let mut hold = pin!(tap.hold(0..8));
+    let polled = hold.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+    assert!(polled.is_ready(), "a hold is left over");
+}
+
+#[test]
+fn two_disks_stay_the_same_in_every_order() {
+    every_order(30_000, 100, || hold(&[(0, 3, true), (2, 4, true)]));
+}
+
+#[test]
+fn a_hold_that_is_given_up_in_every_order() {
+    every_order(20_000, 100, || {
+        hold(&[(0, 3, true), (2, 4, false), (1, 5, true)]);
+    });
+}
+
+#[test]
+fn many_holds() {
+    many_orders(3000, || {
+        hold(&[
+            (0, 3, true),
+            (2, 6, true),
+            (1, 2, true),
+            (5, 8, false),
+            (0, 8, true),
+        ]);
+    });
+}
+
+/// A guest's write that the second disk fails, while a job turns to it. The guest is told that it is
+/// done only where it is on the disk that counts, and one of both is told: the guest, or the job.
+fn turn(writes: usize) {
+    let root = Root::new(Arc::into_inner(chain(0)).unwrap());
+    let tap = Tap::new(root);
+    let counts = Arc::new(AtomicBool::new(false));
+    let writers: Vec<_> = (0..writes as u64)
+        .map(|at| {
+            let tap = tap.clone();
+            thread::spawn(move || {
+                let hold = block_on(tap.hold(at..at + 1));
+                let failed = Err(Error::Invalid("the second disk".into()));
+                block_on(tap.settle(hold, Ok(()), failed)).is_ok()
+            })
+        })
+        .collect();
+    let job = {
+        let (tap, counts) = (tap.clone(), counts.clone());
+        thread::spawn(move || {
+            let mut copied = 0;
+            while let Some(range) = tap.take_dirty(1) {
+                copied += range.end - range.start;
+            }
+            if tap.begin_turn() {
+                let turned = tap.is_clean();
+                counts.store(turned, Ordering::SeqCst);
+                tap.end_turn(turned);
+            }
+            copied
+        })
+    };
+    let done = writers.into_iter().map(|t| t.join().unwrap());
+    let done = done.filter(|done| *done).count() as u64;
+    let copied = job.join().unwrap();
+    if counts.load(Ordering::SeqCst) {
+        assert_eq!(done, copied, "done, and not on the disk that counts");
+    } else {
+        assert_eq!(done, writes as u64, "its own disk has it");
+        assert_eq!(copied + tap.dirty(), done, "nobody will copy it");
+    }
+}
+
+#[test]
+fn who_is_told_of_a_failure_in_every_order() {
+    every_order(30_000, 100, || turn(1));
+}
+
+#[test]
+fn who_is_told_of_several_failures() {
+    many_orders(3000, || turn(3));
 }
 
 /// Readers look a value up and use it, each as a chain that begins to be a user of it and ends;

@@ -226,7 +226,7 @@ fn layer(kind: Kind, size: u64, seed: u64, backed: bool) -> (Arc<Layer>, Arc<Lat
 }
 
 fn chain(layers: &[Arc<Layer>], tap: Option<&Arc<Tap>>) -> Chain {
-    Chain::new(layers.to_vec()).unwrap().tapped(tap.cloned())
+    Chain::with_tap(layers.to_vec(), tap.cloned()).unwrap()
 }
 
 async fn write(root: &Root, offset: u64, buffer: &AlignedBuf) -> Result<()> {

@@ -404,3 +404,74 @@ fn a_grant_is_seen_while_its_image_is_opened() {
     run_until(&|| bed.reactor.tasks() == 0);
     assert!(bed.is_writable("disk"));
 }
+
+/// What would be caught: somebody who sees a base change; a guest or a reader who is refused though the
+/// layers hide that from them; a commit that stands in its own way at the end, or lets go of what it
+/// has when its end fails.
+#[test]
+fn nobody_reads_a_base_while_it_is_committed_into() {
+    let bed = Bed::new();
+    let commit = |overlay: Option<&str>, layers: &[&str]| {
+        let layers: Vec<_> = layers.iter().map(|&layer| layer.to_owned()).collect();
+        let base = ("base", Rights::NONE);
+        Request::commit(&bed.graph.state(), "j", overlay, &layers, base)
+    };
+    let both = [commit(Some("top"), &["mid"]), commit(None, &["top", "mid"])];
+    for (active, request) in both.into_iter().enumerate() {
+        let guest = bed.access(&export("seen", true)).unwrap();
+        let job = bed.access(&request).unwrap();
+        assert!(bed.is_writable("base"));
+        drop(bed.access(&export("top", true)).unwrap());
+        let between = bed.access(&export("mid", false));
+        assert_eq!(between.is_ok(), active == 0, "what lies between changes");
+        let text = bed.access(&export("base", false)).unwrap_err().to_string();
+        assert!(
+            text.contains("'consistent read' are both required by"),
+            "{text}"
+        );
+        assert!(
+            text.contains("commit job 'j' (uses node 'base' as 'base'"),
+            "{text}"
+        );
+        bed.access(&resize("base")).unwrap_err();
+        bed.graph.set_backing("mid", None).unwrap_err();
+        // An end that fails is none: this one would let nobody write the base, which the job does.
+        let mut transaction = bed.graph.transaction().by(&job).ending();
+        transaction.set_child("mid", Role::Backing, None).unwrap();
+        let _taken = transaction.taking(resize("base"));
+        bed.graph.commit(transaction).unwrap_err();
+        bed.access(&export("base", false)).unwrap_err();
+        assert_eq!(bed.graph.chain_nodes("mid").unwrap().len(), 2);
+        // One that does not puts the base under the guest.
+        let mut transaction = bed.graph.transaction().by(&job).ending();
+        let taken = match active {
+            0 => {
+                transaction
+                    .set_child("top", Role::Backing, Some("base"))
+                    .unwrap();
+                None
+            }
+            _ => {
+                transaction.replace("top", "base").unwrap();
+                Some(transaction.taking(export("base", true)))
+            }
+        };
+        drop(bed.graph.commit(transaction).unwrap());
+        let moved = taken.map(|taken| taken.grant(&bed.graph));
+        let expected: &[&str] = [&["seen", "base"][..], &["seen"]][active];
+        let nodes = bed.graph.chain_nodes("seen").unwrap();
+        let names: Vec<_> = nodes.iter().map(|node| node.name.as_str()).collect();
+        assert_eq!(names, expected);
+        drop(bed.access(&export("base", false)).unwrap());
+        bed.give_back(job);
+        // The guest still writes it, if it is there.
+        assert_eq!(bed.is_writable("base"), active == 1);
+        if let Some(moved) = moved {
+            drop(guest);
+            bed.give_back(moved);
+        } else {
+            bed.give_back(guest);
+            bed.graph.set_backing("top", Some("mid")).unwrap();
+        }
+    }
+}

@@ -1,0 +1,325 @@
+//! The commit of a layer that a guest writes: the guest goes on on the base at the end.
+//!
+//! ```text
+//!   tap ─▶ old requests end ─▶ copy ─▶ READY ─▶ complete ─▶ turn ─▶ old requests end ─▶ flush ─▶ over
+//!                                        │
+//!                                        └─ cancel: the tap goes, and the base keeps its copy
+//! ```
+//!
+//! From the beginning a [tap](crate::chain::tap) gives what guests write to the base as well. What was
+//! begun before it was there goes to the guest's image alone, so nothing is copied before that has ended.
+//! Then all that the layers hold is copied once, and the base follows by itself however fast a guest
+//! writes. As long as the guest's image counts, it is read through it, and the base changes only where the
+//! layers hide it: an end at any moment leaves both good.
+//!
+//! The turn is the tap's: while it is decided, the base is made stable, and the graph puts the base in the
+//! place of the layer in all disks. Nobody is held up for that. Requests that began before go to both
+//! images until they end; when the last one has, the base is made stable again, and the layers are let
+//! go of. Why nothing is lost by it is argued with the tap.
+
+use std::pin::pin;
+use std::sync::Arc;
+
+use futures_util::future::{self, LocalBoxFuture};
+
+use super::commit::{CommitSpec, Layers};
+use super::context::{ErrorAction, Flow, JobContext};
+use super::handle::Completion;
+use super::records::{self, Recording};
+use super::source::{CopySource, Guests, JobIoError};
+use super::{Body, JobError, copier};
+use crate::chain::Tap;
+use crate::error::{Error, Result};
+use crate::format::Format;
+use crate::graph::{Grant, Graph, Transaction};
+use crate::state::record;
+
+/// Those who are served the disk.
+pub trait Tenants {
+    /// Adds to the changes that put node `to` in the place of `from` what the tenants of that need.
+    ///
+    /// # Errors
+    /// When they cannot be put there.
+    fn prepare(&self, transaction: &mut Transaction, from: &str, to: &str) -> Result<()>;
+
+    /// They are there now.
+    fn moved(&self, graph: &Graph);
+}
+
+/// The body of a commit job whose first layer guests write.
+pub struct Active {
+    graph: Arc<Graph>,
+    layers: Layers,
+    /// The node of the first layer's image.
+    top: String,
+    tap: Arc<Tap>,
+    tenants: Box<dyn Tenants>,
+    /// Where it is recorded that guests have left the layer.
+    recording: Option<Recording>,
+    /// To write the base, and that the layers stay as they are, until the end.
+    grant: Option<Grant>,
+}
+
+impl Active {
+    /// A commit as `spec` wants it, by `grant`: the base can be written to.
+    ///
+    /// # Errors
+    /// When a node does not exist.
+    pub fn new(
+        graph: Arc<Graph>,
+        guests: Box<dyn Guests>,
+        spec: &CommitSpec,
+        tenants: Box<dyn Tenants>,
+        (grant, recording): (Grant, Option<Recording>),
+    ) -> Result<Self> {
+        let target = graph.root(&spec.base)?;
+        let tap = Tap::new(target.clone());
+        Ok(Self {
+            layers: Layers {
+                source: graph.root(spec.top())?,
+                target,
+                base: spec.base.clone(),
+                guests,
+                tap: Some(tap.clone()),
+            },
+            top: graph.image_node(spec.top())?.name,
+            tap,
+            tenants,
+            recording,
+            graph,
+            grant: Some(grant),
+        })
+    }
+
+    fn transaction(&self) -> Transaction {
+        let transaction = self.graph.transaction();
+        match &self.grant {
+            Some(grant) => transaction.by(grant),
+            None => transaction,
+        }
+    }
+
+    /// Begins to follow what guests write, and waits until nothing is under way that was begun before.
+    async fn follow(&self) -> Result<()> {
+        self.layers.make_room(&self.graph).await?;
+        let mut transaction = self.transaction();
+        transaction.set_tap(&self.top, Some(self.tap.clone()))?;
+        drop(self.graph.commit(transaction)?);
+        let node = self.graph.node(&self.top)?;
+        let Format::Qcow2(image) = &node.layer.format else {
+            return Err(Error::Invalid(format!(
+                "node '{}' has no layers under it",
+                self.top
+            )));
+        };
+        for chain in image.users().untapped() {
+            // Those in which it is under other layers are not written through.
+            chain.ended().await;
+        }
+        Ok(())
+    }
+
+    /// Copies what is dirty. False: there is something else to see to first.
+    async fn clean(&self, context: &JobContext) -> std::result::Result<bool, JobError> {
+        while let Some(range) = self.tap.take_dirty(copier::MAX_COPY) {
+            let len = range.end - range.start;
+            if context.interrupted() || context.limit(len).await == Flow::Interrupted {
+                self.tap.mark(range);
+                return Ok(false);
+            }
+            if let Err(error) = self.layers.copy(range.start, len).await {
+                self.tap.mark(range);
+                log::warn!("{}: {error}", context.name());
+                match context.error_action(error.errno, error.write) {
+                    ErrorAction::Stop => return Ok(false),
+                    // What was not copied would be missing.
+                    ErrorAction::Report | ErrorAction::Ignore => {
+                        return Err(JobError::from_errno(error.errno));
+                    }
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Fails when the base could not be made stable for a guest.
+    fn check(&self) -> std::result::Result<(), JobError> {
+        match self.tap.failure() {
+            Some(failure) => Err(JobError::from_errno(failure.errno)),
+            None => Ok(()),
+        }
+    }
+
+    /// Is ready, and follows, until a client says how to end.
+    async fn stay_ready(&self, context: &JobContext) -> std::result::Result<(), JobError> {
+        while !context.should_stop() {
+            let (job, tap) = (context.changed(), self.tap.changes());
+            self.check()?;
+            if context.interrupted() || !self.clean(context).await? {
+                context.pause_point().await;
+                continue;
+            }
+            context.set_ready();
+            if context.completion().is_some() && self.tap.is_clean() {
+                return Ok(());
+            }
+            future::select(pin!(job), pin!(tap)).await;
+        }
+        Ok(())
+    }
+
+    /// Puts guests on the base.
+    async fn turn(&self, context: &JobContext) -> std::result::Result<(), JobError> {
+        let failed = |error: Error| JobError::new(error.to_string());
+        loop {
+            self.check()?;
+            self.recopy().await?;
+            if !self.tap.begin_turn() {
+                continue;
+            }
+            let turned = self.put_in_force().await;
+            // Whoever waits for it hears of it.
+            self.tap.end_turn(matches!(turned, Ok(true)));
+            if turned.map_err(failed)? {
+                break;
+            }
+            log::debug!(
+                "{}: once more, since the base has failed a write",
+                context.name()
+            );
+        }
+        self.tenants.moved(&self.graph);
+        if self.recording.is_none() {
+            log::warn!(
+                "the guest of node '{}' writes node '{}' since the commit, and what '{0}' has is out of \
+                 date: name '{1}' in the options of the next start (with --state it is recorded)",
+                self.top,
+                self.layers.base
+            );
+        }
+        self.tap.unused().await;
+        let settled = self.layers.settle().await;
+        settled.map_err(|error| JobError::from_errno(error.errno))
+    }
+
+    /// Copies what has become dirty since the job was to end.
+    async fn recopy(&self) -> std::result::Result<(), JobError> {
+        while let Some(range) = self.tap.take_dirty(copier::MAX_COPY) {
+            let copied = self.layers.copy(range.start, range.end - range.start).await;
+            copied.map_err(|JobIoError { errno, .. }| JobError::from_errno(errno))?;
+        }
+        Ok(())
+    }
+
+    /// What the turn consists of, while the tap makes those wait whom the base fails. False: it has
+    /// failed one.
+    ///
+    /// Recorded before it is in force, it is in force for the next process if this one is killed. What was
+    /// recorded and cannot be taken back comes about, then, even if the base has failed a write: that
+    /// fails for its guest, and nothing that has completed is lost.
+    async fn put_in_force(&self) -> Result<bool> {
+        self.layers.target.chain().top().flush().await?;
+        let mut transaction = self.transaction().ending();
+        transaction.replace(&self.top, &self.layers.base)?;
+        transaction.set_tap(&self.top, None)?;
+        self.tenants
+            .prepare(&mut transaction, &self.top, &self.layers.base)?;
+        if !self.tap.is_clean() {
+            return Ok(false);
+        }
+        let Some(recording) = &self.recording else {
+            drop(self.graph.commit(transaction)?);
+            return Ok(true);
+        };
+        let moved = self.moved()?;
+        recording.moved(&moved)?;
+        if !self.tap.is_clean() && recording.not_moved(&moved).is_ok() {
+            return Ok(false);
+        }
+        let turned = self.graph.commit(transaction);
+        if turned.is_err()
+            && let Err(error) = recording.not_moved(&moved)
+        {
+            log::error!(
+                "node '{}' stays the guest's, and it is recorded that node '{}' is: {error} (remove the \
+                 record before the next start)",
+                self.top,
+                self.layers.base
+            );
+        }
+        drop(turned?);
+        Ok(true)
+    }
+
+    /// The record of what the turn changes.
+    fn moved(&self) -> Result<record::Moved> {
+        let (from, to) = (
+            self.graph.node(&self.top)?,
+            self.graph.image_node(&self.layers.base)?,
+        );
+        Ok(record::Moved {
+            from: records::node(&self.graph, &from)?,
+            identity: records::identity(&from),
+            to: records::node(&self.graph, &to)?,
+            to_identity: records::identity(&to),
+        })
+    }
+
+    /// Lets guests write their own image alone.
+    async fn leave(&self) -> Result<()> {
+        let mut transaction = self.transaction();
+        transaction.set_tap(&self.top, None)?;
+        drop(self.graph.commit(transaction)?);
+        self.tap.unused().await;
+        Ok(())
+    }
+}
+
+impl Body for Active {
+    fn run<'a>(
+        &'a mut self,
+        context: &'a JobContext,
+    ) -> LocalBoxFuture<'a, std::result::Result<(), JobError>> {
+        Box::pin(async move {
+            let follows = self.follow().await;
+            follows.map_err(|error| JobError::new(error.to_string()))?;
+            copier::run(&self.layers, context).await?;
+            self.stay_ready(context).await
+        })
+    }
+
+    fn commit<'a>(
+        &'a mut self,
+        context: &'a JobContext,
+    ) -> LocalBoxFuture<'a, std::result::Result<(), JobError>> {
+        Box::pin(async move {
+            match context.completion() {
+                Some(Completion::Result) => self.turn(context).await,
+                Some(Completion::Copy) | None => {
+                    self.recopy().await?;
+                    let left = self.leave().await;
+                    left.map_err(|error| JobError::new(error.to_string()))?;
+                    let settled = self.layers.settle().await;
+                    settled.map_err(|error| JobError::from_errno(error.errno))
+                }
+            }
+        })
+    }
+
+    fn close(&mut self) -> LocalBoxFuture<'_, ()> {
+        Box::pin(async move {
+            // Nothing may be on its way to the base when it is given back.
+            if let Err(error) = self.leave().await {
+                log::error!("node '{}': {error}", self.top);
+            }
+            if let Some(grant) = self.grant.take()
+                && let Err(error) = grant.give_back().await
+            {
+                log::error!("node '{}': back to read-only: {error}", self.layers.base);
+            }
+            if let Err(error) = self.graph.lower_image(&self.top).await {
+                log::error!("node '{}': back to read-only: {error}", self.top);
+            }
+        })
+    }
+}
