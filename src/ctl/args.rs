@@ -74,6 +74,8 @@ pub enum Command {
     },
     /// Copy data from the layers below into an image while the guest runs
     Stream(StreamArgs),
+    /// Copy what layers hold into the image under them while the guest runs
+    Commit(CommitArgs),
     /// Limit the speed of a job
     Speed {
         /// The job
@@ -231,6 +233,47 @@ pub struct StreamArgs {
     pub wait: bool,
 }
 
+/// Options of `commit`.
+#[derive(Debug, Args)]
+pub struct CommitArgs {
+    /// The export or node in whose chain the layers are
+    pub device: String,
+    /// The first of the layers, by its file [default: the guest's own; the job is ready when all is
+    /// copied, and 'complete' puts the guest on the base]
+    #[arg(long, value_name = "FILE", group = "from")]
+    pub top: Option<String>,
+    /// The first of the layers, by its node
+    #[arg(long, value_name = "NODE", group = "from")]
+    pub top_node: Option<String>,
+    /// Where it goes, by its file [default: the last layer of the chain]
+    #[arg(long, value_name = "FILE", group = "into")]
+    pub base: Option<String>,
+    /// Where it goes, by its node
+    #[arg(long, value_name = "NODE", group = "into")]
+    pub base_node: Option<String>,
+    /// The name of the base to write into the image over the layers
+    #[arg(long, value_name = "NAME", requires = "from")]
+    pub backing_file: Option<String>,
+    /// Bytes per second
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub speed: Option<u64>,
+    /// The job's name [default: DEVICE, or made from it where no job can have that name]
+    #[arg(long, value_name = "NAME")]
+    pub job_id: Option<String>,
+    /// What to do when data cannot be read or written
+    #[arg(long, value_enum, value_name = "ACTION")]
+    pub on_error: Option<OnError>,
+    /// Stay pending at the end until 'finalize'
+    #[arg(long)]
+    pub no_auto_finalize: bool,
+    /// Stay in the list after the end until 'dismiss'
+    #[arg(long)]
+    pub no_auto_dismiss: bool,
+    /// Show the progress and return when the job has ended. It goes on when this is interrupted
+    #[arg(short, long)]
+    pub wait: bool,
+}
+
 /// What a job does about errors.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub enum OnError {
@@ -293,6 +336,10 @@ mod tests {
             &["stream", "d", "--backing-file", "x"],
             &["stream", "d", "--on-error", "panic"],
             &["stream", "d", "--speed", "-1"],
+            &["commit"],
+            &["commit", "d", "--top", "x", "--top-node", "y"],
+            &["commit", "d", "--base", "x", "--base-node", "y"],
+            &["commit", "d", "--backing-file", "x"],
             &["speed", "j", "fast"],
             &["speed", "j"],
             &["clear-sync-error"],

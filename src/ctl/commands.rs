@@ -1,6 +1,6 @@
 //! What each command sends, and how its answer is printed.
 
-use super::args::{Cli, Command, SOCKET_VARIABLE, StreamArgs};
+use super::args::{Cli, Command, CommitArgs, SOCKET_VARIABLE, StreamArgs};
 use super::client::Client;
 use super::send::send;
 use super::tracker::Tracker;
@@ -27,6 +27,7 @@ pub fn execute(cli: Cli, out: &mut dyn Write) -> Result<(), Failure> {
             watch(client, Tracker::new(None, Instant::now()), json, out)
         }
         Command::Stream(args) => stream(client, &args, json, out),
+        Command::Commit(args) => commit(client, &args, json, out),
         Command::Speed { job, rate } => send(
             client,
             "block-job-set-speed",
@@ -109,14 +110,51 @@ fn stream(
         Some(id) => id.clone(),
         None => job_id(client, &args.device)?,
     };
-    let job = job.as_str();
+    let arguments = stream_arguments(args, &job);
+    begin(
+        client,
+        ("block-stream", arguments),
+        (&job, args.wait),
+        json,
+        out,
+    )
+}
+
+fn commit(
+    client: &mut Client,
+    args: &CommitArgs,
+    json: bool,
+    out: &mut dyn Write,
+) -> Result<(), Failure> {
+    let job = match &args.job_id {
+        Some(id) => id.clone(),
+        None => job_id(client, &args.device)?,
+    };
+    let arguments = commit_arguments(args, &job);
+    begin(
+        client,
+        ("block-commit", arguments),
+        (&job, args.wait),
+        json,
+        out,
+    )
+}
+
+/// Starts a job, and waits for its end if that is wanted.
+fn begin(
+    client: &mut Client,
+    (command, arguments): (&str, Value),
+    (job, wait): (&str, bool),
+    json: bool,
+    out: &mut dyn Write,
+) -> Result<(), Failure> {
     // What came before the answer to this tells of other jobs, of the same name perhaps: a daemon
     // that was restarted tells how jobs of the one before ended.
     client.execute("query-version", Value::Null)?;
     client.queued_events();
     let began = Instant::now();
-    client.execute("block-stream", stream_arguments(args, job))?;
-    if args.wait {
+    client.execute(command, arguments)?;
+    if wait {
         return watch(client, Tracker::new(Some(job), began), json, out);
     }
     if json {
@@ -155,6 +193,37 @@ fn job_id(client: &mut Client, device: &str) -> Result<String, Failure> {
         return Ok(stem);
     }
     Ok(names.find(is_free).unwrap_or(stem))
+}
+
+fn commit_arguments(args: &CommitArgs, job: &str) -> Value {
+    let mut map = Map::new();
+    map.insert("device".to_owned(), json!(args.device));
+    map.insert("job-id".to_owned(), json!(job));
+    let texts = [
+        ("top", args.top.as_deref()),
+        ("top-node", args.top_node.as_deref()),
+        ("base", args.base.as_deref()),
+        ("base-node", args.base_node.as_deref()),
+        ("backing-file", args.backing_file.as_deref()),
+        ("on-error", args.on_error.map(|action| action.word())),
+    ];
+    for (key, text) in texts {
+        if let Some(text) = text {
+            map.insert(key.to_owned(), json!(text));
+        }
+    }
+    if let Some(speed) = args.speed {
+        map.insert("speed".to_owned(), json!(speed));
+    }
+    for (key, off) in [
+        ("auto-finalize", args.no_auto_finalize),
+        ("auto-dismiss", args.no_auto_dismiss),
+    ] {
+        if off {
+            map.insert(key.to_owned(), json!(false));
+        }
+    }
+    Value::Object(map)
 }
 
 fn stream_arguments(args: &StreamArgs, job: &str) -> Value {
