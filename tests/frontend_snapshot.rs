@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use stratablk::state::{Store, record};
 
 const DISK: u64 = 1 << 20;
 const CLUSTER: usize = 64 << 10;
@@ -52,7 +53,11 @@ struct Life {
 
 impl Life {
     fn begin(setup: &Setup, dir: &Path) -> Res<Self> {
-        let mut daemon = setup.start(&Program::under_test(), dir, None)?;
+        Self::begin_with(&Program::under_test(), setup, dir)
+    }
+
+    fn begin_with(program: &Program, setup: &Setup, dir: &Path) -> Res<Self> {
+        let mut daemon = setup.start(program, dir, None)?;
         let guest = daemon.connect(&setup.socket, 1, QUEUE, 1 << 20)?;
         let qmp = daemon.qmp(setup.qmp.as_ref().ok_or("no control socket")?)?;
         let dir = dir.to_owned();
@@ -402,20 +407,9 @@ fn a_reboot_does_not_bring_the_guest_back() -> Res<()> {
     for path in [&setup.layers[0].0, &top] {
         images::wait_unlocked(path)?;
     }
-    // What is in memory is gone with the machine.
-    for entry in fs::read_dir(journal.path())? {
-        fs::remove_file(entry?.path())?;
-    }
+    empty(journal.path())?;
     let old = fs::read(&setup.layers[0].0)?;
-    let mut daemon = setup.start(&rebooted, dir.path(), None)?;
-    let guest = daemon.connect(&setup.socket, 1, QUEUE, 1 << 20)?;
-    let qmp = daemon.qmp(setup.qmp.as_ref().ok_or("no control socket")?)?;
-    let mut life = Life {
-        daemon,
-        guest,
-        qmp,
-        dir: dir.path().to_owned(),
-    };
+    let mut life = Life::begin_with(&rebooted, &setup, dir.path())?;
     assert_eq!(life.top()?, "first");
     let read = life.read(0, 9 * SECTOR)?;
     assert!(read[..8 * SECTOR].iter().all(|byte| *byte == 1));
@@ -427,6 +421,82 @@ fn a_reboot_does_not_bring_the_guest_back() -> Res<()> {
         "the old top was written"
     );
     assert!(!images::check(&top)?);
+    Ok(())
+}
+
+/// What is in memory is gone with the machine.
+fn empty(journal: &Path) -> Res<()> {
+    for entry in fs::read_dir(journal)? {
+        fs::remove_file(entry?.path())?;
+    }
+    Ok(())
+}
+
+/// Records that `top` is on top of `old`, as by a process that was killed before it had closed that.
+fn record_covered(dir: &Path, old: &Path, top: &Path) -> Res<()> {
+    let node = |name: &str, path: &Path| -> Res<record::Node> {
+        Ok(record::Node {
+            name: Some(name.to_owned()),
+            format: "qcow2".to_owned(),
+            file: images::text(path)?.to_owned(),
+        })
+    };
+    let record = record::Top {
+        covered: node("layer0", old)?,
+        identity: [0, 0],
+        top: node("first", top)?,
+        top_identity: [0, 0],
+        exports: vec!["disk".to_owned()],
+        open_as: json!({"driver": "qcow2", "node-name": "first", "discard": "unmap",
+            "file": {"driver": "file", "filename": top}}),
+        closed: false,
+    };
+    let store = Store::open(&dir.join("state"), "stratablk")?;
+    Ok(store.change(|state| state.put_top(record))?)
+}
+
+/// What would be caught: writes to the old top that a guest's later flush does not make stable,
+/// since the process was killed while it closed that.
+#[test]
+fn an_old_top_that_was_not_closed_is_stable_before_the_next_guest() -> Res<()> {
+    let dir = tempfile::tempdir()?;
+    let Some(rebooted) = in_another_boot(dir.path())? else {
+        eprintln!("skipped: the number of the boot cannot be covered here");
+        return Ok(());
+    };
+    let journal = tempfile::tempdir_in("/dev/shm")?;
+    let mut setup = bed(dir.path(), true)?;
+    let folder = images::text(journal.path())?.to_owned();
+    setup.extra.extend(["--journal".to_owned(), folder]);
+    let (old, top) = (setup.layers[0].0.clone(), dir.path().join("first.qcow2"));
+    images::create(&top, DISK, "compat=1.1", Some((&old, "qcow2")))?;
+    let mut life = Life::begin(&setup, dir.path())?;
+    life.write(0, CLUSTER, 1)?;
+    life.daemon.kill()?;
+    drop(life);
+    images::wait_unlocked(&old)?;
+    record_covered(dir.path(), &old, &top)?;
+    // The guest's flush is told to be done.
+    let mut life = Life::begin(&setup, dir.path())?;
+    assert_eq!(life.top()?, "first");
+    assert!(life.read(0, CLUSTER)?.iter().all(|byte| *byte == 1));
+    assert_eq!(life.guest.queues[0].run(&Op::flush())?, OK);
+    life.daemon.kill()?;
+    drop(life);
+    for path in [&old, &top] {
+        images::wait_unlocked(path)?;
+    }
+    empty(journal.path())?;
+    let mut life = Life::begin_with(&rebooted, &setup, dir.path())?;
+    let read = life.read(0, CLUSTER)?;
+    assert!(
+        read.iter().all(|byte| *byte == 1),
+        "what was flushed is lost"
+    );
+    life.end()?;
+    let store = Store::open(&dir.path().join("state"), "stratablk")?;
+    assert!(store.state().tops[0].closed);
+    assert!(!images::check(&old)?);
     Ok(())
 }
 

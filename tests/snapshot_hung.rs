@@ -2,7 +2,7 @@
 //!
 //! What would be caught: a guest that waits for the switch, or for storage that its request does not
 //! need; a copy of the hung write's cluster that is made before it has landed, which would hide it; a
-//! command that answers while the old top may still be written.
+//! command that answers, or a record that calls the old top closed, while that may still be written.
 
 #![allow(clippy::unwrap_used)]
 
@@ -28,6 +28,7 @@ use stratablk::graph::{Graph, Holder, Node, Request};
 use stratablk::job::{Manager, ParkRunner, Refused, SystemClock};
 use stratablk::options::{BlockdevOptions, Dialect, ExportOptions};
 use stratablk::reactor::Reactor;
+use stratablk::state::Store;
 use stratablk::storage::Storage;
 use stratablk::storage::fault::{Call, FaultStorage, Gate};
 use stratablk::storage::memory::MemoryStorage;
@@ -115,7 +116,7 @@ impl Bed {
             graph,
             exports,
             jobs,
-            store: None,
+            store: Some(Arc::new(Store::open(dir, "d")?)),
             streams: Box::new(|_, _| Err(Refused("no streams here".into()))),
             runtime: Runtime::alone(Arc::new(|_| {})),
             quit: Box::new(|| {}),
@@ -153,6 +154,13 @@ impl Bed {
             }
             self.guest.queues[0].wait()?;
         }
+    }
+
+    /// Which of the old tops are recorded to be closed.
+    fn closed(&self) -> Vec<bool> {
+        let store = self.engine.store.as_ref();
+        let tops = store.map(|store| store.state().tops).unwrap_or_default();
+        tops.iter().map(|top| top.closed).collect()
     }
 
     /// Waits for the next request that ends; which it is.
@@ -244,6 +252,8 @@ fn hang(format: &str) -> Res<()> {
     bed.write(3 * SECTORS, CLUSTER, 7)?;
     bed.run(&Op::flush())?;
     assert!(is_unanswered(&told));
+    // A kill comes at any time.
+    assert_eq!(bed.closed(), [false, false]);
 
     bed.old.open();
     let mut ended = [bed.next()?, bed.next()?, bed.next()?];
@@ -255,6 +265,7 @@ fn hang(format: &str) -> Res<()> {
     assert_eq!(ended, [1, 2, 3]);
     told.recv_timeout(PATIENCE)??;
     second.recv_timeout(PATIENCE)??;
+    assert_eq!(bed.closed(), [true, true]);
     assert!(bed.engine.graph.node("t")?.layer.read_only, "it is closed");
     assert!(bed.engine.graph.node("n")?.layer.read_only);
     let mut wanted = vec![1; CLUSTER];
@@ -326,6 +337,7 @@ fn a_flush_is_one_of_the_old_top_as_long_as_that_is_closing() -> Res<()> {
     told.recv_timeout(PATIENCE)??;
     assert!(!bed.flush()?, "what was written to it is not stable");
     assert!(!bed.engine.graph.node("t")?.layer.read_only);
+    assert_eq!(bed.closed(), [false]);
     bed.file.fail_syncs(false);
     Ok(())
 }

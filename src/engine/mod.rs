@@ -9,6 +9,7 @@
 //! - [`stream`], [`commit`]: stream and commit jobs
 //! - [`snapshot`]: new images on top of those that guests write; transactions
 //! - `overlay_image`: how these images are made and opened
+//! - `covered`: how the images below are closed
 //! - [`overlays`]: what is recorded of them
 //! - [`state`]: what is recorded, and how the next process goes on with it
 //! - [`neighbours`]: what other processes have recorded of the same images
@@ -18,6 +19,7 @@
 mod backing_file;
 pub mod commit;
 pub mod control_thread;
+mod covered;
 mod create;
 pub mod ending;
 pub mod exports;

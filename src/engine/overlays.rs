@@ -15,7 +15,7 @@ use serde_json::Value;
 use super::state::{find, recorded};
 use crate::error::{Error, Result};
 use crate::graph::recorded::is_same_image;
-use crate::graph::{Graph, Node, Role, State};
+use crate::graph::{Graph, Holder, Node, Request, Role, State};
 use crate::job::records::{self, identity};
 use crate::options::{BackingRef, BlockdevOptions, Dialect, Driver, ExportOptions};
 use crate::reactor::Reactor;
@@ -30,7 +30,7 @@ pub(super) struct Cover {
 }
 
 /// The records of nodes that are about to be put on top of others. `tops` are the images that exports
-/// have on top now, with the exports' ids.
+/// have on top now, with the exports' ids, and `written` those of them that guests write.
 ///
 /// # Errors
 /// When a node does not exist.
@@ -38,6 +38,7 @@ pub(super) fn records(
     graph: &Graph,
     covers: &[Cover],
     mut tops: Vec<(String, String)>,
+    written: &[&str],
 ) -> Result<Vec<Top>> {
     let state = graph.state();
     let mut made = Vec::new();
@@ -55,6 +56,7 @@ pub(super) fn records(
             top_identity: identity(top),
             exports,
             open_as: options_of(&state, top),
+            closed: !written.contains(&covered.name.as_str()),
         });
     }
     Ok(made)
@@ -122,6 +124,9 @@ impl Restoring<'_> {
             // Neither it nor what was put on top of it is served from it.
             return Ok(());
         }
+        if let Some(covered) = &covered {
+            self.close_below(covered, reactor)?;
+        }
         let overlay = match self.find(&self.top.top, self.top.top_identity)? {
             Some(node) => node,
             None => self.open(covered.as_ref(), reactor)?,
@@ -157,6 +162,34 @@ impl Restoring<'_> {
                 self.store.path().display()
             );
             export.node_name.clone_from(&overlay.name);
+        }
+        Ok(())
+    }
+
+    /// Makes stable what the guest has written to the image below, if the process that covered it
+    /// has not come to that: a flush by the guest may make the image on top stable alone from here
+    /// on.
+    fn close_below(&self, covered: &Node, reactor: &Reactor) -> Result<()> {
+        if self.top.closed {
+            return Ok(());
+        }
+        let closing = async {
+            let request = Request::disk(Holder::Tool, &covered.name, true);
+            let grant = self.graph.access(request).await?;
+            let flushed = self.graph.image_node(&covered.name)?.layer.flush().await;
+            flushed.and(grant.give_back().await)
+        };
+        reactor.block_on(closing).map_err(|error| {
+            Error::Invalid(format!(
+                "'{}' may hold what its guest has written before, which was not made stable, and \
+                 it cannot be now: {error} (it has to be opened for writing once, without \
+                 read-only=on)",
+                self.top.covered.file
+            ))
+        })?;
+        let closed = self.store.happened(|state| state.close_covered(self.top));
+        if let Err(error) = closed {
+            log::error!("that '{}' is stable: {error}", self.top.covered.file);
         }
         Ok(())
     }

@@ -12,13 +12,14 @@
 
 use std::sync::Arc;
 
+use super::covered::{Covered, Moved};
 use super::overlay_image::{check_fits, local_file, make, overlay_options};
 use super::overlays::Cover;
 use super::{Engine, on_this_thread, overlays};
 use crate::chain::turn::Turn;
 use crate::error::{Error, Result};
-use crate::export::{Export, Held};
-use crate::graph::{Grant, Graph, Holder, Node, Request, State, Transaction};
+use crate::export::Held;
+use crate::graph::{Grant, Holder, Node, Request, State, Transaction};
 use crate::job::Refused;
 use crate::state::record;
 use crate::storage::MadeFile;
@@ -56,18 +57,6 @@ pub struct NewOverlay {
     pub existing: bool,
 }
 
-/// An export whose guest gets another image to write.
-struct Moved {
-    export: Arc<Export>,
-    writable: bool,
-    /// The node that it had on top.
-    old: String,
-    /// What it may do with the image that it gets.
-    grant: Option<Grant>,
-    /// What its guest has begun to do with the one that it had.
-    closing: Option<Grant>,
-}
-
 impl Engine {
     /// Carries out all `actions`, or none.
     ///
@@ -77,8 +66,8 @@ impl Engine {
         let mut change = Change::new(self);
         match change.prepare(actions) {
             Ok(prepared) => {
-                if let Some((moved, turns)) = prepared {
-                    self.close_covered(moved, &turns);
+                if let Some(covered) = prepared {
+                    self.close_covered(covered);
                 }
                 Ok(())
             }
@@ -88,49 +77,7 @@ impl Engine {
             }
         }
     }
-
-    /// Waits until nothing is on its way any more into images that were covered, makes them stable,
-    /// and gives them back to their readers.
-    fn close_covered(&self, moved: Vec<Moved>, turns: &[Arc<Turn>]) {
-        let closed = on_this_thread(|reactor| {
-            reactor.block_on(async {
-                for turn in turns {
-                    turn.late_writes_end().await;
-                }
-                for Moved { old, closing, .. } in moved {
-                    if let Some(grant) = closing
-                        && let Err(error) = close(&self.graph, &old, grant).await
-                    {
-                        log::error!(
-                            "node '{old}', which a snapshot has covered, stays open for writing: \
-                             {error} (the guest's flushes fail until it can be made stable)"
-                        );
-                    }
-                }
-            });
-            Ok(())
-        });
-        if let Err(error) = closed {
-            log::error!("closing what snapshots have covered: {error}");
-        }
-    }
 }
-
-/// Gives node `old` back to its readers, once nobody is writing it any more.
-async fn close(graph: &Graph, old: &str, grant: Grant) -> Result<()> {
-    let node = graph.image_node(old)?;
-    if let Err(error) = node.layer.flush().await {
-        grant.keep();
-        return Err(error);
-    }
-    let mut transaction = graph.transaction();
-    transaction.set_closing(&node.name, false)?;
-    graph.commit(transaction)?;
-    grant.give_back().await
-}
-
-/// What is left to do when chains have been switched.
-type Switched = (Vec<Moved>, Vec<Arc<Turn>>);
 
 /// What has been done for a transaction, as long as it can be taken back.
 struct Change<'e> {
@@ -160,7 +107,7 @@ impl<'e> Change<'e> {
 
     /// Does all of it up to the switch of the chains. What is left is to close the images that have
     /// been covered.
-    fn prepare(&mut self, actions: &[Action]) -> Result<Option<Switched>> {
+    fn prepare(&mut self, actions: &[Action]) -> Result<Option<Covered>> {
         for action in actions {
             let cover = match action {
                 Action::Snapshot { node, overlay } => self.find(node, overlay)?,
@@ -179,7 +126,11 @@ impl<'e> Change<'e> {
         self.flush()?;
         self.record()?;
         let turns = self.switch()?;
-        Ok(Some((std::mem::take(&mut self.moved), turns)))
+        Ok(Some(Covered {
+            moved: std::mem::take(&mut self.moved),
+            turns,
+            recorded: std::mem::take(&mut self.recorded),
+        }))
     }
 
     /// The graph as it is going to be.
@@ -348,7 +299,9 @@ impl<'e> Change<'e> {
         };
         let before = self.moved.iter();
         let before = before.map(|moved| (moved.old.clone(), moved.export.id().to_owned()));
-        let tops = overlays::records(&engine.graph, &self.covers, before.collect())?;
+        let written = self.moved.iter().filter(|moved| moved.writable);
+        let written: Vec<_> = written.map(|moved| moved.old.as_str()).collect();
+        let tops = overlays::records(&engine.graph, &self.covers, before.collect(), &written)?;
         store.change(|state| tops.iter().for_each(|top| state.put_top(top.clone())))?;
         self.recorded = tops;
         Ok(())

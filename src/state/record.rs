@@ -146,6 +146,14 @@ pub struct Top {
     pub exports: Vec<String>,
     /// The options of its node, without what lies under it.
     pub open_as: serde_json::Value,
+    /// The image below has been made stable, and given back to its readers. Until then it may hold
+    /// what its guest has written and not flushed.
+    #[serde(default = "yes", skip_serializing_if = "Clone::clone")]
+    pub closed: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// What a job does about an I/O error.
@@ -398,6 +406,21 @@ impl State {
     /// Forgets that an image is on top of another one.
     pub fn forget_top(&mut self, top: &Top) {
         self.tops.retain(|other| other != top);
+    }
+
+    /// The image below one that was put on top of it has been closed.
+    pub fn close_covered(&mut self, closed: &Top) {
+        let is_it = |top: &Top| {
+            let covered = |top: &Top| (top.covered.file.clone(), top.identity);
+            let above = |top: &Top| (top.top.file.clone(), top.top_identity);
+            let same = |one: (String, Identity), other: (String, Identity)| {
+                is_same_image((&one.0, one.1), (&other.0, other.1))
+            };
+            same(covered(top), covered(closed)) && same(above(top), above(closed))
+        };
+        for top in self.tops.iter_mut().filter(|top| is_it(top)) {
+            top.closed = true;
+        }
     }
 
     /// The record of the job with this number.

@@ -160,6 +160,7 @@ fn state() -> State {
             top_identity: [5, 6],
             exports: vec!["e".to_owned()],
             open_as: json!({"driver": "qcow2", "file": {"driver": "file", "filename": "/n"}}),
+            closed: false,
         }],
     }
 }
