@@ -363,6 +363,58 @@ fn a_stream_into_the_new_image_lets_the_old_one_go() -> Res<()> {
     Ok(())
 }
 
+/// What would be caught: a start that looks for an image which streams have let go of.
+#[test]
+fn an_image_between_that_was_let_go_of_need_not_exist() -> Res<()> {
+    let dir = tempfile::tempdir()?;
+    let setup = bed(dir.path(), true)?;
+    let mut life = Life::begin(&setup, dir.path())?;
+    life.write(0, CLUSTER, 1)?;
+    let mut files = Vec::new();
+    for (name, byte) in [("first", 2), ("second", 3), ("third", 4)] {
+        files.push(life.snapshot(name)?);
+        life.write(8 * u64::from(byte), SECTOR, byte)?;
+        // The second one is let go of together with the first, by the stream into the third.
+        if name != "second" {
+            life.ask("block-stream", json!({"device": name, "job-id": name}))?;
+            let end = life.qmp.job_end(name)?;
+            assert!(end["data"].get("error").is_none(), "{end}");
+        }
+    }
+    life.daemon.kill()?;
+    drop(life);
+    let Some(top) = files.pop() else {
+        return Err("no image".into());
+    };
+    images::wait_unlocked(&top)?;
+    for file in files {
+        fs::remove_file(file)?;
+    }
+    let old = fs::read(&setup.layers[0].0)?;
+    let mut life = Life::begin(&setup, dir.path())?;
+    assert_eq!(life.top()?, "third");
+    let read = life.read(0, 40 * SECTOR)?;
+    for (sector, byte) in [(0, 1), (16, 2), (24, 3), (32, 4)] {
+        assert_eq!(read[sector * SECTOR], byte);
+    }
+    life.write(0, SECTOR, 5)?;
+    life.end()?;
+    assert!(
+        fs::read(&setup.layers[0].0)? == old,
+        "the old top was written"
+    );
+    // The one on top is gone, too: the advice says what removing the record means.
+    fs::remove_file(&top)?;
+    let mut daemon = setup.start(&Program::under_test(), dir.path(), None)?;
+    let refused = daemon.connect(&setup.socket, 1, QUEUE, CLUSTER).err();
+    let text = refused.ok_or("served without its top")?.to_string();
+    assert!(
+        text.contains("third.qcow2") && text.contains("without anything written since"),
+        "{text}"
+    );
+    Ok(())
+}
+
 /// The daemon in a boot of the machine with another number; `None` where that cannot be pretended.
 fn in_another_boot(dir: &Path) -> Res<Option<Program>> {
     const NUMBER: &str = "/proc/sys/kernel/random/boot_id";

@@ -86,20 +86,25 @@ pub fn restore(
     let Some(store) = store else {
         return Ok(());
     };
-    for top in store.state().tops {
+    let state = store.state();
+    for record in &state.tops {
+        let top = state.standing(record);
         let restoring = Restoring {
             graph,
             store,
+            record,
             top: &top,
         };
         restoring.restore(exports, reactor).map_err(|error| {
             Error::Invalid(format!(
-                "'{}' records that '{}' is on top of '{}', and its guest writes there: {error} (to \
-                 forget what is recorded, remove that file; an export of the image below would \
-                 destroy what is on top of it)",
-                store.path().display(),
-                top.top.file,
-                top.covered.file
+                "'{place}' records that '{on_top}' is on top of '{covered}', and its guest writes \
+                 there: {error} (put back what is missing; removing '{place}' forgets all that it \
+                 records, and an export of '{covered}' then gives its guest the disk as it was \
+                 before, without anything written since, and destroys '{on_top}' as soon as it \
+                 writes)",
+                place = store.path().display(),
+                on_top = top.top.file,
+                covered = top.covered.file
             ))
         })?;
     }
@@ -109,6 +114,8 @@ pub fn restore(
 struct Restoring<'a> {
     graph: &'a Graph,
     store: &'a Arc<Store>,
+    record: &'a Top,
+    /// What stands of it.
     top: &'a Top,
 }
 
@@ -170,7 +177,7 @@ impl Restoring<'_> {
     /// has not come to that: a flush by the guest may make the image on top stable alone from here
     /// on.
     fn close_below(&self, covered: &Node, reactor: &Reactor) -> Result<()> {
-        if self.top.closed {
+        if self.record.closed {
             return Ok(());
         }
         let closing = async {
@@ -187,7 +194,9 @@ impl Restoring<'_> {
                 self.top.covered.file
             ))
         })?;
-        let closed = self.store.happened(|state| state.close_covered(self.top));
+        let closed = self
+            .store
+            .happened(|state| state.close_covered(self.record));
         if let Err(error) = closed {
             log::error!("that '{}' is stable: {error}", self.top.covered.file);
         }

@@ -15,6 +15,7 @@
 pub mod folder;
 pub mod record;
 mod text;
+mod tops;
 mod upgrade;
 
 use std::fs::{File, TryLockError};

@@ -389,40 +389,6 @@ impl State {
         Ok(number)
     }
 
-    /// Records that an image was put on top of another one. What was on top of that one before is not
-    /// any more.
-    pub fn put_top(&mut self, top: Top) {
-        self.forget_moved((&top.top.file, top.top_identity));
-        self.uncover((&top.covered.file, top.identity));
-        self.tops.push(top);
-    }
-
-    /// Records that nothing is on top of an image any more: what was has been merged into it.
-    pub fn uncover(&mut self, image: (&str, Identity)) {
-        self.tops
-            .retain(|top| !is_same_image((&top.covered.file, top.identity), image));
-    }
-
-    /// Forgets that an image is on top of another one.
-    pub fn forget_top(&mut self, top: &Top) {
-        self.tops.retain(|other| other != top);
-    }
-
-    /// The image below one that was put on top of it has been closed.
-    pub fn close_covered(&mut self, closed: &Top) {
-        let is_it = |top: &Top| {
-            let covered = |top: &Top| (top.covered.file.clone(), top.identity);
-            let above = |top: &Top| (top.top.file.clone(), top.top_identity);
-            let same = |one: (String, Identity), other: (String, Identity)| {
-                is_same_image((&one.0, one.1), (&other.0, other.1))
-            };
-            same(covered(top), covered(closed)) && same(above(top), above(closed))
-        };
-        for top in self.tops.iter_mut().filter(|top| is_it(top)) {
-            top.closed = true;
-        }
-    }
-
     /// The record of the job with this number.
     pub fn job_mut(&mut self, number: u64) -> Option<&mut Job> {
         self.jobs.iter_mut().find(|job| job.number == number)
