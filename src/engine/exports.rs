@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::export::Export;
 use crate::graph::Grant;
@@ -170,9 +170,20 @@ impl Exports {
         inner.list.len() < before
     }
 
-    /// From here on none is added.
+    /// Takes the right to give guests other images, until it is dropped.
+    ///
+    /// # Errors
+    /// When the process ends: what is opened from then on, nobody would close.
+    pub(super) fn turn(&self) -> Result<MutexGuard<'_, ()>, Refused> {
+        let turning = self.turning.lock();
+        check_open(&self.inner.lock())?;
+        Ok(turning)
+    }
+
+    /// From here on none is added, and none gets another image.
     pub fn close(&self) {
         self.inner.lock().closed = true;
+        drop(self.turning.lock());
     }
 
     /// Gives an export another grant in the place of the one that it has. One that is being ended has

@@ -29,37 +29,52 @@ pub(super) struct Cover {
     pub overlay: String,
 }
 
-/// The records of nodes that are about to be put on top of others. `tops` are the images that exports
-/// have on top now, with the exports' ids, and `written` those of them that guests write.
-///
-/// # Errors
-/// When a node does not exist.
-pub(super) fn records(
-    graph: &Graph,
-    covers: &[Cover],
-    mut tops: Vec<(String, String)>,
-    written: &[&str],
-) -> Result<Vec<Top>> {
-    let state = graph.state();
-    let mut made = Vec::new();
-    for cover in covers {
+/// Makes the records of nodes that are about to be put on top of others, one after the other.
+pub(super) struct Recorder<'a> {
+    graph: &'a Graph,
+    /// The images that exports have on top, with the exports' ids.
+    tops: Vec<(String, String)>,
+    /// Those that guests write now.
+    written: &'a [&'a str],
+    pub made: Vec<Top>,
+}
+
+impl<'a> Recorder<'a> {
+    /// `tops` are the images that exports have on top now, with the exports' ids, and `written` those
+    /// of them that guests write.
+    pub fn new(graph: &'a Graph, tops: Vec<(String, String)>, written: &'a [&'a str]) -> Self {
+        Self {
+            graph,
+            tops,
+            written,
+            made: Vec::new(),
+        }
+    }
+
+    /// For the next one, where `state` is what those before it make of the graph.
+    ///
+    /// # Errors
+    /// When a node does not exist.
+    pub fn add(&mut self, state: &State, cover: &Cover) -> Result<()> {
         let (covered, top) = (state.image_node(&cover.old)?, state.node(&cover.overlay)?);
         let mut exports = Vec::new();
-        for (image, export) in tops.iter_mut().filter(|(image, _)| *image == covered.name) {
-            exports.push(export.clone());
-            image.clone_from(&top.name);
+        for (image, export) in &mut self.tops {
+            if *image == covered.name {
+                exports.push(export.clone());
+                image.clone_from(&top.name);
+            }
         }
-        made.push(Top {
-            covered: records::node(graph, covered)?,
+        self.made.push(Top {
+            covered: records::node(self.graph, covered)?,
             identity: identity(covered),
-            top: records::node(graph, top)?,
+            top: records::node(self.graph, top)?,
             top_identity: identity(top),
             exports,
-            open_as: options_of(&state, top),
-            closed: !written.contains(&covered.name.as_str()),
+            open_as: options_of(state, top),
+            closed: !self.written.contains(&covered.name.as_str()),
         });
+        Ok(())
     }
-    Ok(made)
 }
 
 /// The options of a node, with those that it is laid out in inside of it.

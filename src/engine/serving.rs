@@ -201,7 +201,10 @@ impl Engine {
             let holder = Holder::Export(options.id.clone());
             let request = Request::disk(holder, &options.node_name, options.writable);
             let grant = reactor.block_on(self.graph.access(request))?;
-            match start_with(options, &self.graph, thread) {
+            let started = self
+                .check_covering(options)
+                .and_then(|()| start_with(options, &self.graph, thread));
+            match started {
                 Ok(export) => Ok((export, grant)),
                 Err(error) => {
                     if let Err(error) = reactor.block_on(grant.give_back()) {
@@ -211,6 +214,18 @@ impl Engine {
                 }
             }
         })
+    }
+
+    /// Refuses an export of a disk that a snapshot is about to cover: its guest would stay below. A
+    /// snapshot that comes later finds the grant that is there before this.
+    fn check_covering(&self, options: &ExportOptions) -> Result<()> {
+        let image = self.graph.image_node(&options.node_name)?.name;
+        match self.graph.reserved_by(&image) {
+            Some(kind @ "snapshot") if options.writable => Err(Error::Invalid(format!(
+                "Node '{image}' is busy: block device is in use by block job: {kind}"
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// Removes an export. What it has still to do is done on a thread of its own; when all is

@@ -14,12 +14,12 @@ use std::sync::Arc;
 
 use super::covered::{Covered, Moved};
 use super::overlay_image::{check_fits, local_file, make, overlay_options};
-use super::overlays::Cover;
-use super::{Engine, on_this_thread, overlays};
+use super::overlays::{Cover, Recorder};
+use super::{Engine, on_this_thread};
 use crate::chain::turn::Turn;
 use crate::error::{Error, Result};
 use crate::export::Held;
-use crate::graph::{Grant, Holder, Node, Request, State, Transaction};
+use crate::graph::{Grant, Holder, Node, NodeUser, Request, Rights, Role, State, Transaction};
 use crate::job::Refused;
 use crate::state::record;
 use crate::storage::MadeFile;
@@ -159,7 +159,13 @@ impl<'e> Change<'e> {
     /// Refuses to cover node `old`, which jobs may not have from here on.
     fn check_old(&mut self, state: &State, old: &str) -> Result<()> {
         state.check_covered(old)?;
-        self.reserve(old)
+        let mut next = Some(old);
+        // With what it is a filter of: somebody else may know the disk by that name.
+        while let Some(name) = next {
+            self.reserve(name)?;
+            next = state.node(name)?.child(Role::Filtered);
+        }
+        Ok(())
     }
 
     fn reserve(&mut self, node: &str) -> Result<()> {
@@ -256,6 +262,7 @@ impl<'e> Change<'e> {
             if image.name == before {
                 continue;
             }
+            self.reserve(&before)?;
             check_fits(&served, image)?;
             let writable = served.options.writable;
             let request = |node: &str| {
@@ -301,7 +308,15 @@ impl<'e> Change<'e> {
         let before = before.map(|moved| (moved.old.clone(), moved.export.id().to_owned()));
         let written = self.moved.iter().filter(|moved| moved.writable);
         let written: Vec<_> = written.map(|moved| moved.old.as_str()).collect();
-        let tops = overlays::records(&engine.graph, &self.covers, before.collect(), &written)?;
+        let exports = engine.exports.list();
+        let disks: Vec<_> = exports.iter().filter_map(|one| one.export.root()).collect();
+        let mut draft = engine.graph.transaction();
+        let mut tops = Recorder::new(&engine.graph, before.collect(), &written);
+        for cover in &self.covers {
+            tops.add(draft.state(), cover)?;
+            draft.cover(&cover.old, &cover.overlay, &disks)?;
+        }
+        let tops = tops.made;
         store.change(|state| tops.iter().for_each(|top| state.put_top(top.clone())))?;
         self.recorded = tops;
         Ok(())
@@ -309,8 +324,13 @@ impl<'e> Change<'e> {
 
     /// Switches the chains of all disks at once.
     fn switch(&mut self) -> Result<Vec<Arc<Turn>>> {
+        // None comes or goes until the chains are stored.
+        let _changing = self.engine.runtime.change();
+        let turning = self.engine.exports.turn();
+        let _turning = turning.map_err(|refused| Error::Invalid(refused.to_string()))?;
         // Anew: images have been opened for writing since.
         let mut draft = self.draft()?;
+        self.check_exports(&draft)?;
         let mut turns = Vec::new();
         for Moved { export, old, .. } in &self.moved {
             let Some(root) = export.root() else {
@@ -348,6 +368,55 @@ impl<'e> Change<'e> {
         self.reserved.clear();
         self.tell();
         Ok(turns.into_iter().map(|(_, turn)| turn).collect())
+    }
+
+    /// Refuses to switch if other guests have, or are about to have, what is covered than those that
+    /// have been seen to: they would stay there.
+    fn check_exports(&self, draft: &Transaction) -> Result<()> {
+        let graph = &self.engine.graph;
+        let changed = |id: &str| {
+            Error::Invalid(format!(
+                "export '{id}' has changed while a snapshot of its disk was taken (try again)"
+            ))
+        };
+        for served in self.engine.exports.list() {
+            let Some(root) = served.export.root() else {
+                continue;
+            };
+            let Some(top) = draft.state().top_of(&root) else {
+                continue;
+            };
+            let image = graph.image_node(&served.export.node_name())?.name;
+            let mut moved = self.moved.iter();
+            let moved = moved.find(|moved| Arc::ptr_eq(&moved.export, &served.export));
+            let fits = match moved {
+                Some(moved) => moved.old == image,
+                None => draft.state().image_node(top)?.name == image,
+            };
+            if !fits {
+                return Err(changed(&served.options.id));
+            }
+        }
+        // One that is being made has its grant first.
+        for used in graph.uses() {
+            let NodeUser::Holder(Holder::Export(id)) = &used.user else {
+                continue;
+            };
+            let is_moved = self.moved.iter().any(|moved| moved.export.id() == id);
+            let image = graph.image_node(&used.node)?.name;
+            let mut covers = self.covers.iter();
+            if !is_moved
+                && used.demand.does.has(Rights::WRITE)
+                && covers.any(|cover| {
+                    graph
+                        .image_node(&cover.old)
+                        .is_ok_and(|old| old.name == image)
+                })
+            {
+                return Err(changed(id));
+            }
+        }
+        Ok(())
     }
 
     fn tell(&self) {

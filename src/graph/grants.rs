@@ -378,7 +378,6 @@ impl Graph {
     }
 
     /// The kind of the job that has `node`, if one does.
-    #[cfg(test)]
     #[must_use]
     pub fn reserved_by(&self, node: &str) -> Option<&'static str> {
         self.0.publishing.lock().reserved_by(node)
