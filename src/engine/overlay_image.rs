@@ -9,8 +9,7 @@ use crate::format::qcow2::Backing;
 use crate::format::qcow2::create::{CreateOptions, create};
 use crate::graph::{Node, State, layer_options};
 use crate::options::{BackingRef, BlockdevOptions, Driver};
-use crate::storage::MadeFile;
-use crate::storage::{Access, FileStorage, OpenFlags, Storage};
+use crate::storage::{Access, FileStorage, MadeFile, OpenFlags, Storage, io};
 
 /// Makes an empty image over node `below`.
 pub(super) fn make(state: &State, below: &Node, format: &str, path: &Path) -> Result<MadeFile> {
@@ -58,6 +57,23 @@ pub(super) fn make(state: &State, below: &Node, format: &str, path: &Path) -> Re
             Ok(file)
         })
     })
+}
+
+/// Makes an image stable that is in `files`, with their places in the folders.
+pub(super) async fn settle(image: &Node, files: impl Iterator<Item = &PathBuf>) -> Result<()> {
+    let failed = |error: std::io::Error| {
+        Error::Invalid(format!(
+            "node '{}' cannot be made stable: {error} (it is to be there after a cut of the power)",
+            image.name
+        ))
+    };
+    for storage in image.layer.storages() {
+        io::sync_shared(storage).await.map_err(failed)?;
+    }
+    for file in files {
+        MadeFile::settle_place(file).await.map_err(failed)?;
+    }
+    Ok(())
 }
 
 /// Refuses an image that cannot take all that the guest of an export may write.

@@ -10,10 +10,11 @@
 //! their workers' answers. What is published stays: a failure to close the old top is told by the
 //! guest's flushes, which fail then.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::covered::{Covered, Moved};
-use super::overlay_image::{check_fits, local_file, make, overlay_options};
+use super::overlay_image::{check_fits, local_file, make, overlay_options, settle};
 use super::overlays::{Cover, Recorder};
 use super::{Engine, on_this_thread};
 use crate::chain::turn::Turn;
@@ -287,7 +288,8 @@ impl<'e> Change<'e> {
     }
 
     /// Makes stable what is going to be covered: a disk that cannot be must not be let go of, and
-    /// there is less to do afterwards.
+    /// there is less to do afterwards. And the images that come on top, with their places: they are
+    /// what is recorded, and may have been made a moment ago by another program.
     fn flush(&self) -> Result<()> {
         for Cover { old, .. } in &self.covers {
             let node = self.engine.graph.image_node(old)?;
@@ -295,7 +297,18 @@ impl<'e> Change<'e> {
             on_this_thread(|reactor| reactor.block_on(flushed))
                 .map_err(|error| Error::Invalid(format!("An IO error has occurred: {error}")))?;
         }
+        for Cover { overlay, .. } in &self.covers {
+            let node = self.engine.graph.image_node(overlay)?;
+            let files = [Some(node.filename.clone()), self.data_file_of(&node)?];
+            on_this_thread(|reactor| reactor.block_on(settle(&node, files.iter().flatten())))?;
+        }
         Ok(())
+    }
+
+    fn data_file_of(&self, node: &Node) -> Result<Option<PathBuf>> {
+        let data = node.child(Role::DataFile);
+        let data = data.map(|name| self.engine.graph.node(name)).transpose()?;
+        Ok(data.map(|data| data.filename))
     }
 
     /// Records what is on top of what from now on.

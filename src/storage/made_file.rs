@@ -66,11 +66,28 @@ impl MadeFile {
     /// # Errors
     /// What the system reports; the file goes then.
     pub async fn settle(&self) -> io::Result<()> {
-        let folder = match self.path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
-            _ => PathBuf::from("."),
-        };
-        outside(move || File::open(folder)?.sync_all()).await
+        Self::settle_place(&self.path).await
+    }
+
+    /// Makes the place of the file at `path` in its folder stable, and that of a link which leads
+    /// there. A path that is no file has no place.
+    ///
+    /// # Errors
+    /// What the system reports.
+    pub async fn settle_place(path: &Path) -> io::Result<()> {
+        let path = path.to_owned();
+        outside(move || {
+            let target = match std::fs::canonicalize(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                target => target?,
+            };
+            sync_folder_of(&path)?;
+            if target != path {
+                sync_folder_of(&target)?;
+            }
+            Ok(())
+        })
+        .await
     }
 
     /// Leaves it there.
@@ -84,6 +101,14 @@ impl MadeFile {
             false => std::fs::remove_file(&self.path),
         }
     }
+}
+
+fn sync_folder_of(path: &Path) -> io::Result<()> {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    File::open(folder)?.sync_all()
 }
 
 impl Drop for MadeFile {
