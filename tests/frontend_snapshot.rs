@@ -226,6 +226,20 @@ fn a_command_that_fails_leaves_nothing_behind() -> Res<()> {
         assert_eq!(all(&mut life)?, before);
         assert!(!new.exists());
     }
+    let long = "n".repeat(32);
+    for (name, text) in [
+        ("9", "Invalid node-name: '9'"),
+        ("#x", "Invalid node-name: '#x'"),
+        ("", "Invalid node-name: ''"),
+        (&long, "Node name too long"),
+    ] {
+        let mut sync = sync.clone();
+        sync["snapshot-node-name"] = json!(name);
+        let refused = life.refused("blockdev-snapshot-sync", sync)?;
+        assert!(refused.contains(text), "{refused}");
+        assert_eq!(all(&mut life)?, before);
+        assert!(!new.exists());
+    }
     // What is in use is somebody's.
     fs::write(&new, "a letter")?;
     let refused = life.refused("blockdev-snapshot-sync", sync.clone())?;

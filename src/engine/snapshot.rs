@@ -22,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::export::Held;
 use crate::graph::{Grant, Holder, Node, NodeUser, Request, Rights, Role, State, Transaction};
 use crate::job::Refused;
+use crate::options::check_node_name;
 use crate::state::record;
 use crate::storage::MadeFile;
 
@@ -225,6 +226,9 @@ impl<'e> Change<'e> {
         self.check_old(state, &old)?;
         if new.node_name.is_some() && new.snapshot_node_name.is_none() {
             return Err(Error::Invalid("New overlay node-name missing".into()));
+        }
+        if let Some(name) = &new.snapshot_node_name {
+            check_node_name(name).map_err(Error::Invalid)?;
         }
         if let Some(name) = &new.snapshot_node_name
             && state.node(name).is_ok()

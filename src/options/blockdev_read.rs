@@ -101,6 +101,20 @@ fn unsupported_driver(fields: &Fields<'_>, driver: &str) -> ConfigError {
     ConfigError::bad_value(&fields.path("driver"), driver, expected)
 }
 
+/// Refuses what cannot be the name of a node.
+///
+/// # Errors
+/// In QEMU's words.
+pub fn check_node_name(name: &str) -> Result<(), String> {
+    if !is_well_formed_id(name) {
+        return Err(format!("Invalid node-name: '{name}'"));
+    }
+    match name.len() > MAX_NODE_NAME {
+        true => Err("Node name too long".to_owned()),
+        false => Ok(()),
+    }
+}
+
 fn parse_common(fields: &Fields<'_>, inherited: Inherited) -> Result<BlockdevOptions, ConfigError> {
     let name = fields.opt_str("node-name")?.unwrap_or_default();
     let node_name = fields
