@@ -137,7 +137,10 @@ impl Served {
             return Some(Matter::Chain(self.file.clone()));
         }
         let mut tops = state.tops.iter().filter(|_| self.is_top);
-        if let Some(top) = tops.find(|top| self.is((&top.covered.file, top.identity))) {
+        let is_covered = |top: &&record::Top| {
+            self.is((&top.covered.file, top.identity)) && !state.has_let_go(top)
+        };
+        if let Some(top) = tops.find(is_covered) {
             let (file, top) = (self.file.clone(), top.top.file.clone());
             return Some(Matter::Covered(file, top));
         }

@@ -163,7 +163,9 @@ impl Restoring<'_> {
         let has_own = own.any(|export| is_of(export) || export.node_name == overlay.name);
         for export in exports.iter_mut().filter(|export| is_of(export)) {
             if !known(export) {
-                if !export.writable || self.has_link() {
+                if !export.writable
+                    || (self.has_link() && self.is_free(&overlay, covered.as_ref())?)
+                {
                     continue;
                 }
                 if has_own {
@@ -238,6 +240,22 @@ impl Restoring<'_> {
                 (&self.top.top.file, self.top.top_identity),
             )
         })
+    }
+
+    /// Whether the image below is no part any more of the disk of the one on top: a stream has let go
+    /// of it.
+    fn is_free(&self, overlay: &Node, covered: Option<&Node>) -> Result<bool> {
+        let Some(covered) = covered else {
+            return Ok(true);
+        };
+        let file = self.graph.file_of(covered)?;
+        for node in self.graph.chain_nodes(&overlay.name)? {
+            let below = self.graph.file_of(&node)?;
+            if is_same_image((&below, identity(&node)), (&file, identity(covered))) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn open(&self, covered: Option<&Node>, reactor: &Reactor) -> Result<Node> {
