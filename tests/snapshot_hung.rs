@@ -333,8 +333,11 @@ fn a_flush_is_one_of_the_old_top_as_long_as_that_is_closing() -> Res<()> {
     assert!(is_unanswered(&told));
     bed.old.open();
     assert_eq!(bed.next()?, 1);
-    // It cannot be closed, and the guest is told so.
-    told.recv_timeout(PATIENCE)??;
+    // It cannot be closed, and the guest is told so, and the client.
+    let refused = told.recv_timeout(PATIENCE)?.err().ok_or("it is closed")?;
+    let text = refused.to_string();
+    assert!(text.contains("stays: guests write the new image"), "{text}");
+    assert_eq!(bed.engine.exports.list()[0].export.node_name(), "n");
     assert!(!bed.flush()?, "what was written to it is not stable");
     assert!(!bed.engine.graph.node("t")?.layer.read_only);
     assert_eq!(bed.closed(), [false]);

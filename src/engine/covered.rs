@@ -7,9 +7,10 @@ use std::sync::Arc;
 
 use super::{Engine, on_this_thread};
 use crate::chain::turn::Turn;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::export::Export;
 use crate::graph::{Grant, Graph};
+use crate::job::Refused;
 use crate::state::record;
 
 /// An export whose guest gets another image to write.
@@ -31,6 +32,14 @@ pub(super) struct Covered {
     pub(super) recorded: Vec<record::Top>,
 }
 
+fn stays_open(old: &str, error: &Error) -> Error {
+    Error::Invalid(format!(
+        "The snapshot was taken, and stays: guests write the new image. But node '{old}', which is \
+         below it now, could not be made stable and stays open for writing: {error} (guests' \
+         flushes fail until it can be; the next start makes it stable first)"
+    ))
+}
+
 /// Gives node `old` back to its readers, once nobody is writing it any more.
 async fn close(graph: &Graph, old: &str, grant: Grant) -> Result<()> {
     let node = graph.image_node(old)?;
@@ -47,32 +56,29 @@ async fn close(graph: &Graph, old: &str, grant: Grant) -> Result<()> {
 impl Engine {
     /// Waits until nothing is on its way any more into images that were covered, makes them stable,
     /// and gives them back to their readers.
-    pub(super) fn close_covered(&self, covered: Covered) {
-        let mut open = Vec::new();
+    ///
+    /// # Errors
+    /// When one cannot be made stable. What was covered stays covered.
+    pub(super) fn close_covered(&self, covered: Covered) -> std::result::Result<(), Refused> {
         let closed = on_this_thread(|reactor| {
             reactor.block_on(async {
                 for turn in &covered.turns {
                     turn.late_writes_end().await;
                 }
+                let mut result = Ok(());
                 for Moved { old, closing, .. } in covered.moved {
-                    if let Some(grant) = closing
-                        && let Err(error) = close(&self.graph, &old, grant).await
-                    {
-                        log::error!(
-                            "node '{old}', which a snapshot has covered, stays open for writing: \
-                             {error} (the guest's flushes fail until it can be made stable)"
-                        );
-                        open.push(old);
+                    if let Some(grant) = closing {
+                        let closed = close(&self.graph, &old, grant).await;
+                        result = result.and(closed.map_err(|error| stays_open(&old, &error)));
                     }
                 }
-            });
-            Ok(())
+                result
+            })
         });
-        if let Err(error) = closed {
-            log::error!("closing what snapshots have covered: {error}");
-        } else if open.is_empty() {
-            self.record_closed(&covered.recorded);
-        }
+        let closed = closed.map_err(|error| Refused(error.to_string()));
+        closed.inspect_err(|error| log::error!("{error}"))?;
+        self.record_closed(&covered.recorded);
+        Ok(())
     }
 
     /// Records that what was covered is stable, by `tops`: the next start need not see to that.

@@ -63,15 +63,14 @@ impl Engine {
     /// Carries out all `actions`, or none.
     ///
     /// # Errors
-    /// What stands in the way, in QEMU's words. All is as before then.
+    /// What stands in the way, in QEMU's words. All is as before then. Or what was covered could not
+    /// be made stable: then all is done but for that.
     pub fn transact(&self, actions: &[Action]) -> std::result::Result<(), Refused> {
         let mut change = Change::new(self);
         match change.prepare(actions) {
             Ok(prepared) => {
-                if let Some(covered) = prepared {
-                    self.close_covered(covered);
-                }
-                Ok(())
+                drop(change);
+                prepared.map_or(Ok(()), |covered| self.close_covered(covered))
             }
             Err(error) => {
                 change.take_back();
