@@ -91,6 +91,8 @@ struct Change<'e> {
     /// Keeps jobs from the nodes.
     reserved: Vec<Grant>,
     recorded: Vec<record::Top>,
+    /// What was recorded before in the place of each of these.
+    replaced: Vec<Vec<(usize, record::Top)>>,
 }
 
 impl<'e> Change<'e> {
@@ -103,6 +105,7 @@ impl<'e> Change<'e> {
             moved: Vec::new(),
             reserved: Vec::new(),
             recorded: Vec::new(),
+            replaced: Vec::new(),
         }
     }
 
@@ -333,7 +336,12 @@ impl<'e> Change<'e> {
             draft.cover(&cover.old, &cover.overlay, &disks)?;
         }
         let tops = tops.made;
-        store.change(|state| tops.iter().for_each(|top| state.put_top(top.clone())))?;
+        let mut replaced = Vec::new();
+        store.change(|state| {
+            let replacing = tops.iter().map(|top| state.put_top(top.clone()));
+            replaced = replacing.collect();
+        })?;
+        self.replaced = replaced;
         self.recorded = tops;
         Ok(())
     }
@@ -460,7 +468,9 @@ impl<'e> Change<'e> {
         let engine = self.engine;
         if let Some(store) = &engine.store {
             let forgotten = store.happened(|state| {
-                self.recorded.iter().for_each(|top| state.forget_top(top));
+                for (top, gone) in self.recorded.iter().zip(&self.replaced).rev() {
+                    state.take_top_back(top, gone);
+                }
             });
             if let Err(error) = forgotten {
                 log::error!("a snapshot that was not taken stays recorded for now: {error}");
