@@ -74,6 +74,11 @@ macro_rules! blockdev {
   driver=copy-on-read         a filter: keep in 'file' what reads take from below it
     file=NODE
     (accepted without effect: bottom)
+
+  driver=null-co, driver=null-aio  a disk that keeps nothing, to measure with; reads are zeros
+    size=N                    bytes [1G]
+    latency-ns=N              how long each operation takes, in nanoseconds [0]
+    read-zeroes=on|off        jobs know that it is zeros before they read it [off]
 "
     };
 }

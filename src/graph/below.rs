@@ -25,9 +25,17 @@ const REMOTE: &[&str] = &[
 ];
 
 /// What a `json:` name may say: what QEMU writes into one, and so what makes the bytes.
-const DRIVERS: &[&str] = &["file", "host_device", "raw", "qcow2", "qed"];
+const DRIVERS: &[&str] = &[
+    "file",
+    "host_device",
+    "raw",
+    "qcow2",
+    "qed",
+    "null-co",
+    "null-aio",
+];
 const CHILDREN: &[&str] = &["file", "backing", "data-file"];
-const KEYS: &[&str] = &["driver", "filename", "offset", "size"];
+const KEYS: &[&str] = &["driver", "filename", "offset", "size", "read-zeroes"];
 /// Nodes inside nodes that a name may have.
 const MAX_NESTED: usize = 24;
 
@@ -226,7 +234,12 @@ impl State {
         if self.is_whole_file(node)? {
             return Ok(absolute(node));
         }
-        Ok(format!("json:{}", self.described(node, true)?))
+        let mut described = self.described(node, true)?;
+        if node.layer.format.name() == "raw" && described.get("driver") != Some(&json!("raw")) {
+            // A header names the format with it, which is that of the node then.
+            described = json!({"driver": "raw", "file": described});
+        }
+        Ok(format!("json:{described}"))
     }
 
     /// Whether a node is what its file holds from its beginning to its end, with what the headers
@@ -243,7 +256,7 @@ impl State {
         match node.file() {
             _ if !is_whole || self.is_in_image(node)? || !as_named()? => Ok(false),
             Some(file) => self.is_whole_file(self.node(file)?),
-            None => Ok(true),
+            None => Ok(node.is_file()),
         }
     }
 
@@ -316,7 +329,10 @@ impl State {
         let mut map = Map::new();
         map.insert("driver".into(), json!(node.driver_name()));
         let Some(file) = node.file() else {
-            map.insert("filename".into(), json!(absolute(node)));
+            match node.is_file() {
+                true => drop(map.insert("filename".into(), json!(absolute(node)))),
+                false => node.driver().describe(&mut map),
+            }
             return Ok(Value::Object(map));
         };
         let file = self.described(self.node(file)?, with_backing)?;

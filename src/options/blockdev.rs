@@ -74,6 +74,10 @@ pub enum Driver {
     Qed(QedOptions),
     /// A filter that copies into its child what it had to read from further below.
     CopyOnRead(CopyOnReadOptions),
+    /// Storage that keeps nothing.
+    NullCo(NullOptions),
+    /// The same under its other name.
+    NullAio(NullOptions),
     /// An image whose format is found out by looking at it. Never named on a command line:
     /// it comes from `--blk-file` and from backing files without a recorded format.
     Auto(AutoOptions),
@@ -140,6 +144,27 @@ pub struct CopyOnReadOptions {
     pub file: BlockRef,
     /// The lowest node to copy from; everything when not given.
     pub bottom: Option<String>,
+}
+
+/// Options of storage that keeps nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NullOptions {
+    /// Its size in bytes.
+    pub size: u64,
+    /// How long each operation takes, in nanoseconds.
+    pub latency_ns: u64,
+    /// It is known to be zeros before it is read.
+    pub read_zeroes: bool,
+}
+
+impl Default for NullOptions {
+    fn default() -> Self {
+        Self {
+            size: 1 << 30,
+            latency_ns: 0,
+            read_zeroes: false,
+        }
+    }
 }
 
 /// Options of an image with a format to find out.
@@ -279,7 +304,9 @@ impl BlockdevOptions {
     /// The nodes directly under this one, with the key that leads to each.
     pub fn children(&self) -> Vec<(&'static str, &BlockRef)> {
         match &self.driver {
-            Driver::File(_) | Driver::HostDevice(_) => Vec::new(),
+            Driver::File(_) | Driver::HostDevice(_) | Driver::NullCo(_) | Driver::NullAio(_) => {
+                Vec::new()
+            }
             Driver::Raw(RawOptions { file, .. })
             | Driver::CopyOnRead(CopyOnReadOptions { file, .. })
             | Driver::Auto(AutoOptions { file, .. }) => vec![("file", file)],
@@ -306,7 +333,9 @@ impl Driver {
     /// What it is stored in, or filters.
     pub fn file_mut(&mut self) -> Option<&mut BlockRef> {
         match self {
-            Driver::File(_) | Driver::HostDevice(_) => None,
+            Driver::File(_) | Driver::HostDevice(_) | Driver::NullCo(_) | Driver::NullAio(_) => {
+                None
+            }
             Driver::Raw(RawOptions { file, .. })
             | Driver::CopyOnRead(CopyOnReadOptions { file, .. })
             | Driver::Auto(AutoOptions { file, .. })
@@ -324,6 +353,8 @@ impl Driver {
             Driver::Qcow2(_) => "qcow2",
             Driver::Qed(_) => "qed",
             Driver::CopyOnRead(_) => "copy-on-read",
+            Driver::NullCo(_) => "null-co",
+            Driver::NullAio(_) => "null-aio",
             Driver::Auto(_) => "auto",
         }
     }

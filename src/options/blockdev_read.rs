@@ -2,8 +2,8 @@
 
 use super::blockdev::{
     Aio, AutoOptions, BackingRef, BlockRef, BlockdevOptions, CopyOnReadOptions, DetectZeroes,
-    Discard, Driver, FileOptions, Inherited, Locking, OverlapCheck, Qcow2Options, QedOptions,
-    RawOptions,
+    Discard, Driver, FileOptions, Inherited, Locking, NullOptions, OverlapCheck, Qcow2Options,
+    QedOptions, RawOptions,
 };
 use super::error::ConfigError;
 use super::fields::{Dialect, Fields};
@@ -13,6 +13,8 @@ use std::path::PathBuf;
 
 /// Longest node name, as in QEMU.
 const MAX_NODE_NAME: usize = 31;
+/// Largest disk in bytes, in whole sectors.
+const MAX_SIZE: u64 = i64::MAX as u64 / 512 * 512;
 /// Deepest nesting of nodes inside nodes; bounds the recursion.
 const MAX_DEPTH: usize = 64;
 
@@ -92,6 +94,7 @@ fn driver_keys(driver: &str, dialect: Dialect) -> Option<&'static [Key]> {
         "qcow2" => Some(keys::QCOW2),
         "qed" => Some(keys::QED),
         "copy-on-read" => Some(keys::COPY_ON_READ),
+        "null-co" | "null-aio" => Some(keys::NULL),
         _ => None,
     }
 }
@@ -208,6 +211,8 @@ fn parse_driver(place: &KeyPath<'_>, driver: &str) -> Result<Driver, ConfigError
             file: place.required_child("file")?,
             copy_on_read: fields.bool_or("copy-on-read", false)?,
         }),
+        "null-co" => Driver::NullCo(parse_null(fields)?),
+        "null-aio" => Driver::NullAio(parse_null(fields)?),
         other => return Err(unsupported_driver(fields, other)),
     })
 }
@@ -236,6 +241,17 @@ fn parse_file(fields: &Fields<'_>) -> Result<FileOptions, ConfigError> {
             .ok_or_else(|| fields.missing("filename"))?,
         aio: fields.opt_word("aio", &aio)?,
         locking: fields.opt_word("locking", &locking)?.unwrap_or_default(),
+    })
+}
+
+fn parse_null(fields: &Fields<'_>) -> Result<NullOptions, ConfigError> {
+    let default = NullOptions::default();
+    let size = fields.opt_ranged("size", 0, MAX_SIZE)?;
+    let latency = fields.opt_ranged("latency-ns", 0, i64::MAX as u64)?;
+    Ok(NullOptions {
+        size: size.unwrap_or(default.size),
+        latency_ns: latency.unwrap_or(default.latency_ns),
+        read_zeroes: fields.bool_or("read-zeroes", default.read_zeroes)?,
     })
 }
 

@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::blockdev::{
     Aio, BlockRef, BlockdevOptions, DetectZeroes, Discard, Driver, FileOptions, Locking,
-    OverlapCheck, Qcow2Options,
+    NullOptions, OverlapCheck, Qcow2Options,
 };
 
 /// The node of a name, as a value; `None`: it is written as the name.
@@ -50,6 +50,7 @@ impl BlockdevOptions {
                 let bottom = filter.bottom.as_ref();
                 map.extend(bottom.map(|bottom| ("bottom".into(), json!(bottom))));
             }
+            Driver::NullCo(null) | Driver::NullAio(null) => map.extend(null.members()),
             Driver::Qed(_) | Driver::Auto(_) => {}
         }
         for (key, child) in self.children() {
@@ -67,6 +68,17 @@ impl BlockRef {
             BlockRef::Name(name) => by_name(name).unwrap_or_else(|| json!(name)),
             BlockRef::Inline(options) => options.to_value_by(by_name),
         }
+    }
+}
+
+impl NullOptions {
+    /// Its own options as members.
+    pub(super) fn members(&self) -> Map<String, Value> {
+        let mut map = Map::new();
+        map.insert("size".into(), json!(self.size));
+        map.insert("latency-ns".into(), json!(self.latency_ns));
+        map.insert("read-zeroes".into(), json!(self.read_zeroes));
+        map
     }
 }
 
@@ -163,6 +175,8 @@ mod tests {
             json!({"driver": "raw", "node-name": "r", "offset": 512, "size": 1024, "file": "f"}),
             json!({"driver": "copy-on-read", "node-name": "c", "bottom": "b", "file": "f"}),
             json!({"driver": "host_device", "node-name": "h", "filename": "/dev/x"}),
+            json!({"driver": "null-aio", "node-name": "z", "size": 512, "latency-ns": 7,
+                "read-zeroes": true}),
         ] {
             let (options, read) = again(&value, &|_| None);
             assert_eq!(options, read);

@@ -3,7 +3,16 @@
 //! The readers take their keys from these tables, and `query-qmp-schema` describes them to clients.
 
 /// The drivers that can be named, for messages.
-pub const DRIVERS: &[&str] = &["file", "host_device", "raw", "qcow2", "qed", "copy-on-read"];
+pub const DRIVERS: &[&str] = &[
+    "file",
+    "host_device",
+    "raw",
+    "qcow2",
+    "qed",
+    "copy-on-read",
+    "null-co",
+    "null-aio",
+];
 /// The object types that can be named, for messages.
 pub const OBJECT_TYPES: &[&str] = &["iothread"];
 
@@ -96,6 +105,12 @@ pub const RAW: &[Key] = &[required("file", Node), key("offset", Int), key("size"
 pub const QED: &[Key] = &[required("file", Node), key("backing", NodeOrNull)];
 /// Keys of `copy-on-read`.
 pub const COPY_ON_READ: &[Key] = &[required("file", Node), key("bottom", Str)];
+/// Keys of `null-co` and `null-aio`.
+pub const NULL: &[Key] = &[
+    key("size", Int),
+    key("latency-ns", Int),
+    key("read-zeroes", Bool),
+];
 /// Keys of what only records have.
 pub const AUTO: &[Key] = &[required("file", Node), key("copy-on-read", Bool)];
 /// Keys of `qcow2`. QEMU has no `copy-on-read` here; encrypted images are not supported, and
@@ -235,6 +250,8 @@ pub const UNIONS: &[Union] = &[
             ("qcow2", QCOW2),
             ("qed", QED),
             ("copy-on-read", COPY_ON_READ),
+            ("null-co", NULL),
+            ("null-aio", NULL),
         ],
     },
     Union {

@@ -21,8 +21,8 @@ mod write;
 
 pub use blockdev::{
     Aio, AutoOptions, BackingRef, BlockRef, BlockdevOptions, CacheOptions, CopyOnReadOptions,
-    DetectZeroes, Discard, Driver, FileOptions, Locking, OverlapCheck, Qcow2Options, QedOptions,
-    RawOptions,
+    DetectZeroes, Discard, Driver, FileOptions, Locking, NullOptions, OverlapCheck, Qcow2Options,
+    QedOptions, RawOptions,
 };
 
 pub use create::{Allocate, ImageOptions, NewFileOptions, NewQcow2Options};

@@ -83,6 +83,7 @@ impl Driver {
                 members.put("file", filter.file.to_value());
                 members.put_some("bottom", filter.bottom.clone());
             }
+            Self::NullCo(null) | Self::NullAio(null) => members.0.extend(null.members()),
             Self::Auto(probed) => {
                 members.put("file", probed.file.to_value());
                 members.put("copy-on-read", probed.copy_on_read);
@@ -229,6 +230,8 @@ mod tests {
                 "force-share": true, "auto-read-only": true}),
             json!({"driver": "qed", "node-name": "t", "file": "f", "backing": "b"}),
             json!({"driver": "copy-on-read", "node-name": "t", "file": "f", "bottom": "b"}),
+            json!({"driver": "null-co", "node-name": "t", "size": 512, "read-zeroes": true}),
+            json!({"driver": "null-aio", "node-name": "t", "latency-ns": 7}),
         ];
         for value in list {
             let options = BlockdevOptions::from_value(&value, Dialect::Json).unwrap();

@@ -29,6 +29,7 @@ pub mod locking;
 mod made_file;
 pub mod memory;
 mod new_file;
+pub mod null;
 pub mod opener;
 mod purpose;
 pub mod silence;
@@ -48,6 +49,7 @@ pub use identity::{Identity, are_different, is_known, is_same_file, is_same_path
 pub use locking::Access;
 pub use made_file::MadeFile;
 pub use new_file::{NewFile, behind_links};
+pub use null::Null;
 pub use opener::OpenFlags;
 pub use purpose::{Purpose, Target};
 pub use syncs::Syncs;

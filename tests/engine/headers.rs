@@ -118,6 +118,10 @@ fn headers_name_local_files() {
             "driver 'copy-on-read'",
         ),
         (
+            json!({"driver": "null-co", "latency-ns": 1}),
+            "'latency-ns'",
+        ),
+        (
             json!({"driver": "raw", "file": "other-disk"}),
             "node 'other-disk' as its 'file'",
         ),
@@ -307,6 +311,16 @@ fn a_name_stands_for_all_of_its_node() {
             bytes[4096..4096 + 65_536].to_vec(),
         ),
         (over(json!({"backing": null})), false, vec![0; 65_536]),
+        (
+            json!({"driver": "null-co", "size": 65_536, "latency-ns": 1}),
+            false,
+            vec![0; 65_536],
+        ),
+        (
+            json!({"driver": "raw", "offset": 512, "file": {"driver": "null-aio"}}),
+            false,
+            vec![0; 65_536],
+        ),
         (
             json!({"driver": "qcow2", "file": file(&split), "data-file": window}),
             false,

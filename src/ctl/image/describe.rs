@@ -196,6 +196,7 @@ fn file_of(options: &BlockdevOptions) -> Option<(PathBuf, Option<&'static str>)>
         Driver::File(file) | Driver::HostDevice(file) => {
             return Some((file.filename.clone(), None));
         }
+        Driver::NullCo(_) | Driver::NullAio(_) => return None,
         Driver::Raw(raw) => (&raw.file, Some("raw")),
         Driver::Qcow2(qcow2) => (&qcow2.file, Some("qcow2")),
         Driver::Qed(qed) => (&qed.file, Some("qed")),

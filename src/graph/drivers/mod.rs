@@ -5,6 +5,7 @@
 
 mod copy_on_read;
 mod file;
+mod null;
 mod probed;
 mod qcow2;
 mod qed;
@@ -28,6 +29,7 @@ pub(super) fn of(options: &options::Driver) -> &dyn OpenNode {
         options::Driver::Qcow2(qcow2) => &**qcow2,
         options::Driver::Qed(qed) => qed,
         options::Driver::CopyOnRead(filter) => filter,
+        options::Driver::NullCo(null) | options::Driver::NullAio(null) => null,
         options::Driver::Auto(probed) => probed,
     }
 }
