@@ -102,7 +102,7 @@ impl View {
             return Ok(());
         }
         match &top.format {
-            Format::Raw(_) => storage::io::discard(Purpose::Data.on(&*top.storage), offset, len)
+            Format::Raw(_) => storage::io::discard(Purpose::Discard.on(&*top.storage), offset, len)
                 .await
                 .map_err(|error| top.io_error(Action::Write, offset, &error)),
             Format::Qcow2(qcow2) => self.discard_qcow2(top, qcow2, offset, len).await,

@@ -11,6 +11,8 @@ use super::Storage;
 pub enum Purpose {
     /// Bytes of a disk, for who uses the disk: a guest, a tool.
     Data,
+    /// Bytes of a disk that who uses it gives back.
+    Discard,
     /// Bytes of a disk around those that are written into a new cluster, with the write of all of
     /// them.
     CopyOnWrite,
@@ -64,7 +66,13 @@ impl Purpose {
             Self::RefcountBlock => " of refcounts",
             Self::Snapshots => " of the snapshot table",
             Self::Bitmap => " of a bitmap",
-            Self::Data | Self::Copy | Self::Space | Self::Flush | Self::Check | Self::Other => "",
+            Self::Data
+            | Self::Discard
+            | Self::Copy
+            | Self::Space
+            | Self::Flush
+            | Self::Check
+            | Self::Other => "",
         }
     }
 }

@@ -441,10 +441,11 @@ impl Qcow2 {
         };
         let end = end.min(self.size);
         let unmap = how != Clear::ZeroKeep && self.options.discard;
-        let to = Purpose::Data.on(&*data.storage);
         let result = if data.raw {
+            let to = Purpose::Data.on(&*data.storage);
             storage::io::zero(to, offset, end - offset, unmap).await
         } else if unmap {
+            let to = Purpose::Discard.on(&*data.storage);
             storage::io::discard(to, offset, end - offset).await
         } else {
             Ok(())
