@@ -49,7 +49,9 @@ impl Token {
         Self(raw)
     }
 
-    pub(super) fn is_client(self) -> bool {
+    /// Whether it is one of the data path.
+    #[must_use]
+    pub fn is_client(self) -> bool {
         self.0 & KIND == CLIENT
     }
 

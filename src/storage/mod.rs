@@ -17,6 +17,7 @@
 //! cancelled by dropping it. Operations may be completed by other threads
 //! ([`crate::reactor::Remote::complete`]).
 
+pub mod blkdebug;
 pub mod buffer;
 mod calls;
 pub mod fault;
@@ -210,6 +211,12 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
             std::io::ErrorKind::Unsupported,
             format!("{}: cannot be opened for writing", self.name()),
         )))
+    }
+
+    /// What it is to its bytes, over those of `inner`, which has the same ones: a wrapper whose state
+    /// goes on when its file is opened once more. `None`: it has no state.
+    fn over(&self, _inner: &std::sync::Arc<dyn Storage>) -> Option<std::sync::Arc<dyn Storage>> {
+        None
     }
 
     /// What tells the file from a copy of it that has taken its place: inode and time of birth, as
