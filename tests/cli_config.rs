@@ -405,7 +405,7 @@ fn mistakes_are_told_with_place_and_remedy() {
     assert_eq!(
         blockdev("qcow,node-name=a"),
         "--blockdev: key 'driver' does not accept 'qcow' (near 'driver=qcow'); expected one of: \
-         file, host_device, raw, qcow2, qed, copy-on-read, null-co, null-aio (did you mean 'qcow2'?)"
+         file, host_device, raw, qcow2, qed, copy-on-read, null-co, null-aio, blkdebug (did you mean 'qcow2'?)"
     );
     assert_eq!(
         blockdev("qcow2,node-name=a,file.driver=file,file.filenam=/x"),
@@ -458,6 +458,7 @@ fn mistakes_are_told_with_place_and_remedy() {
             "{error}"
         );
     }
+    assert!(error(&["--allow-backing", "nbd"]).contains("one of: blkdebug"));
     assert!(error(&["stray"]).contains("stray"));
 }
 
@@ -570,8 +571,8 @@ proptest! {
 
     /// Would catch a panic on any arguments that a client may send.
     #[test]
-    fn no_value_makes_it_panic(driver in "file|raw|qcow2|copy-on-read|null-co|x", key in
-        "file|backing|cache|node-name|overlap-check|size|read-only|addr|id", text in ".*", number in any::<f64>()) {
+    fn no_value_makes_it_panic(driver in "file|raw|qcow2|copy-on-read|null-co|blkdebug|x", key in
+        "file|image|inject-error|backing|cache|node-name|overlap-check|size|read-only|addr|id", text in ".*", number in any::<f64>()) {
         for member in [json!(text), json!(number), json!(null), json!([text]), json!({&key: {"driver": driver}})] {
             let value = json!({"driver": driver, "type": "vhost-user-blk", &key: member});
             for dialect in [Dialect::Json, Dialect::Keyval] {

@@ -5,6 +5,7 @@
 
 use super::disk::{self, DiskArgs};
 use super::{Action, Config, check, help};
+use crate::graph::Allowed;
 use crate::options::keyval::Notation;
 use crate::options::{
     BlockdevOptions, ChardevOptions, ConfigError, Dialect, ExportOptions, MonitorOptions,
@@ -58,6 +59,11 @@ struct Args {
     /// addr.type=unix,addr.path=PATH[,writable=on][,...]
     #[arg(long, value_name = "OPTIONS", help_heading = help::NODES)]
     export: Vec<String>,
+
+    /// Let the headers of images name backing files of this driver, too ('blkdebug:CONFIG:FILE'); may
+    /// be given several times. For tests: a header may come from a guest
+    #[arg(long, value_name = "DRIVER", help_heading = help::NODES)]
+    allow_backing: Vec<String>,
 
     /// Helper object: [qom-type=]iothread,id=NAME
     #[arg(long, value_name = "OPTIONS", help_heading = help::NODES)]
@@ -222,6 +228,7 @@ fn to_action(args: &Args) -> Result<Action, ConfigError> {
             MONITOR,
             MonitorOptions::from_value,
         )?,
+        allow_backing: allowed_backing(&args.allow_backing)?,
         pidfile: args.pidfile.clone(),
         journal: args.journal.clone(),
         journal_size,
@@ -236,6 +243,18 @@ fn to_action(args: &Args) -> Result<Action, ConfigError> {
     disk::add_control_sockets(&mut config, &args.qmp)?;
     check::check(&config)?;
     Ok(Action::Run(Box::new(config)))
+}
+
+/// What headers may name besides local image files.
+fn allowed_backing(drivers: &[String]) -> Result<Allowed, ConfigError> {
+    drivers
+        .iter()
+        .try_fold(Allowed::default(), |allowed, driver| {
+            allowed.with(driver).ok_or_else(|| {
+                let expected = format!("one of: {}", Allowed::DRIVERS.join(", "));
+                ConfigError::bad_value("--allow-backing", driver, expected)
+            })
+        })
 }
 
 /// Where the state is recorded. It is called after the first export, which the supervisor's options

@@ -79,6 +79,17 @@ macro_rules! blockdev {
     size=N                    bytes [1G]
     latency-ns=N              how long each operation takes, in nanoseconds [0]
     read-zeroes=on|off        jobs know that it is zeros before they read it [off]
+
+  driver=blkdebug             operations on 'image' fail by rules; docs/command-line.md has the
+                              events
+    image=NODE                where the bytes are
+    config=PATH               a file of rules, as QEMU has them; they come first
+    inject-error.N.event=EVENT  rule N, counted from 0: what arms it
+      inject-error.N.state=S, iotype=read|write|write-zeroes|discard|flush|block-status,
+      errno=E [5], sector=S, once=on|off, immediately=on|off   (each behind inject-error.N.)
+    set-state.N.event=EVENT, set-state.N.state=S, set-state.N.new_state=S
+    align=N, max-transfer=N   blocks, and bytes that one operation moves at most
+    (accepted without effect: opt-write-zero, max-write-zero, opt-discard, max-discard)
 "
     };
 }

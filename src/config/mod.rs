@@ -17,6 +17,7 @@ mod check;
 mod disk;
 mod help;
 
+use crate::graph::Allowed;
 use crate::options::{
     BlockdevOptions, ChardevOptions, ExportOptions, MonitorOptions, ObjectOptions, TraceOptions,
 };
@@ -55,6 +56,8 @@ pub struct Config {
     pub exports: Vec<ExportOptions>,
     /// Control sockets.
     pub monitors: Vec<MonitorOptions>,
+    /// What the headers of images may name besides local image files.
+    pub allow_backing: Allowed,
     /// Written when all is set up, removed at exit.
     pub pidfile: Option<PathBuf>,
     /// Folder on a tmpfs in which the journals of images are kept.

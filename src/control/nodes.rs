@@ -1,5 +1,7 @@
 //! Nodes and their failed flushes as answers: `query-named-block-nodes`, `query-block`.
 
+use std::path::Path;
+
 use serde_json::{Value, json};
 
 use crate::engine::{Engine, SyncError, sizes};
@@ -116,7 +118,14 @@ impl<'a> NodeView<'a> {
     }
 
     fn filename(self) -> String {
-        self.node.filename.display().to_string()
+        let file = self.node.filename.display();
+        match &self.node.options.driver {
+            Driver::Blkdebug(options) => {
+                let config = options.config.as_deref().unwrap_or(Path::new(""));
+                format!("blkdebug:{}:{file}", config.display())
+            }
+            _ => file.to_string(),
+        }
     }
 
     fn detect_zeroes(self) -> &'static str {
@@ -130,7 +139,13 @@ impl<'a> NodeView<'a> {
     /// The nodes that it stands on, as QEMU has it from 10.1 on. Only here is told which node is
     /// below: several may be on the same file.
     fn children(self) -> Value {
-        let roles = [Role::Filtered, Role::File, Role::Backing, Role::DataFile];
+        let roles = [
+            Role::Filtered,
+            Role::Image,
+            Role::File,
+            Role::Backing,
+            Role::DataFile,
+        ];
         let children = roles.iter().filter_map(|role| {
             Some(json!({"child": role.key(), "node-name": self.node.child(*role)?}))
         });

@@ -209,6 +209,11 @@ impl Entries {
             KeyType::Bool => "bool".to_owned(),
             KeyType::Word(name, words) => self.words(name, words),
             KeyType::Object(name) => name.to_owned(),
+            KeyType::Objects(name) => self.reference(&format!("[{name}]")),
+            KeyType::WordList(name, words) => {
+                let element = self.words(name, words);
+                self.reference(&format!("[{element}]"))
+            }
             KeyType::Node => self.alternate("BlockdevRef", &["BlockdevOptions", "str"]),
             KeyType::NodeOrNull => {
                 let kinds = ["BlockdevOptions", "str", "null"];

@@ -254,6 +254,7 @@ fn set_up(
     (store, watch): (Option<Arc<Store>>, &Watch),
     (setup, fences): (Setup, Arc<Fences>),
 ) -> Result<Running> {
+    graph.allow_backing(config.allow_backing);
     if let Some(folder) = &config.journal {
         graph.keep_journals(Folder::open(folder, config.journal_size)?);
     }

@@ -2,7 +2,8 @@
 //!
 //! A header comes from the writer of the image, a guest perhaps. It names local image files, as
 //! QEMU's own images do, and nothing else: no other host, no program, no node of another disk, and
-//! no option that changes what is durable, or who may use the file.
+//! no option that changes what is durable, or who may use the file. Drivers beyond that are for the
+//! administrator to allow ([`Allowed`]).
 
 use std::path::{Path, PathBuf};
 
@@ -14,9 +15,10 @@ use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::Backing;
 use crate::options::{
-    AutoOptions, BackingRef, BlockRef, BlockdevOptions, Dialect, Driver, Qcow2Options, QedOptions,
-    RawOptions,
+    AutoOptions, BackingRef, BlkdebugOptions, BlockRef, BlockdevOptions, Dialect, Driver,
+    Qcow2Options, QedOptions, RawOptions,
 };
+use crate::storage::blkdebug::Settings;
 
 /// Drivers of nodes that lead out of this machine.
 const REMOTE: &[&str] = &[
@@ -39,15 +41,51 @@ const KEYS: &[&str] = &["driver", "filename", "offset", "size", "read-zeroes"];
 /// Nodes inside nodes that a name may have.
 const MAX_NESTED: usize = 24;
 
-/// The options of the node for a backing file that the header of the file `image` names; `above`
-/// are those of its own node.
+/// What headers may name besides local image files.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Allowed {
+    /// `blkdebug`: files whose operations fail by rules.
+    pub blkdebug: bool,
+}
+
+impl Allowed {
+    /// The drivers that can be allowed.
+    pub const DRIVERS: &[&str] = &["blkdebug"];
+
+    /// With this driver, too. `None`: it cannot be allowed.
+    #[must_use]
+    pub fn with(mut self, driver: &str) -> Option<Self> {
+        match driver {
+            "blkdebug" => self.blkdebug = true,
+            _ => return None,
+        }
+        Some(self)
+    }
+}
+
+/// As [`backing_options_with`], with local image files alone.
 ///
 /// # Errors
-/// When the name or the format makes no sense, or the name leads elsewhere than to local files.
+/// As there.
 pub fn backing_options(
     above: &BlockdevOptions,
     image: &Path,
     backing: &Backing,
+) -> Result<BlockdevOptions> {
+    backing_options_with(above, image, backing, Allowed::default())
+}
+
+/// The options of the node for a backing file that the header of the file `image` names; `above`
+/// are those of its own node.
+///
+/// # Errors
+/// When the name or the format makes no sense, or the name leads to something else than local files
+/// and what is allowed.
+pub(super) fn backing_options_with(
+    above: &BlockdevOptions,
+    image: &Path,
+    backing: &Backing,
+    allowed: Allowed,
 ) -> Result<BlockdevOptions> {
     if let Some(json) = backing.name.strip_prefix("json:") {
         let value = serde_json::from_str(json)
@@ -58,11 +96,16 @@ pub fn backing_options(
         {
             map.entry("driver").or_insert_with(|| json!(format));
         }
-        check_named(image, &value, MAX_NESTED)?;
+        check_named(image, &value, allowed, MAX_NESTED)?;
         let mut options = BlockdevOptions::from_nested(&value, above, Dialect::Json)
             .map_err(|error| Error::Invalid(error.to_string()))?;
         options.read_only = true;
         return Ok(options);
+    }
+    if allowed.blkdebug
+        && let Some(name) = backing.name.strip_prefix("blkdebug:")
+    {
+        return blkdebug_options(above, name, backing);
     }
     let path = file_named(image, &backing.name, "backing file")?;
     let placeholder = above.backing_node(Driver::Auto(AutoOptions {
@@ -72,8 +115,37 @@ pub fn backing_options(
     layer_options(placeholder, &path, backing.format.as_deref())
 }
 
+/// The options for `blkdebug:CONFIG:FILE`: where that is, and where the rules are, starts from the
+/// folder that the program is in, as in QEMU.
+fn blkdebug_options(
+    above: &BlockdevOptions,
+    name: &str,
+    backing: &Backing,
+) -> Result<BlockdevOptions> {
+    let Some((config, file)) = name.split_once(':') else {
+        return Err(Error::Invalid(format!(
+            "backing file name 'blkdebug:{name}' (expected blkdebug:CONFIG:FILE)"
+        )));
+    };
+    let image = BlockRef::Inline(Box::new(above.child_file(Path::new(file))));
+    let file = above.backing_node(Driver::Blkdebug(Box::new(BlkdebugOptions {
+        image,
+        config: (!config.is_empty()).then(|| PathBuf::from(config)),
+        settings: Settings::default(),
+    })));
+    let common = BlockdevOptions {
+        driver: file.driver.clone(),
+        ..file.clone()
+    };
+    let mut options = layer_options(common, Path::new(""), backing.format.as_deref())?;
+    if let Some(place) = options.driver.file_mut() {
+        *place = BlockRef::Inline(Box::new(file));
+    }
+    Ok(options)
+}
+
 /// Refuses what a `json:` name must not say.
-fn check_named(image: &Path, value: &Value, depth: usize) -> Result<()> {
+fn check_named(image: &Path, value: &Value, allowed: Allowed, depth: usize) -> Result<()> {
     let refused = |what: String| {
         Err(Error::Invalid(format!(
             "{}: the image's header names a backing file by 'json:', {what} (to use it all the \
@@ -91,10 +163,20 @@ fn check_named(image: &Path, value: &Value, depth: usize) -> Result<()> {
         Some(Value::String(driver)) if REMOTE.contains(&driver.as_str()) => {
             return refused(format!("a remote one, by driver '{driver}'"));
         }
+        // Everything that it may say is about failing.
+        Some(Value::String(driver)) if driver == "blkdebug" && allowed.blkdebug => {
+            return match map.get("image") {
+                Some(image_node @ Value::Object(_)) => {
+                    check_named(image, image_node, allowed, depth - 1)
+                }
+                _ => refused("with driver 'blkdebug' and no node as its 'image'".into()),
+            };
+        }
         Some(Value::String(driver)) if !DRIVERS.contains(&driver.as_str()) => {
             return refused(format!(
-                "with driver '{driver}' (expected one of: {})",
-                DRIVERS.join(", ")
+                "with driver '{driver}' (expected one of: {}{})",
+                DRIVERS.join(", "),
+                allow_hint(driver)
             ));
         }
         _ => {}
@@ -102,7 +184,7 @@ fn check_named(image: &Path, value: &Value, depth: usize) -> Result<()> {
     for (key, value) in map {
         let child = CHILDREN.contains(&key.as_str());
         match value {
-            Value::Object(_) if child => check_named(image, value, depth - 1)?,
+            Value::Object(_) if child => check_named(image, value, allowed, depth - 1)?,
             Value::Null if key == "backing" => {}
             Value::String(name) if child => {
                 return refused(format!(
@@ -116,6 +198,14 @@ fn check_named(image: &Path, value: &Value, depth: usize) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// How a driver is allowed, where it can be.
+fn allow_hint(driver: &str) -> String {
+    match Allowed::default().with(driver) {
+        Some(_) => format!("; --allow-backing {driver} allows it"),
+        None => String::new(),
+    }
 }
 
 /// An object whose keys may be paths (`file.filename`), as QEMU has them in `json:` names, with
@@ -198,8 +288,9 @@ pub(super) fn file_named(image: &Path, name: &str, what: &str) -> Result<PathBuf
             format!("a {what} with the protocol '{protocol}'")
         };
         return Err(Error::Invalid(format!(
-            "{}: the image's header names {kind}: '{name}' (expected a local file)",
-            image.display()
+            "{}: the image's header names {kind}: '{name}' (expected a local file{})",
+            image.display(),
+            allow_hint(protocol)
         )));
     }
     Ok(resolve(image, plain))
@@ -273,7 +364,10 @@ impl State {
     /// not tell from the image. What lies under that image does not count, since a stream changes
     /// it.
     pub(super) fn bytes_name(&self, name: &str) -> Result<String> {
-        let node = self.image_node(name)?;
+        let mut node = self.image_node(name)?;
+        while let Some(image) = node.child(Role::Image) {
+            node = self.image_node(image)?;
+        }
         match node.layer.format {
             Format::Raw(_) if !self.is_in_image(node)? => self.header_name(name),
             _ => Ok(format!("json:{}", self.described(node, false)?)),
@@ -327,7 +421,11 @@ impl State {
     /// what images are over.
     fn described(&self, node: &Node, with_backing: bool) -> Result<Value> {
         let mut map = Map::new();
-        map.insert("driver".into(), json!(node.driver_name()));
+        let driver = match node.child(Role::Image) {
+            Some(_) => "raw",
+            None => node.driver_name(),
+        };
+        map.insert("driver".into(), json!(driver));
         let Some(file) = node.file() else {
             match node.is_file() {
                 true => drop(map.insert("filename".into(), json!(absolute(node)))),
@@ -335,8 +433,12 @@ impl State {
             }
             return Ok(Value::Object(map));
         };
-        let file = self.described(self.node(file)?, with_backing)?;
-        if node.is_filter() {
+        let below = self.node(file)?;
+        let file = self.described(below, with_backing)?;
+        // That operations fail is no part of the bytes. A name in a header says with its own driver
+        // that they are those of a disk.
+        let is_plain = !(with_backing && self.is_disk(below));
+        if node.is_filter() || (node.child(Role::Image).is_some() && is_plain) {
             return Ok(file);
         }
         node.driver().describe(&mut map);

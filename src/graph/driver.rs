@@ -24,6 +24,7 @@ pub(super) fn of(options: &options::Driver) -> &dyn Driver {
         options::Driver::Qcow2(qcow2) => &**qcow2,
         options::Driver::Qed(qed) => qed,
         options::Driver::CopyOnRead(filter) => filter,
+        options::Driver::Blkdebug(blkdebug) => &**blkdebug,
         options::Driver::NullCo(null) | options::Driver::NullAio(null) => null,
         options::Driver::Auto(probed) => probed,
     }

@@ -14,6 +14,8 @@ pub enum Role {
     DataFile,
     /// The node is a filter of it: it shows the child's disk.
     Filtered,
+    /// The node has the bytes of the child's disk, and fails where it is told to.
+    Image,
 }
 
 impl Role {
@@ -22,6 +24,7 @@ impl Role {
     pub fn key(self) -> &'static str {
         match self {
             Self::File | Self::Filtered => "file",
+            Self::Image => "image",
             Self::Backing => "backing",
             Self::DataFile => "data-file",
         }
@@ -144,7 +147,7 @@ impl Demand {
         let unchanged = Rights::ALL - Rights::WRITE - Rights::RESIZE;
         let changes = own.does.has(Rights::WRITE | Rights::RESIZE | Rights::OPEN);
         match role {
-            Role::Filtered => own,
+            Role::Filtered | Role::Image => own,
             Role::Backing => Self {
                 does: own.does & Rights::READ,
                 tolerates: match own.tolerates.has(Rights::WRITE) {

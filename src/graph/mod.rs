@@ -54,7 +54,7 @@ use grants::Grants;
 use owner::Owner;
 use writable::Turns;
 
-pub use below::{backing_options, layer_options};
+pub use below::{Allowed, backing_options, layer_options};
 pub use edges::{Demand, Edge, Rights, Role};
 pub use grants::{Busy, Grant, Holder, NodeUse, NodeUser, Request, Taken};
 pub use nodes::{Node, State};
@@ -77,6 +77,7 @@ struct Inner {
     /// Names made up so far.
     named: AtomicU64,
     journals: OnceLock<Arc<Folder>>,
+    allowed: OnceLock<Allowed>,
 }
 
 /// What only an old value of the graph held, layers and files among it. To drop it may close
@@ -121,6 +122,16 @@ impl Graph {
     #[must_use]
     pub fn has_journals(&self) -> bool {
         self.0.journals.get().is_some()
+    }
+
+    /// From now on the headers of images that are opened may name this, too. Can be said once.
+    pub fn allow_backing(&self, allowed: Allowed) {
+        let _ = self.0.allowed.set(allowed);
+    }
+
+    /// What headers may name besides local image files.
+    pub(super) fn allowed(&self) -> Allowed {
+        self.0.allowed.get().copied().unwrap_or_default()
     }
 
     pub(super) fn journal(&self) -> Option<Arc<Folder>> {

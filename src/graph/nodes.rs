@@ -81,11 +81,11 @@ impl Node {
         Some(&edge.child)
     }
 
-    /// The node that it is a filter of, or that its bytes are in.
+    /// The node that it is a filter of, or that its bytes are in or are those of.
     #[must_use]
     pub fn file(&self) -> Option<&str> {
-        self.child(Role::File)
-            .or_else(|| self.child(Role::Filtered))
+        let roles = [Role::File, Role::Filtered, Role::Image];
+        roles.into_iter().find_map(|role| self.child(role))
     }
 
     /// Whether it shows the disk of the node under it.

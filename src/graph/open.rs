@@ -2,7 +2,7 @@
 
 use futures_util::future::join_all;
 
-use super::below::backing_options;
+use super::below::backing_options_with;
 use super::descent::Descent;
 use super::driver::WHOLE;
 use super::opening::{Opening, Origin};
@@ -79,7 +79,7 @@ impl Graph {
     /// As for [`Graph::open`]; or the image is itself in that chain.
     pub async fn open_as_backing(&self, above: &str, backing: &Backing) -> Result<String> {
         let node = self.node(above)?;
-        let options = backing_options(&node.options, &node.filename, backing)?;
+        let options = backing_options_with(&node.options, &node.filename, backing, self.allowed())?;
         let mut descent = Descent::new(0);
         if let Ok(stat) = opener::look(&node.filename).await {
             descent.wanted = self.state().extent(&node)?;

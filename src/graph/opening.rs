@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use futures_util::future::LocalBoxFuture;
 
-use super::below::backing_options;
+use super::below::backing_options_with;
 use super::compile::compile;
 use super::descent::Descent;
 use super::driver::{self, WHOLE};
@@ -285,7 +285,9 @@ impl<'a> Opening<'a> {
             }
         }
         descent.step_down(&image.filename)?;
-        let mut options = backing_options(above, &image.filename, &below.open_as)?;
+        let allowed = self.graph.allowed();
+        let open_as = &below.open_as;
+        let mut options = backing_options_with(above, &image.filename, open_as, allowed)?;
         self.state().share_file(&mut options, image, descent)?;
         options.node_name = below.name.clone().filter(|name| self.node(name).is_err());
         self.open_node(&options, descent, Origin::Header).await
@@ -305,7 +307,9 @@ impl<'a> Opening<'a> {
             Error::Busy(text) => Error::Busy(format!("Could not open backing file: {text}")),
             other => other,
         };
-        let mut options = backing_options(above, &image.filename, backing).map_err(context)?;
+        let allowed = self.graph.allowed();
+        let mut options =
+            backing_options_with(above, &image.filename, backing, allowed).map_err(context)?;
         self.state()
             .share_file(&mut options, image, descent)
             .map_err(context)?;

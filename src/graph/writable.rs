@@ -175,7 +175,10 @@ impl Graph {
         match node.file() {
             Some(file) => {
                 let bytes = Box::pin(self.writable_bytes(file)).await?;
-                drivers::of(&node.options.driver).bytes_in(bytes).await
+                match node.layer.storage.over(&bytes) {
+                    Some(storage) => Ok(storage),
+                    None => drivers::of(&node.options.driver).bytes_in(bytes).await,
+                }
             }
             None => node.layer.storage.open_writable().await.map_err(text),
         }
@@ -187,8 +190,9 @@ impl Graph {
             return error;
         };
         let state = self.state();
+        let own = state.below(vec![node.name.clone()]);
         let is_other = |other: &Node| {
-            other.name != node.name
+            !own.contains(&other.name)
                 && other.file().is_some()
                 && other.file() != node.file()
                 // Not what is laid out in this one.

@@ -7,6 +7,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::storage::blkdebug::Settings;
+
 /// One block node, with all defaults filled in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlockdevOptions {
@@ -78,6 +80,8 @@ pub enum Driver {
     NullCo(NullOptions),
     /// The same under its other name.
     NullAio(NullOptions),
+    /// Another node's bytes, with operations that fail by rules.
+    Blkdebug(Box<BlkdebugOptions>),
     /// An image whose format is found out by looking at it. Never named on a command line:
     /// it comes from `--blk-file` and from backing files without a recorded format.
     Auto(AutoOptions),
@@ -165,6 +169,17 @@ impl Default for NullOptions {
             read_zeroes: false,
         }
     }
+}
+
+/// Options of a node whose operations fail by rules.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlkdebugOptions {
+    /// The node whose bytes it has.
+    pub image: BlockRef,
+    /// A file with more rules, which come first.
+    pub config: Option<PathBuf>,
+    /// What it is told.
+    pub settings: Settings,
 }
 
 /// Options of an image with a format to find out.
@@ -310,6 +325,7 @@ impl BlockdevOptions {
             Driver::Raw(RawOptions { file, .. })
             | Driver::CopyOnRead(CopyOnReadOptions { file, .. })
             | Driver::Auto(AutoOptions { file, .. }) => vec![("file", file)],
+            Driver::Blkdebug(options) => vec![("image", &options.image)],
             Driver::Qed(options) => {
                 let mut children = vec![("file", &options.file)];
                 if let BackingRef::Node(backing) = &options.backing {
@@ -341,6 +357,7 @@ impl Driver {
             | Driver::Auto(AutoOptions { file, .. })
             | Driver::Qed(QedOptions { file, .. }) => Some(file),
             Driver::Qcow2(options) => Some(&mut options.file),
+            Driver::Blkdebug(options) => Some(&mut options.image),
         }
     }
 
@@ -355,6 +372,7 @@ impl Driver {
             Driver::CopyOnRead(_) => "copy-on-read",
             Driver::NullCo(_) => "null-co",
             Driver::NullAio(_) => "null-aio",
+            Driver::Blkdebug(_) => "blkdebug",
             Driver::Auto(_) => "auto",
         }
     }

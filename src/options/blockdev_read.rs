@@ -1,5 +1,6 @@
 //! Reading [`BlockdevOptions`] from a JSON value.
 
+use super::blkdebug;
 use super::blockdev::{
     Aio, AutoOptions, BackingRef, BlockRef, BlockdevOptions, CopyOnReadOptions, DetectZeroes,
     Discard, Driver, FileOptions, Inherited, Locking, NullOptions, OverlapCheck, Qcow2Options,
@@ -95,6 +96,7 @@ fn driver_keys(driver: &str, dialect: Dialect) -> Option<&'static [Key]> {
         "qed" => Some(keys::QED),
         "copy-on-read" => Some(keys::COPY_ON_READ),
         "null-co" | "null-aio" => Some(keys::NULL),
+        "blkdebug" => Some(keys::BLKDEBUG),
         _ => None,
     }
 }
@@ -211,6 +213,10 @@ fn parse_driver(place: &KeyPath<'_>, driver: &str) -> Result<Driver, ConfigError
             file: place.required_child("file")?,
             copy_on_read: fields.bool_or("copy-on-read", false)?,
         }),
+        "blkdebug" => {
+            let image = place.required_child("image")?;
+            Driver::Blkdebug(Box::new(blkdebug::parse(fields, image)?))
+        }
         "null-co" => Driver::NullCo(parse_null(fields)?),
         "null-aio" => Driver::NullAio(parse_null(fields)?),
         other => return Err(unsupported_driver(fields, other)),

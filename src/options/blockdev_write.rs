@@ -51,6 +51,7 @@ impl BlockdevOptions {
                 map.extend(bottom.map(|bottom| ("bottom".into(), json!(bottom))));
             }
             Driver::NullCo(null) | Driver::NullAio(null) => map.extend(null.members()),
+            Driver::Blkdebug(blkdebug) => map.extend(blkdebug.members()),
             Driver::Qed(_) | Driver::Auto(_) => {}
         }
         for (key, child) in self.children() {
@@ -175,6 +176,12 @@ mod tests {
             json!({"driver": "raw", "node-name": "r", "offset": 512, "size": 1024, "file": "f"}),
             json!({"driver": "copy-on-read", "node-name": "c", "bottom": "b", "file": "f"}),
             json!({"driver": "host_device", "node-name": "h", "filename": "/dev/x"}),
+            json!({"driver": "blkdebug", "node-name": "d", "image": "f", "config": "/rules",
+                "align": 512, "max-transfer": 1024,
+                "inject-error": [{"event": "l2_load", "state": 2, "iotype": "read", "errno": 28,
+                    "sector": 7, "once": true, "immediately": true}, {"event": "none"}],
+                "set-state": [{"event": "none", "state": 1, "new_state": 3},
+                    {"event": "read_aio", "new_state": 1}]}),
             json!({"driver": "null-aio", "node-name": "z", "size": 512, "latency-ns": 7,
                 "read-zeroes": true}),
         ] {

@@ -9,6 +9,7 @@ use super::keys::Key;
 use super::keyval::{self, join};
 use super::size;
 use serde_json::{Map, Value};
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 /// The notation in which a value was written.
@@ -159,6 +160,48 @@ impl<'a> Fields<'a> {
             },
             (Some(_), _) => Err(self.wrong_type(key, "integer")),
         }
+    }
+
+    /// A number of this range, which may be negative.
+    pub fn opt_i64(
+        &self,
+        key: &str,
+        range: RangeInclusive<i64>,
+    ) -> Result<Option<i64>, ConfigError> {
+        let number = match (self.get(key), self.dialect) {
+            (None, _) => return Ok(None),
+            (Some(Value::Number(number)), _) if !number.is_f64() => number.as_i64(),
+            (Some(Value::String(text)), Dialect::Keyval) => text.parse().ok(),
+            (Some(_), _) => return Err(self.wrong_type(key, "integer")),
+        };
+        match number.filter(|number| range.contains(number)) {
+            Some(number) => Ok(Some(number)),
+            None => {
+                let expected = format!("a number from {} to {}", range.start(), range.end());
+                let value = self.get(key).map(Value::to_string).unwrap_or_default();
+                let value = value.trim_matches('"');
+                Err(ConfigError::bad_value(&self.path(key), value, expected))
+            }
+        }
+    }
+
+    /// A list.
+    pub fn list(&self, key: &str) -> Result<Option<&'a [Value]>, ConfigError> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Array(list)) => Ok(Some(list)),
+            Some(_) => Err(self.wrong_type(key, "array")),
+        }
+    }
+
+    /// The objects of a list, none if there is no list.
+    pub fn objects(&self, key: &str) -> Result<Vec<Fields<'a>>, ConfigError> {
+        let list = self.list(key)?.unwrap_or_default().iter().enumerate();
+        let path = self.path(key);
+        list.map(|(number, value)| {
+            Fields::new(value, &join(&path, &number.to_string()), self.dialect)
+        })
+        .collect()
     }
 
     /// A number between `low` and `high`.

@@ -2,6 +2,8 @@
 //!
 //! The readers take their keys from these tables, and `query-qmp-schema` describes them to clients.
 
+use crate::storage::blkdebug::rules::{Event, IoType};
+
 /// The drivers that can be named, for messages.
 pub const DRIVERS: &[&str] = &[
     "file",
@@ -12,6 +14,7 @@ pub const DRIVERS: &[&str] = &[
     "copy-on-read",
     "null-co",
     "null-aio",
+    "blkdebug",
 ];
 /// The object types that can be named, for messages.
 pub const OBJECT_TYPES: &[&str] = &["iothread"];
@@ -33,6 +36,10 @@ pub enum KeyType {
     Node,
     /// The same, or null for none.
     NodeOrNull,
+    /// A list of such words.
+    WordList(&'static str, &'static [&'static str]),
+    /// A list of objects of this type.
+    Objects(&'static str),
     /// One of the words of the first type, or an object of the second.
     WordOr(&'static str, &'static [&'static str], &'static str),
 }
@@ -64,7 +71,7 @@ const fn required(name: &'static str, kind: KeyType) -> Key {
     }
 }
 
-use KeyType::{Bool, Int, Node, NodeOrNull, Object, Str, Word, WordOr};
+use KeyType::{Bool, Int, Node, NodeOrNull, Object, Objects, Str, Word, WordList, WordOr};
 
 const DRIVER: KeyType = Word("BlockdevDriver", DRIVERS);
 const DISCARD: KeyType = Word("BlockdevDiscardOptions", &["ignore", "unmap"]);
@@ -110,6 +117,42 @@ pub const NULL: &[Key] = &[
     key("size", Int),
     key("latency-ns", Int),
     key("read-zeroes", Bool),
+];
+const PERMISSIONS: KeyType = WordList(
+    "BlockPermission",
+    &["consistent-read", "write", "write-unchanged", "resize"],
+);
+const EVENT: KeyType = Word("BlkdebugEvent", Event::NAMES);
+/// Keys of `blkdebug`.
+pub const BLKDEBUG: &[Key] = &[
+    required("image", Node),
+    key("config", Str),
+    key("align", Int),
+    key("max-transfer", Int),
+    key("opt-write-zero", Int),
+    key("max-write-zero", Int),
+    key("opt-discard", Int),
+    key("max-discard", Int),
+    key("inject-error", Objects("BlkdebugInjectErrorOptions")),
+    key("set-state", Objects("BlkdebugSetStateOptions")),
+    key("take-child-perms", PERMISSIONS),
+    key("unshare-child-perms", PERMISSIONS),
+];
+/// Members of an item of `inject-error`.
+pub const INJECT_ERROR: &[Key] = &[
+    required("event", EVENT),
+    key("state", Int),
+    key("iotype", Word("BlkdebugIOType", IoType::NAMES)),
+    key("errno", Int),
+    key("sector", Int),
+    key("once", Bool),
+    key("immediately", Bool),
+];
+/// Members of an item of `set-state`.
+pub const SET_STATE: &[Key] = &[
+    required("event", EVENT),
+    key("state", Int),
+    required("new_state", Int),
 ];
 /// Keys of what only records have.
 pub const AUTO: &[Key] = &[required("file", Node), key("copy-on-read", Bool)];
@@ -252,6 +295,7 @@ pub const UNIONS: &[Union] = &[
             ("copy-on-read", COPY_ON_READ),
             ("null-co", NULL),
             ("null-aio", NULL),
+            ("blkdebug", BLKDEBUG),
         ],
     },
     Union {
@@ -284,4 +328,6 @@ pub const UNIONS: &[Union] = &[
 pub const OBJECTS: &[(&str, &[Key])] = &[
     ("BlockdevCacheOptions", CACHE),
     ("Qcow2OverlapCheckFlags", OVERLAP_FLAGS),
+    ("BlkdebugInjectErrorOptions", INJECT_ERROR),
+    ("BlkdebugSetStateOptions", SET_STATE),
 ];

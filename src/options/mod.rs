@@ -5,6 +5,7 @@
 //! value typed options ([`BlockdevOptions::from_value`] and its siblings), strictly, with an error
 //! that names the word at fault. Nothing is opened or changed here.
 
+mod blkdebug;
 mod blockdev;
 mod blockdev_read;
 mod blockdev_write;
@@ -19,10 +20,11 @@ pub mod size;
 mod text;
 mod write;
 
+pub use blkdebug::parse_config as parse_blkdebug_config;
 pub use blockdev::{
-    Aio, AutoOptions, BackingRef, BlockRef, BlockdevOptions, CacheOptions, CopyOnReadOptions,
-    DetectZeroes, Discard, Driver, FileOptions, Locking, NullOptions, OverlapCheck, Qcow2Options,
-    QedOptions, RawOptions,
+    Aio, AutoOptions, BackingRef, BlkdebugOptions, BlockRef, BlockdevOptions, CacheOptions,
+    CopyOnReadOptions, DetectZeroes, Discard, Driver, FileOptions, Locking, NullOptions,
+    OverlapCheck, Qcow2Options, QedOptions, RawOptions,
 };
 
 pub use create::{Allocate, ImageOptions, NewFileOptions, NewQcow2Options};

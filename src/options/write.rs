@@ -84,6 +84,10 @@ impl Driver {
                 members.put_some("bottom", filter.bottom.clone());
             }
             Self::NullCo(null) | Self::NullAio(null) => members.0.extend(null.members()),
+            Self::Blkdebug(blkdebug) => {
+                members.put("image", blkdebug.image.to_value());
+                members.0.extend(blkdebug.members());
+            }
             Self::Auto(probed) => {
                 members.put("file", probed.file.to_value());
                 members.put("copy-on-read", probed.copy_on_read);
@@ -230,6 +234,12 @@ mod tests {
                 "force-share": true, "auto-read-only": true}),
             json!({"driver": "qed", "node-name": "t", "file": "f", "backing": "b"}),
             json!({"driver": "copy-on-read", "node-name": "t", "file": "f", "bottom": "b"}),
+            json!({"driver": "blkdebug", "node-name": "d", "image": "f", "config": "/rules",
+                "align": 512, "max-transfer": 1024,
+                "inject-error": [{"event": "l2_load", "state": 2, "iotype": "read", "errno": 28,
+                    "sector": 7, "once": true, "immediately": true}, {"event": "none"}],
+                "set-state": [{"event": "none", "state": 1, "new_state": 3},
+                    {"event": "read_aio", "new_state": 1}]}),
             json!({"driver": "null-co", "node-name": "t", "size": 512, "read-zeroes": true}),
             json!({"driver": "null-aio", "node-name": "t", "latency-ns": 7}),
         ];

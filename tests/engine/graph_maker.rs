@@ -113,6 +113,10 @@ impl Maker {
                 }
                 json!({"driver": "file", "filename": file})
             }
+            // Its rules are about nothing that happens.
+            1 if self.files.is_multiple_of(2) => json!({"driver": "blkdebug",
+                "max-transfer": 8192, "inject-error": [{"event": "vmstate_load"}],
+                "image": self.node(bytes, depth - 1, written)}),
             1 => json!({"driver": "raw", "file": self.node(bytes, depth - 1, written)}),
             2..5 => self.window(bytes, depth - 1, written),
             5 | 6 => json!({"driver": "copy-on-read",

@@ -4,6 +4,7 @@
 
 #[path = "../common/bitmaps.rs"]
 mod bitmaps;
+mod blkdebug;
 mod cancelled;
 mod check;
 mod compressed;

@@ -39,6 +39,9 @@ const LOWER: &[&str] = &[
     "qcow2",
     "qed",
     "copy-on-read of qcow2",
+    "blkdebug",
+    "blkdebug of qcow2",
+    "blkdebug of raw,offset,size",
 ];
 /// What is laid out in it.
 const UPPER: &[&str] = &[
@@ -52,6 +55,7 @@ const UPPER: &[&str] = &[
     "auto",
     "backing",
     "data-file",
+    "blkdebug",
 ];
 
 /// A loop device over a file, if this user may have one.
@@ -167,6 +171,11 @@ impl Maker {
             }
             "copy-on-read of qcow2" => json!({"driver": "copy-on-read",
                 "file": self.lower("qcow2", payload, decoy)?}),
+            "blkdebug" => json!({"driver": "blkdebug", "image": around(0, 0, self)}),
+            "blkdebug of qcow2" => json!({"driver": "blkdebug",
+                "image": self.lower("qcow2", payload, decoy)?}),
+            "blkdebug of raw,offset,size" => json!({"driver": "blkdebug", "align": 512,
+                "max-transfer": 4096, "image": self.lower("raw,offset,size", payload, decoy)?}),
             other => panic!("{other}"),
         })
     }
@@ -206,6 +215,8 @@ impl Maker {
             "copy-on-read" => json!({"driver": "copy-on-read",
                 "file": self.lower(lower, &disk, &wrong)?}),
             "raw" => json!({"driver": "raw", "file": self.lower(lower, &disk, &wrong)?}),
+            "blkdebug" => json!({"driver": "blkdebug",
+                "image": self.lower(lower, &disk, &wrong)?}),
             "raw,offset" => json!({"driver": "raw", "offset": 4096 + 512,
                 "file": self.lower(lower, &disk, &wrong)?}),
             "raw,size" => json!({"driver": "raw", "size": 64 << 10,
@@ -221,6 +232,7 @@ impl Maker {
 fn child(upper: &str) -> &str {
     match upper {
         "backing" | "data-file" => upper,
+        "blkdebug" => "image",
         _ => "file",
     }
 }
@@ -328,6 +340,7 @@ fn writes_go_where_reads_come_from() {
             "raw,offset,size",
             "qcow2",
             "data-file",
+            "blkdebug",
         ] {
             let Some(mut node) = maker.pair(lower, upper) else {
                 continue;

@@ -198,6 +198,7 @@ fn file_of(options: &BlockdevOptions) -> Option<(PathBuf, Option<&'static str>)>
         }
         Driver::NullCo(_) | Driver::NullAio(_) => return None,
         Driver::Raw(raw) => (&raw.file, Some("raw")),
+        Driver::Blkdebug(blkdebug) => (&blkdebug.image, None),
         Driver::Qcow2(qcow2) => (&qcow2.file, Some("qcow2")),
         Driver::Qed(qed) => (&qed.file, Some("qed")),
         Driver::CopyOnRead(filter) => (&filter.file, None),

@@ -3,6 +3,7 @@
 //! A new one is a file here, which implements [`Driver`](super::driver::Driver) and [`OpenNode`] for
 //! its options, a line in [`of`], and one in [`driver::of`](super::driver::of).
 
+mod blkdebug;
 mod copy_on_read;
 mod file;
 mod null;
@@ -29,6 +30,7 @@ pub(super) fn of(options: &options::Driver) -> &dyn OpenNode {
         options::Driver::Qcow2(qcow2) => &**qcow2,
         options::Driver::Qed(qed) => qed,
         options::Driver::CopyOnRead(filter) => filter,
+        options::Driver::Blkdebug(blkdebug) => &**blkdebug,
         options::Driver::NullCo(null) | options::Driver::NullAio(null) => null,
         options::Driver::Auto(probed) => probed,
     }

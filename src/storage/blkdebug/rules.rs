@@ -27,6 +27,8 @@ macro_rules! events {
         impl Event {
             /// Each, under its name.
             pub const ALL: &[(&str, Self)] = &[$(($name, Self::$event),)*];
+            /// The names.
+            pub const NAMES: &[&str] = &[$($name,)*];
         }
     };
 }
@@ -82,6 +84,16 @@ events! {
     None "none",
 }
 
+impl Event {
+    /// Its name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        let mut all = Self::ALL.iter();
+        all.find(|(_, event)| *event == self)
+            .map_or("", |(name, _)| name)
+    }
+}
+
 /// Kinds of operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IoType {
@@ -109,6 +121,23 @@ impl IoType {
         ("flush", Self::Flush),
         ("block-status", Self::BlockStatus),
     ];
+    /// The names.
+    pub const NAMES: &[&str] = &[
+        "read",
+        "write",
+        "write-zeroes",
+        "discard",
+        "flush",
+        "block-status",
+    ];
+
+    /// Its name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        let mut all = Self::ALL.iter();
+        all.find(|(_, kind)| *kind == self)
+            .map_or("", |(name, _)| name)
+    }
 }
 
 /// A rule that makes operations fail.
@@ -407,6 +436,8 @@ mod tests {
 
     #[test]
     fn every_event_has_a_name_of_its_own() {
+        let kinds: Vec<_> = IoType::ALL.iter().map(|(name, _)| *name).collect();
+        assert_eq!(kinds, IoType::NAMES);
         for (at, (name, event)) in Event::ALL.iter().enumerate() {
             let same = |other: &&(&str, Event)| other.0 == *name || other.1 == *event;
             assert_eq!(Event::ALL.iter().filter(same).count(), 1, "{at}: {name}");
