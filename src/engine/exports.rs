@@ -109,6 +109,8 @@ struct Inner {
 #[derive(Debug, Default)]
 pub struct Exports {
     inner: Mutex<Inner>,
+    /// Held while guests get other images.
+    turning: Mutex<()>,
 }
 
 /// The name of an export that is being made. It is free again when this is dropped, if the export

@@ -7,7 +7,7 @@ use super::blockdev::{
     QedOptions, RawOptions,
 };
 use super::error::ConfigError;
-use super::fields::{Dialect, Fields};
+use super::fields::{Dialect, Fields, is_well_formed_id};
 use super::keys::{self, DRIVERS, Key, KeyType};
 use serde_json::Value;
 use std::path::PathBuf;

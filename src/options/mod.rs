@@ -31,6 +31,7 @@ pub use create::{Allocate, ImageOptions, NewFileOptions, NewQcow2Options};
 pub use error::{ConfigError, ErrorKind, closest};
 pub use export::{ExportOptions, MAX_SERIAL, SocketAddress, check_serial, check_socket_path};
 
+pub use blockdev_read::check_node_name;
 pub use fields::{Dialect, is_well_formed_id};
 pub use keys::{DRIVERS, OBJECT_TYPES};
 pub use object::{ChardevOptions, IothreadOptions, MonitorOptions, ObjectOptions, TraceOptions};
