@@ -25,10 +25,10 @@ pub enum Kind {
     OptionsList(&'static str),
     /// A list of words.
     EnumList(&'static str, &'static [&'static str]),
-    /// An object, which the command looks into.
-    Object,
-    /// A list of objects, which the command looks into.
-    Objects,
+    /// An object of this type, which the command looks into.
+    Object(&'static str),
+    /// A list of objects of this type, which the command looks into.
+    Objects(&'static str),
 }
 
 /// An argument a command takes.
@@ -187,8 +187,8 @@ fn check_value(path: &str, arg: &Arg, value: &Value) -> Result<(), CommandError>
                 check_word(&format!("{name}[{at}]"), "null", words, item)
             })
         }
-        Kind::Object if !value.is_object() => Err(wrong_type(name, "object")),
-        Kind::Objects => {
+        Kind::Object(_) if !value.is_object() => Err(wrong_type(name, "object")),
+        Kind::Objects(_) => {
             let items = value.as_array().ok_or_else(|| wrong_type(name, "array"))?;
             let wrong = items.iter().position(|item| !item.is_object());
             wrong.map_or(Ok(()), |at| {

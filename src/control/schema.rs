@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::answers::{Member, TYPES, counted};
 use super::args::{Arg, Kind};
 use super::command::{Command, Returns};
+use super::snapshot;
 use crate::options::keys::{self, Key, KeyType};
 
 /// Each event with its members and their types.
@@ -97,6 +98,7 @@ pub(super) fn schema(table: &[Command]) -> Value {
         entries.answer(name, &members);
     }
     entries.options();
+    entries.transaction();
     entries.into_value()
 }
 
@@ -177,8 +179,9 @@ impl Entries {
             Kind::Str => "str".to_owned(),
             Kind::Int => "int".to_owned(),
             Kind::Bool => "bool".to_owned(),
-            Kind::Any | Kind::Object => "any".to_owned(),
-            Kind::Objects => self.reference("[any]"),
+            Kind::Any => "any".to_owned(),
+            Kind::Object(name) => name.to_owned(),
+            Kind::Objects(name) => self.reference(&format!("[{name}]")),
             Kind::Whole(name) | Kind::Options(name) => name.to_owned(),
             Kind::OptionsList(name) => self.reference(&format!("[{name}]")),
             Kind::Enum(name, words) => self.words(name, words),
@@ -225,6 +228,31 @@ impl Entries {
             }
         };
         member(key.name, kind, key.required)
+    }
+
+    fn object(&mut self, name: &str, args: &[Arg]) {
+        let members: Value = args.iter().map(|arg| self.argument(arg)).collect();
+        self.add(json!({"name": name, "meta-type": "object", "members": members}));
+    }
+
+    /// What a transaction is made of.
+    fn transaction(&mut self) {
+        self.object("TransactionProperties", snapshot::PROPERTIES);
+        let (mut names, mut variants) = (Vec::new(), Vec::new());
+        for (case, args) in snapshot::actions() {
+            let (own, data) = (format!("TransactionAction-{case}"), format!("{case}-arg"));
+            self.object(&data, args);
+            let members = json!([member("data", data, true)]);
+            self.add(json!({"name": own, "meta-type": "object", "members": members}));
+            variants.push(json!({"case": case, "type": own}));
+            names.push(case);
+        }
+        let kind = self.words("TransactionActionKind", &names);
+        let members = json!([member("type", kind, true)]);
+        self.add(
+            json!({"name": "TransactionAction", "meta-type": "object", "tag": "type",
+            "variants": variants, "members": members}),
+        );
     }
 
     /// All types of structured options.

@@ -26,10 +26,10 @@ pub(super) const SNAPSHOT_SYNC: &[Arg] = &[
 ];
 /// What `transaction` takes.
 pub(super) const TRANSACTION: &[Arg] = &[
-    Arg::required("actions", Kind::Objects),
-    Arg::optional("properties", Kind::Object),
+    Arg::required("actions", Kind::Objects("TransactionAction")),
+    Arg::optional("properties", Kind::Object("TransactionProperties")),
 ];
-const PROPERTIES: &[Arg] = &[Arg::optional("completion-mode", COMPLETION)];
+pub(super) const PROPERTIES: &[Arg] = &[Arg::optional("completion-mode", COMPLETION)];
 
 /// What a transaction is made of.
 struct Kinds {
@@ -55,6 +55,11 @@ static ACTIONS: &[Kinds] = &[
         action: snapshot_sync,
     },
 ];
+
+/// The actions of a transaction, each with what it takes.
+pub(super) fn actions() -> impl Iterator<Item = (&'static str, &'static [Arg])> {
+    ACTIONS.iter().map(|kind| (kind.name, kind.args))
+}
 
 /// Puts a node on top of another one.
 pub(super) fn blockdev_snapshot(control: &Control, args: &Args) -> Done {
@@ -94,7 +99,7 @@ fn read(at: usize, action: &Map<String, Value>) -> Result<(&'static Kinds, Actio
     let path = format!("actions[{at}].");
     let wanted = [
         Arg::required("type", Kind::Str),
-        Arg::required("data", Kind::Object),
+        Arg::required("data", Kind::Object("empty")),
     ];
     // The type comes first: what else there is depends on it.
     if let Some(Value::String(name)) = action.get("type")
