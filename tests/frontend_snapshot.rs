@@ -184,7 +184,7 @@ fn a_command_that_fails_leaves_nothing_behind() -> Res<()> {
     let all = |life: &mut Life| -> Res<(Value, Value, Vec<u8>)> {
         let nodes = life.ask("query-named-block-nodes", json!({}))?;
         let exports = life.ask("query-block-exports", json!({}))?;
-        let state = fs::read(life.dir.join("state/stratablk.state")).unwrap_or_default();
+        let state = fs::read(life.dir.join("state/disk.state")).unwrap_or_default();
         Ok((nodes, exports, state))
     };
     let before = all(&mut life)?;
@@ -517,7 +517,7 @@ fn record_covered(dir: &Path, old: &Path, top: &Path) -> Res<()> {
             "file": {"driver": "file", "filename": top}}),
         closed: false,
     };
-    let store = Store::open(&dir.join("state"), "stratablk")?;
+    let store = Store::open(&dir.join("state"), "disk")?;
     store.change(|state| {
         state.put_top(record);
     })?;
@@ -563,7 +563,7 @@ fn an_old_top_that_was_not_closed_is_stable_before_the_next_guest() -> Res<()> {
         "what was flushed is lost"
     );
     life.end()?;
-    let store = Store::open(&dir.path().join("state"), "stratablk")?;
+    let store = Store::open(&dir.path().join("state"), "disk")?;
     assert!(store.state().tops[0].closed);
     assert!(!images::check(&old)?);
     Ok(())

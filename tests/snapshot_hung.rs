@@ -344,3 +344,46 @@ fn a_flush_is_one_of_the_old_top_as_long_as_that_is_closing() -> Res<()> {
     bed.file.fail_syncs(false);
     Ok(())
 }
+
+/// What would be caught: a disk that is covered while a job or another client has it under the name
+/// of a filter, or of what that is over; one whose new guest would stay below; an image that is
+/// opened for a guest when the daemon closes all; and what is left behind by that.
+#[test]
+fn a_disk_that_others_have_is_not_covered() -> Res<()> {
+    let dir = tempfile::tempdir()?;
+    let mut bed = Bed::new(dir.path(), "qcow2")?;
+    let (engine, graph) = (bed.engine.clone(), bed.engine.graph.clone());
+    let filter = json!({"driver": "copy-on-read", "node-name": "f", "file": "t"});
+    let filter = BlockdevOptions::from_value(&filter, Dialect::Json)?;
+    let reactor = Reactor::for_this_thread()?;
+    reactor.block_on(graph.open(&filter))?;
+    Reactor::leave_thread();
+    let refused = |node: &str| -> Res<String> {
+        let action = Action::Snapshot {
+            node: node.into(),
+            overlay: "n".into(),
+        };
+        let refused = engine.transact(&[action]).err();
+        assert_eq!(engine.exports.list()[0].export.node_name(), "t");
+        assert!(graph.node("n")?.layer.read_only);
+        Ok(refused.ok_or("it is covered")?.to_string())
+    };
+    let job = engine.jobs.reserve(&["t".to_owned()], "stream");
+    for node in ["t", "e", "f"] {
+        let text = refused(node)?;
+        assert!(text.contains("Node 't' is busy"), "{node}: {text}");
+    }
+    drop(job);
+    let other = graph.grant(Request::disk(Holder::Export("x".into()), "f", true))?;
+    let text = refused("t")?;
+    assert!(text.contains("export 'x' has changed"), "{text}");
+    drop(other);
+    assert!(bed.closed().is_empty(), "it is recorded");
+    bed.write(8, SECTOR, 2)?;
+    engine.exports.close();
+    let text = refused("t")?;
+    assert!(text.contains("shutting down"), "{text}");
+    assert!(bed.closed().is_empty(), "it is recorded");
+    bed.write(8, SECTOR, 3)?;
+    bed.run(&Op::flush())
+}
