@@ -129,6 +129,7 @@ impl Engine {
             paused: false,
             io_status: crate::state::record::IoStatus::Ok,
             cancelled: false,
+            completing: false,
             finalized: true,
             commit: Some(Commit {
                 link: Link {

@@ -145,8 +145,8 @@ impl Engine {
 
     /// The layers from the top down to the base that the client named.
     fn find_commit(&self, layers: &Layers, request: &CommitRequest) -> Result<CommitSpec, Refused> {
-        let named = self.find_device(&request.device).map(|(node, _)| node);
-        if named.is_some_and(|node| self.graph.state().is_under_another(&node)) {
+        let named = self.find_device(&request.device);
+        if named.is_some_and(|(node, export)| self.is_under_another(&node, export.is_some())) {
             return refuse("Need a root block node");
         }
         let top = self.find_place(layers, 0, request.top.as_ref(), |file| {
@@ -171,6 +171,14 @@ impl Engine {
             base: name(base).unwrap_or_default(),
             backing_file: request.backing_file.clone(),
         })
+    }
+
+    /// Whether a device is under a node; where it is an export's, one that somebody reads. An earlier
+    /// commit may have left others.
+    fn is_under_another(&self, device: &str, is_exported: bool) -> bool {
+        let (state, read) = (self.graph.state(), self.graph.in_use());
+        let mut over = state.all_over(device);
+        over.any(|(node, _)| !is_exported || read.contains(&node.name))
     }
 
     /// Where a layer is that a client named, at `from` or below.
@@ -202,8 +210,21 @@ impl Engine {
 
     /// Refuses a commit under which another image would read other bytes than before.
     fn check_readers(&self, spec: &CommitSpec) -> Result<(), Refused> {
-        let state = self.graph.state();
+        let (state, read) = (self.graph.state(), self.graph.in_use());
         let image = |name: &str| state.image_node(name).map(|node| node.name.clone());
+        let top = state.image_node(spec.top()).map_err(refused)?;
+        if spec.overlay.is_none()
+            && let Some((above, role)) = state.laid_out_in(&top.name)
+        {
+            return refuse(format!(
+                "Node '{}' is busy: node '{}' is laid out in its disk ('{}'), and would lose it when the \
+                 guest goes on on node '{}' (remove that node first, with blockdev-del if it was added)",
+                top.name,
+                above.name,
+                role.key(),
+                spec.base
+            ));
+        }
         let own = spec.layers.iter().flat_map(|name| image(name));
         let own: Vec<String> = own.collect();
         // Where guests go on on the base, the first of the layers is out of date as well.
@@ -214,12 +235,14 @@ impl Engine {
             let reads = |node: &&Arc<Node>| {
                 let below = node.child(Role::Backing).map(image);
                 !own.contains(&node.name)
+                    && read.contains(&node.name)
                     && matches!((&below, &meant), (Some(Ok(below)), Ok(meant)) if below == meant)
             };
             if let Some(node) = state.nodes().iter().find(reads) {
                 return refuse(format!(
                     "Node '{name}' is busy: it is the backing file of node '{}' as well, which would \
-                     read other bytes after the commit (remove that node first)",
+                     read other bytes after the commit (remove what uses that node first, with \
+                     block-export-del)",
                     node.name
                 ));
             }
@@ -232,8 +255,9 @@ impl Engine {
         if self.store.is_none() {
             return Ok(None);
         }
-        let record = |name: &str| records::node(&self.graph, &self.graph.node(name)?);
-        let identity = |name: &str| Ok(records::identity(&self.graph.node(name)?));
+        // As images: filters over them may be others in the next process.
+        let record = |name: &str| records::node(&self.graph, &self.graph.image_node(name)?);
+        let identity = |name: &str| Ok(records::identity(&self.graph.image_node(name)?));
         let overlay = spec.overlay.as_deref();
         let about = overlay.unwrap_or(spec.top());
         Ok(Some(Work::Commit(record::Committed {

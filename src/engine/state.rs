@@ -18,12 +18,13 @@ use crate::graph::Node;
 use crate::graph::recorded::{is_same_image, is_same_place, other_file};
 use crate::graph::{Graph, Recorded, RecordedLink, RecordedNode};
 use crate::job::commit::CommitSpec;
-use crate::job::records::{header, identity};
+use crate::job::records::{files_of, header, identity};
 use crate::job::stream::StreamSpec;
 use crate::job::{Refused, Untold};
 use crate::options::ExportOptions;
 use crate::state::record::{self, Identity, State, Work, are_different};
 use crate::state::{StateError, StateOptions, Store};
+use crate::storage::identity::contents_of;
 use crate::storage::{Syncs, is_same_path};
 
 impl From<StateError> for Error {
@@ -166,6 +167,8 @@ pub fn follow_moves(
         return Ok(());
     };
     let state = store.state();
+    let named = exports.iter().flat_map(|export| image_of(graph, export));
+    let named: Vec<_> = named.collect();
     for export in exports {
         // A guest may have moved several times, and never in a circle.
         for _ in 0..state.moved.len() {
@@ -190,6 +193,7 @@ pub fn follow_moves(
                     store.path().display()
                 ))
             })?;
+            check_left(graph, store, moved, (export, &node))?;
             log::warn!(
                 "export '{}' shows node '{}' in place of '{}', which was committed into it: name it in \
                  the options",
@@ -206,7 +210,83 @@ pub fn follow_moves(
             drop(graph.commit(transaction)?);
         }
     }
-    Ok(())
+    forget_known(graph, store, &named)
+}
+
+/// The file of the image that an export shows, and what tells it from others.
+fn image_of(graph: &Graph, export: &ExportOptions) -> Result<(String, Identity)> {
+    let node = graph.image_node(&export.node_name)?;
+    Ok((graph.file_of(&node)?, identity(&node)))
+}
+
+/// Compares what is in an image with what a guest has left there: who has made another disk of it since
+/// means that one.
+fn check_left(
+    graph: &Graph,
+    store: &Store,
+    moved: &record::Moved,
+    (export, node): (&ExportOptions, &Node),
+) -> Result<()> {
+    let (files, place) = (files_of(graph, node), store.path().display());
+    let found = contents_of(&files).map_err(|error| {
+        Error::Invalid(format!(
+            "node '{}': when its files were changed is not known: {error}",
+            node.name
+        ))
+    })?;
+    match &moved.left {
+        // The process was ended while the guest was leaving it.
+        None => Ok(store.change(|state| state.keep_left(moved, found.clone()))?),
+        Some(left) if *left == found => Ok(()),
+        Some(_) => Err(Error::Invalid(format!(
+            "export '{}': its guest has left node '{}' for '{}', as '{place}' records, and the file of that \
+             node, '{}', has been changed since: it may hold another disk (expected the file as the commit \
+             has left it; name the image that the guest is to have in a file of another name, or '{2}' in \
+             the options without that node, or remove '{place}' to forget this)",
+            export.id,
+            node.name,
+            moved.to.file,
+            node.filename.display()
+        ))),
+    }
+}
+
+/// Forgets where guests have gone whose exports, which show the images of `named`, are there by their own
+/// options: what was left is not open, and may become another disk.
+fn forget_known(graph: &Graph, store: &Store, named: &[(String, Identity)]) -> Result<()> {
+    let state = store.state();
+    let known = state.moved.iter().filter(|moved| {
+        let (from, to) = (
+            (moved.from.file.as_str(), moved.identity),
+            (moved.to.file.as_str(), moved.to_identity),
+        );
+        let any = record::Node {
+            name: None,
+            ..moved.from.clone()
+        };
+        let is_closed = || matches!(find(graph, &any, moved.identity), Ok(None));
+        // How such a job has ended is known from it.
+        let ends_a_job = || {
+            state.jobs.iter().any(|job| match &job.work {
+                Work::Commit(commit) => {
+                    is_same_image((&commit.top.file, commit.identity), from)
+                        && commit.overlay.is_none()
+                }
+                Work::Stream(_) => false,
+            })
+        };
+        named
+            .iter()
+            .any(|(file, identity)| is_same_image((file, *identity), to))
+            && is_closed()
+            && !ends_a_job()
+    });
+    let known: Vec<_> = known.cloned().collect();
+    if known.is_empty() {
+        return Ok(());
+    }
+    let forget = |state: &mut State| state.moved.retain(|moved| !known.contains(moved));
+    Ok(store.change(forget)?)
 }
 
 /// What becomes of a recorded job.
@@ -435,6 +515,16 @@ fn next(
 ) -> std::result::Result<Option<(Option<String>, Next)>, String> {
     let (wanted, identity) = job.work.target();
     let target = find(graph, wanted, identity);
+    if let Some(moved) = turn_of(job, moved) {
+        // The image that it was about need not be there any more.
+        let to = record::Node {
+            name: None,
+            ..moved.to.clone()
+        };
+        let to = find(graph, &to, moved.to_identity).ok().flatten();
+        let untold = job.end.is_none().then_some(Untold::Completed);
+        return Ok(Some((to.map(|node| node.name), Next::List(untold))));
+    }
     let gone = !matches!(target, Ok(Some(_))) && released.contains(&wanted.file);
     if job.end.is_some() && (job.commit.is_none() || gone) {
         // It changed nothing, or not what is there now: there is nothing to compare.
@@ -454,16 +544,6 @@ fn next(
     {
         return Ok(Some((name, Next::List(Some(Untold::Completed)))));
     }
-    if let Work::Commit(commit) = &job.work
-        && let Some(moved) = moved.iter().find(|moved| moved.to.file == commit.base.file)
-        && commit.overlay.is_none()
-        && is_same_image(
-            (&moved.from.file, moved.identity),
-            (&commit.top.file, commit.identity),
-        )
-    {
-        return Ok(Some((name, Next::List(Some(Untold::Completed)))));
-    }
     if job.cancelled {
         return Ok(Some((name, Next::List(Some(Untold::Cancelled)))));
     }
@@ -476,6 +556,22 @@ fn next(
     Ok(Some((name, next)))
 }
 
+/// What is recorded of the turn of a commit of the layer that a guest wrote, if it has come to that.
+fn turn_of<'m>(job: &record::Job, moved: &'m [record::Moved]) -> Option<&'m record::Moved> {
+    let Work::Commit(commit) = &job.work else {
+        return None;
+    };
+    let mut moved = moved.iter();
+    let is_its = |moved: &&record::Moved| {
+        is_same_place(&moved.to.file, &commit.base.file)
+            && is_same_image(
+                (&moved.from.file, moved.identity),
+                (&commit.top.file, commit.identity),
+            )
+    };
+    moved.find(is_its).filter(|_| commit.overlay.is_none())
+}
+
 /// Where the image `wanted` is under the first of `chain`, which is job `id`'s.
 fn place(
     graph: &Graph,
@@ -485,7 +581,9 @@ fn place(
 ) -> std::result::Result<usize, String> {
     let found = chain.iter().skip(1).position(|node| {
         let is_there = |file: String| is_same_place(&file, &wanted.file);
-        node.format_name() == wanted.format && graph.file_of(node).is_ok_and(is_there)
+        let image = graph.image_node(&node.name);
+        let file = image.and_then(|image| graph.file_of(&image));
+        node.format_name() == wanted.format && file.is_ok_and(is_there)
     });
     found.map(|at| at + 1).ok_or_else(|| {
         format!(

@@ -12,7 +12,7 @@
 //! [`Graph::access`] prepares it for the first one, and [`Grant::give_back`] lowers it with the last.
 //! A grant that is dropped gives its rights back at once, and leaves the image as it is.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
@@ -319,6 +319,13 @@ impl Grant {
 }
 
 impl Graph {
+    /// The names of the nodes that somebody uses, and of all under them.
+    #[must_use]
+    pub fn in_use(&self) -> HashSet<String> {
+        let grants = self.0.publishing.lock();
+        self.state().below(grants.used())
+    }
+
     /// Takes a grant. It is in force at once; an image is not made ready to be written for it.
     ///
     /// # Errors
@@ -625,6 +632,31 @@ impl Grants {
         }
         self.check_read_only(old, new)?;
         self.check(new)
+    }
+
+    /// Refuses that node `name` is replaced when an export has come to it that gets no grant of what takes
+    /// its place among those that are `taken`.
+    pub(super) fn check_replaced(&self, name: &str, taken: &[Taken]) -> Result<()> {
+        let stays = |held: &&Arc<Held>| {
+            matches!(held.request.holder, Holder::Export(_))
+                && held.request.uses.iter().any(|used| used.node == name)
+                && taken
+                    .iter()
+                    .all(|Taken(taken)| taken.request.holder != held.request.holder)
+        };
+        match self.0.iter().find(stays) {
+            Some(held) => Err(Error::Invalid(format!(
+                "Node '{name}' is busy: {} has just begun to use it (try again)",
+                held.request.holder
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// The nodes that somebody uses.
+    fn used(&self) -> Vec<String> {
+        let uses = self.0.iter().flat_map(|held| &held.request.uses);
+        uses.map(|used| used.node.clone()).collect()
     }
 
     /// Refuses nodes that are not to be written any more, and are.

@@ -160,6 +160,9 @@ impl Graph {
         let done = self.by_owner(move || {
             let published = inner.publish(|old, grants, state| {
                 transaction.apply(state)?;
+                for replaced in transaction.replaced() {
+                    grants.check_replaced(replaced, transaction.takes())?;
+                }
                 transaction.end_grant(true);
                 grants.take(transaction.takes());
                 grants.check_change(old, state, transaction.removed(), transaction.holder())

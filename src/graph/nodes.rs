@@ -94,6 +94,11 @@ impl Node {
         self.child(Role::Filtered).is_some()
     }
 
+    /// Whether another image can be under it, and supply what it lacks.
+    pub(super) fn can_have_backing(&self) -> bool {
+        !self.is_filter() && !matches!(self.layer.format, Format::Raw(_))
+    }
+
     /// Whether it is a file or a device, and not an image in one.
     #[must_use]
     pub fn is_file(&self) -> bool {
@@ -295,11 +300,27 @@ impl State {
     }
 
     /// The nodes over `name`, each with the child's role.
-    pub(super) fn all_over(&self, name: &str) -> impl Iterator<Item = (&Node, Role)> {
+    pub fn all_over(&self, name: &str) -> impl Iterator<Item = (&Node, Role)> {
         self.nodes.iter().filter_map(move |node| {
             let edge = node.edges.iter().find(|edge| edge.child == name)?;
             Some((&**node, edge.role))
         })
+    }
+
+    /// A node that is laid out in the disk of image `name` or of a filter of it, and the role of that.
+    #[must_use]
+    pub fn laid_out_in(&self, name: &str) -> Option<(&Node, Role)> {
+        let mut open = vec![name];
+        while let Some(name) = open.pop() {
+            for (above, role) in self.all_over(name) {
+                match role {
+                    Role::Filtered => open.push(&above.name),
+                    Role::Backing => {}
+                    Role::File | Role::DataFile => return Some((above, role)),
+                }
+            }
+        }
+        None
     }
 
     /// Whether a node over `name` shows or uses its disk.

@@ -102,7 +102,10 @@ impl Graph {
                 let file_len = layer.storage.len().await;
                 let file_len =
                     file_len.map_err(|error| Error::io(Action::Read, file, 0, &error))?;
-                if file_len != old || !self.state().disks_under(&node).is_empty() {
+                // The disk of a file that ends within a sector ends with it.
+                if file_len.next_multiple_of(512) != old.next_multiple_of(512)
+                    || !self.state().disks_under(&node).is_empty()
+                {
                     return Err(Error::Invalid(format!(
                         "{file}: node '{name}' is a part of it, of {old} bytes for good (expected a \
                          base of at least {size} bytes)"

@@ -23,6 +23,7 @@ enum Change {
     Top(Weak<Root>, String),
     Closing(String, bool),
     Replace(String, String),
+    Sweep,
 }
 
 /// Changes that are to be published together ([`Graph::commit`](super::Graph::commit)).
@@ -99,6 +100,14 @@ impl Transaction {
         })
     }
 
+    /// The nodes whose places others take.
+    pub(super) fn replaced(&self) -> impl Iterator<Item = &String> {
+        self.changes.iter().filter_map(|change| match change {
+            Change::Replace(from, _) => Some(from),
+            _ => None,
+        })
+    }
+
     /// The graph with the changes so far.
     #[must_use]
     pub fn state(&self) -> &State {
@@ -165,6 +174,11 @@ impl Transaction {
         self.make(Change::Replace(from.to_owned(), to.to_owned()))
     }
 
+    /// Drops nodes without a user's name that nothing uses any longer.
+    pub fn sweep(&mut self) {
+        self.changes.push(Change::Sweep);
+    }
+
     /// Keeps the chain of `root`, whose top is `top`, as the graph has it, for as long as a node is
     /// laid out in that disk.
     pub(super) fn keep_inner(&mut self, root: &Arc<Root>, top: &str) -> Result<()> {
@@ -218,7 +232,11 @@ impl Transaction {
         let frees = |change: &Change| {
             matches!(
                 change,
-                Change::Remove(_) | Change::Child(..) | Change::Top(..) | Change::Replace(..)
+                Change::Remove(_)
+                    | Change::Child(..)
+                    | Change::Top(..)
+                    | Change::Replace(..)
+                    | Change::Sweep
             )
         };
         if self.changes.iter().any(frees) {
@@ -258,7 +276,14 @@ impl Change {
                         )));
                     }
                 }
-                state.node_mut(name)?.set_child(*role, child.as_deref());
+                let node = state.node_mut(name)?;
+                if *role == Role::Backing && !node.can_have_backing() {
+                    return Err(Error::Invalid(format!(
+                        "Driver '{}' of node '{name}' does not support backing files",
+                        node.driver_name()
+                    )));
+                }
+                node.set_child(*role, child.as_deref());
             }
             Self::Options(name, options) => {
                 let node = state.node_mut(name)?;
@@ -268,7 +293,10 @@ impl Change {
             Self::Inner(root, top) => state.inner.push((root.clone(), top.clone())),
             Self::Replace(from, to) => {
                 state.node(from)?;
-                state.node(to)?;
+                let filename = state.node(to)?.filename.clone();
+                if let Some((above, role)) = state.laid_out_in(from) {
+                    return Err(in_use(from, above, role));
+                }
                 let disks = state.roots.iter_mut().chain(&mut state.inner);
                 for (_, top) in disks.filter(|(_, top)| top == from) {
                     to.clone_into(top);
@@ -278,6 +306,14 @@ impl Change {
                 let filters: Vec<_> = filters.map(|node| node.name.clone()).collect();
                 for filter in filters {
                     state.node_mut(&filter)?.set_child(Role::Filtered, Some(to));
+                    // And filters of that.
+                    let mut of = vec![filter];
+                    while let Some(filter) = of.pop() {
+                        state.node_mut(&filter)?.filename.clone_from(&filename);
+                        let over = state.all_over(&filter);
+                        let over = over.filter(|(_, role)| *role == Role::Filtered);
+                        of.extend(over.map(|(node, _)| node.name.clone()));
+                    }
                 }
             }
             Self::Tap(name, tap) => {
@@ -299,6 +335,8 @@ impl Change {
                     top.clone_into(of);
                 }
             }
+            // When all have been made.
+            Self::Sweep => {}
             Self::Closing(name, closing) => state.node_mut(name)?.closing = *closing,
         }
         Ok(())

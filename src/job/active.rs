@@ -20,7 +20,7 @@
 use std::pin::pin;
 use std::sync::Arc;
 
-use futures_util::future::{self, LocalBoxFuture};
+use futures_util::future::{self, Either, LocalBoxFuture};
 
 use super::commit::{CommitSpec, Layers};
 use super::context::{ErrorAction, Flow, JobContext};
@@ -29,10 +29,11 @@ use super::records::{self, Recording};
 use super::source::{CopySource, Guests, JobIoError};
 use super::{Body, JobError, copier};
 use crate::chain::Tap;
-use crate::error::{Error, Result};
+use crate::error::{Action, Error, Result};
 use crate::format::Format;
 use crate::graph::{Grant, Graph, Transaction};
 use crate::state::record;
+use crate::storage::opener::settled_contents;
 
 /// Those who are served the disk.
 pub trait Tenants {
@@ -58,6 +59,10 @@ pub struct Active {
     recording: Option<Recording>,
     /// To write the base, and that the layers stay as they are, until the end.
     grant: Option<Grant>,
+    /// Guests write the base.
+    turned: bool,
+    /// What is recorded of that.
+    moved: Option<record::Moved>,
 }
 
 impl Active {
@@ -88,6 +93,8 @@ impl Active {
             recording,
             graph,
             grant: Some(grant),
+            turned: false,
+            moved: None,
         })
     }
 
@@ -99,8 +106,9 @@ impl Active {
         }
     }
 
-    /// Begins to follow what guests write, and waits until nothing is under way that was begun before.
-    async fn follow(&self) -> Result<()> {
+    /// Begins to follow what guests write, and waits until nothing is under way that was begun before, or
+    /// the job is to end: a guest's request may take for ever.
+    async fn follow(&self, context: &JobContext) -> Result<()> {
         self.layers.make_room(&self.graph).await?;
         let mut transaction = self.transaction();
         transaction.set_tap(&self.top, Some(self.tap.clone()))?;
@@ -114,7 +122,17 @@ impl Active {
         };
         for chain in image.users().untapped() {
             // Those in which it is under other layers are not written through.
-            chain.ended().await;
+            let mut ended = pin!(chain.ended());
+            loop {
+                let changed = context.changed();
+                if context.should_stop() {
+                    return Ok(());
+                }
+                match future::select(&mut ended, changed).await {
+                    Either::Left(_) => break,
+                    Either::Right(_) => context.pause_point().await,
+                }
+            }
         }
         Ok(())
     }
@@ -169,7 +187,7 @@ impl Active {
     }
 
     /// Puts guests on the base.
-    async fn turn(&self, context: &JobContext) -> std::result::Result<(), JobError> {
+    async fn turn(&mut self, context: &JobContext) -> std::result::Result<(), JobError> {
         let failed = |error: Error| JobError::new(error.to_string());
         loop {
             self.check()?;
@@ -180,7 +198,8 @@ impl Active {
             let turned = self.put_in_force().await;
             // Whoever waits for it hears of it.
             self.tap.end_turn(matches!(turned, Ok(true)));
-            if turned.map_err(failed)? {
+            self.turned = turned.map_err(failed)?;
+            if self.turned {
                 break;
             }
             log::debug!(
@@ -198,8 +217,15 @@ impl Active {
             );
         }
         self.tap.unused().await;
-        let settled = self.layers.settle().await;
-        settled.map_err(|error| JobError::from_errno(error.errno))
+        // The guest is on the base, whatever comes of this; a base that cannot be made stable fails its
+        // flushes from here on.
+        if let Err(error) = self.layers.settle().await {
+            log::error!(
+                "node '{}', which a guest writes since the commit, cannot be made stable: {error}",
+                self.layers.base
+            );
+        }
+        Ok(())
     }
 
     /// Copies what has become dirty since the job was to end.
@@ -217,11 +243,13 @@ impl Active {
     /// Recorded before it is in force, it is in force for the next process if this one is killed. What was
     /// recorded and cannot be taken back comes about, then, even if the base has failed a write: that
     /// fails for its guest, and nothing that has completed is lost.
-    async fn put_in_force(&self) -> Result<bool> {
+    async fn put_in_force(&mut self) -> Result<bool> {
         self.layers.target.chain().top().flush().await?;
         let mut transaction = self.transaction().ending();
         transaction.replace(&self.top, &self.layers.base)?;
         transaction.set_tap(&self.top, None)?;
+        // The layer is there until it has been closed, whoever has named it.
+        transaction.set_top(&self.layers.source, &self.top)?;
         self.tenants
             .prepare(&mut transaction, &self.top, &self.layers.base)?;
         if !self.tap.is_clean() {
@@ -248,6 +276,7 @@ impl Active {
             );
         }
         drop(turned?);
+        self.moved = Some(moved);
         Ok(true)
     }
 
@@ -262,7 +291,43 @@ impl Active {
             identity: records::identity(&from),
             to: records::node(&self.graph, &to)?,
             to_identity: records::identity(&to),
+            left: None,
         })
+    }
+
+    /// Records what is in the image that the guest has left, for the next process to find it so.
+    async fn keep_left(&self) -> Result<()> {
+        let (Some(recording), Some(moved)) = (&self.recording, &self.moved) else {
+            return Ok(());
+        };
+        let top = self.graph.node(&self.top)?;
+        let left = settled_contents(records::files_of(&self.graph, &top)).await;
+        let left = left.map_err(|error| {
+            Error::io(
+                Action::Flush,
+                &top.filename.display().to_string(),
+                0,
+                &error,
+            )
+        })?;
+        recording.left(moved, &left)
+    }
+
+    /// Closes the layer that guests have left, and lets go of it.
+    async fn close_left(&mut self) {
+        let mut closed = self.graph.lower_image(&self.top).await;
+        if closed.is_ok() {
+            closed = self.keep_left().await;
+        }
+        if let Err(error) = closed {
+            log::error!("node '{}', which was committed: {error}", self.top);
+        }
+        self.layers.source = self.layers.target.clone();
+        let mut transaction = self.graph.transaction();
+        transaction.sweep();
+        if let Err(error) = self.graph.commit(transaction).map(drop) {
+            log::error!("node '{}', which was committed: {error}", self.top);
+        }
     }
 
     /// Lets guests write their own image alone.
@@ -281,8 +346,11 @@ impl Body for Active {
         context: &'a JobContext,
     ) -> LocalBoxFuture<'a, std::result::Result<(), JobError>> {
         Box::pin(async move {
-            let follows = self.follow().await;
+            let follows = self.follow(context).await;
             follows.map_err(|error| JobError::new(error.to_string()))?;
+            if context.should_stop() {
+                return Ok(());
+            }
             copier::run(&self.layers, context).await?;
             self.stay_ready(context).await
         })
@@ -309,7 +377,9 @@ impl Body for Active {
     fn close(&mut self) -> LocalBoxFuture<'_, ()> {
         Box::pin(async move {
             // Nothing may be on its way to the base when it is given back.
-            if let Err(error) = self.leave().await {
+            if !self.turned
+                && let Err(error) = self.leave().await
+            {
                 log::error!("node '{}': {error}", self.top);
             }
             if let Some(grant) = self.grant.take()
@@ -317,7 +387,9 @@ impl Body for Active {
             {
                 log::error!("node '{}': back to read-only: {error}", self.layers.base);
             }
-            if let Err(error) = self.graph.lower_image(&self.top).await {
+            if self.turned {
+                self.close_left().await;
+            } else if let Err(error) = self.graph.lower_image(&self.top).await {
                 log::error!("node '{}': back to read-only: {error}", self.top);
             }
         })

@@ -177,6 +177,8 @@ impl Commit {
         grant: Grant,
         recording: Option<Recording>,
     ) -> Result<Self> {
+        // Filters over it have no header, and nothing under them but it.
+        let overlay = graph.image_node(overlay)?.name;
         Ok(Self {
             layers: Layers {
                 source: graph.root(spec.top())?,
@@ -187,13 +189,13 @@ impl Commit {
             },
             relink: Relink {
                 graph: graph.clone(),
-                target: overlay.to_owned(),
+                target: overlay.clone(),
                 base: Some(spec.base.clone()),
                 backing_file: spec.backing_file.clone(),
                 recording,
             },
             graph,
-            overlay: overlay.to_owned(),
+            overlay,
             grant: Some(grant),
         })
     }

@@ -91,6 +91,7 @@ impl JobSpec {
             paused: false,
             io_status: IoStatus::Ok,
             cancelled: false,
+            completing: false,
             finalized: false,
             commit: None,
             end: None,
@@ -294,6 +295,7 @@ impl Job {
             state.pause = from.paused;
             state.io_status = from.io_status;
             state.finalize = from.finalized;
+            state.complete = from.completing.then_some(Completion::Result);
         }
         Self {
             restored: true,
@@ -517,7 +519,19 @@ impl Job {
 
     /// Ends a job that is ready.
     pub fn complete(&self) -> Result<(), Refused> {
-        self.check(&self.lock(), Verb::Complete)?;
+        let _turn = self.turn();
+        {
+            let state = self.lock();
+            self.check(&state, Verb::Complete)?;
+            let gives_up = state.cancel || state.complete == Some(Completion::Copy);
+            if gives_up && !state.suspend {
+                return Err(Refused(format!(
+                    "The active block job '{}' cannot be completed",
+                    self.spec.id
+                )));
+            }
+        }
+        self.record(|job| job.completing = true)?;
         self.end_ready(Completion::Result);
         Ok(())
     }

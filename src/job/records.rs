@@ -1,6 +1,7 @@
 //! What is recorded of nodes and of a job's result, so that the next process knows what lies under
 //! images.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::error::Result;
@@ -32,6 +33,14 @@ pub fn identity(node: &Node) -> Identity {
     let storages = node.layer.storages();
     let identity = storages.first().and_then(|storage| storage.identity());
     identity.unwrap_or_default()
+}
+
+/// The files that hold what node `node`'s image has.
+pub fn files_of(graph: &Graph, node: &Node) -> Vec<PathBuf> {
+    let data = node.child(Role::DataFile);
+    let data = data.and_then(|data| graph.node(data).ok());
+    let data = data.map(|data| data.filename);
+    [node.filename.clone()].into_iter().chain(data).collect()
 }
 
 /// The record of a node that lies under another one.
@@ -95,6 +104,13 @@ impl Recording {
     pub fn not_moved(&self, moved: &record::Moved) -> Result<()> {
         let image = (moved.from.file.as_str(), moved.identity);
         Ok(self.store.change(|state| state.forget_moved(image))?)
+    }
+
+    /// Records what is in the image that the guest has left, which nobody writes any more.
+    pub fn left(&self, moved: &record::Moved, left: &[record::Content]) -> Result<()> {
+        Ok(self
+            .store
+            .change(|state| state.keep_left(moved, left.to_vec()))?)
     }
 
     fn put(&self, state: &mut State, commit: &record::Commit) {

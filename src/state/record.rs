@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::graph::recorded::is_same_image;
-pub use crate::storage::{Identity, are_different};
+pub use crate::storage::{Content, Identity, are_different};
 
 /// All that a daemon records.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,6 +74,10 @@ pub struct Moved {
     pub to: Node,
     /// Its file.
     pub to_identity: Identity,
+    /// What was in the files of the image that the guest has left, from when nothing was on its way there
+    /// any more: who has changed it since has made another disk of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left: Option<Vec<Content>>,
 }
 
 /// A node, so that it is found again.
@@ -210,6 +214,9 @@ pub struct Job {
     pub io_status: IoStatus,
     /// It was told to give up.
     pub cancelled: bool,
+    /// Its client, to whom it was ready, has asked for the result.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub completing: bool,
     /// It was told to put its result in force.
     pub finalized: bool,
     /// What its result is, from when that is about to be put in force.
@@ -408,6 +415,19 @@ impl State {
         self.tops
             .retain(|top| !is_same_image((&top.covered.file, top.identity), (&taken.0, taken.1)));
         self.moved.push(moved);
+    }
+
+    /// Records what was in an image that a guest has left.
+    pub fn keep_left(&mut self, moved: &Moved, left: Vec<Content>) {
+        let of = |other: &&mut Moved| {
+            is_same_image(
+                (&other.from.file, other.identity),
+                (&moved.from.file, moved.identity),
+            ) && other.to.file == moved.to.file
+        };
+        if let Some(moved) = self.moved.iter_mut().find(of) {
+            moved.left = Some(left);
+        }
     }
 
     /// Forgets that guests have left the image in this file: one writes it again.

@@ -126,6 +126,7 @@ fn job(id: &str) -> Job {
         paused: true,
         io_status: IoStatus::NoSpace,
         cancelled: false,
+        completing: false,
         finalized: false,
         commit: Some(Commit {
             link: link(),
@@ -692,6 +693,7 @@ fn a_guest_is_on_one_image_at_a_time() {
         identity: [0, 0],
         to: node(to),
         to_identity: [0, 0],
+        left: None,
     };
     let mut state = State::default();
     state.put_moved(moved("/top", "/mid"));
@@ -707,6 +709,11 @@ fn a_guest_is_on_one_image_at_a_time() {
     state.put_moved(moved("/top", "/base"));
     assert_eq!(state.moved.len(), 2);
     assert_eq!(target(&state, "/top").as_deref(), Some("/base"));
+    // What it has left is kept with where it went, and other records stay as they are.
+    state.keep_left(&moved("/top", "/base"), vec![[1, 2]]);
+    state.keep_left(&moved("/mid", "/top"), vec![[3, 4]]);
+    let left: Vec<_> = state.moved.iter().map(|moved| moved.left.clone()).collect();
+    assert_eq!(left, [None, Some(vec![[1, 2]])]);
     // It was put back on the image that it had left.
     state.put_moved(moved("/other", "/mid"));
     assert_eq!(target(&state, "/mid"), None);

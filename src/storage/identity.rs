@@ -1,8 +1,9 @@
 //! Which file is which: by what a file system says of it, whatever its path.
 
 use std::fs::Metadata;
+use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 /// Inode and time of birth of a file, in nanoseconds since 1970. Zeros, where they are written down:
@@ -81,6 +82,27 @@ pub fn identity_of(metadata: &Metadata) -> Option<Identity> {
     let birth = metadata.created().ok()?.duration_since(UNIX_EPOCH).ok()?;
     let identity = [metadata.ino(), u64::try_from(birth.as_nanos()).ok()?];
     is_known(identity).then_some(identity)
+}
+
+/// What tells whether a file has been changed since: its length, and when it was changed, in
+/// nanoseconds since 1970. Zeros of a device, of which it is not known.
+pub type Content = [u64; 2];
+
+/// What is in the files at `paths`, so that it is known whether somebody has changed them.
+///
+/// # Errors
+/// What the system reports; that it does not say when files were changed.
+pub fn contents_of(paths: &[PathBuf]) -> io::Result<Vec<Content>> {
+    let content = |path: &PathBuf| {
+        let metadata = std::fs::metadata(path)?;
+        if !metadata.is_file() {
+            return Ok([0, 0]);
+        }
+        let at = metadata.modified()?.duration_since(UNIX_EPOCH);
+        let at = at.map_err(io::Error::other)?.as_nanos();
+        Ok([metadata.len(), u64::try_from(at).map_err(io::Error::other)?])
+    };
+    paths.iter().map(content).collect()
 }
 
 #[cfg(test)]

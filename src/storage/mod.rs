@@ -46,7 +46,7 @@ use crate::reactor::{Reactor, Token};
 
 pub use buffer::{AlignedBuf, IoBufs, ScratchBuf};
 pub use file::FileStorage;
-pub use identity::{Identity, are_different, is_known, is_same_file, is_same_path};
+pub use identity::{Content, Identity, are_different, is_known, is_same_file, is_same_path};
 pub use locking::Access;
 pub use made_file::MadeFile;
 pub use new_file::{NewFile, behind_links};

@@ -6,10 +6,11 @@
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::calls::Calls;
+use super::identity::{Content, contents_of};
 
 /// How to open a file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,6 +44,21 @@ pub async fn outside<T: Send + 'static>(
 pub async fn look(path: &Path) -> io::Result<Metadata> {
     let path = path.to_owned();
     outside(move || std::fs::metadata(path)).await
+}
+
+/// What is in files that nobody writes any more; what their file systems say of that is stable then.
+///
+/// # Errors
+/// What the system reports.
+pub async fn settled_contents(paths: Vec<PathBuf>) -> io::Result<Vec<Content>> {
+    outside(move || {
+        for path in &paths {
+            // To flush data alone leaves out when they were changed.
+            File::open(path)?.sync_all()?;
+        }
+        contents_of(&paths)
+    })
+    .await
 }
 
 /// Opens an image's file; says whether it is a block device.

@@ -10,5 +10,6 @@ mod common;
 
 mod active;
 mod between;
+mod odd;
 mod refused;
 mod scene;

@@ -21,6 +21,8 @@ pub struct Chain {
     pub dir: PathBuf,
     /// The base's format.
     pub base: &'static str,
+    /// Between `act` and `top` is a filter, `G`.
+    pub filter: bool,
 }
 
 impl Chain {
@@ -30,6 +32,7 @@ impl Chain {
         let chain = Self {
             dir: dir.to_owned(),
             base,
+            filter: false,
         };
         let names = NODES.iter().zip(clusters).enumerate().rev();
         for (depth, (node, clusters)) in names {
@@ -112,7 +115,11 @@ impl Chain {
                  file.discard=unmap,file.filename={}",
                 path.display()
             );
-            if let Some(below) = NODES.get(depth + 1) {
+            if depth == 0 && self.filter {
+                let filter = "driver=copy-on-read,node-name=G,file=top";
+                args.extend(["--blockdev".to_owned(), filter.to_owned()]);
+                option.push_str(",backing=G");
+            } else if let Some(below) = NODES.get(depth + 1) {
                 option.push_str(&format!(",backing={below}"));
             }
             args.extend(["--blockdev".to_owned(), option]);
