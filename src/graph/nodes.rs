@@ -316,7 +316,7 @@ impl State {
                 match role {
                     Role::Filtered => open.push(&above.name),
                     Role::Backing => {}
-                    Role::File | Role::DataFile => return Some((above, role)),
+                    Role::File | Role::DataFile | Role::Image => return Some((above, role)),
                 }
             }
         }
