@@ -146,7 +146,8 @@ impl Engine {
     /// The layers from the top down to the base that the client named.
     fn find_commit(&self, layers: &Layers, request: &CommitRequest) -> Result<CommitSpec, Refused> {
         let named = self.find_device(&request.device);
-        if named.is_some_and(|(node, export)| self.is_under_another(&node, export.is_some())) {
+        let state = self.graph.state();
+        if named.is_some_and(|(node, _)| state.is_under_another(&node)) {
             return refuse("Need a root block node");
         }
         let top = self.find_place(layers, 0, request.top.as_ref(), |file| {
@@ -171,14 +172,6 @@ impl Engine {
             base: name(base).unwrap_or_default(),
             backing_file: request.backing_file.clone(),
         })
-    }
-
-    /// Whether a device is under a node; where it is an export's, one that somebody reads. An earlier
-    /// commit may have left others.
-    fn is_under_another(&self, device: &str, is_exported: bool) -> bool {
-        let (state, read) = (self.graph.state(), self.graph.in_use());
-        let mut over = state.all_over(device);
-        over.any(|(node, _)| !is_exported || read.contains(&node.name))
     }
 
     /// Where a layer is that a client named, at `from` or below.

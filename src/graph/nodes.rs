@@ -96,7 +96,7 @@ impl Node {
 
     /// Whether another image can be under it, and supply what it lacks.
     pub(super) fn can_have_backing(&self) -> bool {
-        !self.is_filter() && !matches!(self.layer.format, Format::Raw(_))
+        !self.is_filter()
     }
 
     /// Whether it is a file or a device, and not an image in one.
