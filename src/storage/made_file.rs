@@ -5,7 +5,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::opener::outside;
@@ -17,6 +17,8 @@ pub struct MadeFile {
     path: PathBuf,
     /// It was there before, with nothing in it.
     was_there: bool,
+    /// What is in it by now is ours.
+    written: bool,
     kept: bool,
 }
 
@@ -43,7 +45,7 @@ impl MadeFile {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 // Not opened: that could wait for ever, or do something.
                 let found = std::fs::metadata(&path)?;
-                if !found.is_file() || found.file_type().is_block_device() || found.len() > 0 {
+                if !found.is_file() || found.len() > 0 {
                     return Err(io::Error::new(
                         io::ErrorKind::AlreadyExists,
                         "it is there already, and not empty (expected a new file; an image that \
@@ -57,6 +59,7 @@ impl MadeFile {
         Ok(Self {
             path,
             was_there,
+            written: false,
             kept: false,
         })
     }
@@ -90,12 +93,32 @@ impl MadeFile {
         .await
     }
 
+    /// It has been locked, and is about to be written: what is in it from here on is ours. `len` is
+    /// what is in it by then.
+    ///
+    /// # Errors
+    /// Another program has written it since it was looked at.
+    pub fn begin_to_write(&mut self, len: u64) -> io::Result<()> {
+        if len > 0 {
+            return Err(io::Error::new(
+                io::ErrorKind::AlreadyExists,
+                "another program has just written it",
+            ));
+        }
+        self.written = true;
+        Ok(())
+    }
+
     /// Leaves it there.
     pub fn keep(mut self) {
         self.kept = true;
     }
 
     fn take_back(&self) -> io::Result<()> {
+        if !self.written && (self.was_there || std::fs::metadata(&self.path)?.len() > 0) {
+            // What is in it is another program's.
+            return Ok(());
+        }
         match self.was_there {
             true => OpenOptions::new().write(true).open(&self.path)?.set_len(0),
             false => std::fs::remove_file(&self.path),
@@ -139,13 +162,27 @@ mod tests {
         drop(make(&path).unwrap());
         assert!(!path.exists());
         std::fs::write(&path, "").unwrap();
-        let file = make(&path).unwrap();
+        let mut file = make(&path).unwrap();
+        file.begin_to_write(0).unwrap();
         std::fs::write(&path, "an image").unwrap();
         drop(file);
         assert_eq!(std::fs::read(&path).unwrap(), b"");
+        // Another program has it before it is locked.
+        let mut file = make(&path).unwrap();
+        std::fs::write(&path, "theirs").unwrap();
+        assert!(file.begin_to_write(6).is_err());
+        drop(file);
+        assert_eq!(std::fs::read(&path).unwrap(), b"theirs");
         std::fs::write(&path, "somebody's").unwrap();
         assert!(make(&path).is_err() && make(dir.path()).is_err());
         assert_eq!(std::fs::read(&path).unwrap(), b"somebody's");
+        // The same of one that was not there.
+        let fresh = dir.path().join("fresh");
+        let mut file = make(&fresh).unwrap();
+        std::fs::write(&fresh, "theirs").unwrap();
+        assert!(file.begin_to_write(6).is_err());
+        drop(file);
+        assert_eq!(std::fs::read(&fresh).unwrap(), b"theirs");
         let other = dir.path().join("kept");
         let file = make(&other).unwrap();
         reactor.block_on(file.settle()).unwrap();

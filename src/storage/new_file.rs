@@ -2,6 +2,7 @@
 
 use std::fs::OpenOptions;
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -51,7 +52,13 @@ impl NewFile {
         let (path, fresh) = outside(move || {
             // A link that leads nowhere stays: what it names is made, and goes again if need be.
             let path = behind_links(&wanted);
-            match OpenOptions::new().write(true).create_new(true).open(&path) {
+            match OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o644)
+                .custom_flags(libc::O_CLOEXEC)
+                .open(&path)
+            {
                 Ok(_) => Ok((path, true)),
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok((path, false)),
                 Err(error) => Err(error),

@@ -2,8 +2,8 @@
 //!
 //! While a sync or a blocking call of a file is under way, the ends of the file's other operations are
 //! noted, with their time. A file with a call under way and no such time since then is silent. Nobody
-//! looks at the clock while nothing is under way, in any file: the data path pays one load each time
-//! that a queue's thread goes to sleep.
+//! looks at the clock while nothing is under way, in any file: the data path pays some loads each time
+//! that a queue's thread goes to sleep or lets others run.
 
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
