@@ -192,6 +192,29 @@ pub enum ExportCommand {
     List,
 }
 
+/// Options of all commands that start a job on a disk.
+#[derive(Debug, Args)]
+pub struct JobArgs {
+    /// Bytes per second
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub speed: Option<u64>,
+    /// The job's name [default: DEVICE, or made from it where no job can have that name]
+    #[arg(long, value_name = "NAME")]
+    pub job_id: Option<String>,
+    /// What to do when data cannot be read or written
+    #[arg(long, value_enum, value_name = "ACTION")]
+    pub on_error: Option<OnError>,
+    /// Stay pending at the end until 'finalize'
+    #[arg(long)]
+    pub no_auto_finalize: bool,
+    /// Stay in the list after the end until 'dismiss'
+    #[arg(long)]
+    pub no_auto_dismiss: bool,
+    /// Show the progress and return when the job has ended. It goes on when this is interrupted
+    #[arg(short, long)]
+    pub wait: bool,
+}
+
 /// Options of `stream`.
 #[derive(Debug, Args)]
 pub struct StreamArgs {
@@ -210,27 +233,12 @@ pub struct StreamArgs {
     /// The name of the base to write into the image
     #[arg(long, value_name = "NAME", requires = "until")]
     pub backing_file: Option<String>,
-    /// Bytes per second
-    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
-    pub speed: Option<u64>,
-    /// The job's name [default: DEVICE, or made from it where no job can have that name]
-    #[arg(long, value_name = "NAME")]
-    pub job_id: Option<String>,
-    /// What to do when data cannot be read or written
-    #[arg(long, value_enum, value_name = "ACTION")]
-    pub on_error: Option<OnError>,
     /// Compress what is copied, where that makes it smaller
     #[arg(long)]
     pub compress: bool,
-    /// Stay pending at the end until 'finalize'
-    #[arg(long)]
-    pub no_auto_finalize: bool,
-    /// Stay in the list after the end until 'dismiss'
-    #[arg(long)]
-    pub no_auto_dismiss: bool,
-    /// Show the progress and return when the job has ended. It goes on when this is interrupted
-    #[arg(short, long)]
-    pub wait: bool,
+    /// What jobs have in common.
+    #[command(flatten)]
+    pub job: JobArgs,
 }
 
 /// Options of `commit`.
@@ -254,24 +262,9 @@ pub struct CommitArgs {
     /// The name of the base to write into the image over the layers
     #[arg(long, value_name = "NAME", requires = "from")]
     pub backing_file: Option<String>,
-    /// Bytes per second
-    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
-    pub speed: Option<u64>,
-    /// The job's name [default: DEVICE, or made from it where no job can have that name]
-    #[arg(long, value_name = "NAME")]
-    pub job_id: Option<String>,
-    /// What to do when data cannot be read or written
-    #[arg(long, value_enum, value_name = "ACTION")]
-    pub on_error: Option<OnError>,
-    /// Stay pending at the end until 'finalize'
-    #[arg(long)]
-    pub no_auto_finalize: bool,
-    /// Stay in the list after the end until 'dismiss'
-    #[arg(long)]
-    pub no_auto_dismiss: bool,
-    /// Show the progress and return when the job has ended. It goes on when this is interrupted
-    #[arg(short, long)]
-    pub wait: bool,
+    /// What jobs have in common.
+    #[command(flatten)]
+    pub job: JobArgs,
 }
 
 /// What a job does about errors.

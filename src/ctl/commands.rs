@@ -1,6 +1,6 @@
 //! What each command sends, and how its answer is printed.
 
-use super::args::{Cli, Command, CommitArgs, SOCKET_VARIABLE, StreamArgs};
+use super::args::{Cli, Command, CommitArgs, JobArgs, SOCKET_VARIABLE, StreamArgs};
 use super::client::Client;
 use super::send::send;
 use super::tracker::Tracker;
@@ -26,8 +26,26 @@ pub fn execute(cli: Cli, out: &mut dyn Write) -> Result<(), Failure> {
         Command::Jobs { watch: true } => {
             watch(client, Tracker::new(None, Instant::now()), json, out)
         }
-        Command::Stream(args) => stream(client, &args, json, out),
-        Command::Commit(args) => commit(client, &args, json, out),
+        Command::Stream(args) => {
+            let own = stream_arguments(&args);
+            begin(
+                client,
+                ("block-stream", own),
+                (&args.device, &args.job),
+                json,
+                out,
+            )
+        }
+        Command::Commit(args) => {
+            let own = commit_arguments(&args);
+            begin(
+                client,
+                ("block-commit", own),
+                (&args.device, &args.job),
+                json,
+                out,
+            )
+        }
         Command::Speed { job, rate } => send(
             client,
             "block-job-set-speed",
@@ -100,62 +118,31 @@ fn human(
     Ok(())
 }
 
-fn stream(
-    client: &mut Client,
-    args: &StreamArgs,
-    json: bool,
-    out: &mut dyn Write,
-) -> Result<(), Failure> {
-    let job = match &args.job_id {
-        Some(id) => id.clone(),
-        None => job_id(client, &args.device)?,
-    };
-    let arguments = stream_arguments(args, &job);
-    begin(
-        client,
-        ("block-stream", arguments),
-        (&job, args.wait),
-        json,
-        out,
-    )
-}
-
-fn commit(
-    client: &mut Client,
-    args: &CommitArgs,
-    json: bool,
-    out: &mut dyn Write,
-) -> Result<(), Failure> {
-    let job = match &args.job_id {
-        Some(id) => id.clone(),
-        None => job_id(client, &args.device)?,
-    };
-    let arguments = commit_arguments(args, &job);
-    begin(
-        client,
-        ("block-commit", arguments),
-        (&job, args.wait),
-        json,
-        out,
-    )
-}
-
-/// Starts a job, and waits for its end if that is wanted.
+/// Starts a job on `device` by a command with arguments of its own, and waits for its end if that is
+/// wanted.
 fn begin(
     client: &mut Client,
-    (command, arguments): (&str, Value),
-    (job, wait): (&str, bool),
+    (command, mut arguments): (&str, Map<String, Value>),
+    (device, options): (&str, &JobArgs),
     json: bool,
     out: &mut dyn Write,
 ) -> Result<(), Failure> {
+    // Always with a name for the job: it is the one to wait for.
+    let job = match &options.job_id {
+        Some(id) => id.clone(),
+        None => job_id(client, device)?,
+    };
+    arguments.insert("device".to_owned(), json!(device));
+    arguments.insert("job-id".to_owned(), json!(job));
+    arguments.extend(job_arguments(options));
     // What came before the answer to this tells of other jobs, of the same name perhaps: a daemon
     // that was restarted tells how jobs of the one before ended.
     client.execute("query-version", Value::Null)?;
     client.queued_events();
     let began = Instant::now();
-    client.execute(command, arguments)?;
-    if wait {
-        return watch(client, Tracker::new(Some(job), began), json, out);
+    client.execute(command, Value::Object(arguments))?;
+    if options.wait {
+        return watch(client, Tracker::new(Some(&job), began), json, out);
     }
     if json {
         writeln!(out, "{}", json!({"job": job}))?;
@@ -195,59 +182,40 @@ fn job_id(client: &mut Client, device: &str) -> Result<String, Failure> {
     Ok(names.find(is_free).unwrap_or(stem))
 }
 
-fn commit_arguments(args: &CommitArgs, job: &str) -> Value {
-    let mut map = Map::new();
-    map.insert("device".to_owned(), json!(args.device));
-    map.insert("job-id".to_owned(), json!(job));
-    let texts = [
+/// The members that have a text.
+fn texts<const N: usize>(members: [(&str, Option<&str>); N]) -> Map<String, Value> {
+    let members = members.into_iter();
+    let given = members.filter_map(|(key, text)| Some((key.to_owned(), json!(text?))));
+    given.collect()
+}
+
+fn commit_arguments(args: &CommitArgs) -> Map<String, Value> {
+    texts([
         ("top", args.top.as_deref()),
         ("top-node", args.top_node.as_deref()),
         ("base", args.base.as_deref()),
         ("base-node", args.base_node.as_deref()),
         ("backing-file", args.backing_file.as_deref()),
-        ("on-error", args.on_error.map(|action| action.word())),
-    ];
-    for (key, text) in texts {
-        if let Some(text) = text {
-            map.insert(key.to_owned(), json!(text));
-        }
-    }
-    if let Some(speed) = args.speed {
-        map.insert("speed".to_owned(), json!(speed));
-    }
-    for (key, off) in [
-        ("auto-finalize", args.no_auto_finalize),
-        ("auto-dismiss", args.no_auto_dismiss),
-    ] {
-        if off {
-            map.insert(key.to_owned(), json!(false));
-        }
-    }
-    Value::Object(map)
+    ])
 }
 
-fn stream_arguments(args: &StreamArgs, job: &str) -> Value {
-    let mut map = Map::new();
-    // Always with a name for the job: it is the one to wait for.
-    map.insert("device".to_owned(), json!(args.device));
-    map.insert("job-id".to_owned(), json!(job));
-    let texts = [
+fn stream_arguments(args: &StreamArgs) -> Map<String, Value> {
+    let mut map = texts([
         ("base", args.base.as_deref()),
         ("base-node", args.base_node.as_deref()),
         ("bottom", args.bottom.as_deref()),
         ("backing-file", args.backing_file.as_deref()),
-        ("on-error", args.on_error.map(|action| action.word())),
-    ];
-    for (key, text) in texts {
-        if let Some(text) = text {
-            map.insert(key.to_owned(), json!(text));
-        }
-    }
-    if let Some(speed) = args.speed {
-        map.insert("speed".to_owned(), json!(speed));
-    }
+    ]);
     if args.compress {
         map.insert("compress".to_owned(), json!(true));
+    }
+    map
+}
+
+fn job_arguments(args: &JobArgs) -> Map<String, Value> {
+    let mut map = texts([("on-error", args.on_error.map(|action| action.word()))]);
+    if let Some(speed) = args.speed {
+        map.insert("speed".to_owned(), json!(speed));
     }
     for (key, off) in [
         ("auto-finalize", args.no_auto_finalize),
@@ -257,5 +225,5 @@ fn stream_arguments(args: &StreamArgs, job: &str) -> Value {
             map.insert(key.to_owned(), json!(false));
         }
     }
-    Value::Object(map)
+    map
 }
