@@ -129,7 +129,7 @@ impl View {
             .read_from(span.target + 1, offset, &bufs, Purpose::Copy)
             .await?;
         let mut copied = Copied::default();
-        for (start, end, zero) in runs(&buffer, unit as usize) {
+        for (start, end, zero) in runs(&buffer, 0, unit) {
             let at = offset + start as u64;
             let bytes = (end - start) as u64;
             if zero {
@@ -198,15 +198,20 @@ impl View {
     }
 }
 
-/// Runs of clusters that are all zeros or all not: start, end, zero.
-fn runs(bytes: &[u8], cluster: usize) -> Vec<(usize, usize, bool)> {
+/// Runs of `bytes`, which lie at `offset` of a disk, that are all zeros or all not, by units of the
+/// disk: start, end, zero.
+pub(super) fn runs(bytes: &[u8], offset: u64, unit: u64) -> Vec<(usize, usize, bool)> {
     let mut runs: Vec<(usize, usize, bool)> = Vec::new();
-    for (index, part) in bytes.chunks(cluster).enumerate() {
-        let (start, zero) = (index * cluster, is_zero(part));
+    let mut start = 0;
+    while start < bytes.len() {
+        let to_boundary = unit - (offset + start as u64) % unit;
+        let end = bytes.len().min(start + to_boundary as usize);
+        let zero = bytes.get(start..end).is_some_and(is_zero);
         match runs.last_mut() {
-            Some((_, end, last)) if *last == zero => *end = start + part.len(),
-            _ => runs.push((start, start + part.len(), zero)),
+            Some((_, last, same)) if *same == zero => *last = end,
+            _ => runs.push((start, end, zero)),
         }
+        start = end;
     }
     runs
 }
@@ -231,7 +236,7 @@ mod tests {
                 }
             }
             let mut at = 0;
-            for (start, end, zero) in runs(&bytes, 512) {
+            for (start, end, zero) in runs(&bytes, 0, 512) {
                 prop_assert_eq!(start, at);
                 for cluster in &clusters[start / 512..end / 512] {
                     prop_assert_eq!(cluster.is_none(), zero);

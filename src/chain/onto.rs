@@ -11,11 +11,11 @@
 
 use std::rc::Rc;
 
+use super::copy::runs;
 use super::tap::Hold;
 use super::{Copied, CopyStatus, View};
 use crate::error::Result;
 use crate::reactor::carry_out;
-use crate::storage::buffer::is_zero;
 use crate::storage::{IoBufs, Purpose, ScratchBuf};
 
 /// The least stretch of zeros that is looked for in data.
@@ -103,24 +103,6 @@ impl View {
     pub fn block(&self) -> u64 {
         self.chain.top().storage.limits().offset_align.max(1)
     }
-}
-
-/// Runs of `bytes`, which lie at `offset` of a disk, that are all zeros or all not, by units of the
-/// disk: start, end, zero.
-fn runs(bytes: &[u8], offset: u64, unit: u64) -> Vec<(usize, usize, bool)> {
-    let mut runs: Vec<(usize, usize, bool)> = Vec::new();
-    let mut start = 0;
-    while start < bytes.len() {
-        let to_boundary = unit - (offset + start as u64) % unit;
-        let end = bytes.len().min(start + to_boundary as usize);
-        let zero = bytes.get(start..end).is_some_and(is_zero);
-        match runs.last_mut() {
-            Some((_, last, same)) if *same == zero => *last = end,
-            _ => runs.push((start, end, zero)),
-        }
-        start = end;
-    }
-    runs
 }
 
 #[cfg(test)]
