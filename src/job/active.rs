@@ -196,7 +196,7 @@ impl Active {
                 continue;
             }
             let turned = self.put_in_force().await;
-            // Whoever waits for it hears of it.
+            // Requests that wait for the turn hear of it.
             self.tap.end_turn(matches!(turned, Ok(true)));
             self.turned = turned.map_err(failed)?;
             if self.turned {
@@ -248,7 +248,7 @@ impl Active {
         let mut transaction = self.transaction().ending();
         transaction.replace(&self.top, &self.layers.base)?;
         transaction.set_tap(&self.top, None)?;
-        // The layer is there until it has been closed, whoever has named it.
+        // The layer is there until it has been closed, also if no user has named it.
         transaction.set_top(&self.layers.source, &self.top)?;
         self.tenants
             .prepare(&mut transaction, &self.top, &self.layers.base)?;
@@ -260,13 +260,13 @@ impl Active {
             return Ok(true);
         };
         let moved = self.moved()?;
-        recording.moved(&moved)?;
-        if !self.tap.is_clean() && recording.not_moved(&moved).is_ok() {
+        let gone = recording.moved(&moved)?;
+        if !self.tap.is_clean() && recording.not_moved(&moved, &gone).is_ok() {
             return Ok(false);
         }
         let turned = self.graph.commit(transaction);
         if turned.is_err()
-            && let Err(error) = recording.not_moved(&moved)
+            && let Err(error) = recording.not_moved(&moved, &gone)
         {
             log::error!(
                 "node '{}' stays the guest's, and it is recorded that node '{}' is: {error} (remove the \
@@ -367,6 +367,11 @@ impl Body for Active {
                     self.recopy().await?;
                     let left = self.leave().await;
                     left.map_err(|error| JobError::new(error.to_string()))?;
+                    // What the base has failed to take since then, or at last, is missing there.
+                    self.check()?;
+                    if !self.tap.is_clean() {
+                        return Err(JobError::from_errno(libc::EIO));
+                    }
                     let settled = self.layers.settle().await;
                     settled.map_err(|error| JobError::from_errno(error.errno))
                 }

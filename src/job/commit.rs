@@ -20,7 +20,7 @@ use futures_util::future::LocalBoxFuture;
 use super::context::JobContext;
 use super::records::Recording;
 use super::relink::{self, Relink};
-use super::source::{CopySource, GuestLoad, Guests, JobIoError};
+use super::source::{CopySource, GuestLoad, Guests, JobIoError, answer};
 use super::{Body, JobError, copier};
 use crate::chain::{Chain, CopyStatus, Root, Span, Tap, View, with_room};
 use crate::error::{Error, Result};
@@ -81,7 +81,18 @@ fn whole_blocks(offset: u64, len: u64, block: u64) -> Range<u64> {
 impl Layers {
     /// Makes the base as long as the layers are.
     pub(super) async fn make_room(&self, graph: &Graph) -> Result<()> {
-        graph.grow(&self.base, self.source.chain().size()).await
+        let (size, block) = (
+            self.source.chain().size(),
+            View::of(self.target.chain()).block(),
+        );
+        if size % block != 0 {
+            return Err(Error::Invalid(format!(
+                "node '{}' is written in blocks of {block} bytes, and the layers have {size} bytes \
+                 (expected cache.direct=off, or layers of whole blocks)",
+                self.base
+            )));
+        }
+        graph.grow(&self.base, size).await
     }
 
     async fn find_status(&self, offset: u64, max_len: u64) -> Result<(u64, CopyStatus)> {
@@ -128,10 +139,7 @@ impl CopySource for Layers {
         offset: u64,
         max_len: u64,
     ) -> LocalBoxFuture<'_, std::result::Result<(u64, CopyStatus), JobIoError>> {
-        Box::pin(async move {
-            let found = self.find_status(offset, max_len).await;
-            found.map_err(|error| JobIoError::from(&error))
-        })
+        answer(self.find_status(offset, max_len))
     }
 
     fn copy(
@@ -139,18 +147,11 @@ impl CopySource for Layers {
         offset: u64,
         len: u64,
     ) -> LocalBoxFuture<'_, std::result::Result<u64, JobIoError>> {
-        Box::pin(async move {
-            let copied = self.copy_range(offset, len).await;
-            copied.map_err(|error| JobIoError::from(&error))
-        })
+        answer(self.copy_range(offset, len))
     }
 
     fn settle(&self) -> LocalBoxFuture<'_, std::result::Result<(), JobIoError>> {
-        Box::pin(async move {
-            let chain = self.target.chain();
-            let flushed = chain.top().flush().await;
-            flushed.map_err(|error| JobIoError::from(&error))
-        })
+        answer(async { self.target.chain().top().flush().await })
     }
 }
 

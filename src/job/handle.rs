@@ -511,10 +511,27 @@ impl Job {
                 self.spec.id
             )));
         }
-        if !force && self.end_ready(Completion::Copy) {
+        if !force && self.leave_copy()? {
             return Ok(());
         }
         self.cancel()
+    }
+
+    /// Has a job that is ready end, and leave its copy as it is; the next process ends it, too. False: it
+    /// is not ready.
+    fn leave_copy(&self) -> Result<bool, Refused> {
+        let _turn = self.turn();
+        let (is_ready, decided) = {
+            let state = self.lock();
+            (
+                state.status.allows(Verb::Complete),
+                state.complete.is_some(),
+            )
+        };
+        if is_ready && !decided {
+            self.record(|job| job.cancelled = true)?;
+        }
+        Ok(self.end_ready(Completion::Copy))
     }
 
     /// Ends a job that is ready.

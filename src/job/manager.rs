@@ -408,8 +408,10 @@ impl Manager {
             let mut state = job.lock();
             state.idle = true;
             state.pause = false;
-            // Before it is told: a client may go on with the nodes as soon as it hears of the end.
-            state.lease = None;
+            if job.spec().auto_dismiss {
+                // Before it is told: a client may go on with the nodes as soon as it hears of the end.
+                state.lease = None;
+            }
             match outcome {
                 Outcome::Completed => {
                     state.offset = state.len;

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use crate::error::Result;
 use crate::format::qcow2::Backing;
 use crate::graph::{Graph, Node, Role};
-use crate::state::Store;
 use crate::state::record::{self, Identity, State};
+use crate::state::{Gone, Store};
 
 /// The record of what a header says.
 pub fn header(backing: &Backing) -> record::Header {
@@ -35,8 +35,12 @@ pub fn identity(node: &Node) -> Identity {
     identity.unwrap_or_default()
 }
 
-/// The files that hold what node `node`'s image has.
+/// The files that hold what node `node`'s image has and nothing else: none for an image that is in a
+/// part of a file or in another image, since others change that file.
 pub fn files_of(graph: &Graph, node: &Node) -> Vec<PathBuf> {
+    if graph.shares_file(node) {
+        return Vec::new();
+    }
     let data = node.child(Role::DataFile);
     let data = data.and_then(|data| graph.node(data).ok());
     let data = data.map(|data| data.filename);
@@ -96,14 +100,19 @@ impl Recording {
     }
 
     /// Records that a guest writes another image from now on.
-    pub fn moved(&self, moved: &record::Moved) -> Result<()> {
-        Ok(self.store.change(|state| state.put_moved(moved.clone()))?)
+    /// Returns what had to go for that.
+    pub fn moved(&self, moved: &record::Moved) -> Result<Gone> {
+        let mut gone = Gone::default();
+        self.store
+            .change(|state| gone = state.put_moved(moved.clone()))?;
+        Ok(gone)
     }
 
-    /// Takes that back: the guest has not moved.
-    pub fn not_moved(&self, moved: &record::Moved) -> Result<()> {
-        let image = (moved.from.file.as_str(), moved.identity);
-        Ok(self.store.change(|state| state.forget_moved(image))?)
+    /// Takes that back, and what had to go for it: the guest has not moved.
+    pub fn not_moved(&self, moved: &record::Moved, gone: &Gone) -> Result<()> {
+        Ok(self
+            .store
+            .change(|state| state.take_move_back(moved, gone))?)
     }
 
     /// Records what is in the image that the guest has left, which nobody writes any more.

@@ -43,6 +43,13 @@ impl From<&Error> for JobIoError {
     }
 }
 
+/// What a [`CopySource`] answers with: an error is told as a job needs it.
+pub(super) fn answer<'a, T: 'a>(
+    work: impl Future<Output = crate::error::Result<T>> + 'a,
+) -> LocalBoxFuture<'a, Result<T, JobIoError>> {
+    Box::pin(async move { work.await.map_err(|error| JobIoError::from(&error)) })
+}
+
 /// Sees how much guests want.
 pub trait Guests {
     /// What they want at present.

@@ -13,7 +13,7 @@ use futures_util::future::LocalBoxFuture;
 use super::context::JobContext;
 use super::records::Recording;
 use super::relink::{self, Relink};
-use super::source::{CopySource, GuestLoad, Guests, JobIoError};
+use super::source::{CopySource, GuestLoad, Guests, JobIoError, answer};
 use super::{Body, JobError, copier};
 use crate::chain::{Chain, CopyStatus, Root, Span, View, with_room};
 use crate::error::{Error, Result};
@@ -98,10 +98,7 @@ impl CopySource for Layers {
         offset: u64,
         max_len: u64,
     ) -> LocalBoxFuture<'_, std::result::Result<(u64, CopyStatus), JobIoError>> {
-        Box::pin(async move {
-            let found = self.find_status(offset, max_len).await;
-            found.map_err(|error| JobIoError::from(&error))
-        })
+        answer(self.find_status(offset, max_len))
     }
 
     fn copy(
@@ -109,18 +106,11 @@ impl CopySource for Layers {
         offset: u64,
         len: u64,
     ) -> LocalBoxFuture<'_, std::result::Result<u64, JobIoError>> {
-        Box::pin(async move {
-            let copied = self.copy_range(offset, len).await;
-            copied.map_err(|error| JobIoError::from(&error))
-        })
+        answer(self.copy_range(offset, len))
     }
 
     fn settle(&self) -> LocalBoxFuture<'_, std::result::Result<(), JobIoError>> {
-        Box::pin(async move {
-            let chain = self.root.chain();
-            let flushed = chain.top().flush().await;
-            flushed.map_err(|error| JobIoError::from(&error))
-        })
+        answer(async { self.root.chain().top().flush().await })
     }
 }
 

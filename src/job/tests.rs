@@ -120,8 +120,8 @@ fn finalize_and_dismiss_wait_to_be_asked() {
         refusal("concluded", "finalize")
     );
     assert!(
-        bench.manager.reserve(&["j".to_owned()], "stream").is_ok(),
-        "listed, and its nodes are free: as in QEMU"
+        bench.manager.reserve(&["j".to_owned()], "stream").is_err(),
+        "listed: still held"
     );
     bench.manager.dismiss("j").unwrap().unwrap();
     assert_eq!(bench.until("null"), ["null"]);

@@ -29,6 +29,7 @@ use parking_lot::Mutex;
 
 pub use folder::{DiskFolder, Folder, Owner};
 pub use record::State;
+pub use tops::Gone;
 
 /// What the names of state files end with.
 const SUFFIX: &str = ".state";

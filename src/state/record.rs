@@ -152,12 +152,7 @@ pub struct Top {
     pub open_as: serde_json::Value,
     /// The image below has been made stable, and given back to its readers. Until then it may hold
     /// what its guest has written and not flushed.
-    #[serde(default = "yes", skip_serializing_if = "Clone::clone")]
     pub closed: bool,
-}
-
-fn yes() -> bool {
-    true
 }
 
 /// What a job does about an I/O error.
@@ -404,17 +399,6 @@ impl State {
     /// The record of the job of this name.
     pub fn job_named(&mut self, id: &str) -> Option<&mut Job> {
         self.jobs.iter_mut().find(|job| job.id == id)
-    }
-
-    /// Records that a guest writes another image: it has left that one no longer.
-    pub fn put_moved(&mut self, moved: Moved) {
-        let taken = (moved.to.file.clone(), moved.to_identity);
-        self.forget_moved((&taken.0, taken.1));
-        self.forget_moved((&moved.from.file, moved.identity));
-        // Nothing is on top of it any more.
-        self.tops
-            .retain(|top| !is_same_image((&top.covered.file, top.identity), (&taken.0, taken.1)));
-        self.moved.push(moved);
     }
 
     /// Records what was in an image that a guest has left.

@@ -1,7 +1,7 @@
 //! Which images were put on top of others: how the records of that are kept, and what of them still
 //! holds after streams.
 
-use super::record::{Identity, Link, State, Top};
+use super::record::{Identity, Link, Moved, State, Top};
 use crate::graph::recorded::is_same_image;
 
 impl Top {
@@ -18,35 +18,86 @@ impl Top {
     }
 }
 
+impl Moved {
+    fn from(&self) -> (&str, Identity) {
+        (&self.from.file, self.identity)
+    }
+
+    fn to(&self) -> (&str, Identity) {
+        (&self.to.file, self.to_identity)
+    }
+}
+
+/// Records for which there was no place any more beside a new one, each with the place that it had.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Gone {
+    tops: Vec<(usize, Top)>,
+    moved: Vec<(usize, Moved)>,
+}
+
+/// Takes those out of a list that are meant.
+fn extract<T>(list: &mut Vec<T>, is_meant: impl Fn(&T) -> bool) -> Vec<(usize, T)> {
+    let (mut gone, mut left) = (Vec::new(), Vec::new());
+    for (at, item) in std::mem::take(list).into_iter().enumerate() {
+        match is_meant(&item) {
+            true => gone.push((at, item)),
+            false => left.push(item),
+        }
+    }
+    *list = left;
+    gone
+}
+
 impl State {
     /// Records that an image was put on top of another one. What was on top of that one before is not
-    /// any more, and nothing is on top of the new one. Returns what was recorded of that, with the
-    /// places that it had.
-    pub fn put_top(&mut self, top: Top) -> Vec<(usize, Top)> {
-        let (mut gone, mut left) = (Vec::new(), Vec::new());
-        for (at, other) in std::mem::take(&mut self.tops).into_iter().enumerate() {
-            let covers = |image| is_same_image(other.covered(), image);
-            match covers(top.covered()) || covers(top.top()) {
-                true => gone.push((at, other)),
-                false => left.push(other),
-            }
-        }
-        self.tops = left;
+    /// any more, nothing is on top of the new one, and no guest has left that. Returns what had to go.
+    pub fn put_top(&mut self, top: Top) -> Gone {
+        let (covered, on_top) = (top.covered(), top.top());
+        let covers = |other: &Top| {
+            is_same_image(other.covered(), covered) || is_same_image(other.covered(), on_top)
+        };
+        let gone = Gone {
+            tops: extract(&mut self.tops, covers),
+            moved: extract(&mut self.moved, |moved| is_same_image(moved.from(), on_top)),
+        };
         self.tops.push(top);
         gone
     }
 
     /// Takes the record of `top` back, for which `gone` had to go.
-    pub fn take_top_back(&mut self, top: &Top, gone: &[(usize, Top)]) {
+    pub fn take_top_back(&mut self, top: &Top, gone: &Gone) {
         self.tops.retain(|other| other != top);
-        for (at, other) in gone {
-            self.tops.insert((*at).min(self.tops.len()), other.clone());
-        }
+        self.put_back(gone);
     }
 
-    /// Records that nothing is on top of an image any more: what was has been merged into it.
-    pub fn uncover(&mut self, image: (&str, Identity)) {
-        self.tops.retain(|top| !is_same_image(top.covered(), image));
+    /// Records that a guest writes another image: no guest has left that one any more, and nothing is
+    /// on top of it. Returns what had to go.
+    pub fn put_moved(&mut self, moved: Moved) -> Gone {
+        let (from, to) = (moved.from(), moved.to());
+        let is_of =
+            |other: &Moved| is_same_image(other.from(), to) || is_same_image(other.from(), from);
+        let gone = Gone {
+            tops: extract(&mut self.tops, |top| is_same_image(top.covered(), to)),
+            moved: extract(&mut self.moved, is_of),
+        };
+        self.moved.push(moved);
+        gone
+    }
+
+    /// Takes the record of `moved` back, for which `gone` had to go.
+    pub fn take_move_back(&mut self, moved: &Moved, gone: &Gone) {
+        self.moved.retain(|other| other != moved);
+        self.put_back(gone);
+    }
+
+    fn put_back(&mut self, gone: &Gone) {
+        for (at, top) in &gone.tops {
+            self.tops.insert((*at).min(self.tops.len()), top.clone());
+        }
+        for (at, moved) in &gone.moved {
+            self.moved
+                .insert((*at).min(self.moved.len()), moved.clone());
+        }
     }
 
     /// The image below one that was put on top of it has been closed.
@@ -173,6 +224,44 @@ mod tests {
         assert_eq!(state.tops, [tops[2].clone(), new.clone()]);
         state.take_top_back(&new, &gone);
         assert_eq!(state.tops, tops);
+    }
+
+    /// What would be caught: a snapshot or a commit that fails and leaves the records of others changed.
+    #[test]
+    fn a_move_that_is_taken_back_leaves_the_records_as_they_were() {
+        let moved = |from: &str, to: &str| Moved {
+            from: node(from),
+            identity: [0, 0],
+            to: node(to),
+            to_identity: [0, 0],
+            left: None,
+        };
+        let before = State {
+            tops: vec![top("/base", "/o1"), top("/x", "/y")],
+            moved: vec![
+                moved("/base", "/z"),
+                moved("/o1", "/old"),
+                moved("/q", "/r"),
+            ],
+            ..State::default()
+        };
+        let mut state = before.clone();
+        let new = moved("/o1", "/base");
+        let gone = state.put_moved(new.clone());
+        assert_eq!(state.tops, before.tops[1..]);
+        assert_eq!(state.moved, [before.moved[2].clone(), new.clone()]);
+        state.take_move_back(&new, &gone);
+        assert_eq!(state, before);
+        // On top again: no guest has left it.
+        let again = top("/x", "/o1");
+        let gone = state.put_top(again.clone());
+        assert_eq!(state.tops, [before.tops[0].clone(), again.clone()]);
+        assert_eq!(
+            state.moved,
+            [before.moved[0].clone(), before.moved[2].clone()]
+        );
+        state.take_top_back(&again, &gone);
+        assert_eq!(state, before);
     }
 
     #[test]
