@@ -11,7 +11,7 @@ use crate::options::{BlockdevOptions, ConfigError, Dialect, ImageOptions};
 pub(super) fn blockdev_add(control: &Control, args: &Args) -> Done {
     let given = args.to_value();
     let options = BlockdevOptions::from_value(&given, Dialect::Json)?;
-    control.engine.add_node(&options, &given)?;
+    control.engine.add_node(&options)?;
     Ok(json!({}).into())
 }
 

@@ -11,7 +11,7 @@ use crate::options::{Dialect, ExportOptions};
 pub(super) fn add(control: &Control, args: &Args) -> Done {
     let given = args.to_value();
     let options = ExportOptions::from_value(&given, Dialect::Json)?;
-    control.engine.add_export(&options, &given)?;
+    control.engine.add_export(&options)?;
     Ok(json!({}).into())
 }
 

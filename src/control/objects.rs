@@ -15,7 +15,7 @@ use crate::options::{Dialect, ObjectOptions};
 pub(super) fn add(control: &Control, args: &Args) -> Done {
     let given = args.to_value();
     let object = ObjectOptions::from_value(&given, Dialect::Json)?;
-    control.engine.add_object(object, &given)?;
+    control.engine.add_object(object)?;
     Ok(json!({}).into())
 }
 

@@ -35,8 +35,8 @@ pub(super) fn nodes(state: &State) -> Value {
 fn node_stats(state: &State, node: &Node) -> Value {
     let mut members = Map::new();
     let child = |role| node.child(role).and_then(|name| state.node(name).ok());
-    let file = child(Role::File).or_else(|| child(Role::Filtered));
-    if let Some(file) = file {
+    let roles = [Role::DataFile, Role::File, Role::Filtered, Role::Image];
+    if let Some(file) = roles.into_iter().find_map(child) {
         members.insert("parent".to_owned(), node_stats(state, file));
     }
     members.insert("stats".to_owned(), device_stats(&[]));

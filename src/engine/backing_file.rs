@@ -55,7 +55,6 @@ impl Engine {
             format,
         };
         drop(state);
-        let _changing = self.runtime.change();
         let demand = Demand {
             does: Rights::WRITE_UNCHANGED | Rights::OPEN,
             tolerates: Rights::ALL,
@@ -66,7 +65,18 @@ impl Engine {
         let done = on_this_thread(|reactor| {
             reactor.block_on(async {
                 let grant = self.graph.access(request).await?;
-                let written = self.write_header(image, &backing).await;
+                // It may have changed until the grant was there.
+                let is_there = self.graph.node(image).is_ok_and(|node| {
+                    let chain = self.graph.chain_nodes(&top).unwrap_or_default();
+                    let in_chain = chain.iter().any(|layer| layer.name == image);
+                    in_chain && node.child(Role::Backing).is_some()
+                });
+                let written = match is_there {
+                    true => self.write_header(image, &backing).await,
+                    false => Err(crate::error::Error::Invalid(format!(
+                        "The chain of '{device}' has just changed"
+                    ))),
+                };
                 let given = grant.give_back().await;
                 written.and(given)
             })

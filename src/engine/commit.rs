@@ -131,7 +131,7 @@ impl Engine {
             let spec = self.find_commit(&layers, request)?;
             let device = match spec.overlay {
                 None => request.device.as_str(),
-                Some(_) => spec.nodes().first().map_or("", |_| spec.top()),
+                Some(_) => spec.top(),
             };
             let lease = self.take_nodes(&spec.nodes(), device, "commit")?;
             // A job that ended just now may have changed the chain before its layers were held.

@@ -68,7 +68,7 @@ impl Served {
         self.life.grant.lock().take()
     }
 
-    /// All that it held has been given back: lets go on who waits for that.
+    /// All that it held has been given back: wakes the threads that wait for that.
     pub(super) fn has_ended(&self) {
         *self.life.ended.lock() = true;
         self.life.changed.notify_all();

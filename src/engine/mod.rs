@@ -24,6 +24,7 @@ mod create;
 pub mod ending;
 pub mod exports;
 mod guests;
+mod in_place;
 pub mod neighbours;
 mod nodes;
 mod object_changes;

@@ -6,8 +6,6 @@
 use std::path::Path;
 use std::slice::from_ref;
 
-use serde_json::Value;
-
 use super::runtime::Change;
 use super::stream::no_such_device;
 use super::{Engine, on_this_thread, state};
@@ -21,11 +19,11 @@ use crate::state::record::are_different;
 use crate::storage::{Syncs, is_same_path};
 
 impl Engine {
-    /// Opens a node with everything under it; `given` are its options as a client gave them.
+    /// Opens a node with everything under it.
     ///
     /// # Errors
     /// In QEMU's words where it has some. No node is added then.
-    pub fn add_node(&self, options: &BlockdevOptions, given: &Value) -> Result<(), Refused> {
+    pub fn add_node(&self, options: &BlockdevOptions) -> Result<(), Refused> {
         let name = options.node_name.as_deref().unwrap_or_default();
         self.check_names(options)?;
         // What a stream has let go of need not be there; but this is asked for.
@@ -40,8 +38,8 @@ impl Engine {
         check_flushes(&transaction, &self.graph.state())?;
         let _changing = self.runtime.change();
         let released = self.graph.commit(transaction).map_err(refused)?;
-        if let Err(error) = self.record(&[Change::AddNode(given)]) {
-            // Nobody can have come to use it but an export or a job, of which it goes on.
+        if let Err(error) = self.record(&[Change::AddNode(options)]) {
+            // Only an export or a job can use it by now, and it stays for that.
             if let Err(left) = self.graph.remove(name) {
                 log::error!("node '{name}', which is not recorded, stays: {left}");
             }

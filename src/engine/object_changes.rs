@@ -1,7 +1,5 @@
 //! Helper objects that come and go while the daemon runs, and their properties.
 
-use serde_json::Value;
-
 use super::objects::{PROPERTIES, poll_max_us};
 use super::runtime::Change;
 use super::{Engine, Served};
@@ -9,13 +7,14 @@ use crate::job::Refused;
 use crate::options::{IothreadOptions, ObjectOptions};
 
 impl Engine {
-    /// Adds an object; `given` are its options as a client gave them.
+    /// Adds an object.
     ///
     /// # Errors
     /// When its name is taken, or it cannot be recorded.
-    pub fn add_object(&self, object: ObjectOptions, given: &Value) -> Result<(), Refused> {
+    pub fn add_object(&self, object: ObjectOptions) -> Result<(), Refused> {
         let _changing = self.runtime.change();
-        let record = || self.record(&[Change::AddObject(given)]);
+        let given = object.clone();
+        let record = || self.record(&[Change::AddObject(&given)]);
         self.runtime.objects.add(object, record)
     }
 
@@ -41,8 +40,7 @@ impl Engine {
             property.ok_or_else(|| Refused(format!("Property 'iothread.{name}' not found")))?;
         let _changing = self.runtime.change();
         let record = |changed: &ObjectOptions| {
-            let given = changed.to_value();
-            self.record(&[Change::RemoveObject(id), Change::AddObject(&given)])
+            self.record(&[Change::RemoveObject(id), Change::AddObject(changed)])
         };
         let change = |thread: &mut IothreadOptions| (property.set)(thread, value);
         self.runtime.objects.change(id, change, record)?;

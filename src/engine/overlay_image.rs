@@ -43,7 +43,7 @@ pub(super) fn make(state: &State, below: &Node, format: &str, path: &Path) -> Re
     };
     on_this_thread(|reactor| {
         reactor.block_on(async {
-            let file = MadeFile::make(path).await.map_err(failed)?;
+            let mut file = MadeFile::make(path).await.map_err(failed)?;
             let flags = OpenFlags {
                 writable: true,
                 ..OpenFlags::default()
@@ -52,6 +52,8 @@ pub(super) fn make(state: &State, below: &Node, format: &str, path: &Path) -> Re
                 .await
                 .map_err(failed)?;
             storage.set_access(Access::Write).await.map_err(failed)?;
+            let len = storage.len().await.map_err(failed)?;
+            file.begin_to_write(len).map_err(failed)?;
             create(&storage, &wanted).await?;
             file.settle().await.map_err(failed)?;
             Ok(file)

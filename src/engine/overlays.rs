@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use super::in_place::in_place;
 use super::state::{find, recorded};
 use crate::error::{Error, Result};
 use crate::graph::recorded::is_same_image;
@@ -77,15 +78,18 @@ impl<'a> Recorder<'a> {
     }
 }
 
-/// The options of a node, with those that it is laid out in inside of it.
+/// The options of a node, with those that it is laid out in inside of it. What is to lie under it is
+/// recorded apart.
 fn options_of(state: &State, node: &Node) -> Value {
     let mut options = node.options.clone();
-    options.node_name = Some(node.name.clone()).filter(|name| !name.starts_with('#'));
-    let by_name = |name: &str| {
-        let child = state.node(name).ok()?;
-        Some(options_of(state, child))
-    };
-    options.to_value_by(&by_name)
+    options.node_name = Some(node.name.clone());
+    match &mut options.driver {
+        Driver::Qcow2(qcow2) => qcow2.backing = BackingRef::Default,
+        Driver::Qed(qed) => qed.backing = BackingRef::Default,
+        _ => {}
+    }
+    let options = in_place(state, &options, |_| true);
+    options.with_absolute_paths().to_value()
 }
 
 /// Puts back on top what is recorded to be there, and has the exports of what is below serve it.
@@ -269,7 +273,7 @@ impl Restoring<'_> {
                 self.graph.make_name().replace('#', "x-").into(),
             );
         }
-        let mut options = BlockdevOptions::from_value(&value, Dialect::Json)
+        let mut options = BlockdevOptions::from_value(&value, Dialect::Recorded)
             .map_err(|error| Error::Invalid(error.to_string()))?;
         if !named {
             options.node_name = Some(self.graph.make_name());
@@ -320,7 +324,7 @@ fn refer(state: &State, value: &mut Value) {
     let Some(members) = value.as_object_mut() else {
         return;
     };
-    for key in ["file", "data-file"] {
+    for key in ["file", "data-file", "image", "backing"] {
         let Some(child) = members.get_mut(key) else {
             continue;
         };

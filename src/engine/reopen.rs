@@ -6,8 +6,9 @@
 use serde_json::{Map, Value};
 
 use super::Engine;
+use super::in_place::{in_place, unnamed};
 use super::nodes::refused;
-use super::runtime::Change;
+use super::runtime::{Change, names_in};
 use super::stream::no_such_device;
 use crate::graph::recorded::is_same_image;
 use crate::graph::{Node, Role, State, Transaction};
@@ -17,7 +18,10 @@ use crate::options::{BackingRef, BlockRef, BlockdevOptions, Driver};
 use crate::state::record::Link;
 
 /// Options that may change, and the name, which says which node is meant.
-const MAY_CHANGE: &[&str] = &["node-name", "read-only", "auto-read-only", "backing"];
+const MAY_CHANGE: &[&str] = &["node-name", "read-only", "auto-read-only"];
+
+/// Options that hold a child.
+const CHILDREN: &[&str] = &["file", "image", "data-file", "backing"];
 
 impl Engine {
     /// Gives nodes other options, all or none.
@@ -39,10 +43,7 @@ impl Engine {
         let links = self.links_of(&transaction, &names)?;
         let recorded = names.iter().map(|name| {
             let node = transaction.state().node(name).map_err(refused)?;
-            Ok((
-                *name,
-                in_place(transaction.state(), &node.options).to_value(),
-            ))
+            Ok((*name, in_place(transaction.state(), &node.options, unnamed)))
         });
         let recorded = recorded.collect::<Result<Vec<_>, Refused>>()?;
         let released = self.graph.commit(transaction).map_err(refused)?;
@@ -124,7 +125,7 @@ fn reopen(transaction: &mut Transaction, options: &BlockdevOptions) -> Result<()
     if node.implicit {
         return refuse(format!("Node {name} is not owned by the monitor"));
     }
-    check_unchanged(transaction.state(), &node, options)?;
+    check_unchanged(transaction.state(), &node, &options.to_value(), false)?;
     let backing = backing(transaction.state(), &node, options)?;
     if backing.as_deref() != node.child(Role::Backing) {
         transaction
@@ -145,40 +146,27 @@ fn reopen(transaction: &mut Transaction, options: &BlockdevOptions) -> Result<()
     ) {
         *new = old.clone();
     }
+    if let Driver::Qcow2(new) = &mut now.driver
+        && let Driver::Qcow2(old) = &node.options.driver
+    {
+        new.data_file.clone_from(&old.data_file);
+    }
+    if let (Some(new @ BlockRef::Inline(_)), Some(own)) = (backing_mut(&mut now), &backing) {
+        let below = transaction.state().node(own).map_err(refused)?;
+        *new = match below.implicit || names_in(&node.options).contains(own) {
+            true => BlockRef::Inline(Box::new(below.options.clone())),
+            false => BlockRef::Name(own.clone()),
+        };
+    }
     transaction.set_options(name, now).map_err(refused)
 }
 
-/// The options with all nodes that nobody asked for by name written in place: the names that they
-/// have now the next process may give to others.
-fn in_place(state: &State, options: &BlockdevOptions) -> BlockdevOptions {
-    let mut options = options.clone();
-    options.node_name = options.node_name.filter(|name| !name.starts_with('#'));
-    let settle = |child: &mut BlockRef| {
-        let inner = match &*child {
-            BlockRef::Inline(inner) => in_place(state, inner),
-            BlockRef::Name(name) => match state.node(name) {
-                Ok(node) if node.implicit => in_place(state, &node.options),
-                _ => return,
-            },
-        };
-        *child = BlockRef::Inline(Box::new(inner));
-    };
-    options.driver.file_mut().map(settle);
+fn backing_mut(options: &mut BlockdevOptions) -> Option<&mut BlockRef> {
     match &mut options.driver {
-        Driver::Qcow2(qcow2) => {
-            qcow2.data_file.as_mut().map(settle);
-            if let BackingRef::Node(below) = &mut qcow2.backing {
-                settle(below);
-            }
-        }
-        Driver::Qed(qed) => {
-            if let BackingRef::Node(below) = &mut qed.backing {
-                settle(below);
-            }
-        }
-        _ => {}
+        Driver::Qcow2(qcow2) => qcow2.backing.node_mut(),
+        Driver::Qed(qed) => qed.backing.node_mut(),
+        _ => None,
     }
-    options
 }
 
 /// What is to lie under a node.
@@ -205,7 +193,7 @@ fn backing(
         },
         (BackingRef::Node(BlockRef::Inline(inline)), Some(own)) => {
             let below = state.node(own).map_err(refused)?;
-            check_child(&inline.to_value(), &below.options.to_value(), "backing")?;
+            check_unchanged(state, below, &inline.to_value(), true)?;
             Ok(Some(own.clone()))
         }
         (BackingRef::Node(BlockRef::Inline(_)), None) => {
@@ -214,38 +202,55 @@ fn backing(
     }
 }
 
-/// Refuses options that cannot change.
-fn check_unchanged(state: &State, node: &Node, options: &BlockdevOptions) -> Result<(), Refused> {
-    let (old, new) = (node.options.to_value(), options.to_value());
-    for (key, old, new) in differences(&old, &new, MAY_CHANGE) {
-        let child = match key.as_str() {
+/// Refuses options `new` of a node, or of those written inside it, that are not those of the nodes that
+/// are there, and cannot change. What lies under the node that is reopened itself may change, and is
+/// not looked at; under one that `is_inside` it may not.
+fn check_unchanged(
+    state: &State,
+    node: &Node,
+    new: &Value,
+    is_inside: bool,
+) -> Result<(), Refused> {
+    let name = new.get("node-name").and_then(Value::as_str);
+    if is_inside && name.is_some_and(|name| name != node.name) {
+        return refuse("Cannot change the option 'node-name'");
+    }
+    let old = node.options.to_value();
+    // What is not said is inherited, and comes out otherwise for a node that was made elsewhere.
+    let inherited: &[&str] = match is_inside {
+        true => &["discard", "cache", "force-share"],
+        false => &[],
+    };
+    let but = [MAY_CHANGE, CHILDREN, inherited].concat();
+    if let Some((key, old, new)) = differences(&old, new, &but).first() {
+        return refuse(cannot(key, old, new));
+    }
+    for key in CHILDREN {
+        let child = match *key {
             "file" => node.file(),
+            "image" => node.child(Role::Image),
             "data-file" => node.child(Role::DataFile),
-            _ => None,
+            _ if is_inside => node.child(Role::Backing),
+            _ => continue,
         };
-        let same = match (child, &new) {
-            (Some(child), Value::String(name)) => child == name,
-            (Some(child), Value::Object(_)) => {
+        let same = match (child, new.get(*key)) {
+            (Some(child), Some(Value::String(name))) => child == name,
+            (Some(child), Some(inline @ Value::Object(_))) => {
                 let child = state.node(child).map_err(refused)?;
-                check_child(&new, &child.options.to_value(), &key)?;
+                check_unchanged(state, child, inline, true)?;
                 true
             }
+            (None, Some(Value::Null)) => true,
+            // As the header says, or as it is.
+            (_, None) => *key == "backing" || old.get(*key).is_none(),
             _ => false,
         };
         if !same {
-            return refuse(cannot(&key, &old, &new));
+            let value = |of: &Value| of.get(*key).cloned().unwrap_or_default();
+            return refuse(cannot(key, &value(&old), &value(new)));
         }
     }
     Ok(())
-}
-
-/// Refuses options of a node in place that are not those of the node that is there.
-fn check_child(new: &Value, old: &Value, key: &str) -> Result<(), Refused> {
-    let inherited = [MAY_CHANGE, &["file", "data-file"]].concat();
-    match differences(old, new, &inherited).first() {
-        Some((own, old, new)) => refuse(cannot(&format!("{key}.{own}"), old, new)),
-        None => Ok(()),
-    }
 }
 
 fn cannot(key: &str, old: &Value, new: &Value) -> String {

@@ -80,7 +80,7 @@ impl Named for BlockdevOptions {
     }
 
     fn write(&self) -> Value {
-        self.to_value()
+        self.clone().with_absolute_paths().to_value()
     }
 
     fn read(value: &Value) -> std::result::Result<Self, ConfigError> {
@@ -97,7 +97,7 @@ impl Named for ExportOptions {
     }
 
     fn write(&self) -> Value {
-        self.to_value()
+        self.clone().with_absolute_paths().to_value()
     }
 
     fn read(value: &Value) -> std::result::Result<Self, ConfigError> {
@@ -128,9 +128,9 @@ fn is_of<T: Named>(value: &Value, name: &str) -> bool {
 }
 
 impl Changed {
-    /// Something has come, with the options `given`.
-    fn add(&mut self, given: Value) {
-        self.added.push(given);
+    /// Something has come.
+    fn add(&mut self, options: &impl Named) {
+        self.added.push(options.write());
     }
 
     /// What is called `name` has gone. `own` is what the command line says of it.
@@ -174,9 +174,12 @@ impl Changed {
             // The command line may say by now what the record says.
             let learnt = self.added.iter().filter_map(|value| T::read(value).ok());
             let learnt = learnt.filter(|added| added.name() == gone.name());
-            if one == gone {
+            if one.write() == gone.write() {
                 removed.push(value);
-            } else if learnt.last().is_some_and(|added| added == one) {
+            } else if learnt
+                .last()
+                .is_some_and(|added| added.write() == one.write())
+            {
                 list.insert(at, one);
             } else {
                 return Err(differs(gone.name()));
@@ -191,7 +194,7 @@ impl Changed {
                     list.push(come);
                     added.push(value);
                 }
-                Some(one) if *one == come => {}
+                Some(one) if one.write() == come.write() => {}
                 Some(_) => return Err(differs(come.name())),
             }
         }
@@ -236,7 +239,7 @@ fn arrange(nodes: &mut Vec<BlockdevOptions>) {
 }
 
 /// The names of a node and of those that are written inside it.
-fn names_in(node: &BlockdevOptions) -> Vec<String> {
+pub(super) fn names_in(node: &BlockdevOptions) -> Vec<String> {
     let mut names: Vec<String> = node.node_name.iter().cloned().collect();
     for (_, child) in node.children() {
         if let BlockRef::Inline(child) = child {
@@ -312,11 +315,11 @@ impl Runtime {
 
 /// A change that is to be recorded.
 pub(super) enum Change<'a> {
-    AddNode(&'a Value),
+    AddNode(&'a BlockdevOptions),
     RemoveNode(&'a str),
-    AddExport(&'a Value),
+    AddExport(&'a ExportOptions),
     RemoveExport(&'a str),
-    AddObject(&'a Value),
+    AddObject(&'a ObjectOptions),
     RemoveObject(&'a str),
     /// What lies under images by now, of which something else is recorded.
     Links(&'a [Link]),
@@ -329,9 +332,9 @@ impl Change<'_> {
         }
         let changes = &mut state.changes;
         match self {
-            Self::AddNode(given) => changes.nodes.add((*given).clone()),
-            Self::AddExport(given) => changes.exports.add((*given).clone()),
-            Self::AddObject(given) => changes.objects.add((*given).clone()),
+            Self::AddNode(options) => changes.nodes.add(*options),
+            Self::AddExport(options) => changes.exports.add(*options),
+            Self::AddObject(options) => changes.objects.add(*options),
             Self::RemoveNode(name) => changes.nodes.remove(name, find(&named.nodes, name)),
             Self::RemoveExport(name) => changes.exports.remove(name, find(&named.exports, name)),
             Self::Links(links) => {
@@ -366,5 +369,41 @@ impl Engine {
             }
         })?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! What would be caught: a record that fits no command line with paths that begin in the folder of
+    //! the process, or that means another file in another folder.
+
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn paths_that_begin_in_this_folder_are_known_again() {
+        let node = |name: &str| {
+            let value = json!({"driver": "blkdebug", "node-name": name, "config": "rules",
+                "image": {"driver": "file", "filename": "x.raw"}});
+            BlockdevOptions::from_value(&value, Dialect::Json).unwrap()
+        };
+        let named = [node("a"), node("b")];
+        let mut changed = Changed::default();
+        changed.remove("a", Some(&named[0]));
+        changed.add(&node("c"));
+        let here = std::env::current_dir().unwrap();
+        for value in changed.added.iter().chain(&changed.removed) {
+            assert_eq!(value["image"]["filename"], json!(here.join("x.raw")));
+            assert_eq!(value["config"], json!(here.join("rules")));
+        }
+        let there = changed.apply(&named, "record").unwrap();
+        let names = there.iter().map(Named::name);
+        assert_eq!(names.collect::<Vec<_>>(), ["b", "c"]);
+        // The command line has learnt of it.
+        let learnt = [node("b"), node("c")];
+        let there = changed.apply(&learnt, "record").unwrap();
+        assert_eq!(there, learnt);
+        assert_eq!(changed, Changed::default());
     }
 }

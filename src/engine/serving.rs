@@ -7,7 +7,7 @@
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::objects::{Objects, poll_max_us};
 use super::runtime::Change;
@@ -136,16 +136,11 @@ pub enum Removal {
 }
 
 impl Engine {
-    /// Adds an export; `given` are its options as a client gave them. Front-ends may connect when
-    /// this returns.
+    /// Adds an export. Front-ends may connect when this returns.
     ///
     /// # Errors
     /// In QEMU's words where it has some. Everything is as before then.
-    pub fn add_export(
-        &self,
-        options: &ExportOptions,
-        given: &Value,
-    ) -> std::result::Result<(), Refused> {
+    pub fn add_export(&self, options: &ExportOptions) -> std::result::Result<(), Refused> {
         let name = self.exports.claim(&options.id)?;
         let thread = options.iothread.as_deref().map(|id| {
             let thread = self.runtime.objects.want(id);
@@ -179,7 +174,7 @@ impl Engine {
         warn_without_journal(&self.graph, options);
         let served = Served::new(export, options.clone(), grant);
         let changing = self.runtime.change();
-        let added = self.record(&[Change::AddExport(given)]);
+        let added = self.record(&[Change::AddExport(options)]);
         let added = added.and_then(|()| {
             self.exports.put(&served, name).inspect_err(|_| {
                 // The process ends, and the next one is not to have it.

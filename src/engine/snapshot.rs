@@ -23,7 +23,7 @@ use crate::export::Held;
 use crate::graph::{Grant, Holder, Node, NodeUser, Request, Rights, Role, State, Transaction};
 use crate::job::Refused;
 use crate::options::check_node_name;
-use crate::state::record;
+use crate::state::{Gone, record};
 use crate::storage::MadeFile;
 
 /// One action of a transaction.
@@ -92,7 +92,7 @@ struct Change<'e> {
     reserved: Vec<Grant>,
     recorded: Vec<record::Top>,
     /// What was recorded before in the place of each of these.
-    replaced: Vec<Vec<(usize, record::Top)>>,
+    replaced: Vec<Gone>,
 }
 
 impl<'e> Change<'e> {

@@ -172,7 +172,10 @@ pub fn follow_moves(
     for export in exports {
         // A guest may have moved several times, and never in a circle.
         for _ in 0..state.moved.len() {
-            let node = graph.image_node(&export.node_name)?;
+            // It may be one that is put back only with what is on top of it.
+            let Ok(node) = graph.image_node(&export.node_name) else {
+                break;
+            };
             let file = graph.file_of(&node)?;
             let Some(moved) = state.moved_from((&file, identity(&node))) else {
                 break;

@@ -87,8 +87,8 @@ pub struct Export {
     id: String,
     writable: bool,
     queues: u16,
-    /// The disk, until the export has ended: its node may go then, whoever still looks at what is
-    /// left.
+    /// The disk, until the export has ended: its node may go then, though the export is still
+    /// listed.
     root: Mutex<Option<Arc<Root>>>,
     /// The node as of the beginning.
     node_name: String,

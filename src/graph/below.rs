@@ -14,6 +14,7 @@ use super::{Graph, Node, Role, State, resolve};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::Backing;
+use crate::options::keys;
 use crate::options::{
     AutoOptions, BackingRef, BlkdebugOptions, BlockRef, BlockdevOptions, Dialect, Driver,
     Qcow2Options, QedOptions, RawOptions,
@@ -133,11 +134,7 @@ fn blkdebug_options(
         config: (!config.is_empty()).then(|| PathBuf::from(config)),
         settings: Settings::default(),
     })));
-    let common = BlockdevOptions {
-        driver: file.driver.clone(),
-        ..file.clone()
-    };
-    let mut options = layer_options(common, Path::new(""), backing.format.as_deref())?;
+    let mut options = layer_options(file.clone(), Path::new(""), backing.format.as_deref())?;
     if let Some(place) = options.driver.file_mut() {
         *place = BlockRef::Inline(Box::new(file));
     }
@@ -163,8 +160,13 @@ fn check_named(image: &Path, value: &Value, allowed: Allowed, depth: usize) -> R
         Some(Value::String(driver)) if REMOTE.contains(&driver.as_str()) => {
             return refused(format!("a remote one, by driver '{driver}'"));
         }
-        // Everything that it may say is about failing.
+        // Its own options are about failing; those of all nodes are not.
         Some(Value::String(driver)) if driver == "blkdebug" && allowed.blkdebug => {
+            let common = keys::NODE.iter().map(|key| key.name);
+            let mut common = common.filter(|name| *name != "driver" && map.contains_key(*name));
+            if let Some(name) = common.next() {
+                return refused(format!("with the option '{name}'"));
+            }
             return match map.get("image") {
                 Some(image_node @ Value::Object(_)) => {
                     check_named(image, image_node, allowed, depth - 1)

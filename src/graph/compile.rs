@@ -53,7 +53,10 @@ impl State {
                 continue;
             }
             let layer = filter(&name, attribute, &child.layer);
-            self.node_mut(&name)?.layer = Arc::new(layer);
+            let filename = child.filename.clone();
+            let node = self.node_mut(&name)?;
+            node.layer = Arc::new(layer);
+            node.filename = filename;
         }
         Ok(())
     }

@@ -158,7 +158,7 @@ impl Graph {
     pub fn commit(&self, transaction: Transaction) -> Result<Released> {
         let inner = self.0.clone();
         let done = self.by_owner(move || {
-            let published = inner.publish(|old, grants, state| {
+            let change = |old: &State, grants: &mut Grants, state: &mut State| {
                 transaction.apply(state)?;
                 for replaced in transaction.replaced() {
                     grants.check_replaced(replaced, transaction.takes())?;
@@ -166,11 +166,13 @@ impl Graph {
                 transaction.end_grant(true);
                 grants.take(transaction.takes());
                 grants.check_change(old, state, transaction.removed(), transaction.holder())
-            });
-            if published.0.is_err() {
-                inner.publishing.lock().forget(transaction.takes());
+            };
+            // Before anybody else sees the grants.
+            let undo = |grants: &mut Grants| {
+                grants.forget(transaction.takes());
                 transaction.end_grant(false);
-            }
+            };
+            let published = inner.publish(change, undo);
             // What is dropped may close files, and is not dropped there.
             (published, transaction)
         });
@@ -178,6 +180,12 @@ impl Graph {
             return Err(Error::Invalid("the graph could not be changed".into()));
         };
         result.map(|()| released)
+    }
+
+    /// Whether a node's own bytes are in a part of a file, or in the disk of another image.
+    #[must_use]
+    pub fn shares_file(&self, node: &Node) -> bool {
+        self.state().shares_file(node)
     }
 
     /// Makes one change.
@@ -248,12 +256,13 @@ impl Graph {
         let (inner, node) = (self.0.clone(), top.to_owned());
         let made = self.by_owner(move || {
             let mut made = None;
-            let published = inner.publish(|_, _, state| {
+            let make = |_: &State, _: &mut Grants, state: &mut State| {
                 let root = Root::new(compile::compile(state, &node)?);
                 state.roots.push((Arc::downgrade(&root), node));
                 made = Some(root);
                 Ok(())
-            });
+            };
+            let published = inner.publish(make, |_| ());
             // What is dropped may close files, and is not dropped there.
             (published, made)
         });
@@ -309,6 +318,7 @@ impl Inner {
     fn publish(
         &self,
         change: impl FnOnce(&State, &mut Grants, &mut State) -> Result<()>,
+        undo: impl FnOnce(&mut Grants),
     ) -> (Result<()>, Released) {
         let mut grants = self.publishing.lock();
         let old = self.state.load_full();
@@ -321,7 +331,9 @@ impl Inner {
             .and_then(|()| new.settle_filters(&old))
             .and_then(|()| compile_changed(&old, &new, &mut chains));
         let mut states = vec![Arc::new(new)];
-        if result.is_ok() {
+        if result.is_err() {
+            undo(&mut grants);
+        } else {
             for (root, chain) in &mut chains {
                 *chain = chain.take().map(|chain| root.publish(chain));
             }

@@ -10,7 +10,7 @@ use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 
-use super::driver::{self, Driver};
+use super::driver::{self, Driver, WHOLE};
 use super::edges::{Edge, Role};
 use crate::chain::{Layer, Root, Tap};
 use crate::error::{Error, Result};
@@ -211,6 +211,22 @@ impl State {
             }
         }
         disks
+    }
+
+    /// Whether a node's own bytes are in a part of a file, or in the disk of another image.
+    pub(super) fn shares_file(&self, node: &Node) -> bool {
+        let mut open = vec![node];
+        while let Some(node) = open.pop() {
+            if node.driver().behind(&WHOLE) != WHOLE || !self.disks_in(node).is_empty() {
+                return true;
+            }
+            let own = node.edges.iter().filter(|edge| edge.role != Role::Backing);
+            open.extend(
+                own.flat_map(|edge| self.node(&edge.child))
+                    .map(|node| &**node),
+            );
+        }
+        false
     }
 
     /// The images whose disks a node's bytes are in, and those that these are in.

@@ -15,7 +15,7 @@ use super::driver;
 use super::{Graph, Node, State};
 use crate::error::{Error, Result, utc};
 use crate::format::qcow2::Backing;
-use crate::options::{BlockRef, BlockdevOptions};
+use crate::options::{BlockRef, BlockdevOptions, Driver};
 use crate::storage::{Identity, are_different, is_known, is_same_file};
 
 /// What is recorded of chains.
@@ -240,17 +240,34 @@ impl State {
         let (format, file) = match driver::of(&options.driver).path() {
             Some(path) => ("raw", absolute(path)),
             None => {
-                let children = options.children();
-                let file = children.into_iter().find(|(key, _)| *key == "file");
-                let file = file.and_then(|(_, file)| match file {
-                    BlockRef::Name(name) => self.bytes_name(name).ok(),
-                    BlockRef::Inline(file) => driver::of(&file.driver).path().and_then(absolute),
-                });
-                (options.driver.name(), file)
+                // Failures that are told to happen change no bytes.
+                let format = match options.driver {
+                    Driver::Blkdebug(_) => "raw",
+                    _ => options.driver.name(),
+                };
+                (format, self.place_of(options))
             }
         };
         let is_here = |file: String| is_same_place(&file, &node.file);
         (format == node.format || format == "auto") && file.is_some_and(is_here)
+    }
+}
+
+impl State {
+    /// What the bytes of a node with these options are in, where that is a whole file or a node.
+    fn place_of(&self, options: &BlockdevOptions) -> Option<String> {
+        if let Some(path) = driver::of(&options.driver).path() {
+            return absolute(path);
+        }
+        let children = options.children();
+        let mut own = children.into_iter();
+        match own.find(|(key, _)| matches!(*key, "file" | "image"))?.1 {
+            BlockRef::Name(name) => self.bytes_name(name).ok(),
+            BlockRef::Inline(inner) => match inner.driver {
+                Driver::Blkdebug(_) => self.place_of(inner),
+                _ => driver::of(&inner.driver).path().and_then(absolute),
+            },
+        }
     }
 }
 

@@ -39,9 +39,10 @@ impl Graph {
     /// # Errors
     /// When what was written cannot be made stable.
     pub async fn close_unwritten(&self, name: &str) -> Result<()> {
-        let state = self.state();
-        for name in state.below(vec![name.to_owned()]) {
-            if !state.node(&name)?.layer.read_only {
+        // By name: a state that is held while storage is waited for keeps the files of all nodes open.
+        let names = self.state().below(vec![name.to_owned()]);
+        for name in names {
+            if !self.node(&name)?.layer.read_only {
                 self.lower_unwritten(&name).await?;
             }
         }

@@ -293,7 +293,7 @@ impl Change {
             Self::Inner(root, top) => state.inner.push((root.clone(), top.clone())),
             Self::Replace(from, to) => {
                 state.node(from)?;
-                let filename = state.node(to)?.filename.clone();
+                state.node(to)?;
                 if let Some((above, role)) = state.laid_out_in(from) {
                     return Err(in_use(from, above, role));
                 }
@@ -306,14 +306,6 @@ impl Change {
                 let filters: Vec<_> = filters.map(|node| node.name.clone()).collect();
                 for filter in filters {
                     state.node_mut(&filter)?.set_child(Role::Filtered, Some(to));
-                    // And filters of that.
-                    let mut of = vec![filter];
-                    while let Some(filter) = of.pop() {
-                        state.node_mut(&filter)?.filename.clone_from(&filename);
-                        let over = state.all_over(&filter);
-                        let over = over.filter(|(_, role)| *role == Role::Filtered);
-                        of.extend(over.map(|(node, _)| node.name.clone()));
-                    }
                 }
             }
             Self::Tap(name, tap) => {

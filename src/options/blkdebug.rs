@@ -133,7 +133,6 @@ impl BlkdebugOptions {
         let mut map = Map::new();
         let mut put = |key: &str, value: Value| map.insert(key.to_owned(), value);
         if let Some(path) = &self.config {
-            let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
             put("config", json!(path.display().to_string()));
         }
         if let Some(align) = self.settings.align {

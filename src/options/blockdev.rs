@@ -260,6 +260,16 @@ pub enum BackingRef {
     Node(BlockRef),
 }
 
+impl BackingRef {
+    /// The node, if there is to be one and it is said which.
+    pub fn node_mut(&mut self) -> Option<&mut BlockRef> {
+        match self {
+            Self::Node(node) => Some(node),
+            Self::Default | Self::None => None,
+        }
+    }
+}
+
 /// What a node written inside another one takes over from it.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Inherited {
@@ -359,6 +369,20 @@ impl Driver {
             Driver::Qcow2(options) => Some(&mut options.file),
             Driver::Blkdebug(options) => Some(&mut options.image),
         }
+    }
+
+    /// The children, as far as options name them.
+    pub fn children_mut(&mut self) -> Vec<&mut BlockRef> {
+        let children = match self {
+            Driver::Qcow2(options) => {
+                let options = &mut **options;
+                let backing = options.backing.node_mut();
+                [Some(&mut options.file), options.data_file.as_mut(), backing]
+            }
+            Driver::Qed(QedOptions { file, backing }) => [Some(file), backing.node_mut(), None],
+            other => [other.file_mut(), None, None],
+        };
+        children.into_iter().flatten().collect()
     }
 
     /// The driver's name, as in `driver=`.

@@ -8,7 +8,6 @@
 mod blkdebug;
 mod blockdev;
 mod blockdev_read;
-mod blockdev_write;
 mod create;
 mod error;
 mod export;

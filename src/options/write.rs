@@ -1,6 +1,8 @@
 //! Options as JSON values again: the form in which `from_value` reads them, with every default
 //! spelled out. What is written here and read back is the same options.
 
+use std::path::PathBuf;
+
 use serde_json::{Map, Value, json};
 
 use super::blockdev::{
@@ -25,7 +27,32 @@ impl Members {
     }
 }
 
+/// A path as another process finds it, which may begin in another folder.
+fn absolute(path: &mut PathBuf) {
+    if let Ok(absolute) = std::path::absolute(&*path) {
+        *path = absolute;
+    }
+}
+
 impl BlockdevOptions {
+    /// The same options for a process that begins in another folder.
+    #[must_use]
+    pub fn with_absolute_paths(mut self) -> Self {
+        match &mut self.driver {
+            Driver::File(file) | Driver::HostDevice(file) => absolute(&mut file.filename),
+            Driver::Blkdebug(blkdebug) => {
+                blkdebug.config.as_mut().map(absolute);
+            }
+            _ => {}
+        }
+        for child in self.driver.children_mut() {
+            if let BlockRef::Inline(inner) = child {
+                **inner = inner.as_ref().clone().with_absolute_paths();
+            }
+        }
+        self
+    }
+
     /// The node with all nodes that are written inside it, as `blockdev-add` takes it.
     #[must_use]
     pub fn to_value(&self) -> Value {
@@ -83,7 +110,11 @@ impl Driver {
                 members.put("file", filter.file.to_value());
                 members.put_some("bottom", filter.bottom.clone());
             }
-            Self::NullCo(null) | Self::NullAio(null) => members.0.extend(null.members()),
+            Self::NullCo(null) | Self::NullAio(null) => {
+                members.put("size", null.size);
+                members.put("latency-ns", null.latency_ns);
+                members.put("read-zeroes", null.read_zeroes);
+            }
             Self::Blkdebug(blkdebug) => {
                 members.put("image", blkdebug.image.to_value());
                 members.0.extend(blkdebug.members());
@@ -163,6 +194,15 @@ impl BackingRef {
 }
 
 impl ExportOptions {
+    /// The same options for a process that begins in another folder.
+    #[must_use]
+    pub fn with_absolute_paths(mut self) -> Self {
+        if let SocketAddress::Unix(path) = &mut self.addr {
+            absolute(path);
+        }
+        self
+    }
+
     /// The export as `block-export-add` takes it.
     #[must_use]
     pub fn to_value(&self) -> Value {
@@ -249,6 +289,28 @@ mod tests {
             let again = BlockdevOptions::from_value(&written, Dialect::Json).unwrap();
             assert_eq!(again, options, "{written}");
         }
+    }
+
+    /// What would be caught: a record that means another file when the next process begins elsewhere.
+    #[test]
+    fn paths_are_those_of_this_folder() {
+        let here = std::env::current_dir().unwrap();
+        let file = json!({"driver": "file", "filename": "d/x"});
+        let rules = json!({"driver": "blkdebug", "image": file, "config": "r"});
+        let node = json!({"driver": "qcow2", "node-name": "n", "file": rules,
+            "data-file": file, "backing": {"driver": "raw", "file": file}});
+        let options = BlockdevOptions::from_value(&node, Dialect::Json).unwrap();
+        let written = options.with_absolute_paths().to_value();
+        let path = json!(here.join("d/x"));
+        assert_eq!(written["file"]["config"], json!(here.join("r")));
+        assert_eq!(written["file"]["image"]["filename"], path);
+        assert_eq!(written["data-file"]["filename"], path);
+        assert_eq!(written["backing"]["file"]["filename"], path);
+        let export = json!({"type": "vhost-user-blk", "id": "e", "node-name": "n",
+            "addr": {"type": "unix", "path": "s"}});
+        let options = ExportOptions::from_value(&export, Dialect::Json).unwrap();
+        let written = options.with_absolute_paths().to_value();
+        assert_eq!(written["addr"]["path"], json!(here.join("s")));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //!
 //! Such a write lands in the old top at any time. Copying its cluster up before that would hide it:
 //! the guest would be told that it is done, and read what was there before. So those who copy from
-//! below wait for it; whoever only reads, or replaces whole clusters, does not, since the guest has
+//! below wait for it; a request that only reads, or replaces whole clusters, does not, since the guest has
 //! both on their way at once and may find either.
 //!
 //! Invariant: all are here before the first request can copy anything into the image. After that
