@@ -569,7 +569,7 @@ fn an_old_top_that_was_not_closed_is_stable_before_the_next_guest() -> Res<()> {
     Ok(())
 }
 
-/// The bytes of a disk, as whoever wrote them.
+/// The bytes of a disk, as they were last written.
 struct Model(Vec<u8>);
 
 /// Random requests on a disk of this format, with snapshots in their middle.

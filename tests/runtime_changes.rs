@@ -217,19 +217,12 @@ fn what_comes_and_goes_leaves_nothing() -> Res<()> {
         life.get("block-export-del", json!({"id": "e", "mode": "hard"}))?;
         life.deleted("e")?;
         drop(guest);
-        // Other programs may write the image by now, which is sound.
+        // Other programs may read the image by now, which is sound, and write it when it is no node.
         assert!(!images::check(&bed.path("top"))?, "clusters are lost");
-        let pattern = [
-            "-f",
-            "qcow2",
-            "-c",
-            "read -P 7 12k 4k",
-            "-c",
-            "write -q 64k 4k",
-        ];
         let text = bed.text("top")?;
-        images::run("qemu-io", &[&pattern[..], &[text.as_str()]].concat())?;
+        images::qemu_io(&["-r", "-f", "qcow2", "-c", "read -P 7 12k 4k", &text])?;
         life.get("blockdev-del", json!({"node-name": "t"}))?;
+        images::qemu_io(&["-f", "qcow2", "-c", "write -q 64k 4k", &text])?;
         life.get("object-del", json!({"id": "io"}))?;
         assert_eq!(life.there_is()?, NOTHING.map(|names| names.to_vec()));
         Ok(())
@@ -318,9 +311,9 @@ fn what_fails_leaves_nothing() -> Res<()> {
     assert_eq!(life.there_is()?, there);
     assert_eq!(bed.files()?, files);
     assert_eq!(std::fs::read(bed.path("state/vm.state"))?, state);
-    // The image's lock has been given back.
+    // The writer's lock of the image has been given back: others may read it.
     let text = bed.text("top")?;
-    images::run("qemu-io", &["-f", "qcow2", "-c", "write -q 0 4k", &text])?;
+    images::qemu_io(&["-r", "-f", "qcow2", "-c", "read -q 0 4k", &text])?;
     life.daemon.stop()
 }
 
@@ -575,7 +568,7 @@ fn a_daemon_without_a_state_says_what_it_forgets_once() -> Res<()> {
 }
 
 /// Nobody else serves the socket of an export that has come late, for as long as this process
-/// runs; and whoever wants to may when the export has gone.
+/// runs; and another process may when the export has gone.
 #[test]
 fn an_export_that_comes_late_has_a_fence() -> Res<()> {
     let bed = Bed::new()?;
@@ -619,7 +612,7 @@ fn what_lies_under_a_disk_can_change() -> Res<()> {
         for (name, byte) in [("one", 1), ("two", 2)] {
             bed.image(name, None)?;
             let write = format!("write -q -P {byte} 0 1M");
-            images::run("qemu-io", &["-f", "qcow2", "-c", &write, &bed.text(name)?])?;
+            images::qemu_io(&["-f", "qcow2", "-c", &write, &bed.text(name)?])?;
         }
         bed.image("top", Some("one"))?;
         let name = if blk_file { "disk0-top" } else { "t" };
@@ -720,7 +713,7 @@ fn a_header_and_its_record_change_together() -> Res<()> {
     let bed = Bed::with_state()?;
     bed.image("base", None)?;
     let write = "write -q -P 6 0 1M";
-    images::run("qemu-io", &["-f", "qcow2", "-c", write, &bed.text("base")?])?;
+    images::qemu_io(&["-f", "qcow2", "-c", write, &bed.text("base")?])?;
     bed.image("mid", Some("base"))?;
     bed.image("top", Some("mid"))?;
     let mut life = bed.start()?;
@@ -768,7 +761,7 @@ fn a_chain_that_was_streamed_can_change() -> Res<()> {
     for (name, byte) in [("base", 6), ("other", 8)] {
         bed.image(name, None)?;
         let write = format!("write -q -P {byte} 0 1M");
-        images::run("qemu-io", &["-f", "qcow2", "-c", &write, &bed.text(name)?])?;
+        images::qemu_io(&["-f", "qcow2", "-c", &write, &bed.text(name)?])?;
     }
     bed.image("mid", Some("base"))?;
     bed.image("top", Some("mid"))?;
@@ -788,6 +781,23 @@ fn a_chain_that_was_streamed_can_change() -> Res<()> {
     life.get("block-stream", stream)?;
     life.qmp.job_end("j")?;
     life.get("blockdev-del", json!({"node-name": "m"}))?;
+    // A node in place is the one that is there.
+    for (key, value) in [
+        ("filename", bed.text("other")?),
+        ("node-name", "x".to_owned()),
+        ("driver", "host_device".to_owned()),
+    ] {
+        let mut below = bed.node("b", "base")?;
+        match key {
+            "node-name" => below[key] = json!(value),
+            _ => below["file"][key] = json!(value),
+        }
+        let file = json!({"driver": "file", "filename": bed.text("top")?});
+        let options = json!({"driver": "qcow2", "node-name": "t", "file": file,
+            "backing": below});
+        let refused = life.refused("blockdev-reopen", json!({"options": [options]}))?;
+        assert_eq!(refused, format!("Cannot change the option '{key}'"));
+    }
     for (backing, byte) in [(json!("o"), 8), (json!("b"), 6), (Value::Null, 0)] {
         let file = json!({"driver": "file", "filename": bed.text("top")?});
         let options = json!({"driver": "qcow2", "node-name": "t", "file": file,

@@ -83,15 +83,18 @@ fn a_disk_that_others_are_laid_out_in_is_not_committed() -> Res<()> {
     let dir = tempfile::tempdir()?;
     let chain = Chain::create(dir.path(), "qcow2", [9; 4])?;
     let inner = "driver=raw,node-name=inner,file=act";
-    let mut life = Life::begin(&chain, &["--blockdev", inner])?;
-    let refused = life
-        .qmp
-        .execute("block-commit", json!({"device": "disk", "job-id": "j"}))?;
-    let text = refused.err().ok_or("it is committed")?.to_string();
-    assert!(
-        text.contains("Need a root block node") || text.contains("laid out"),
-        "{text}"
-    );
+    let filter = "driver=copy-on-read,node-name=F,file=act";
+    let mut life = Life::begin(&chain, &["--blockdev", inner, "--blockdev", filter])?;
+    for (device, expected) in [
+        ("disk", "Need a root block node"),
+        ("F", "is laid out in its disk"),
+    ] {
+        let refused = life
+            .qmp
+            .execute("block-commit", json!({"device": device, "job-id": "j"}))?;
+        let text = refused.err().ok_or("it is committed")?.to_string();
+        assert!(text.contains(expected), "{device}: {text}");
+    }
     life.daemon.stop()?;
     Ok(())
 }

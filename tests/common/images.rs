@@ -19,6 +19,11 @@ pub fn run(program: &str, args: &[&str]) -> Res<Output> {
         .map_err(|e| format!("{program}: {e}"))?)
 }
 
+/// Runs `qemu-io`, whose commands must all succeed: patterns that are read are there.
+pub fn qemu_io(args: &[&str]) -> Res<String> {
+    succeed("qemu-io", args)
+}
+
 /// Runs `qemu-img`, which must succeed.
 pub fn qemu_img(args: &[&str]) -> Res<String> {
     succeed("qemu-img", args)
