@@ -21,7 +21,6 @@ const EVENTS: &[(&str, &[(&str, &str)])] = &[
             ("len", "int"),
             ("offset", "int"),
             ("speed", "int"),
-            ("copied", "int"),
             ("error", "str"),
         ],
     ),
@@ -33,9 +32,9 @@ const EVENTS: &[(&str, &[(&str, &str)])] = &[
             ("len", "int"),
             ("offset", "int"),
             ("speed", "int"),
-            ("copied", "int"),
         ],
     ),
+    ("JOB_COPIED", &[("id", "str"), ("copied", "int")]),
     ("BLOCK_EXPORT_DELETED", &[("id", "str")]),
     (
         "BLOCK_JOB_ERROR",

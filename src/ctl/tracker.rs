@@ -137,6 +137,16 @@ impl Job {
         }
     }
 
+    /// What is told right before the end.
+    fn copied_at_end(&mut self, copied: u64) {
+        let to_copy = self.data.map_or(0, |data| data.to_copy).max(copied);
+        self.data = Some(Data {
+            copied,
+            to_copy,
+            is_final: true,
+        });
+    }
+
     fn failed(&self) -> bool {
         !matches!(self.outcome, None | Some(Outcome::Completed))
     }
@@ -345,6 +355,16 @@ impl Tracker {
             }
             return;
         }
+        let number = |key: &str| event.data.get(key).and_then(Value::as_u64);
+        if event.name == "JOB_COPIED" {
+            if let (Some(job), Some(copied)) = (
+                text("id").and_then(|id| self.job(id, now)),
+                number("copied"),
+            ) {
+                job.copied_at_end(copied);
+            }
+            return;
+        }
         let cancelled = event.name == "BLOCK_JOB_CANCELLED";
         if !cancelled && event.name != "BLOCK_JOB_COMPLETED" {
             return;
@@ -352,22 +372,9 @@ impl Tracker {
         let Some(job) = text("device").and_then(|id| self.job(id, now)) else {
             return;
         };
-        let number = |key: &str| event.data.get(key).and_then(Value::as_u64);
         job.kind = text("type").unwrap_or(&job.kind).to_owned();
         job.offset = number("offset").unwrap_or(job.offset);
         job.len = number("len").unwrap_or(job.len);
-        if let Some(copied) = number("copied") {
-            let to_copy = job.data.map_or(0, |data| data.to_copy);
-            job.data = Some(Data {
-                copied,
-                // What is over has no more to copy than it has copied, if it went well.
-                to_copy: match cancelled || text("error").is_some() {
-                    true => to_copy.max(copied),
-                    false => copied,
-                },
-                is_final: true,
-            });
-        }
         // Seen for the first time at its end, a job has done all of it unobserved.
         job.began_at.get_or_insert(0);
         let error = if cancelled {
@@ -382,6 +389,10 @@ impl Tracker {
         }
         .to_owned();
         job.error = error.map(str::to_owned);
+        if let (None, Some(data)) = (error, &mut job.data) {
+            // What is over has no more to copy than it has copied, if it went well.
+            data.to_copy = data.copied;
+        }
         job.end(job.error.clone(), now);
     }
 
@@ -483,9 +494,9 @@ mod tests {
         assert_eq!(poll(2, 90, 10, true), (5, left, "25.0%".to_owned()));
         // The last of it, and a hole: nothing is left to wait for.
         assert_eq!(poll(3, 95, 40, true).1, Some(Duration::ZERO));
-        let data =
-            json!({"device": "j", "type": "stream", "len": 100, "offset": 100, "copied": 38});
+        let data = json!({"device": "j", "type": "stream", "len": 100, "offset": 100});
         let now = start + Duration::from_secs(4);
+        tracker.event(&event("JOB_COPIED", json!({"id": "j", "copied": 38})), now);
         tracker.event(&event("BLOCK_JOB_COMPLETED", data), now);
         let [job] = tracker.jobs() else { panic!() };
         assert_eq!(job.percent(), "100.0%");

@@ -615,18 +615,20 @@ impl Job {
         (self.events)(Event { name, data });
     }
 
-    /// Tells that the job is over.
+    /// Tells that the job is over, and before that how much it has copied: the event of the end has
+    /// the members that QEMU's has and no more, since clients compare it whole.
     pub(super) fn emit_end(&self, name: &'static str, state: &State) {
         if !self.spec.is_block_job() {
             return;
         }
+        let copied = json!({"id": self.spec.id, "copied": state.progress.copied});
+        self.emit("JOB_COPIED", copied);
         let mut data = json!({
             "device": self.spec.id,
             "len": state.len,
             "offset": state.offset,
             "speed": state.bucket.speed(),
             "type": self.spec.kind,
-            "copied": state.progress.copied,
         });
         if let (Some(error), Some(members)) = (&state.error, data.as_object_mut()) {
             members.insert("error".to_owned(), error.as_str().into());

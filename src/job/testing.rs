@@ -432,7 +432,12 @@ impl Bench {
     fn new_with(time: VirtualTime, ledger: Option<Arc<dyn Ledger>>) -> Self {
         let time = Arc::new(time);
         let (sender, events) = mpsc::channel();
-        let sink: EventSink = Arc::new(move |event| drop(sender.send(event)));
+        let sink: EventSink = Arc::new(move |event| {
+            // It comes with each end, and says nothing about the order of states.
+            if event.name != "JOB_COPIED" {
+                drop(sender.send(event));
+            }
+        });
         let runner = Arc::new(VirtualRunner(time.clone()));
         Self {
             manager: Manager::recorded(Graph::default(), runner, time.clone(), sink, ledger),

@@ -92,6 +92,11 @@ class Qmp:
         assert data["offset"] == data["len"], data
         return data
 
+    def copied(self, job):
+        """How many bytes the job that ended last under this name had copied."""
+        told = [e["data"] for e in self.events if e["event"] == "JOB_COPIED"]
+        return [data["copied"] for data in told if data["id"] == job][-1]
+
     def story(self, job):
         """What the events so far said of a job: its states and its block-job events."""
         told = []
