@@ -570,3 +570,47 @@ fn nodes_and_exports_come_and_go() {
         assert!(String::from_utf8_lossy(&refused.stderr).contains("did you mean"));
     }
 }
+
+/// Would catch a snapshot that names the disk or its new image in a way that the daemon reads as
+/// another one (the daemon has another folder), and disks that are left out.
+#[test]
+fn snapshots_of_disks() {
+    let Some(daemon) = Daemon::start() else {
+        return;
+    };
+    // Wrong words are found before anything is sent.
+    for wrong in [
+        &["snapshot", "top"][..],
+        &["snapshot", "=file"],
+        &["snapshot", "top=a", "top=b", "--node-name", "n"],
+    ] {
+        assert_eq!(code(&daemon.ctl(wrong)), 2, "{wrong:?}");
+    }
+    let elsewhere = daemon.dir.path().join("elsewhere");
+    std::fs::create_dir(&elsewhere).unwrap();
+    let snapshot = |args: &[&str]| {
+        let mut command = daemon.command(&["snapshot"]);
+        command.args(args).current_dir(&elsewhere).output().unwrap()
+    };
+    let made = snapshot(&["top=over.qcow2", "--node-name", "over"]);
+    assert_eq!(code(&made), 0, "{made:?}");
+    assert!(elsewhere.join("over.qcow2").exists());
+    let nodes = daemon.ok(&["node", "list"]);
+    assert!(
+        nodes.lines().any(|line| line.starts_with("over ")),
+        "{nodes}"
+    );
+    // One that cannot be made leaves the other one unmade.
+    let refused = snapshot(&["over=more.qcow2", "nobody=none.qcow2"]);
+    assert_eq!(code(&refused), 1, "{refused:?}");
+    assert!(!daemon.ok(&["node", "list"]).contains("more.qcow2"));
+    let own = ["create", "-q", "-u", "-f", "qcow2", "-F", "qcow2"];
+    let own = [&own[..], &["-b", "over.qcow2", "own.qcow2", "32M"]].concat();
+    run("qemu-img", &own, &elsewhere);
+    let existing = snapshot(&["over=own.qcow2", "--existing", "--node-name", "own"]);
+    assert_eq!(code(&existing), 0, "{existing:?}");
+    let nodes = daemon.ok(&["node", "list"]);
+    assert!(nodes.contains("own.qcow2"), "{nodes}");
+    let refused = snapshot(&["nobody", "--internal", "x"]);
+    assert_eq!(code(&refused), 1, "{refused:?}");
+}

@@ -76,6 +76,8 @@ pub enum Command {
     Stream(StreamArgs),
     /// Copy what layers hold into the image under them while the guest runs
     Commit(CommitArgs),
+    /// Put new images on top of disks, of all at one instant, while the guests run
+    Snapshot(SnapshotArgs),
     /// Limit the speed of a job
     Speed {
         /// The job
@@ -267,6 +269,27 @@ pub struct CommitArgs {
     pub job: JobArgs,
 }
 
+/// Options of `snapshot`.
+#[derive(Debug, Args)]
+pub struct SnapshotArgs {
+    /// An export or node, and the image that is made and that its guest writes from then on; with
+    /// --internal and --delete DEVICE alone
+    #[arg(required = true, value_name = "DEVICE=FILE")]
+    pub disks: Vec<String>,
+    /// The images are there already; each names the disk's present one as its backing file
+    #[arg(long, conflicts_with_all = ["internal", "delete"])]
+    pub existing: bool,
+    /// The name of the new node. For one disk only
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["internal", "delete"])]
+    pub node_name: Option<String>,
+    /// Keep the snapshot inside the disks' qcow2 images, under this name
+    #[arg(long, value_name = "NAME", conflicts_with = "delete")]
+    pub internal: Option<String>,
+    /// Remove the snapshot of this name from inside the images
+    #[arg(long, value_name = "NAME")]
+    pub delete: Option<String>,
+}
+
 /// What a job does about errors.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub enum OnError {
@@ -333,6 +356,9 @@ mod tests {
             &["commit", "d", "--top", "x", "--top-node", "y"],
             &["commit", "d", "--base", "x", "--base-node", "y"],
             &["commit", "d", "--backing-file", "x"],
+            &["snapshot"],
+            &["snapshot", "d", "--internal", "x", "--delete", "x"],
+            &["snapshot", "d=f", "--internal", "x", "--existing"],
             &["speed", "j", "fast"],
             &["speed", "j"],
             &["clear-sync-error"],

@@ -5,7 +5,7 @@ use super::client::Client;
 use super::send::send;
 use super::tracker::Tracker;
 use super::watch::watch;
-use super::{Failure, image, info, jobs, runtime, stats};
+use super::{Failure, image, info, jobs, runtime, snapshot, stats};
 use crate::options::is_well_formed_id;
 use serde_json::{Map, Value, json};
 use std::io::Write;
@@ -46,6 +46,7 @@ pub fn execute(cli: Cli, out: &mut dyn Write) -> Result<(), Failure> {
                 out,
             )
         }
+        Command::Snapshot(args) => snapshot::snapshot(client, &args, json, out),
         Command::Speed { job, rate } => send(
             client,
             "block-job-set-speed",

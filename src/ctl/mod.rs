@@ -24,6 +24,7 @@ mod info;
 mod jobs;
 mod runtime;
 mod send;
+mod snapshot;
 mod stats;
 mod table;
 mod tracker;
