@@ -101,6 +101,9 @@ fn serve(config: &Config, began: Instant) -> Result<()> {
         let held = std::mem::take(&mut setup.exports);
         setup = state::setup(store.as_ref(), &named(config))?;
         // What the process before this one has still changed at its end.
+        for gone in held.iter().filter(|export| !setup.exports.contains(export)) {
+            engine::Fences::give_back(&*fences, &gone.id);
+        }
         let mut more = setup.exports.iter().filter(|export| !held.contains(export));
         more.try_for_each(|export| engine::Fences::take(&*fences, export))?;
         let watch = Watch::start(&graph, &exports, store.clone())?;

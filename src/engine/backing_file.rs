@@ -65,7 +65,9 @@ impl Engine {
         let done = on_this_thread(|reactor| {
             reactor.block_on(async {
                 let grant = self.graph.access(request).await?;
-                // It may have changed until the grant was there.
+                // It may have changed until the grant was there: a reopen that has published its change
+                // is recording it now.
+                drop(self.runtime.change());
                 let is_there = self.graph.node(image).is_ok_and(|node| {
                     let chain = self.graph.chain_nodes(&top).unwrap_or_default();
                     let in_chain = chain.iter().any(|layer| layer.name == image);

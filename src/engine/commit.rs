@@ -15,7 +15,7 @@ use crate::export::Export;
 use crate::graph::{Graph, Holder, Node, Request, Rights, Role, Taken, Transaction};
 use crate::job::active::{self, Active};
 use crate::job::commit::{Commit, CommitSpec, check_base_name};
-use crate::job::handle::checked_speed;
+use crate::job::handle::{HoldsNodes, checked_speed};
 use crate::job::records::{self, Recording};
 use crate::job::{Body, BodyFactory, Job, JobError, JobSpec, Lease, OnError, Refused};
 use crate::state::record::{self, Work};
@@ -98,6 +98,7 @@ impl Engine {
             on_error: request.on_error,
             auto_finalize: request.auto_finalize,
             auto_dismiss: request.auto_dismiss,
+            holds: HoldsNodes::of_commit(spec.overlay.is_some()),
             ..JobSpec::new("commit", id)
         };
         let body = self.commit_body(&spec, id)?;

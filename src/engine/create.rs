@@ -15,10 +15,9 @@ impl Engine {
         let none = self.jobs.reserve(&[], "create");
         let lease = none.map_err(|_| Refused("Job cannot be made".to_owned()))?;
         let job = JobSpec {
-            kind: "create",
             len: 1,
             auto_dismiss: false,
-            ..JobSpec::stream(id)
+            ..JobSpec::new("create", id)
         };
         let graph = self.graph.clone();
         self.jobs.start_claimed(

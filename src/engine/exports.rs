@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -31,10 +31,19 @@ pub struct Served {
 struct Life {
     /// What it may do with its node.
     grant: Mutex<Option<Grant>>,
-    /// Somebody ends it.
-    ending: AtomicBool,
-    ended: Mutex<bool>,
+    ending: Mutex<Ending>,
     changed: Condvar,
+}
+
+/// How far the end of an export is: `Not` and `Begun` may alternate, `Over` stays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    /// It serves.
+    Not,
+    /// Somebody ends it.
+    Begun,
+    /// All that it held has been given back.
+    Over,
 }
 
 impl Served {
@@ -46,21 +55,20 @@ impl Served {
             options,
             life: Arc::new(Life {
                 grant: Mutex::new(Some(grant)),
-                ending: AtomicBool::new(false),
-                ended: Mutex::new(false),
+                ending: Mutex::new(Ending::Not),
                 changed: Condvar::new(),
             }),
         }
     }
 
-    /// Takes it upon the caller to end it. False: somebody else does.
+    /// Takes it upon the caller to end it. False: somebody else does, or has.
     pub(super) fn begin_to_end(&self) -> bool {
-        !self.life.ending.swap(true, Ordering::SeqCst)
+        self.life.begin_to_end()
     }
 
     /// It goes on after all.
     pub(super) fn goes_on(&self) {
-        self.life.ending.store(false, Ordering::SeqCst);
+        self.life.becomes(Ending::Not);
     }
 
     /// What it may do with its node, for who ends it.
@@ -68,26 +76,40 @@ impl Served {
         self.life.grant.lock().take()
     }
 
-    /// All that it held has been given back: wakes the threads that wait for that.
+    /// All that it held has been given back.
     pub(super) fn has_ended(&self) {
-        *self.life.ended.lock() = true;
-        self.life.changed.notify_all();
+        self.life.becomes(Ending::Over);
     }
 
-    /// Waits until it has ended, for as long as `patience`.
+    /// Waits until it has ended or goes on after all, for as long as `patience`.
     pub(super) fn wait_for_end(&self, patience: Option<Duration>) {
+        self.life.wait(patience);
+    }
+}
+
+impl Life {
+    fn begin_to_end(&self) -> bool {
+        let mut ending = self.ending.lock();
+        let is_free = *ending == Ending::Not;
+        if is_free {
+            *ending = Ending::Begun;
+        }
+        is_free
+    }
+
+    fn becomes(&self, ending: Ending) {
+        *self.ending.lock() = ending;
+        self.changed.notify_all();
+    }
+
+    fn wait(&self, patience: Option<Duration>) {
         let deadline = patience.map(|patience| Instant::now() + patience);
-        let mut ended = self.life.ended.lock();
-        while !*ended {
+        let mut ending = self.ending.lock();
+        while *ending == Ending::Begun {
             match deadline {
-                None => self.life.changed.wait(&mut ended),
+                None => self.changed.wait(&mut ending),
                 Some(deadline) => {
-                    if self
-                        .life
-                        .changed
-                        .wait_until(&mut ended, deadline)
-                        .timed_out()
-                    {
+                    if self.changed.wait_until(&mut ending, deadline).timed_out() {
                         return;
                     }
                 }
@@ -149,17 +171,14 @@ impl Exports {
         })
     }
 
-    /// Lists an export whose name has been claimed.
+    /// Lists an export whose name its maker has claimed and still holds.
     ///
     /// # Errors
     /// When the process ends.
-    pub(super) fn put(&self, served: &Served, name: ClaimedName<'_>) -> Result<(), Refused> {
-        {
-            let mut inner = self.inner.lock();
-            check_open(&inner)?;
-            inner.list.push(served.clone());
-        }
-        drop(name);
+    pub(super) fn put(&self, served: &Served) -> Result<(), Refused> {
+        let mut inner = self.inner.lock();
+        check_open(&inner)?;
+        inner.list.push(served.clone());
         Ok(())
     }
 
@@ -239,5 +258,36 @@ fn check_open(inner: &Inner) -> Result<(), Refused> {
     match inner.closed {
         true => Err(Refused("The daemon is shutting down".to_owned())),
         false => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Would catch an end of the daemon that waits for a removal which was refused.
+    #[test]
+    fn who_waits_for_an_end_hears_that_there_is_none() {
+        let life = Life {
+            grant: Mutex::new(None),
+            ending: Mutex::new(Ending::Not),
+            changed: Condvar::new(),
+        };
+        assert!(life.begin_to_end());
+        assert!(!life.begin_to_end());
+        let (sender, waited) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            let life = &life;
+            scope.spawn(move || {
+                life.wait(None);
+                sender.send(()).unwrap();
+            });
+            life.becomes(Ending::Not);
+            let end = waited.recv_timeout(Duration::from_secs(20));
+            // Whatever came of it, the thread is let go.
+            life.becomes(Ending::Over);
+            end.expect("it waits for an end that nobody makes");
+        });
+        assert!(!life.begin_to_end(), "what is over is ended once more");
     }
 }

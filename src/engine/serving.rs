@@ -141,7 +141,8 @@ impl Engine {
     /// # Errors
     /// In QEMU's words where it has some. Everything is as before then.
     pub fn add_export(&self, options: &ExportOptions) -> std::result::Result<(), Refused> {
-        let name = self.exports.claim(&options.id)?;
+        // Held until the export is listed, or all that it had has been given back.
+        let _name = self.exports.claim(&options.id)?;
         let thread = options.iothread.as_deref().map(|id| {
             let thread = self.runtime.objects.want(id);
             thread.ok_or_else(|| Refused(format!("iothread \"{id}\" not found")))
@@ -176,7 +177,7 @@ impl Engine {
         let changing = self.runtime.change();
         let added = self.record(&[Change::AddExport(options)]);
         let added = added.and_then(|()| {
-            self.exports.put(&served, name).inspect_err(|_| {
+            self.exports.put(&served).inspect_err(|_| {
                 // The process ends, and the next one is not to have it.
                 if let Err(error) = self.record(&[Change::RemoveExport(&options.id)]) {
                     log::error!("export '{}', which was refused: {error}", options.id);

@@ -18,6 +18,7 @@ use crate::graph::Node;
 use crate::graph::recorded::{is_same_image, is_same_place, other_file};
 use crate::graph::{Graph, Recorded, RecordedLink, RecordedNode};
 use crate::job::commit::CommitSpec;
+use crate::job::handle::HoldsNodes;
 use crate::job::records::{files_of, header, identity};
 use crate::job::stream::StreamSpec;
 use crate::job::{Refused, Untold};
@@ -691,7 +692,11 @@ impl Engine {
         target: Option<String>,
         untold: Option<Untold>,
     ) -> std::result::Result<(), Refused> {
-        let lease = self.jobs.reserve(target.as_slice(), job.work.kind()).ok();
+        let completed = job.end.as_ref().is_some_and(|end| end.error.is_none());
+        let lease = match HoldsNodes::of(&job.work).after(completed) {
+            true => self.jobs.reserve(target.as_slice(), job.work.kind()).ok(),
+            false => None,
+        };
         self.jobs.restore_over(job, lease, untold)
     }
 }

@@ -35,6 +35,50 @@ pub struct JobSpec {
     pub auto_dismiss: bool,
     /// What it does, for those who go on with it in another process: `None` if nobody can.
     pub work: Option<Work>,
+    /// Whether its nodes stay its own when it has ended, until it is dismissed.
+    pub holds: HoldsNodes,
+}
+
+/// Which jobs keep their nodes until they are dismissed: as in QEMU, those whose filter node goes only
+/// then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HoldsNodes {
+    /// However it has ended.
+    Always,
+    /// When its result is in force.
+    Completed,
+    /// It does not.
+    Never,
+}
+
+impl HoldsNodes {
+    /// Whether a job that has ended, and has `completed` or not, holds its nodes.
+    #[must_use]
+    pub fn after(self, completed: bool) -> bool {
+        match self {
+            Self::Always => true,
+            Self::Completed => completed,
+            Self::Never => false,
+        }
+    }
+
+    /// For a job that does this.
+    #[must_use]
+    pub fn of(work: &Work) -> Self {
+        match work {
+            Work::Stream(_) => Self::Always,
+            Work::Commit(commit) => Self::of_commit(commit.overlay.is_some()),
+        }
+    }
+
+    /// For a commit, which changes the header of an overlay or puts the guest on the base.
+    #[must_use]
+    pub fn of_commit(has_overlay: bool) -> Self {
+        match has_overlay {
+            true => Self::Completed,
+            false => Self::Never,
+        }
+    }
 }
 
 impl JobSpec {
@@ -54,6 +98,7 @@ impl JobSpec {
             auto_finalize: true,
             auto_dismiss: true,
             work: None,
+            holds: HoldsNodes::Always,
         }
     }
 
@@ -66,6 +111,7 @@ impl JobSpec {
             auto_finalize: job.auto_finalize,
             auto_dismiss: job.auto_dismiss,
             work: Some(job.work.clone()),
+            holds: HoldsNodes::of(&job.work),
             ..Self::new(job.work.kind(), &job.id)
         }
     }

@@ -408,7 +408,8 @@ impl Manager {
             let mut state = job.lock();
             state.idle = true;
             state.pause = false;
-            if job.spec().auto_dismiss {
+            let completed = matches!(outcome, Outcome::Completed);
+            if job.spec().auto_dismiss || !job.spec().holds.after(completed) {
                 // Before it is told: a client may go on with the nodes as soon as it hears of the end.
                 state.lease = None;
             }

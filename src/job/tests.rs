@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::handle::HoldsNodes;
 use super::source::GuestLoad;
 use super::testing::*;
 use super::*;
@@ -127,6 +128,35 @@ fn finalize_and_dismiss_wait_to_be_asked() {
     assert_eq!(bench.until("null"), ["null"]);
     assert!(bench.manager.dismiss("j").is_none());
     assert!(bench.manager.reserve(&["j".to_owned()], "stream").is_ok());
+}
+
+/// Would catch nodes that stay a job's which is over, or that are free too soon: by its kind, and how
+/// it has ended.
+#[test]
+fn nodes_of_a_job_that_is_over() {
+    for (holds, completed, cancelled) in [
+        (HoldsNodes::Always, true, true),
+        (HoldsNodes::Completed, true, false),
+        (HoldsNodes::Never, false, false),
+    ] {
+        for (cancel, held) in [(false, completed), (true, cancelled)] {
+            let bench = Bench::new();
+            let speed = u64::from(cancel);
+            let spec = JobSpec {
+                speed,
+                auto_dismiss: false,
+                holds,
+                ..spec()
+            };
+            let job = bench.start(spec, &Disk::new(10, 0..10));
+            if cancel {
+                job.cancel().unwrap();
+            }
+            bench.until("concluded");
+            let taken = bench.manager.reserve(&["j".to_owned()], "stream");
+            assert_eq!(taken.is_err(), held, "{holds:?}, cancelled: {cancel}");
+        }
+    }
 }
 
 fn refusal(state: &str, verb: &str) -> String {

@@ -178,15 +178,18 @@ pub(crate) fn refuse_abstract(fields: &Fields<'_>) -> Result<(), ConfigError> {
     Ok(())
 }
 
+/// The longest path of a socket in bytes (`sockaddr_un` less the zero at its end).
+pub(super) const SOCKET_PATH_MAX: usize = 107;
+
 /// Refuses the path of a socket that the kernel would cut off, so that nobody would find it. `key`
 /// is the option that has it.
 ///
 /// # Errors
 /// When it is too long.
 pub fn check_socket_path(key: &str, path: &std::path::Path) -> Result<(), ConfigError> {
-    const MAX: usize = 107;
-    if path.as_os_str().len() > MAX {
-        let expected = format!("at most {MAX} bytes, the kernel's limit for a socket's path");
+    if path.as_os_str().len() > SOCKET_PATH_MAX {
+        let expected =
+            format!("at most {SOCKET_PATH_MAX} bytes, the kernel's limit for a socket's path");
         return Err(
             ConfigError::bad_value(key, &path.to_string_lossy(), expected)
                 .said(format!("UNIX socket path '{}' is too long", path.display())),

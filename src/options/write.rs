@@ -9,7 +9,7 @@ use super::blockdev::{
     Aio, BackingRef, BlockRef, BlockdevOptions, DetectZeroes, Discard, Driver, FileOptions,
     Locking, OverlapCheck, Qcow2Options,
 };
-use super::export::{ExportOptions, SocketAddress};
+use super::export::{ExportOptions, SOCKET_PATH_MAX, SocketAddress};
 use super::object::ObjectOptions;
 
 /// The members of an object that is being written.
@@ -198,7 +198,12 @@ impl ExportOptions {
     #[must_use]
     pub fn with_absolute_paths(mut self) -> Self {
         if let SocketAddress::Unix(path) = &mut self.addr {
+            let given = path.clone();
             absolute(path);
+            // What no socket can have would keep the next process from starting.
+            if path.as_os_str().len() > SOCKET_PATH_MAX {
+                *path = given;
+            }
         }
         self
     }
@@ -311,6 +316,13 @@ mod tests {
         let options = ExportOptions::from_value(&export, Dialect::Json).unwrap();
         let written = options.with_absolute_paths().to_value();
         assert_eq!(written["addr"]["path"], json!(here.join("s")));
+        // A start would refuse the longer one.
+        let long = "d/".repeat(50) + "s";
+        let export = json!({"type": "vhost-user-blk", "id": "e", "node-name": "n",
+            "addr": {"type": "unix", "path": long}});
+        let options = ExportOptions::from_value(&export, Dialect::Json).unwrap();
+        let written = options.with_absolute_paths().to_value();
+        assert_eq!(written["addr"]["path"], json!(long));
     }
 
     #[test]

@@ -152,7 +152,13 @@ pub struct Top {
     pub open_as: serde_json::Value,
     /// The image below has been made stable, and given back to its readers. Until then it may hold
     /// what its guest has written and not flushed.
+    #[serde(default = "before_closing_was_recorded")]
     pub closed: bool,
+}
+
+/// Records of version 3 may lack it: a snapshot ended only when the image below was closed.
+fn before_closing_was_recorded() -> bool {
+    true
 }
 
 /// What a job does about an I/O error.

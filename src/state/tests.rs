@@ -403,6 +403,19 @@ fn version_1_is_read() {
     assert_eq!(text::parse(bytes, path()).unwrap(), wanted);
 }
 
+/// Records of version 3 that were written before it was recorded that an image below is closed.
+#[test]
+fn tops_without_the_mark_of_a_closed_image_are_read() {
+    let mut wanted = state();
+    assert!(!wanted.tops.is_empty());
+    let mut value = serde_json::to_value(&wanted).unwrap();
+    for top in value["tops"].as_array_mut().unwrap() {
+        top.as_object_mut().unwrap().remove("closed").unwrap();
+    }
+    wanted.tops.iter_mut().for_each(|top| top.closed = true);
+    assert_eq!(text::parse(&written(3, &value), path()).unwrap(), wanted);
+}
+
 #[test]
 fn what_has_happened_is_written_as_soon_as_it_can_be() {
     let steps = Steps::default();

@@ -4,6 +4,7 @@
 //! is given back is unlocked: rings may have the file open for some time yet.
 
 use std::fs::File;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::file::{self, FenceFile};
@@ -21,7 +22,10 @@ impl engine::Fences for Fences {
             return Ok(());
         };
         refuse_shared(&self.files.lock(), export, &fence)?;
-        let mut world = Now(Instant::now());
+        let mut world = Now {
+            since: Instant::now(),
+            ending: &self.ending,
+        };
         let told = |text: String| Error::Invalid(format!("export '{}': {text}", export.id));
         let Some(fence) = take(fence, self.timeout, &mut world).map_err(told)? else {
             return Err(told("the daemon is shutting down".to_owned()));
@@ -53,19 +57,22 @@ fn forget(fence: &FenceFile) {
 }
 
 /// The world of a thread that waits for nothing else.
-struct Now(Instant);
+struct Now<'a> {
+    since: Instant,
+    ending: &'a AtomicBool,
+}
 
-impl World for Now {
+impl World for Now<'_> {
     fn holder(&mut self, file: &File) -> Holder {
         holder::find(file, file::BYTE)
     }
 
     fn waited(&self) -> Duration {
-        self.0.elapsed()
+        self.since.elapsed()
     }
 
     fn pause(&mut self) -> bool {
         std::thread::sleep(PAUSE);
-        true
+        !self.ending.load(Ordering::Relaxed)
     }
 }

@@ -37,6 +37,7 @@ mod place;
 use std::fmt::Write;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
@@ -67,6 +68,8 @@ pub struct Fences {
     /// The file of the daemon's state, without its ending.
     state: Option<PathBuf>,
     timeout: Duration,
+    /// The process is about to end: none is waited for any more.
+    ending: AtomicBool,
     /// How long they were waited for.
     pub waited: Duration,
 }
@@ -74,6 +77,7 @@ pub struct Fences {
 impl Fences {
     /// Shows who waits that this process is about to end: its end is waited for.
     pub fn say_that_it_ends(&self) {
+        self.ending.store(true, Ordering::Relaxed);
         for (_, file) in &*self.files.lock() {
             if let Err(error) = file.mark_ending() {
                 log::debug!("the fence {file}: {error}");
@@ -140,6 +144,7 @@ pub fn hold(
         state: state.map(Path::to_owned),
         timeout,
         waited,
+        ending: AtomicBool::new(false),
     }))
 }
 
