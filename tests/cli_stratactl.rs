@@ -572,7 +572,8 @@ fn nodes_and_exports_come_and_go() {
 }
 
 /// Would catch a snapshot that names the disk or its new image in a way that the daemon reads as
-/// another one (the daemon has another folder), and disks that are left out.
+/// another one (the daemon has another folder), disks that are left out, and a commit that is ready
+/// and not completed.
 #[test]
 fn snapshots_of_disks() {
     let Some(daemon) = Daemon::start() else {
@@ -611,6 +612,18 @@ fn snapshots_of_disks() {
     assert_eq!(code(&existing), 0, "{existing:?}");
     let nodes = daemon.ok(&["node", "list"]);
     assert!(nodes.contains("own.qcow2"), "{nodes}");
+    // Back again: without more words such a job would wait to be completed.
+    let back = [
+        "commit",
+        "own",
+        "--base-node",
+        "over",
+        "--job-id",
+        "back",
+        "--complete",
+    ];
+    let told = daemon.ok(&back);
+    assert!(told.contains("back: completed"), "{told}");
     let refused = snapshot(&["nobody", "--internal", "x"]);
     assert_eq!(code(&refused), 1, "{refused:?}");
 }

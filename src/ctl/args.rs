@@ -264,6 +264,9 @@ pub struct CommitArgs {
     /// The name of the base to write into the image over the layers
     #[arg(long, value_name = "NAME", requires = "from")]
     pub backing_file: Option<String>,
+    /// Wait, and put the guest on the base as soon as the base has all
+    #[arg(long, conflicts_with = "from")]
+    pub complete: bool,
     /// What jobs have in common.
     #[command(flatten)]
     pub job: JobArgs,
@@ -356,6 +359,7 @@ mod tests {
             &["commit", "d", "--top", "x", "--top-node", "y"],
             &["commit", "d", "--base", "x", "--base-node", "y"],
             &["commit", "d", "--backing-file", "x"],
+            &["commit", "d", "--top", "x", "--complete"],
             &["snapshot"],
             &["snapshot", "d", "--internal", "x", "--delete", "x"],
             &["snapshot", "d=f", "--internal", "x", "--existing"],

@@ -2,6 +2,7 @@
 
 use super::args::{Cli, Command, CommitArgs, JobArgs, SOCKET_VARIABLE, StreamArgs};
 use super::client::Client;
+use super::names::free_name;
 use super::send::send;
 use super::tracker::Tracker;
 use super::watch::watch;
@@ -24,27 +25,28 @@ pub fn execute(cli: Cli, out: &mut dyn Write) -> Result<(), Failure> {
     match cli.command {
         Command::Jobs { watch: false } => jobs::list(client, json, out),
         Command::Jobs { watch: true } => {
-            watch(client, Tracker::new(None, Instant::now()), json, out)
+            let tracker = Tracker::new(None, Instant::now());
+            watch(client, tracker, false, json, out)
         }
         Command::Stream(args) => {
             let own = stream_arguments(&args);
-            begin(
-                client,
-                ("block-stream", own),
-                (&args.device, &args.job),
-                json,
-                out,
-            )
+            let start = Start {
+                command: "block-stream",
+                device: &args.device,
+                options: &args.job,
+                complete: false,
+            };
+            begin(client, start, own, json, out)
         }
         Command::Commit(args) => {
             let own = commit_arguments(&args);
-            begin(
-                client,
-                ("block-commit", own),
-                (&args.device, &args.job),
-                json,
-                out,
-            )
+            let start = Start {
+                command: "block-commit",
+                device: &args.device,
+                options: &args.job,
+                complete: args.complete,
+            };
+            begin(client, start, own, json, out)
         }
         Command::Snapshot(args) => snapshot::snapshot(client, &args, json, out),
         Command::Speed { job, rate } => send(
@@ -119,15 +121,26 @@ fn human(
     Ok(())
 }
 
-/// Starts a job on `device` by a command with arguments of its own, and waits for its end if that is
-/// wanted.
+/// How a job begins.
+struct Start<'a> {
+    command: &'static str,
+    device: &'a str,
+    options: &'a JobArgs,
+    /// It is completed when it is ready, and waited for.
+    complete: bool,
+}
+
+/// Starts a job by a command with arguments of its own, and waits for its end if that is wanted.
 fn begin(
     client: &mut Client,
-    (command, mut arguments): (&str, Map<String, Value>),
-    (device, options): (&str, &JobArgs),
+    start: Start<'_>,
+    mut arguments: Map<String, Value>,
     json: bool,
     out: &mut dyn Write,
 ) -> Result<(), Failure> {
+    let Start {
+        device, options, ..
+    } = start;
     // Always with a name for the job: it is the one to wait for.
     let job = match &options.job_id {
         Some(id) => id.clone(),
@@ -141,9 +154,10 @@ fn begin(
     client.execute("query-version", Value::Null)?;
     client.queued_events();
     let began = Instant::now();
-    client.execute(command, Value::Object(arguments))?;
-    if options.wait {
-        return watch(client, Tracker::new(Some(&job), began), json, out);
+    client.execute(start.command, Value::Object(arguments))?;
+    if options.wait || start.complete {
+        let tracker = Tracker::new(Some(&job), began);
+        return watch(client, tracker, start.complete, json, out);
     }
     if json {
         writeln!(out, "{}", json!({"job": job}))?;
@@ -169,18 +183,9 @@ fn job_id(client: &mut Client, device: &str) -> Result<String, Failure> {
     if let Some(id) = export.filter(|id| is_well_formed_id(id)) {
         return Ok(id);
     }
-    let allowed = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
-    let mut stem: String = device.chars().filter(allowed).collect();
-    if !is_well_formed_id(&stem) {
-        stem.insert_str(0, "job-");
-    }
     let jobs = list(client.execute("query-jobs", Value::Null)?);
-    let is_free = |id: &String| jobs.iter().all(|job| text(job, "id").as_ref() != Some(id));
-    let mut names = (2..).map(|number: u32| format!("{stem}-{number}"));
-    if is_free(&stem) {
-        return Ok(stem);
-    }
-    Ok(names.find(is_free).unwrap_or(stem))
+    let taken = jobs.iter().filter_map(|job| text(job, "id")).collect();
+    Ok(free_name(device, "job-", &taken))
 }
 
 /// The members that have a text.

@@ -22,6 +22,7 @@ mod commands;
 mod image;
 mod info;
 mod jobs;
+mod names;
 mod runtime;
 mod send;
 mod snapshot;

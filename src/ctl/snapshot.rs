@@ -3,9 +3,12 @@
 use super::Failure;
 use super::args::SnapshotArgs;
 use super::client::Client;
+use super::names::free_name;
 use super::send::send;
 use serde_json::{Value, json};
+use std::collections::HashSet;
 use std::io::Write;
+use std::path::Path;
 
 /// Carries out the command.
 pub fn snapshot(
@@ -43,45 +46,76 @@ fn inside(name: &str, device: &str) -> Value {
 }
 
 fn on_top(client: &mut Client, args: &SnapshotArgs) -> Result<Vec<Value>, Failure> {
-    let exports = client.execute("query-block-exports", Value::Null)?;
-    let is_export = |name: &str| {
-        let mut exports = exports.as_array().into_iter().flatten();
-        exports.any(|export| export.get("id").and_then(Value::as_str) == Some(name))
-    };
     if args.node_name.is_some() && args.disks.len() > 1 {
         return Err(Failure::Usage(
             "--node-name names one node: give one DEVICE=FILE with it".to_owned(),
         ));
     }
-    args.disks
-        .iter()
-        .map(|disk| {
-            let parts = disk
-                .split_once('=')
-                .filter(|(device, file)| !device.is_empty() && !file.is_empty());
-            let (device, file) = parts.ok_or_else(|| {
-                Failure::Usage(format!(
-                    "'{disk}': expected DEVICE=FILE, such as disk0=overlay2.qcow2"
-                ))
-            })?;
-            // The daemon has another working directory.
-            let file = std::path::absolute(file)?;
-            let file = file.to_str().ok_or_else(|| {
-                Failure::Usage(format!("'{disk}': the path is not text in UTF-8"))
-            })?;
-            let device_key = if is_export(device) {
-                "device"
-            } else {
-                "node-name"
-            };
-            let mut data = json!({device_key: device, "snapshot-file": file, "format": "qcow2"});
-            if let (Some(name), Some(data)) = (&args.node_name, data.as_object_mut()) {
-                data.insert("snapshot-node-name".to_owned(), json!(name));
+    let disks = args.disks.iter().map(|disk| read(disk));
+    let disks = disks.collect::<Result<Vec<_>, _>>()?;
+    let exports = client.execute("query-block-exports", Value::Null)?;
+    let nodes = client.execute("query-named-block-nodes", json!({"flat": true}))?;
+    let mut taken: HashSet<String> = items(&nodes)
+        .filter_map(|node| text(node, "node-name"))
+        .collect();
+    // qemu-storage-daemon knows no exports where it takes devices.
+    let knows_exports = client
+        .version()
+        .get("package")
+        .and_then(Value::as_str)
+        .is_some_and(|package| package.starts_with("stratablk"));
+    let mut actions = Vec::with_capacity(disks.len());
+    for (device, file) in disks {
+        let mut data = json!({"snapshot-file": file, "format": "qcow2"});
+        let export = items(&exports).find(|export| text(export, "id").as_deref() == Some(device));
+        let (key, disk) = match export {
+            Some(_) if knows_exports => ("device", device.to_owned()),
+            Some(export) => ("node-name", text(export, "node-name").unwrap_or_default()),
+            None => ("node-name", device.to_owned()),
+        };
+        let name = match &args.node_name {
+            Some(name) => Some(name.clone()),
+            // A node is put on top of a node by name only.
+            None if key == "node-name" => {
+                let stem = Path::new(&file).file_stem().unwrap_or_default();
+                Some(free_name(&stem.to_string_lossy(), "snapshot-", &taken))
             }
-            if let (true, Some(data)) = (args.existing, data.as_object_mut()) {
-                data.insert("mode".to_owned(), json!("existing"));
+            None => None,
+        };
+        if let Some(members) = data.as_object_mut() {
+            members.insert(key.to_owned(), json!(disk));
+            if let Some(name) = name {
+                taken.insert(name.clone());
+                members.insert("snapshot-node-name".to_owned(), json!(name));
             }
-            Ok(json!({"type": "blockdev-snapshot-sync", "data": data}))
-        })
-        .collect()
+            if args.existing {
+                members.insert("mode".to_owned(), json!("existing"));
+            }
+        }
+        actions.push(json!({"type": "blockdev-snapshot-sync", "data": data}));
+    }
+    Ok(actions)
+}
+
+/// A device and the path of its new image, as the daemon finds it, which has another folder.
+fn read(disk: &str) -> Result<(&str, String), Failure> {
+    let parts = disk.split_once('=');
+    let parts = parts.filter(|(device, file)| !device.is_empty() && !file.is_empty());
+    let (device, file) = parts.ok_or_else(|| {
+        let text = format!("'{disk}': expected DEVICE=FILE, such as disk0=overlay2.qcow2");
+        Failure::Usage(text)
+    })?;
+    let file = std::path::absolute(file)?;
+    let file = file
+        .to_str()
+        .ok_or_else(|| Failure::Usage(format!("'{disk}': the path is not text in UTF-8")))?;
+    Ok((device, file.to_owned()))
+}
+
+fn items(list: &Value) -> impl Iterator<Item = &Value> {
+    list.as_array().into_iter().flatten()
+}
+
+fn text(of: &Value, key: &str) -> Option<String> {
+    of.get(key).and_then(Value::as_str).map(str::to_owned)
 }

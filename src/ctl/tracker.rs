@@ -147,6 +147,11 @@ impl Job {
         });
     }
 
+    /// Whether it has copied all, and goes on until it is completed.
+    pub fn is_ready(&self) -> bool {
+        self.outcome.is_none() && self.status == "ready"
+    }
+
     fn failed(&self) -> bool {
         !matches!(self.outcome, None | Some(Outcome::Completed))
     }

@@ -5,11 +5,12 @@
 //! job's state changes, and once a second while it gets on.
 
 use super::Failure;
-use super::client::{Client, Event};
+use super::client::{Client, ClientError, Event};
 use super::jobs;
 use super::tracker::{Job, Tracker};
 use super::units;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::json;
 use std::collections::{HashMap, HashSet};
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -19,10 +20,12 @@ const BAR_INTERVAL: Duration = Duration::from_millis(250);
 /// Time between polls, and between lines about one job's progress.
 const LINE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Shows the jobs until all have ended. An end other than completion is a [`Failure::Job`].
+/// Shows the jobs until all have ended; with `complete` one that is ready is completed. An end other
+/// than completion is a [`Failure::Job`].
 pub fn watch(
     client: &mut Client,
     mut tracker: Tracker,
+    complete: bool,
     json: bool,
     out: &mut dyn Write,
 ) -> Result<(), Failure> {
@@ -33,6 +36,7 @@ pub fn watch(
     } else {
         Box::new(Lines::new(false))
     };
+    let mut completed = HashSet::new();
     loop {
         let (jobs, block_jobs) = jobs::query(client)?;
         let events = client.queued_events();
@@ -43,6 +47,20 @@ pub fn watch(
         display.show(tracker.jobs(), out)?;
         if tracker.all_ended() {
             break;
+        }
+        for job in tracker
+            .jobs()
+            .iter()
+            .filter(|job| complete && job.is_ready())
+        {
+            if completed.insert(job.id.clone())
+                && let Err(error) = client.execute("job-complete", json!({"id": job.id}))
+                && !matches!(error, ClientError::Answer(_))
+            {
+                return Err(error.into());
+            }
+            // What the daemon refuses, another client has asked for, or the job has just failed: the
+            // events tell how it ends.
         }
         take_events(
             client,
@@ -84,7 +102,7 @@ fn take_events(
         if let Some(text) = error_text(&event) {
             display.note(&text, out)?;
         }
-        if tracker.all_ended() {
+        if tracker.all_ended() || event.name == "BLOCK_JOB_READY" {
             return Ok(());
         }
     }
