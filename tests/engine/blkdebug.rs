@@ -437,6 +437,7 @@ fn an_image_outlives_each_failure() {
         (false, false, "write-zeroes"),
         (false, true, "read"),
     ] {
+        let mut failed = 0;
         for number in 1..12 {
             let what = format!("{with_journal} {copy_on_read} {kind} {number}");
             // A failed flush is remembered of a file: each one has a file of its own.
@@ -478,10 +479,12 @@ fn an_image_outlives_each_failure() {
                     }
                     Err(_) => unknown.push((at, len)),
                 }
-                let _ = disk.reactor.block_on(disk.root.chain().flush());
+                let flushed = disk.reactor.block_on(disk.root.chain().flush());
+                failed += u32::from(flushed.is_err());
             }
             let discarded = disk.reactor.block_on(disk.view().discard(65_536, 8192));
-            let _ = disk.reactor.block_on(disk.root.chain().flush());
+            let flushed = disk.reactor.block_on(disk.root.chain().flush());
+            failed += u32::from(flushed.is_err()) + unknown.len() as u32;
             if discarded.is_err() {
                 unknown.push((65_536, 8192));
             } else {
@@ -506,6 +509,7 @@ fn an_image_outlives_each_failure() {
             }
             assert!(seen == expected, "{what}: after the end");
         }
+        assert!(failed > 0, "no {kind} failed");
     }
     assert!(refused < 20, "{refused} were not opened");
 }

@@ -288,7 +288,7 @@ fn whole(mut image: Vec<u8>, room: usize) -> Vec<u8> {
 /// Nodes to be opened one after the other: some of those inside `node` get names.
 fn with_names(node: &Value, rng: &mut StdRng, list: &mut Vec<Value>) -> Value {
     let mut node = node.clone();
-    for role in ["file", "backing", "data-file"] {
+    for role in ["file", "image", "backing", "data-file"] {
         if !node[role].is_object() {
             continue;
         }

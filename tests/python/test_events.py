@@ -33,6 +33,16 @@ def test_success(qmp):
     assert data["type"] == "stream" and data["speed"] == 0
 
 
+@pytest.mark.beyond_qsd("has no such event")
+def test_what_was_copied_is_told_once_before_the_end(qmp):
+    qmp.cmd("block-stream", device="n1", job_id="j")
+    data = qmp.complete("j")
+    names = [event["event"] for event in qmp.events]
+    assert names.count("JOB_COPIED") == 1
+    assert names[names.index("JOB_COPIED") + 1] == "BLOCK_JOB_COMPLETED"
+    assert 0 < qmp.copied("j") <= data["len"]
+
+
 def test_cancel(qmp):
     qmp.cmd("block-stream", device="n1", job_id="j", speed=SLOW)
     qmp.cmd("block-job-cancel", device="j")
