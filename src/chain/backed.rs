@@ -6,7 +6,7 @@
 //! is a task on the thread that submitted it, with a view of its own of the disk as it is then, so
 //! the layers below may change while it is in use.
 //!
-//! It is like a block device: it has its length for good, and space that was not written need not
+//! It is like a block device: it has the length of the disk, and space that was not written need not
 //! read as zeros to those above, who ask for it. Its holes are what the layers say is zeros, and the
 //! holes of the files under raw layers.
 //!
@@ -37,8 +37,6 @@ const MAX_EXTENTS: usize = 1024;
 pub struct Backed {
     root: Arc<Root>,
     name: String,
-    /// Bytes; the disk has them for good.
-    size: u64,
     /// What a write has to be aligned to, in bytes.
     align: u64,
     /// Syncs of the disk as a whole. Those of the files that it is in keep their own failures.
@@ -64,11 +62,15 @@ impl Backed {
         }
         Ok(Self {
             name: format!("{} (the disk in node '{}')", top.storage.name(), top.name),
-            size,
             align,
             syncs: Syncs::new(false),
             root,
         })
+    }
+
+    /// Bytes of the disk.
+    fn size(&self) -> u64 {
+        self.root.chain().size()
     }
 
     /// The disk.
@@ -90,7 +92,7 @@ impl Backed {
                 // SAFETY: passed on to the caller.
                 let bufs = unsafe { IoBufs::new(iovecs) };
                 self.whole_blocks(offset, bufs.len() as u64)?;
-                let len = (bufs.len() as u64).min(self.size.saturating_sub(offset));
+                let len = (bufs.len() as u64).min(self.size().saturating_sub(offset));
                 let bufs = bufs.slice(0, len.min(MAX_TRANSFER) as usize);
                 Ok(Action::Read(offset, bufs))
             }
@@ -107,7 +109,7 @@ impl Backed {
             Op::Reserve { .. } => Err(error(libc::EOPNOTSUPP)),
             Op::Zero { offset, len, unmap } => {
                 // What is given back may end behind the disk, where there is nothing to do.
-                let rest = self.size.saturating_sub(offset);
+                let rest = self.size().saturating_sub(offset);
                 let len = if unmap { len.min(rest) } else { len };
                 self.whole_blocks(offset, len)?;
                 self.within(offset, len)?;
@@ -125,7 +127,7 @@ impl Backed {
 
     fn within(&self, offset: u64, len: u64) -> io::Result<()> {
         match offset.checked_add(len) {
-            Some(end) if end <= self.size => Ok(()),
+            Some(end) if end <= self.size() => Ok(()),
             _ => Err(error(libc::ENOSPC)),
         }
     }
@@ -211,11 +213,11 @@ impl Storage for Backed {
     }
 
     fn len(&self) -> Answer<'_, io::Result<u64>> {
-        at_once(Ok(self.size))
+        at_once(Ok(self.size()))
     }
 
     fn capacity(&self) -> Answer<'_, io::Result<Option<u64>>> {
-        at_once(Ok(Some(self.size)))
+        at_once(Ok(Some(self.size())))
     }
 
     /// Nothing is cut off, and it does not grow.
@@ -261,20 +263,21 @@ impl Storage for Backed {
     fn next_data(&self, offset: u64) -> Answer<'_, Option<(u64, u64)>> {
         // Like that of any request, the view keeps freed clusters from being used anew meanwhile.
         let view = View::of(self.root.chain());
+        let size = view.chain.size();
         later(async move {
             let mut at = offset;
             for _ in 0..MAX_EXTENTS {
-                if at >= self.size {
+                if at >= size {
                     return None;
                 }
-                match view.chain.hole(at, self.size - at).await {
+                match view.chain.hole(at, size - at).await {
                     Ok((true, len)) => at += len,
                     Ok((false, len)) => return Some((at, at + len)),
                     // Who reads it is told.
                     Err(_) => break,
                 }
             }
-            Some((at, self.size))
+            Some((at, size))
         })
     }
 }

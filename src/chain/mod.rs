@@ -125,6 +125,12 @@ impl Layer {
 #[repr(align(128))]
 pub struct Chain {
     layers: Vec<Arc<Layer>>,
+    /// Bytes of the disk, for good: one of another size has another chain.
+    size: u64,
+    /// Where the mapping of the top layer ended when the chain was made. The unit in which the disk
+    /// ends counts as whole only if that is the size: what is above it may become a part of the disk
+    /// while requests of this chain are on their way.
+    mapped_end: u64,
     /// Those under the top that writes are still on their way into, or have just arrived in.
     closing: Vec<Arc<Layer>>,
     /// The grace periods of its requests, which its images wait for.
@@ -175,10 +181,12 @@ impl Chain {
     /// # Errors
     /// A chain without a layer.
     pub fn with_tap(layers: Vec<Arc<Layer>>, tap: Option<Arc<Tap>>) -> Result<Self> {
-        if layers.is_empty() {
+        let Some(top) = layers.first() else {
             return Err(Error::Invalid("a chain needs at least one layer".into()));
-        }
+        };
         let chain = Self {
+            size: top.format.size(),
+            mapped_end: top.format.mapped_end(),
             layers,
             closing: Vec::new(),
             grace: Arc::new(Grace::new(tap.is_some())),
@@ -187,6 +195,14 @@ impl Chain {
         chain.users().for_each(|users| users.add(&chain.grace));
         chain.overlays().for_each(Qcow2::begin_overlay);
         Ok(chain)
+    }
+
+    /// The chain of a disk that ends where the mapping of its top layer does: for who makes that a
+    /// part of the disk.
+    #[must_use]
+    fn whole(mut self) -> Self {
+        self.size = self.mapped_end;
+        self
     }
 
     /// What says when this chain is gone, and all requests with it.
@@ -237,7 +253,7 @@ impl Chain {
     /// Size of the disk in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
-        self.top().format.size()
+        self.size
     }
 
     /// The unit of allocation of the top layer in bytes, 1 if it has none.

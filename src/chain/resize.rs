@@ -1,7 +1,13 @@
-//! Changing the size of an image on top of a chain that no guest uses.
+//! Changing the size of an image on top of a chain.
 //!
 //! A cut at any instant leaves an image of the old size or of the new one, and what both have
 //! reads the same. What is new reads as zeros, even where the layers below are longer.
+//!
+//! [`grow`] and [`shrink`] are for an image that no guest uses. While guests use it, a disk changes
+//! its size as it changes its layers: by another chain. To grow, [`begin_growing`] lets the mapping
+//! reach further than the disk; no request goes there until [`finish_growing`] has made that stable
+//! and a chain of the new size has been published. To shrink, a chain of the new size is published,
+//! requests of older ones end, and then [`shrink_in_use`] lets go of what is above.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -137,6 +143,96 @@ pub async fn shrink(chain: &Chain, size: u64, in_force: &InForce) -> Result<()> 
             .map_err(|error| Error::io(Action::Write, data.name(), size, &error))?;
     }
     Ok(())
+}
+
+/// Makes the L1 table of the image on top long enough for a disk of `size` bytes, and lets the
+/// mapping reach there. The disk has its old size.
+///
+/// # Errors
+/// When the format has no room for that, or metadata cannot be read or written; nothing has changed.
+pub async fn begin_growing(image: &Qcow2, size: u64) -> Result<()> {
+    image.reserve_mapping(size).await?;
+    image.stretch(size);
+    Ok(())
+}
+
+/// Makes what is above the `old` size of the image on top of `chain` read as zeros, and the header
+/// name the new `size`, where [`begin_growing`] has let the mapping reach. Chains that are composed
+/// from then on have it. No request is on its way that takes the old end for that of the mapping.
+///
+/// # Errors
+/// When something cannot be read or written. All is as before [`begin_growing`] then, but that the
+/// L1 table is longer.
+pub async fn finish_growing(chain: &Chain, image: &Qcow2, (old, size): (u64, u64)) -> Result<()> {
+    let data = data_file(image);
+    let data_len = match &data {
+        Some(data) => Some(data.len().await.map_err(|error| failed(&**data, &error))?),
+        None => None,
+    };
+    let grown = async {
+        if let Some(data) = &data {
+            let set = data.set_len(size).await;
+            set.map_err(|error| failed(&**data, &error))?;
+        }
+        // Who set the size by hand may have left mappings there, or who shrank it and was killed.
+        image.unmap_above(old).await?;
+        clear_new(Chain::new(chain.layers().to_vec())?.whole(), old).await?;
+        // Bitmaps are out of date, since the image is open for writing.
+        image.set_size(size, &InForce::new()).await
+    };
+    let grown = grown.await;
+    if grown.is_ok() {
+        image.show(size);
+        return Ok(());
+    }
+    // With a flush, behind which the disk has the old header.
+    let back = async {
+        image.unmap_above(old).await?;
+        if let (Some(data), Some(len)) = (&data, data_len) {
+            let set = data.set_len(len).await;
+            set.map_err(|error| failed(&**data, &error))?;
+        }
+        Ok::<_, Error>(())
+    };
+    if let Err(error) = back.await {
+        let file = image.storage().name();
+        log::warn!("{file}: freeing what was allocated in vain: {error}");
+    }
+    image.settle_size();
+    grown
+}
+
+/// Makes the header of an image name the smaller `size` that all chains of its disk have by now, and
+/// lets go of what is above.
+///
+/// # Errors
+/// When the header cannot be written: it has its old size then, and nothing is lost.
+pub async fn shrink_in_use(image: &Qcow2, size: u64) -> Result<()> {
+    image.set_size(size, &InForce::new()).await?;
+    image.show(size);
+    // What stays above it is in nobody's way, and is looked at when
+    // it grows again.
+    let cut = async {
+        image.unmap_above(size).await?;
+        image.settle_size();
+        match data_file(image) {
+            Some(data) => {
+                let cut = data.set_len(size).await;
+                cut.map_err(|error| failed(&*data, &error))
+            }
+            None => Ok(()),
+        }
+    };
+    if let Err(error) = cut.await {
+        let file = image.storage().name();
+        log::warn!("{file}: what is above the new end keeps its space: {error}");
+    }
+    image.settle_size();
+    Ok(())
+}
+
+fn failed(storage: &dyn Storage, error: &std::io::Error) -> Error {
+    Error::io(Action::Write, storage.name(), 0, error)
 }
 
 fn data_file(image: &Qcow2) -> Option<Arc<dyn Storage>> {

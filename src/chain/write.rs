@@ -242,7 +242,10 @@ impl View {
     /// end) where its new place reads as zeros and so did it.
     async fn to_copy(&self, layer: usize, fresh: bool, part: Range<u64>) -> Result<Range<u64>> {
         let to = self.chain.layer(layer)?;
-        let within = part.end.min(to.format.size()).saturating_sub(part.start);
+        let within = part
+            .end
+            .min(to.format.data_end())
+            .saturating_sub(part.start);
         // Whole blocks are written: where the disk ends within one, the rest goes with it.
         let block = to.storage.limits().offset_align.max(1);
         let apart = part.start.is_multiple_of(block) && part.end.is_multiple_of(block);
@@ -254,8 +257,8 @@ impl View {
     /// What a part of the disk holds so far, seen from a layer; zeros past the layer's end.
     async fn old_bytes(&self, layer: usize, part: Range<u64>) -> Result<ScratchBuf> {
         let mut buffer = ScratchBuf::new((part.end - part.start) as usize);
-        let size = self.chain.layer(layer)?.format.size();
-        let within = part.end.min(size).saturating_sub(part.start) as usize;
+        let end = self.chain.layer(layer)?.format.data_end();
+        let within = part.end.min(end).saturating_sub(part.start) as usize;
         if let Some(past) = buffer.get_mut(within..) {
             past.fill(0);
         }
@@ -275,7 +278,7 @@ impl View {
         len: u64,
         unmap: bool,
     ) -> Result<()> {
-        let (start, end) = whole_units(qcow2, offset, len, self.chain.size());
+        let (start, end) = whole_units(qcow2, offset, len, self.chain.mapped_end);
         if start >= end {
             return self.write_zero_bytes(top, qcow2, offset, len).await;
         }
@@ -299,7 +302,7 @@ impl View {
     }
 
     async fn discard_qcow2(&self, top: &Layer, qcow2: &Qcow2, offset: u64, len: u64) -> Result<()> {
-        let (start, end) = whole_units(qcow2, offset, len, self.chain.size());
+        let (start, end) = whole_units(qcow2, offset, len, self.chain.mapped_end);
         if start >= end {
             return Ok(());
         }
@@ -334,13 +337,17 @@ impl View {
                 Place::Zero => how != Clear::Unmap && how != Clear::Zero,
                 _ => false,
             };
-            let cut = !(at.is_multiple_of(cluster_size)
-                && (len.is_multiple_of(cluster_size) || at + len >= self.chain.size()));
+            // Where the disk ends its last cluster does.
+            let all = match at + len >= self.chain.mapped_end {
+                true => (at + len).next_multiple_of(cluster_size) - at,
+                false => len,
+            };
+            let cut = !(at.is_multiple_of(cluster_size) && all.is_multiple_of(cluster_size));
             if !needless && cut && matches!(extent.place, Place::Compressed(_)) {
                 drop(claim);
                 self.write_zero_bytes(top, qcow2, at, len).await?;
             } else if !needless {
-                let cleared = qcow2.clear(at, len, how).await?;
+                let cleared = qcow2.clear(at, all, how).await?;
                 drop(claim);
                 if must && cleared < len {
                     self.write_zero_bytes(top, qcow2, at + cleared, len - cleared)
@@ -417,9 +424,13 @@ fn allocation_step(qcow2: &Qcow2, offset: u64, len: u64) -> u64 {
 
 /// The part of a range that is whole units, start and end. The disk's last unit counts as whole
 /// when the range reaches the disk's end.
-fn whole_units(qcow2: &Qcow2, offset: u64, len: u64, size: u64) -> (u64, u64) {
+fn whole_units(qcow2: &Qcow2, offset: u64, len: u64, disk_end: u64) -> (u64, u64) {
     let unit = qcow2.unit_size();
     let end = offset + len;
-    let last = if end >= size { end } else { end / unit * unit };
+    let last = if end >= disk_end {
+        end
+    } else {
+        end / unit * unit
+    };
     (offset.next_multiple_of(unit), last)
 }

@@ -5,8 +5,10 @@
 //! disk is, is what its header says, and a damaged one can say anything within the limits of its
 //! format: a group is large enough for the largest disk to have some tens of megabytes of them.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use super::growing::Growing;
 use crate::sync::{ArcSwapOption, Guard};
 
 /// Slices in a group.
@@ -17,8 +19,8 @@ type Group<T> = Box<[ArcSwapOption<T>]>;
 /// The slices of an image by number: guest cluster / entries in a slice.
 #[derive(Debug)]
 pub struct Directory<T> {
-    groups: Box<[OnceLock<Group<T>>]>,
-    count: u64,
+    groups: Growing<OnceLock<Group<T>>>,
+    count: AtomicU64,
 }
 
 impl<T> Directory<T> {
@@ -28,8 +30,15 @@ impl<T> Directory<T> {
         let groups = count.div_ceil(GROUP as u64);
         Self {
             groups: (0..groups).map(|_| OnceLock::new()).collect(),
-            count,
+            count: AtomicU64::new(count),
         }
+    }
+
+    /// Makes room for `count` slices, if there is less. Those that are there stay where they are.
+    pub fn grow(&self, count: u64) {
+        let groups = count.div_ceil(GROUP as u64) as usize;
+        self.groups.grow(groups, OnceLock::new);
+        self.count.fetch_max(count, Ordering::Release);
     }
 
     /// The slice, if it is in memory.
@@ -42,7 +51,7 @@ impl<T> Directory<T> {
 
     /// Puts a slice into its place, or takes it out. False: the image has no such slice.
     pub fn set(&self, number: u64, slice: Option<Arc<T>>) -> bool {
-        if number >= self.count {
+        if number >= self.count.load(Ordering::Acquire) {
             return false;
         }
         let Some(group) = self.groups.get(number as usize / GROUP) else {
@@ -80,5 +89,21 @@ mod tests {
         assert!(directory.get(7).is_none());
         assert!(!directory.set(count, Some(Arc::new(0))));
         assert!(directory.get(count).is_none());
+    }
+
+    #[test]
+    fn a_directory_that_grows_keeps_its_slices() {
+        let directory = Directory::new(3);
+        assert!(directory.set(2, Some(Arc::new(2))));
+        directory.grow(2 * GROUP as u64 + 1);
+        directory.grow(1);
+        assert_eq!(directory.get(2).unwrap().as_deref(), Some(&2));
+        assert!(directory.get(2 * GROUP as u64).is_none());
+        assert!(directory.set(2 * GROUP as u64, Some(Arc::new(7))));
+        assert_eq!(
+            directory.get(2 * GROUP as u64).unwrap().as_deref(),
+            Some(&7)
+        );
+        assert!(!directory.set(2 * GROUP as u64 + 1, Some(Arc::new(0))));
     }
 }

@@ -4,6 +4,7 @@
 //! metadata must be loaded first ([`Format::load`]), and never waits.
 
 pub mod directory;
+pub mod growing;
 pub mod probe;
 pub mod qcow2;
 pub mod qed;
@@ -85,6 +86,27 @@ impl Format {
         }
     }
 
+    /// Where the data ends: the size, except while that is being changed. What is above it is zeros for
+    /// who has to write a unit as a whole, and what is below it has to stay, shown or not.
+    #[must_use]
+    pub fn data_end(&self) -> u64 {
+        match self {
+            Self::Raw(raw) => raw.size(),
+            Self::Qcow2(qcow2) => qcow2.named_size(),
+            Self::Qed(qed) => qed.size(),
+        }
+    }
+
+    /// Where the mapping ends: the size, except while that is being changed, and longer then.
+    #[must_use]
+    pub fn mapped_end(&self) -> u64 {
+        match self {
+            Self::Raw(raw) => raw.size(),
+            Self::Qcow2(qcow2) => qcow2.mapped_end(),
+            Self::Qed(qed) => qed.size(),
+        }
+    }
+
     /// The unit of allocation in bytes: 1 for a format without one.
     #[must_use]
     pub fn cluster_size(&self) -> u64 {
@@ -120,14 +142,14 @@ impl Format {
     /// below are not looked at there.
     #[must_use]
     pub fn map(&self, offset: u64, len: u64) -> Extent {
-        let size = self.size();
-        if offset >= size {
+        let end = self.mapped_end();
+        if offset >= end {
             return Extent {
                 place: Place::Zero,
                 len,
             };
         }
-        let len = len.min(size - offset);
+        let len = len.min(end - offset);
         match self {
             Self::Raw(raw) => raw.map(offset, len),
             Self::Qcow2(qcow2) => qcow2.map(offset, len),

@@ -107,6 +107,9 @@ pub fn cuts_with(
         if stream {
             work.spawn_stream(&reactor, 3);
         }
+        if recipe.resized > 0 {
+            work.spawn_resize(&reactor, recipe.resized, operations / 4);
+        }
         for _ in 0..5 {
             work.spawn_guest(&reactor, operations / 5);
         }
@@ -121,6 +124,13 @@ pub fn cuts_with(
         reactor.block_on(work.flush());
         let everything = read_all(&reactor, &work.chain.borrow()).unwrap();
         let history = work.history.borrow().clone();
+        if recipe.resized > 0 && fault.is_none() {
+            assert_eq!(
+                everything.len(),
+                recipe.resized,
+                "seed {seed}: the new size"
+            );
+        }
         for (sector, stamp) in everything.into_iter().enumerate() {
             let allowed = history.visible(sector);
             assert!(

@@ -64,6 +64,8 @@ pub struct Recipe {
     pub used: u64,
     /// What is read from below is kept.
     pub copy_on_read: bool,
+    /// So many sectors it gets while guests use it; 0: as many as it has.
+    pub resized: usize,
 }
 
 impl Recipe {
@@ -86,7 +88,13 @@ impl Recipe {
             journaled: false,
             used: 0,
             copy_on_read: false,
+            resized: 0,
         }
+    }
+
+    /// Whether it becomes larger.
+    pub fn grows(&self) -> bool {
+        self.resized > self.sectors
     }
 
     /// Sectors of a block.
@@ -218,6 +226,14 @@ impl Disk {
         if recipe.bitmap {
             run("qemu-img", &["bitmap", "--add", name, "changed"]);
         }
+        if recipe.grows() && recipe.below != Below::Nothing {
+            // Longer than the image over it: what that gains must not show it.
+            let mut bytes = std::fs::read(path("base.raw")).unwrap();
+            let old = bytes.len();
+            bytes.resize(recipe.resized * SECTOR, 0);
+            fill(&mut bytes[old..], 0xd000_0000);
+            std::fs::write(path("base.raw"), bytes).unwrap();
+        }
         let mut paths = vec![top];
         paths.extend(recipe.data_file.then_some(data));
         paths.extend(lower);
@@ -232,6 +248,7 @@ impl Disk {
         }
         let under = first.clone();
         top_part(recipe).put(&mut first);
+        first.resize(recipe.sectors.max(recipe.resized), 0);
         let mut files: Vec<_> = paths.iter().map(|p| std::fs::read(p).unwrap()).collect();
         if let Some(len) = recipe.storage.device {
             // Left by an earlier use of the device.
@@ -314,7 +331,7 @@ impl Disk {
                 layers.push(Arc::new(middle));
                 at += 1;
             }
-            let size = (self.recipe.sectors * SECTOR) as u64;
+            let size = (self.recipe.sectors.max(self.recipe.resized) * SECTOR) as u64;
             let base = layer(Format::Raw(Raw::new(size)), file(at), true);
             layers.push(Arc::new(base));
         }

@@ -129,6 +129,17 @@ impl Judge<'_> {
                 ));
             }
         }
+        let recipe = &self.disk.recipe;
+        if seen.len() != recipe.sectors && seen.len() != recipe.resized {
+            return Err(format!("a disk of {} sectors", seen.len()));
+        }
+        // It has grown before anything was written there.
+        for sector in recipe.sectors.max(seen.len())..recipe.resized {
+            let allowed = self.history.after_cut(sector, settled, state.cut);
+            if !allowed.contains(&0) {
+                return Err(format!("sector {sector} is lost, allowed are {allowed:x?}"));
+            }
+        }
         let seen: Vec<u32> = seen.into_iter().flatten().collect();
         let in_force = |bitmap: &Bitmap| bitmap.flags & (IN_USE | AUTO) == AUTO;
         if seen != self.disk.first && bitmaps(&state.files[0]).iter().any(in_force) {

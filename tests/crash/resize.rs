@@ -10,15 +10,17 @@ use std::sync::Arc;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use stratablk::chain::resize::{Resize, grow, shrink};
+use stratablk::chain::resize::{begin_growing, finish_growing, shrink_in_use};
 use stratablk::format::Qcow2;
 use stratablk::format::qcow2::bitmaps::InForce;
 use stratablk::format::qcow2::{self, Preallocation};
 use stratablk::reactor::Reactor;
 use stratablk::storage::{Storage, io};
 
-use crate::disk::{Disk, Opened, Recipe, read_all};
+use crate::cuts::{cuts, cuts_with};
+use crate::disk::{Below, Disk, Opened, Recipe, read_all};
 use crate::history::{SECTOR, fill, stamp_of};
-use crate::machine::Machine;
+use crate::machine::{Counted, Fault, Machine};
 use crate::qcow2::Image;
 use crate::states::{Kept, State, visit};
 use crate::{alone, number_from, seed, together};
@@ -37,6 +39,8 @@ struct Bench {
     seed: u64,
     /// Events until the change was done.
     done: usize,
+    /// As it is done while guests use the disk.
+    in_use: bool,
 }
 
 impl Bench {
@@ -51,6 +55,7 @@ impl Bench {
             reactor: Reactor::for_this_thread().unwrap(),
             seed,
             done: 0,
+            in_use: false,
         }
     }
 
@@ -68,7 +73,20 @@ impl Bench {
     }
 
     fn resize(&self, machine: &Machine) {
-        let chain = self.open(machine, true).chain;
+        let Opened { chain, image } = self.open(machine, true);
+        if self.in_use {
+            let (old, size) = (chain.size(), self.size());
+            let resized = async {
+                if size > old {
+                    begin_growing(&image, size).await?;
+                    finish_growing(&chain, &image, (old, size)).await?;
+                } else {
+                    shrink_in_use(&image, size).await?;
+                }
+                image.close().await
+            };
+            return self.reactor.block_on(resized).unwrap();
+        }
         let resized = async {
             if self.wanted * SECTOR > chain.size() as usize {
                 let wanted = Resize {
@@ -84,12 +102,12 @@ impl Bench {
     }
 
     /// Changes something with `change`, and judges what a cut at every instant leaves.
-    fn cuts(mut self, change: impl Fn(&Self, &Machine)) {
+    fn cuts(&mut self, change: impl Fn(&Self, &Machine)) {
         let mut rng = StdRng::seed_from_u64(self.seed);
         let machine = Machine::new(&self.disk.files);
         {
             let _alone = alone();
-            change(&self, &machine);
+            change(self, &machine);
         }
         self.done = machine.now();
         if self.disk.recipe.data_file {
@@ -207,13 +225,18 @@ fn a_data_file_that_grows() {
         data.resize(end * SECTOR, 0);
         fill(&mut data[SECTORS * SECTOR..], 0xd000_0000);
         bench.cuts(Bench::resize);
+        bench.in_use = true;
+        bench.cuts(Bench::resize);
     }
 }
 
 #[test]
 fn a_data_file_that_shrinks() {
     for recipe in recipes(6003, 5000) {
-        Bench::new(recipe, 2049).cuts(Bench::resize);
+        let mut bench = Bench::new(recipe, 2049);
+        bench.cuts(Bench::resize);
+        bench.in_use = true;
+        bench.cuts(Bench::resize);
     }
 }
 
@@ -246,4 +269,102 @@ fn a_mapping_that_is_made_ahead_piece_by_piece() {
         };
         bench.reactor.block_on(resized).unwrap();
     });
+}
+
+/// Disks that get another size while guests use them.
+fn in_use(sectors: usize, resized: usize) -> Vec<Recipe> {
+    let recipe = |options: &'static str, below: Below, filled: usize| Recipe {
+        below,
+        filled,
+        resized,
+        states: 150,
+        kills: 150,
+        ..Recipe::new(options, sectors)
+    };
+    let data_file = |options: &'static str| Recipe {
+        data_file: true,
+        ..recipe(options, Below::Nothing, sectors / 2)
+    };
+    vec![
+        recipe("cluster_size=4k", Below::Nothing, sectors / 2),
+        recipe("cluster_size=4k", Below::Qcow2, 0),
+        // The L1 table moves.
+        recipe("cluster_size=512", Below::Raw, sectors / 2),
+        recipe("cluster_size=16k,extended_l2=on", Below::Raw, 0),
+        recipe("cluster_size=16k,compat=0.10", Below::Raw, sectors / 2),
+        data_file("cluster_size=4k"),
+        data_file("cluster_size=4k,data_file_raw=on"),
+    ]
+}
+
+/// What would be caught: a size that is stable before what is new reads as zeros, or shown before it is
+/// stable; data of the layers below in what is new; a request on its way that clears what another one
+/// has written behind the old end; an L1 table that moves from under a flush.
+#[test]
+fn a_disk_that_grows_under_its_guests() {
+    for recipe in in_use(1020, 5001) {
+        cuts(recipe, false, 100);
+    }
+}
+
+/// What would be caught, too: a journal that names what the header does not, and refuses the start.
+#[test]
+fn a_disk_with_a_journal_that_grows_under_its_guests() {
+    for recipe in in_use(1020, 5001) {
+        if !recipe.options.contains("0.10") {
+            let recipe = Recipe {
+                journaled: true,
+                ..recipe
+            };
+            cuts(recipe, false, 100);
+        }
+    }
+}
+
+/// What would be caught: data above the new end that is gone while the header has the old size, or
+/// clusters that are let go of and used while somebody still has them.
+#[test]
+fn a_disk_that_shrinks_under_its_guests() {
+    for journaled in [false, true] {
+        for recipe in in_use(3000, 1021) {
+            if !(journaled && recipe.options.contains("0.10")) {
+                cuts(
+                    Recipe {
+                        journaled,
+                        ..recipe
+                    },
+                    false,
+                    100,
+                );
+            }
+        }
+    }
+}
+
+/// What would be caught: a change that fails half-way and leaves a disk of another size, or one that
+/// cannot be used.
+#[test]
+fn a_disk_that_cannot_get_its_new_size() {
+    let seed = seed();
+    for resized in [3000, 700] {
+        for (round, of) in (0..).zip([Counted::Changes, Counted::Barriers]) {
+            for from in [3, 10, 25, 40] {
+                let recipe = Recipe {
+                    filled: 600,
+                    resized,
+                    states: 60,
+                    kills: 60,
+                    ..Recipe::new("cluster_size=512", 1021)
+                };
+                let fault = Fault {
+                    file: 0,
+                    of,
+                    from,
+                    until: from + 6,
+                    errno: libc::EIO,
+                };
+                cuts_with(seed.wrapping_add(round), recipe, false, 40, Some(fault));
+            }
+        }
+    }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use stratablk::chain::resize::{begin_growing, finish_growing, shrink_in_use};
 use stratablk::chain::{Chain, Span, View};
 use stratablk::format::Format;
 use stratablk::reactor::{Reactor, yield_now};
@@ -64,6 +65,8 @@ pub struct Work {
     pub compress: Cell<bool>,
     /// The first sector that guests touch.
     pub from: Cell<usize>,
+    /// And the first one behind those.
+    pub until: Cell<usize>,
     /// Some requests that begin after a stream's end have the chain of before it.
     pub keep_views: Cell<bool>,
     kept: RefCell<Option<Rc<View>>>,
@@ -89,6 +92,7 @@ impl Work {
             strict: Cell::new(true),
             compress: Cell::new(false),
             from: Cell::new(0),
+            until: Cell::new(usize::MAX),
             keep_views: Cell::new(false),
             kept: RefCell::default(),
             kept_views: Cell::new(0),
@@ -104,6 +108,10 @@ impl Work {
     pub fn adopt(&self, recipe: &Recipe) {
         self.compress.set(recipe.compress);
         self.from.set(recipe.from);
+        if recipe.resized > 0 && !recipe.grows() {
+            // What is above is lost with it.
+            self.until.set(recipe.resized);
+        }
         self.grain.set(recipe.grain());
     }
 
@@ -189,6 +197,52 @@ impl Work {
         }
     }
 
+    /// Gives the disk another size when guests have done `after` operations.
+    pub fn spawn_resize(self: &Rc<Self>, reactor: &Reactor, sectors: usize, after: usize) {
+        let work = self.clone();
+        let size = (sectors * SECTOR) as u64;
+        reactor.spawn(async move {
+            while work.history.borrow().notes() < after {
+                yield_now().await;
+            }
+            let resized = work.resize(size).await;
+            work.judge(Kind::Flush, resized);
+        });
+    }
+
+    async fn resize(&self, size: u64) -> stratablk::error::Result<()> {
+        let chain = self.chain.borrow().clone();
+        let Format::Qcow2(image) = &chain.top().format else {
+            panic!("the top layer is qcow2")
+        };
+        let (image, old) = (image.clone(), chain.size());
+        drop(chain);
+        if size < old {
+            image.show(size);
+            self.renew().await;
+            return shrink_in_use(&image, size).await;
+        }
+        begin_growing(&image, size).await?;
+        if !old.is_multiple_of(image.cluster_size()) {
+            self.renew().await;
+        }
+        let chain = self.chain.borrow().clone();
+        finish_growing(&chain, &image, (old, size)).await?;
+        drop(chain);
+        self.renew().await;
+        Ok(())
+    }
+
+    /// Lets requests that begin from now on have a new chain of the same layers, and waits for the
+    /// others.
+    async fn renew(&self) {
+        let layers = self.chain.borrow().layers().to_vec();
+        let old = self.chain.replace(Arc::new(Chain::new(layers).unwrap()));
+        let ended = old.grace().clone();
+        drop(old);
+        ended.ended().await;
+    }
+
     /// Takes the base away, as the end of a stream does.
     pub async fn let_go(&self) {
         let chain = self.chain.borrow().clone();
@@ -233,11 +287,12 @@ impl Work {
     fn pick(&self) -> Option<(usize, usize)> {
         let mut rng = self.rng.borrow_mut();
         let mut busy = self.busy.borrow_mut();
+        let end = (self.chain.borrow().size() as usize / SECTOR).min(self.until.get());
         for _ in 0..20 {
             let grain = self.grain.get();
             let longest = [1, 8, 24, 64][rng.random_range(0..4)];
-            let start = rng.random_range(self.from.get()..busy.len()) / grain * grain;
-            let len = rng.random_range(1..=longest).min(busy.len() - start);
+            let start = rng.random_range(self.from.get()..end) / grain * grain;
+            let len = rng.random_range(1..=longest).min(end - start);
             let len = len.next_multiple_of(grain);
             if busy[start..start + len].iter().all(|busy| !busy) {
                 busy[start..start + len].fill(true);

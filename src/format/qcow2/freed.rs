@@ -118,7 +118,7 @@ impl Retired {
 impl Qcow2 {
     /// Bytes of host clusters that may wait to be freed.
     fn most_waiting(&self) -> u64 {
-        LEAST_WAITING.max(self.size / WAITING_PART)
+        LEAST_WAITING.max(self.size() / WAITING_PART)
     }
 
     /// Notes clusters that no mapping refers to any longer.

@@ -109,7 +109,8 @@ impl Qcow2 {
 
     /// See [`crate::format::Format::map_write`].
     pub(in crate::format) fn map_write(&self, offset: u64, len: u64) -> Option<(u64, u64)> {
-        if !self.options.writable || offset >= self.size {
+        let end = self.mapped_end();
+        if !self.options.writable || offset >= end {
             return None;
         }
         let (number, index) = self.place(offset >> self.cluster_bits);
@@ -126,7 +127,7 @@ impl Qcow2 {
             return None;
         }
         let in_unit = offset & (self.unit_size() - 1);
-        let len = len.min(self.size - offset);
+        let len = len.min(end - offset);
         let run = self.run(slice, index, unit, words, in_unit + len);
         Some((
             host.offset + in_unit,

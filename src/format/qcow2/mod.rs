@@ -59,6 +59,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::directory::Directory;
+use super::growing::Growing;
 use crate::error::{Action, Error};
 use crate::grace::Users;
 use crate::storage::Storage;
@@ -153,8 +154,8 @@ pub struct Qcow2 {
     options: Options,
     shape: Shape,
     cluster_bits: u32,
-    size: u64,
-    l1: Box<[AtomicU64]>,
+    sizes: Sizes,
+    l1: Growing<AtomicU64>,
     directory: Directory<Slice>,
     meta: Mutex<Meta>,
     /// Guest clusters whose mapping is being changed.
@@ -173,6 +174,29 @@ pub struct Qcow2 {
     overlays: Arc<AtomicUsize>,
     /// Writes on their way into those layers.
     late: Arc<Late>,
+}
+
+/// How long the disk is, in bytes. All are the same, except while the size is being changed.
+///
+/// Apart from the model checker: nobody acts on their order.
+#[derive(Debug)]
+struct Sizes {
+    /// What disks that are composed from now on show.
+    shown: std::sync::atomic::AtomicU64,
+    /// What the header names: above that there is nothing.
+    named: std::sync::atomic::AtomicU64,
+    /// Where the mapping ends.
+    mapped: std::sync::atomic::AtomicU64,
+}
+
+impl Sizes {
+    fn new(size: u64, named: u64) -> Self {
+        Self {
+            shown: size.into(),
+            named: named.into(),
+            mapped: size.into(),
+        }
+    }
 }
 
 /// A file of its own for guest data: each cluster lies at its guest offset.
@@ -278,7 +302,15 @@ impl Qcow2 {
     }
 
     pub(super) fn size(&self) -> u64 {
-        self.size
+        self.sizes.shown.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn named_size(&self) -> u64 {
+        self.sizes.named.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn mapped_end(&self) -> u64 {
+        self.sizes.mapped.load(Ordering::Relaxed)
     }
 
     fn slice_entries(&self) -> u64 {
@@ -337,8 +369,8 @@ mod tests {
             options: Options,
             shape: Shape,
             cluster_bits: u32,
-            size: u64,
-            l1: Box<[AtomicU64]>,
+            sizes: Sizes,
+            l1: Growing<AtomicU64>,
             directory: Directory<Slice>,
         );
         for changed in &changed {

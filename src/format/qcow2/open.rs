@@ -9,7 +9,7 @@ use super::journal::Adoption;
 use super::numbers::words;
 use super::refcount::{Allocator, Geometry};
 use super::slice_entries;
-use super::{DataFile, Meta, Options, Qcow2, check, compress, flush, metadata, reserve};
+use super::{DataFile, Meta, Options, Qcow2, Sizes, check, compress, flush, metadata, reserve};
 use crate::error::{Action, Error, Result};
 use crate::format::directory::Directory;
 use crate::storage::{self, Purpose, Storage, Target};
@@ -125,7 +125,10 @@ impl Qcow2 {
             data,
             shape,
             cluster_bits: header.cluster_bits,
-            size: size.next_multiple_of(header::SECTOR as u64),
+            sizes: Sizes::new(
+                size.next_multiple_of(header::SECTOR as u64),
+                header.size.next_multiple_of(header::SECTOR as u64),
+            ),
             l1: l1.into_iter().map(AtomicU64::new).collect(),
             directory: Directory::new(slices),
             meta: Mutex::new(Meta {

@@ -5,8 +5,6 @@
 //! it had the new size already; last the header's size ([`Qcow2::set_size`]). It shrinks the other
 //! way round: first nothing is mapped above the new end ([`Qcow2::unmap_above`]), then the header.
 
-use std::sync::atomic::Ordering;
-
 use super::bitmaps::InForce;
 use super::header::{BitmapDirectory, MAX_L1_ENTRIES};
 use super::l2::{self, COPIED};
@@ -16,6 +14,7 @@ use super::words::Words;
 use super::{Qcow2, header};
 use crate::error::{Action, Error, Result};
 use crate::storage::{self, AlignedBuf, Purpose};
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// Bytes of the disk that get their place at a time.
 const STEP: u64 = 64 << 20;
@@ -38,43 +37,97 @@ pub enum Preallocation {
 
 impl Qcow2 {
     /// Makes the L1 table long enough for a disk of `size` bytes. The new table is stable before
-    /// the header names it, and the old one is freed after that. To be used, the image is closed
-    /// and opened anew.
+    /// the header names it, and the old one is freed after that. Others may use the image meanwhile.
     ///
     /// # Errors
     /// When the format has no room for such a disk, or metadata cannot be read or written.
     pub async fn reserve_mapping(&self, size: u64) -> Result<()> {
         let entries = self.shape.l1_entries(size);
-        if entries <= self.header().l1_size.into() {
+        self.check_mapping(size)?;
+        if entries > self.header().l1_size.into() {
+            let clusters = (entries * 8).div_ceil(self.cluster_size());
+            let place = self.allocate_table(clusters, Kind::L1).await?;
+            let moved = self.move_l1(&place, entries as u32).await;
+            // Where that has failed the header on the disk may name either, until the next flush
+            // has restored the old one. That is also who frees this.
+            let unused = match &moved {
+                Ok(old) => *old,
+                Err(_) => (place.offset, clusters << self.cluster_bits),
+            };
+            let unused = Some(unused).filter(|(_, len)| *len > 0);
+            self.note_unmapped(&mut self.meta.lock(), unused);
+            moved?;
+        }
+        self.l1.grow(entries as usize, || AtomicU64::new(0));
+        let clusters = size.div_ceil(self.cluster_size());
+        self.directory.grow(clusters.div_ceil(self.slice_entries()));
+        Ok(())
+    }
+
+    /// Whether the format has room for a disk of `size` bytes.
+    ///
+    /// # Errors
+    /// Says what is too large.
+    pub fn check_mapping(&self, size: u64) -> Result<()> {
+        if self.shape.l1_entries(size) <= MAX_L1_ENTRIES && size <= 1 << 62 {
             return Ok(());
         }
-        if entries > MAX_L1_ENTRIES || size > 1 << 62 {
-            return Err(Error::Invalid(format!(
-                "{}: {size} bytes is too large for clusters of {} bytes (an L1 table has at most \
-                 {MAX_L1_ENTRIES} entries)",
-                self.storage.name(),
-                self.cluster_size()
-            )));
-        }
-        let clusters = (entries * 8).div_ceil(self.cluster_size());
-        let place = self.allocate_table(clusters, Kind::L1).await?;
+        Err(Error::Invalid(format!(
+            "{}: {size} bytes is too large for clusters of {} bytes (an L1 table has at most \
+             {MAX_L1_ENTRIES} entries)",
+            self.storage.name(),
+            self.cluster_size()
+        )))
+    }
+
+    /// Returns where the old table was.
+    async fn move_l1(&self, place: &Allocation, entries: u32) -> Result<(u64, u64)> {
         let _turn = self.flush_turn().await;
-        self.write_back().await?;
-        let old = self.header();
-        let mut bytes = AlignedBuf::zeroed((clusters << self.cluster_bits) as usize);
-        for (word, entry) in bytes.chunks_exact_mut(8).zip(&self.l1) {
-            word.copy_from_slice(&entry.load(Ordering::Relaxed).to_be_bytes());
-        }
+        let bytes = loop {
+            self.write_back().await?;
+            if let Some(bytes) = self.stable_l1(place.clusters) {
+                break bytes;
+            }
+        };
         self.write_at(place.offset, &bytes, Purpose::L1Table)
             .await?;
         self.barrier().await?;
-        self.patch_header(&[old.with_size(old.size, place.offset, entries as u32)])
+        let old = self.header();
+        self.patch_header(&[old.with_size(old.size, place.offset, entries)])
             .await?;
         let len = (u64::from(old.l1_size) * 8).next_multiple_of(self.cluster_size());
-        if len > 0 {
-            self.note_unmapped(&mut self.meta.lock(), [(old.l1_offset, len)]);
+        Ok((old.l1_offset, len))
+    }
+
+    /// The L1 table as the disk has it, in so many clusters. `None`: it has changed since the flush,
+    /// and may point at tables that are not stable.
+    fn stable_l1(&self, clusters: u64) -> Option<AlignedBuf> {
+        let mut bytes = AlignedBuf::zeroed((clusters << self.cluster_bits) as usize);
+        let meta = self.meta.lock();
+        if !meta.dirty_l1.is_empty() {
+            return None;
         }
-        Ok(())
+        for (word, entry) in bytes.chunks_exact_mut(8).zip(self.l1.iter()) {
+            word.copy_from_slice(&entry.load(Ordering::Relaxed).to_be_bytes());
+        }
+        Some(bytes)
+    }
+
+    /// Lets clusters be mapped up to `size`, which the L1 table reaches. What disks show stays.
+    pub(crate) fn stretch(&self, size: u64) {
+        let size = size.next_multiple_of(header::SECTOR as u64);
+        self.sizes.mapped.fetch_max(size, Ordering::Relaxed);
+    }
+
+    /// Disks that are composed from now on show `size` bytes, to which the mapping reaches.
+    pub fn show(&self, size: u64) {
+        let size = size.next_multiple_of(header::SECTOR as u64);
+        self.sizes.shown.store(size, Ordering::Relaxed);
+    }
+
+    /// Lets no cluster above what the disk shows be mapped any more: no request goes there.
+    pub(crate) fn settle_size(&self) {
+        self.sizes.mapped.store(self.size(), Ordering::Relaxed);
     }
 
     /// Allocates contiguous clusters for a table.
@@ -92,8 +145,8 @@ impl Qcow2 {
 
     /// Makes the header name another size of the disk, and bitmaps of that size; those that are
     /// `in_force` are made so again, although the image is open for writing. When this returns,
-    /// everything that was written before and the new size are stable. The image has its old size
-    /// until it is opened anew.
+    /// everything that was written before and the new size are stable. The image itself has its old
+    /// size until it is opened anew, or told to show another one.
     ///
     /// # Errors
     /// When there is no space for the bitmaps, or metadata or the header cannot be written; the
@@ -103,6 +156,9 @@ impl Qcow2 {
         let bitmaps = self.bitmaps_for(size, in_force).await?;
         let _turn = self.flush_turn().await;
         let result = self.name_size(size, bitmaps.directory).await;
+        if result.is_ok() {
+            self.sizes.named.store(size, Ordering::Relaxed);
+        }
         // The header on the disk may name either until the next flush has restored the old one,
         // and that is also who frees these.
         let unused = match &result {
@@ -128,7 +184,7 @@ impl Qcow2 {
     pub async fn unmap_above(&self, size: u64) -> Result<()> {
         let start = size.next_multiple_of(self.cluster_size());
         let coverage = self.table_entries() << self.cluster_bits;
-        let end = self.size.next_multiple_of(self.cluster_size());
+        let end = self.mapped_end().next_multiple_of(self.cluster_size());
         let tables = end.div_ceil(coverage);
         for index in start / coverage..tables {
             let from = start.max(index * coverage);

@@ -390,7 +390,7 @@ impl Qcow2 {
         how: Clear,
         choose: impl Fn(u64, Range<u64>, Words, Words) -> Words,
     ) -> Result<()> {
-        let end = if offset + len < self.size {
+        let end = if offset + len < self.mapped_end() {
             (offset + len).next_multiple_of(self.unit_size())
         } else {
             (offset + len).next_multiple_of(self.cluster_size())
@@ -439,7 +439,7 @@ impl Qcow2 {
         let Some(data) = &self.data else {
             return Ok(());
         };
-        let end = end.min(self.size);
+        let end = end.min(self.mapped_end());
         let unmap = how != Clear::ZeroKeep && self.options.discard;
         let result = if data.raw {
             let to = Purpose::Data.on(&*data.storage);

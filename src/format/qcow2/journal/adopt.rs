@@ -267,14 +267,17 @@ struct Bounds<'a> {
 impl<'a> Bounds<'a> {
     fn new(header: &'a Header, l1_entries: usize, table_entries: usize, len: u64) -> Self {
         let cluster = 1u64 << header.cluster_bits;
+        let per_table = cluster / header.shape().entry_bytes();
         Self {
             header,
             geometry: Geometry {
                 cluster_bits: header.cluster_bits,
                 refcount_order: header.refcount_order,
             },
-            guest_clusters: header.size.div_ceil(cluster),
-            per_table: cluster / header.shape().entry_bytes(),
+            // A change of the size clears what is above the smaller one, before the header names the
+            // larger one and behind its naming the smaller one.
+            guest_clusters: (l1_entries as u64).saturating_mul(per_table),
+            per_table,
             l1_entries: l1_entries as u64,
             table_entries: table_entries as u64,
             len,
@@ -444,12 +447,14 @@ impl Qcow2 {
             return Ok(());
         };
         let per_table = self.table_entries();
+        let clusters = self.size().div_ceil(self.cluster_size());
         let mut changes: BTreeMap<u64, BTreeMap<usize, Words>> = BTreeMap::new();
         for (at, record) in found.records.iter().enumerate() {
             let Record::Mapping { first, entries } = record else {
                 continue;
             };
-            for (cluster, words) in (*first..).zip(entries) {
+            // What is above the end has no place, and is done again when the disk grows.
+            for (cluster, words) in (*first..clusters).zip(entries) {
                 if !is_void(&found.tables, cluster / per_table, at) {
                     let (number, index) = self.place(cluster);
                     changes.entry(number).or_default().insert(index, *words);
@@ -559,7 +564,7 @@ impl Qcow2 {
             flushed: 0,
             boot: folder.boot(),
         };
-        let clusters = self.size.div_ceil(self.cluster_size());
+        let clusters = self.size().div_ceil(self.cluster_size());
         let patches = match self.header().plan_journal(Some(mark)) {
             Ok(patches) => patches,
             Err(error) => {
