@@ -8,6 +8,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use vhost::vhost_user::GpuBackend;
@@ -18,6 +19,7 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error as VhostError, Result, VhostUserBackendReqHandlerMut};
 
+use super::back_end_channel::BackEndChannel;
 use super::config::{self, Geometry};
 use super::event;
 use super::features;
@@ -60,6 +62,11 @@ pub(super) struct Handler {
     workers: Arc<Vec<Worker>>,
     offered: u64,
     acked: u64,
+    /// Those of the protocol that the front-end has taken.
+    protocol: u64,
+    channel: Arc<BackEndChannel>,
+    /// The front-end has been told to read the configuration space anew.
+    told: bool,
     has_cache: bool,
     /// Whether the guest has switched it off.
     cache: WriteCache,
@@ -78,7 +85,7 @@ impl Handler {
         geometry: &Geometry,
         workers: &Arc<Vec<Worker>>,
         (writable, has_cache): (bool, bool),
-        kept: &Kept,
+        (kept, channel): (&Kept, &Arc<BackEndChannel>),
     ) -> Self {
         Self {
             log: log.clone(),
@@ -88,6 +95,9 @@ impl Handler {
             workers: workers.clone(),
             offered: features::offered(writable, has_cache),
             acked: 0,
+            protocol: 0,
+            channel: channel.clone(),
+            told: false,
             has_cache,
             cache: WriteCache::new(kept),
             memory: Arc::default(),
@@ -103,6 +113,7 @@ impl Handler {
                 .error(Topic::Session, format_args!("ending a session: {error}"));
         }
         self.vrings.iter_mut().for_each(|v| *v = Vring::default());
+        self.channel.close();
         self.memory = Arc::default();
         self.inflight = None;
     }
@@ -118,6 +129,21 @@ impl Handler {
     fn space(&self) -> [u8; config::CONFIG_LEN] {
         let wce = self.has_cache && self.cache.is_on();
         self.geometry.space(&self.root.chain(), wce)
+    }
+
+    /// Takes the message on `stream` that brings a channel for messages of our own.
+    ///
+    /// # Errors
+    /// When it brings something else, or nobody has asked for that.
+    pub(super) fn take_channel(&self, stream: &UnixStream) -> Result<()> {
+        let taken = |feature: VhostUserProtocolFeatures| self.protocol & feature.bits() != 0;
+        if !taken(VhostUserProtocolFeatures::BACKEND_REQ) {
+            return Err(VhostError::InvalidOperation(
+                "a back-end's channel without its feature",
+            ));
+        }
+        let may_reply = taken(VhostUserProtocolFeatures::REPLY_ACK);
+        self.channel.take(stream, may_reply).map_err(failed)
     }
 
     fn vring(&mut self, index: u32) -> Result<&mut Vring> {
@@ -207,8 +233,13 @@ impl Handler {
         };
         self.worker(index)?.start(setup).map_err(failed)?;
         let vring = self.vring(index)?;
+        let goes_on = !vring.served && vring.base != 0;
         vring.running = true;
         vring.served = true;
+        if goes_on && !std::mem::replace(&mut self.told, true) {
+            // Another session or process may have shown the guest a disk of another size.
+            self.channel.config_changed(&self.log);
+        }
         Ok(())
     }
 
@@ -511,6 +542,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         if features & !features::protocol().bits() != 0 {
             return Err(VhostError::InvalidParam);
         }
+        self.protocol = features;
         Ok(())
     }
 

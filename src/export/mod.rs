@@ -18,6 +18,7 @@
 //! Guests and front-ends are not trusted. A guest that breaks its ring loses the queue, a
 //! front-end that breaks the protocol loses its connection, and the next one is welcome.
 
+mod back_end_channel;
 mod config;
 mod event;
 mod features;
@@ -45,6 +46,7 @@ pub use config::{DEFAULT_POLL_MAX_US, DEFAULT_QUEUE_SIZE, ExportConfig, MAX_QUEU
 pub use stats::{Counter, QueueStats};
 pub use turn::Held;
 
+use back_end_channel::BackEndChannel;
 use config::Geometry;
 use handler::Handler;
 use limit::{Log, Topic};
@@ -93,6 +95,8 @@ pub struct Export {
     /// The node as of the beginning.
     node_name: String,
     control: Arc<Control>,
+    channel: Arc<BackEndChannel>,
+    log: Arc<Log>,
     stats: Vec<Arc<QueueStats>>,
     /// To each of its workers.
     orders: Vec<Orders>,
@@ -155,8 +159,10 @@ impl Export {
         let control = Arc::new(Control::new().map_err(explain)?);
         let ending = Arc::new(Mutex::new(Ending::default()));
         let switches = (config.writable, config.write_cache);
+        let channel = Arc::new(BackEndChannel::default());
         let session = SessionThread {
-            log,
+            log: log.clone(),
+            channel: channel.clone(),
             root: root.clone(),
             geometry,
             workers: Arc::new(workers),
@@ -175,6 +181,8 @@ impl Export {
             node_name: root.chain().top().name.clone(),
             root: Mutex::new(Some(root)),
             control,
+            channel,
+            log,
             stats,
             orders,
             block_size,
@@ -256,6 +264,12 @@ impl Export {
             .sum()
     }
 
+    /// Tells the front-end to read the configuration space anew: the disk has another size. A
+    /// front-end that cannot be told sees it when it connects the next time.
+    pub fn config_changed(&self) {
+        self.channel.config_changed(&self.log);
+    }
+
     /// Calls `callback` once there can be no more front-ends: when the one of a connected
     /// socket has gone, or the export was shut down. At once if it is so already. The export's own
     /// thread calls it, which therefore cannot wait for the export's end.
@@ -318,6 +332,7 @@ impl Drop for Export {
 /// What the session thread owns.
 struct SessionThread {
     log: Arc<Log>,
+    channel: Arc<BackEndChannel>,
     root: Arc<Root>,
     geometry: Geometry,
     workers: Arc<Vec<Worker>>,
@@ -337,7 +352,7 @@ impl SessionThread {
                 &self.geometry,
                 &self.workers,
                 self.switches,
-                &kept,
+                (&kept, &self.channel),
             )
         };
         if let Err(error) = session::run(&self.log, source, &self.control, new_handler) {

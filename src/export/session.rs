@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::back_end_channel::BackEndChannel;
 use super::handler::Handler;
 use super::limit::{Log, Topic};
 
@@ -159,13 +160,22 @@ fn messages(
     handler: &Arc<StdMutex<Handler>>,
 ) -> io::Result<()> {
     let waiter = Waiter::new(&[control.event.as_raw_fd(), stream.as_raw_fd()])?;
+    // To look at what comes before it is read there.
+    let ahead = stream.try_clone()?;
     let mut requests = BackendReqHandler::from_stream(stream, handler.clone());
     while !control.is_stopping() {
         waiter.wait()?;
         if control.is_stopping() {
             break;
         }
-        match requests.handle_request() {
+        let handled = match BackEndChannel::is_next(&ahead) {
+            true => handler
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .take_channel(&ahead),
+            false => requests.handle_request(),
+        };
+        match handled {
             Ok(()) => {}
             Err(VhostError::Disconnected) => break,
             // A front-end that dies is no news.
