@@ -503,3 +503,71 @@ fn objects() {
         ("qom-list", json!({"path": "/objects"})),
     ]);
 }
+
+#[test]
+fn other_sizes() {
+    let resize = |arguments: Value| ("block_resize", arguments);
+    let of = |node: &str, size: i64| resize(json!({"node-name": node, "size": size}));
+    const MIB: i64 = 1 << 20;
+    let image = json!({"driver": "qcow2", "node-name": "t",
+        "file": {"driver": "file", "filename": "top.qcow2", "node-name": "tf"}, "backing": "b"});
+    let base = json!({"driver": "qcow2", "node-name": "b", "file": file("base.qcow2")});
+    let null = json!({"driver": "null-co", "node-name": "n", "size": 4096});
+    let raw = |name: &str, more: Value| {
+        let mut node = json!({"driver": "raw", "node-name": name, "file": "f"});
+        let more = more.as_object().unwrap().clone();
+        node.as_object_mut().unwrap().extend(more);
+        ("blockdev-add", node)
+    };
+    let del = |name: &str| ("blockdev-del", json!({"node-name": name}));
+    compare(&[
+        resize(json!({})),
+        resize(json!({"size": 1})),
+        resize(json!({"device": "t", "size": MIB})),
+        resize(json!({"node-name": "t", "size": "1"})),
+        resize(json!({"node-name": "t", "size": 1, "zz": 1})),
+        resize(json!({"device": "x", "node-name": "y", "size": MIB})),
+        ("blockdev-add", base),
+        ("blockdev-add", image),
+        ("blockdev-add", null),
+        resize(json!({"node-name": "t"})),
+        of("t", 8 * MIB),
+        of("t", MIB),
+        of("t", 0),
+        of("t", 4 * MIB),
+        of("t", 4 * MIB + 1),
+        of("t", -1),
+        of("b", 8 * MIB),
+        of("tf", 8 * MIB),
+        of("n", 8192),
+        resize(json!({"device": "x", "node-name": "t", "size": 5 * MIB})),
+        (
+            "block-stream",
+            json!({"device": "t", "job-id": "j", "speed": 1}),
+        ),
+        of("t", 6 * MIB),
+        ("block-job-cancel", json!({"device": "j", "force": true})),
+    ]);
+    compare(&[
+        (
+            "blockdev-add",
+            json!({"driver": "file", "node-name": "f", "filename": "base.qcow2"}),
+        ),
+        raw("r", json!({})),
+        of("r", 8 * MIB),
+        of("f", 9 * MIB),
+        of("r", 1000),
+        of("r", 1 << 62),
+        raw("w", json!({"offset": 512})),
+        of("w", MIB),
+        of("f", 9 * MIB),
+        del("w"),
+        raw("s", json!({"size": 512})),
+        of("s", 1024),
+        of("f", 9 * MIB),
+        of("r", 9 * MIB),
+        del("s"),
+        raw("o", json!({"read-only": true})),
+        of("o", MIB),
+    ]);
+}

@@ -60,6 +60,11 @@ const BACKING_FILE: &[Arg] = &[
     Arg::required("image-node-name", Kind::Str),
     Arg::required("backing-file", Kind::Str),
 ];
+const RESIZE: &[Arg] = &[
+    Arg::optional("device", Kind::Str),
+    Arg::optional("node-name", Kind::Str),
+    Arg::required("size", Kind::Int),
+];
 const STREAM: &[Arg] = &[
     Arg::optional("job-id", Kind::Str),
     Arg::required("device", Kind::Str),
@@ -127,6 +132,7 @@ static COMMANDS: &[Command] = &[
         Returns::Nothing, blockdev::blockdev_reopen),
     command("change-backing-file", BACKING_FILE, Returns::Nothing, blockdev::change_backing_file),
     command("blockdev-create", CREATE, Returns::Nothing, blockdev::blockdev_create),
+    command("block_resize", RESIZE, Returns::Nothing, block_resize),
     command("block-stream", STREAM, Returns::Nothing, stream::block_stream),
     command("block-commit", COMMIT, Returns::Nothing, commit::block_commit),
     command("block-job-set-speed", SPEED, Returns::Nothing, |c, a| set_speed(c, a, "speed")),
@@ -302,6 +308,13 @@ fn block_job_dismiss(control: &Control, args: &Args) -> Done {
         .jobs
         .dismiss(id)
         .ok_or_else(|| no_block_job(id))??;
+    nothing()
+}
+
+fn block_resize(control: &Control, args: &Args) -> Done {
+    let size = args.int("size").unwrap_or_default();
+    let (device, node) = (args.str("device"), args.str("node-name"));
+    control.engine.resize(device, node, size)?;
     nothing()
 }
 

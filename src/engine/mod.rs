@@ -7,6 +7,7 @@
 //! - [`nodes`], [`objects`], [`serving`]: nodes, objects and exports that come and go
 //! - [`runtime`]: what the next process knows of that
 //! - [`stream`], [`commit`]: stream and commit jobs
+//! - `resize`: another size for a disk
 //! - [`snapshot`]: new images on top of those that guests write; transactions
 //! - `overlay_image`: how these images are made and opened
 //! - `covered`: how the images below are closed
@@ -33,6 +34,7 @@ mod overlay_image;
 pub mod overlays;
 pub mod parts;
 mod reopen;
+mod resize;
 pub mod runtime;
 pub mod serving;
 pub mod sizes;

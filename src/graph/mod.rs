@@ -10,6 +10,7 @@
 //!   records to nodes;
 //! * `overlay`: a new image on top of others;
 //! * `writable`, `resize`: images that are open to be written;
+//! * `resize_in_use`: another size while guests use a disk;
 //! * `removal`: nodes that go.
 //!
 //! Readers load the present value ([`Graph::state`]) and never wait for a change. All that is
@@ -32,6 +33,7 @@ mod owner;
 pub mod recorded;
 mod removal;
 mod resize;
+mod resize_in_use;
 #[cfg(test)]
 mod tests;
 mod together;

@@ -52,9 +52,15 @@ impl Graph {
     /// Waits for its turn with the files that `node` is in, those of disks that it is laid out in
     /// among them. Others' turns with these wait meanwhile, and no others.
     pub(super) async fn turn(&self, node: &Node) -> Result<Vec<AsyncMutexGuardArc<()>>> {
+        self.turn_of(std::slice::from_ref(node)).await
+    }
+
+    /// As [`turn`](Self::turn), with the files of several nodes.
+    pub(super) async fn turn_of(&self, nodes: &[Node]) -> Result<Vec<AsyncMutexGuardArc<()>>> {
         let state = self.state();
         let mut files = Vec::new();
-        for node in std::iter::once(node).chain(state.disks_under(node).into_iter().map(|n| &**n)) {
+        let below = nodes.iter().flat_map(|node| state.disks_under(node));
+        for node in nodes.iter().chain(below.map(|node| &**node)) {
             files.push(state.bottom(node)?);
             if let Some(data) = node.child(Role::DataFile) {
                 files.push(state.bottom(state.node(data)?)?);

@@ -50,6 +50,10 @@ pub struct Tracked {
     inflight: Option<(VhostUserInflight, File)>,
     /// An inflight region is asked for.
     track: bool,
+    /// Each back-end gets a channel for messages of its own.
+    with_channel: bool,
+    /// The end on which they come, of the one that the present back-end has got.
+    channel: Option<UnixStream>,
 }
 
 struct Kick(EventFd);
@@ -72,6 +76,8 @@ impl Tracked {
             rings: Vec::new(),
             inflight: None,
             track,
+            with_channel: false,
+            channel: None,
         })
     }
 
@@ -112,6 +118,9 @@ impl Tracked {
             return Err(format!("features {features:#x}, {:#x} before", self.features).into());
         }
         self.front = front;
+        if self.with_channel {
+            self.channel = Some(self.hand_channel()?);
+        }
         self.start()
     }
 
@@ -171,6 +180,23 @@ impl Tracked {
         Ok(ring.call.as_raw_fd())
     }
 
+    /// The end of a channel on which the back-end's messages come. From now on each back-end gets one
+    /// before the rings.
+    pub fn channel(&mut self) -> Res<UnixStream> {
+        self.with_channel = true;
+        match self.channel.take() {
+            Some(channel) => Ok(channel),
+            None => self.hand_channel(),
+        }
+    }
+
+    fn hand_channel(&mut self) -> Res<UnixStream> {
+        let (ours, theirs) = UnixStream::pair()?;
+        self.front.set_backend_request_fd(&theirs)?;
+        ours.set_read_timeout(Some(PATIENCE))?;
+        Ok(ours)
+    }
+
     /// The configuration space.
     pub fn config(&self) -> Res<VirtioBlkConfig> {
         let len = size_of::<VirtioBlkConfig>();
@@ -202,6 +228,8 @@ fn negotiate(path: &Path, features: u64, track: bool) -> Res<(Frontend, u64)> {
     if !offered.contains(wanted) {
         return Err(format!("only {offered:?} is offered").into());
     }
+    // For a channel, which need not be opened.
+    wanted |= offered & VhostUserProtocolFeatures::BACKEND_REQ;
     front.set_protocol_features(wanted)?;
     front.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
     front.set_features(features)?;

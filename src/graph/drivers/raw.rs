@@ -11,14 +11,20 @@ use crate::format::{Format, Raw};
 use crate::graph::descent::Descent;
 use crate::graph::driver::{Driver, Extent};
 use crate::graph::opening::{OpenNode, Opened, Opening, storage_len, text};
-use crate::graph::{Demand, Graph, Node, Role};
+use crate::graph::{Demand, Graph, Node, Rights, Role};
 use crate::options::{BlockdevOptions, RawOptions};
 use crate::storage::{Access, Storage, Window};
 
 impl Driver for RawOptions {
-    /// It only passes on bytes, and minds no changes of them.
+    /// It only passes on bytes, and minds no changes of them; but a part of them has its place.
     fn demand(&self, own: Demand, _role: Role) -> Demand {
-        own
+        match self.offset == 0 && self.size.is_none() {
+            true => own,
+            false => Demand {
+                tolerates: own.tolerates - Rights::RESIZE,
+                ..own
+            },
+        }
     }
 
     fn describe(&self, options: &mut Map<String, Value>) {
