@@ -1,6 +1,7 @@
 //! The words of `stratactl`'s command line.
 
 use super::image::ImageArgs;
+use super::resize::ResizeArgs;
 use super::units::parse_rate;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde_json::Value;
@@ -30,6 +31,7 @@ Examples:
   stratactl stream disk0 --speed 20M        copy the layers below into the image, slowly
   stratactl jobs --watch                    look on, until all is done
   stratactl speed disk0 unlimited           now fast
+  stratactl resize disk0 +10G               more room for the guest
   stratactl stream disk0 --base golden.raw --wait   keep golden.raw below, take in the rest
   stratactl image create -f qcow2 disk.qcow2 20G    a new image (see 'image --help')
   stratactl qmp query-named-block-nodes '{\"flat\": true}'";
@@ -126,6 +128,8 @@ pub enum Command {
         /// The export or node
         device: String,
     },
+    /// Give a disk another size while its guest runs, which sees it at once
+    Resize(ResizeArgs),
     /// Add, remove and list nodes
     #[command(subcommand)]
     Node(NodeCommand),

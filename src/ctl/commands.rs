@@ -3,6 +3,7 @@
 use super::args::{Cli, Command, CommitArgs, JobArgs, SOCKET_VARIABLE, StreamArgs};
 use super::client::Client;
 use super::names::free_name;
+use super::resize::resize;
 use super::send::send;
 use super::tracker::Tracker;
 use super::watch::watch;
@@ -69,6 +70,7 @@ pub fn execute(cli: Cli, out: &mut dyn Write) -> Result<(), Failure> {
             let arguments = json!({"device": device});
             send(client, "x-clear-sync-error", arguments, json, out)
         }
+        Command::Resize(args) => resize(client, &args, json, out),
         Command::Node(command) => runtime::node(client, command, json, out),
         Command::Export(command) => runtime::export(client, command, json, out),
         Command::Info => info::show(client, json, out),

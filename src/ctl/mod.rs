@@ -12,6 +12,7 @@
 //! - `jobs`: asking for jobs, and their table;
 //! - `info`: the overview with its trees of layers;
 //! - `send`: commands whose answers say nothing;
+//! - `resize`: another size for a disk;
 //! - `runtime`: nodes and exports that come and go;
 //! - `image`: tools for image files, which need no daemon;
 //! - `units`: sizes, rates and times as people write them.
@@ -23,6 +24,7 @@ mod image;
 mod info;
 mod jobs;
 mod names;
+mod resize;
 mod runtime;
 mod send;
 mod snapshot;

@@ -1,5 +1,6 @@
 //! Sizes, rates and times as people write and read them.
 
+use super::Failure;
 use crate::options::size;
 use std::time::Duration;
 
@@ -64,6 +65,33 @@ pub fn clock(time: Duration) -> String {
     }
 }
 
+/// What to say of a size that was not understood.
+pub fn size_error(what: &str, text: &str) -> String {
+    format!("{what}: '{text}' is no size (expected {})", size::EXPECTED)
+}
+
+/// The size that is meant where a disk has `old` bytes: `20G`, or `+1G` and `-1G` for more or less.
+///
+/// # Errors
+/// When it says no size, or one that no disk has.
+pub fn new_size(text: &str, old: u64) -> Result<u64, Failure> {
+    let (sign, number) = match text.split_at_checked(1) {
+        Some((sign @ ("+" | "-"), number)) => (sign, number),
+        _ => ("", text),
+    };
+    let number = size::parse(number).ok_or_else(|| Failure::Usage(size_error("SIZE", text)))?;
+    let size = match sign {
+        "+" => old.checked_add(number),
+        "-" => old.checked_sub(number),
+        _ => Some(number),
+    };
+    size.filter(|size| *size <= 1 << 62).ok_or_else(|| {
+        Failure::Usage(format!(
+            "SIZE: '{text}' of a disk of {old} bytes (expected a result from 0 to 4E)"
+        ))
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -95,5 +123,16 @@ mod tests {
         assert_eq!(clock(Duration::from_secs(42)), "0:42");
         assert_eq!(clock(Duration::from_secs(3909)), "1:05:09");
         assert_eq!(limit(0), "unlimited");
+    }
+
+    /// Would catch a disk that becomes as large as it was to grow, or one that wraps around.
+    #[test]
+    fn relative_sizes() {
+        assert_eq!(new_size("20G", 5).ok(), Some(20 << 30));
+        assert_eq!(new_size("+1M", 1 << 20).ok(), Some(2 << 20));
+        assert_eq!(new_size("-1K", 1 << 20).ok(), Some((1 << 20) - 1024));
+        for bad in ["", "+", "-2M", "1X", "+16E", "--1"] {
+            assert!(new_size(bad, 1 << 20).is_err(), "{bad}");
+        }
     }
 }

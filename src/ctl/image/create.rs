@@ -1,7 +1,7 @@
 //! `create`: new images.
 
 use super::open::{Images, Purpose, common};
-use super::options::{HELP, Options, size_error};
+use super::options::{HELP, Options};
 use crate::chain::resize::preallocate_raw;
 use crate::ctl::{Failure, units};
 use crate::error::{Action, Error, Result};
@@ -105,7 +105,7 @@ fn find_size(
         }
         (Some(text), None) => {
             let size = size::parse(text).filter(|size| *size <= 1 << 62);
-            Some(size.ok_or_else(|| Failure::Usage(size_error("SIZE", text)))?)
+            Some(size.ok_or_else(|| Failure::Usage(units::size_error("SIZE", text)))?)
         }
         (None, size) => size,
     };

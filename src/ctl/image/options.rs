@@ -1,6 +1,6 @@
 //! The options of `create -o`, in qemu-img's words.
 
-use crate::ctl::Failure;
+use crate::ctl::{Failure, units};
 use crate::format::qcow2::Preallocation;
 use crate::format::qcow2::create::CreateOptions;
 use crate::format::qcow2::header::{Backing, Compression};
@@ -100,7 +100,9 @@ impl Options {
 
     fn size_of(&self, key: &str) -> Result<Option<u64>, Failure> {
         self.text(key)
-            .map(|text| size::parse(text).ok_or_else(|| Failure::Usage(size_error(key, text))))
+            .map(|text| {
+                size::parse(text).ok_or_else(|| Failure::Usage(units::size_error(key, text)))
+            })
             .transpose()
     }
 
@@ -188,9 +190,4 @@ fn bad_value(key: &str, value: &str, expected: &str) -> Failure {
     Failure::Usage(format!(
         "-o {key}={value}: not possible (expected {expected})"
     ))
-}
-
-/// What to say of a size that was not understood.
-pub fn size_error(what: &str, text: &str) -> String {
-    format!("{what}: '{text}' is no size (expected {})", size::EXPECTED)
 }

@@ -1,11 +1,11 @@
 //! `resize`: another size for a disk.
 
 use super::open::{Images, Purpose};
-use super::options::{preallocation, size_error};
+use super::options::preallocation;
 use crate::chain::resize::Resize;
-use crate::ctl::{Failure, units};
+use crate::ctl::Failure;
+use crate::ctl::units::{self, new_size};
 use crate::format::qcow2::Preallocation;
-use crate::options::size;
 use clap::Args;
 use serde_json::json;
 use std::io::Write;
@@ -52,39 +52,4 @@ pub fn run(args: &ResizeArgs, json: bool, out: &mut dyn Write) -> Result<(), Fai
         writeln!(out, "Image resized: {from} ({old}) to {to} ({size} bytes)")?;
     }
     Ok(())
-}
-
-fn new_size(text: &str, old: u64) -> Result<u64, Failure> {
-    let (sign, number) = match text.split_at_checked(1) {
-        Some((sign @ ("+" | "-"), number)) => (sign, number),
-        _ => ("", text),
-    };
-    let invalid = || Failure::Usage(size_error("SIZE", text));
-    let number = size::parse(number).ok_or_else(invalid)?;
-    let size = match sign {
-        "+" => old.checked_add(number),
-        "-" => old.checked_sub(number),
-        _ => Some(number),
-    };
-    size.filter(|size| *size <= 1 << 62).ok_or_else(|| {
-        Failure::Usage(format!(
-            "SIZE: '{text}' of a disk of {old} bytes (expected a result from 0 to 4E)"
-        ))
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Would catch a disk that becomes as large as it was to grow, or one that wraps around.
-    #[test]
-    fn relative_sizes() {
-        assert_eq!(new_size("20G", 5).ok(), Some(20 << 30));
-        assert_eq!(new_size("+1M", 1 << 20).ok(), Some(2 << 20));
-        assert_eq!(new_size("-1K", 1 << 20).ok(), Some((1 << 20) - 1024));
-        for bad in ["", "+", "-2M", "1X", "+16E", "--1"] {
-            assert!(new_size(bad, 1 << 20).is_err(), "{bad}");
-        }
-    }
 }
