@@ -376,3 +376,65 @@ def test_copy_on_read(daemon, tmp_path, boot, rng):
     images.same(top, seen)
     # The guest reads ahead, and looks for partitions; not at half the disk.
     assert 16 * MIB <= images.allocated(top) < 32 * MIB
+
+
+@pytest.mark.beyond_qsd("block_resize knows no exports, and crashes it")
+@pytest.mark.parametrize("format", ["qcow2", "raw"])
+def test_another_size(request, daemon, tmp_path, boot, format):
+    """The guest's driver sees each new size without a restart, and writes behind the old end.
+
+    Told by hand, by `stratactl`, and once behind its back: the daemon is killed, and the next one
+    serves a disk that has grown meanwhile.
+    """
+    job = r"""
+    size() { report "$1" "$(blockdev --getsize64 /dev/vda)"; }
+    await() {
+        n=0
+        while [ "$(blockdev --getsize64 /dev/vda)" != "$1" ]; do
+            n=$((n + 1)); [ $n -gt 600 ] && return 1
+            sleep 0.1
+        done
+    }
+    size first
+    hold ready
+    await $((24 << 20)) || { size stuck; return 1; }
+    dd if=/dev/vda bs=1M skip=16 count=8 iflag=direct 2>/dev/null | tr -d '\0' | wc -c >/tmp/new
+    report zeros "$(cat /tmp/new)"
+    yes new | dd of=/dev/vda bs=1M seek=16 count=8 iflag=fullblock oflag=direct conv=fsync 2>/dev/null
+    report grown "$(dd if=/dev/vda bs=1M skip=16 count=8 iflag=direct 2>/dev/null | md5sum)"
+    hold killed
+    await $((40 << 20)) || { size stuck; return 1; }
+    report after "$(dd if=/dev/vda bs=1M skip=16 count=8 iflag=direct 2>/dev/null | md5sum)"
+    hold small
+    await $((8 << 20)) || { size stuck; return 1; }
+    dd if=/dev/zero of=/dev/vda bs=1M seek=7 count=1 oflag=direct conv=fsync 2>/dev/null || return 1
+    report small "$(grep -c . /proc/partitions)"
+    """
+    disk = tmp_path / f"disk.{format}"
+    run("qemu-img", "create", "-q", "-f", format, disk, "16M")
+    words = blockdev(disk, "n0", format=format) + export("n0", "drive0", tmp_path / "drive0.sock")
+    daemon.start(*words)
+    binary = request.config.getoption("--stratactl")
+
+    def resize(*words):
+        run(binary, "--socket", daemon.qmp_path, "resize", "drive0", *words)
+
+    with boot(tmp_path / "drive0.sock", job=job) as guest:
+        guest.held("ready")
+        assert guest.value("first") == str(16 * MIB)
+        guest.go()
+        resize("+8M")
+        guest.held("killed")
+        assert guest.value("zeros") == "0"
+        daemon.kill()
+        run("qemu-img", "resize", "-q", "-f", format, disk, "40M")
+        daemon.start(*words)
+        guest.go()
+        guest.held("small")
+        assert guest.value("after") == guest.value("grown")
+        guest.go()
+        resize("8M", "--shrink")
+        assert guest.wait_done() == 0, guest.console()
+    daemon.stop()
+    if format == "qcow2":
+        images.check(disk)
