@@ -12,6 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use parking_lot::{Condvar, Mutex};
 use serde_json::{Value, json};
 
+use super::event_rate::EventRate;
 use crate::job::{Event, EventSink};
 
 /// Events wait for a client while less than this many bytes do.
@@ -135,7 +136,36 @@ struct Listener {
 /// Sends events to every client that has finished negotiation.
 #[derive(Default)]
 pub struct EventHub {
-    listeners: Mutex<Vec<Listener>>,
+    listeners: Arc<Listeners>,
+    rate: Arc<EventRate>,
+}
+
+/// All clients that may take events.
+#[derive(Default)]
+struct Listeners(Mutex<Vec<Listener>>);
+
+impl Listeners {
+    /// Queues an event for each of them.
+    fn tell(&self, line: &[u8]) {
+        self.0.lock().retain(|listener| {
+            let Some(outbox) = listener.outbox.upgrade() else {
+                return false;
+            };
+            let kept_up = outbox.event(line);
+            if !kept_up {
+                log::warn!("a control client does not read its events and is cut off");
+                outbox.cut();
+                (listener.hang_up)();
+            }
+            kept_up
+        });
+    }
+}
+
+impl Drop for EventHub {
+    fn drop(&mut self) {
+        self.rate.end();
+    }
 }
 
 impl EventHub {
@@ -146,7 +176,7 @@ impl EventHub {
 
     /// Adds a client. `hang_up` is called when it does not keep up.
     pub fn add(&self, outbox: &Arc<Outbox>, hang_up: Box<dyn Fn() + Send + Sync>) {
-        let mut listeners = self.listeners.lock();
+        let mut listeners = self.listeners.0.lock();
         listeners.retain(|listener| listener.outbox.strong_count() > 0);
         listeners.push(Listener {
             outbox: Arc::downgrade(outbox),
@@ -154,7 +184,7 @@ impl EventHub {
         });
     }
 
-    /// Tells all clients, with the time of now.
+    /// Tells all clients, with the time of now; later, or never, where that would be too often.
     pub fn send(&self, event: &Event) {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -170,19 +200,12 @@ impl EventHub {
         if let (Some(members), false) = (value.as_object_mut(), no_data || event.data.is_null()) {
             members.insert("data".to_owned(), event.data.clone());
         }
-        let line = line_of(&value);
-        self.listeners.lock().retain(|listener| {
-            let Some(outbox) = listener.outbox.upgrade() else {
-                return false;
-            };
-            let kept_up = outbox.event(&line);
-            if !kept_up {
-                log::warn!("a control client does not read its events and is cut off");
-                outbox.cut();
-                (listener.hang_up)();
-            }
-            kept_up
-        });
+        let listeners = self.listeners.clone();
+        let later = move |line: &[u8]| listeners.tell(line);
+        let named = (event.name, &event.data);
+        if let Some(line) = self.rate.take(named, line_of(&value), later) {
+            self.listeners.tell(&line);
+        }
     }
 
     /// The hub as jobs need it.

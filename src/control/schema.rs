@@ -10,7 +10,7 @@ use super::command::{Command, Returns};
 use super::snapshot;
 use crate::options::keys::{self, Key, KeyType};
 
-/// Each event with its members and their types.
+/// Each event with its members and their types; those that may be missing have a star.
 const EVENTS: &[(&str, &[(&str, &str)])] = &[
     ("JOB_STATUS_CHANGE", &[("id", "str"), ("status", "str")]),
     (
@@ -21,7 +21,7 @@ const EVENTS: &[(&str, &[(&str, &str)])] = &[
             ("len", "int"),
             ("offset", "int"),
             ("speed", "int"),
-            ("error", "str"),
+            ("*error", "str"),
         ],
     ),
     (
@@ -45,10 +45,10 @@ const EVENTS: &[(&str, &[(&str, &str)])] = &[
         &[
             ("qom-path", "str"),
             ("device", "str"),
-            ("node-name", "str"),
+            ("*node-name", "str"),
             ("operation", "str"),
             ("action", "str"),
-            ("nospace", "bool"),
+            ("*nospace", "bool"),
             ("reason", "str"),
         ],
     ),
@@ -86,7 +86,12 @@ pub(super) fn schema(table: &[Command]) -> Value {
     for (name, members) in EVENTS {
         let data = format!("{name}-data");
         entries.add(json!({"name": name, "meta-type": "event", "arg-type": data}));
-        let members = members.iter().map(|(name, kind)| (*name, *kind, false));
+        let members = members
+            .iter()
+            .map(|(name, kind)| match name.strip_prefix('*') {
+                Some(name) => (name, *kind, true),
+                None => (*name, *kind, false),
+            });
         let members = entries.members(members);
         entries.add(json!({"name": data, "meta-type": "object", "members": members}));
     }

@@ -291,7 +291,7 @@ fn set_up(
         config.state.clone(),
     );
     for (options, grant) in wanted.iter().zip(grants) {
-        let export = serving::start(options, graph, &runtime.objects).map_err(about(options))?;
+        let export = serving::start(options, graph, &runtime).map_err(about(options))?;
         serving::warn_without_journal(graph, options);
         exports.add(export, options.clone(), grant);
         // A guest may be served from here on.

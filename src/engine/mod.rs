@@ -15,6 +15,7 @@
 //! - [`state`]: what is recorded, and how the next process goes on with it
 //! - [`neighbours`]: what other processes have recorded of the same images
 //! - [`sync_errors`]: failed flushes
+//! - [`incidents`]: failed requests
 //! - [`parts`], [`ending`]: the end
 
 mod backing_file;
@@ -26,6 +27,7 @@ pub mod ending;
 pub mod exports;
 mod guests;
 mod in_place;
+pub mod incidents;
 pub mod neighbours;
 mod nodes;
 mod object_changes;

@@ -15,6 +15,7 @@ use parking_lot::{Mutex, MutexGuard};
 use serde_json::Value;
 
 use super::Engine;
+use super::incidents::Incidents;
 use super::objects::Objects;
 use crate::error::{Error, Result};
 use crate::job::{EventSink, Refused};
@@ -267,6 +268,8 @@ pub struct Runtime {
     pub objects: Objects,
     /// Told of what happens to exports and nodes.
     pub events: EventSink,
+    /// Tells of what happens to requests of guests.
+    pub incidents: Incidents,
     /// The fences of exports.
     pub fences: Arc<dyn Fences>,
     /// Where the state is, if there is one.
@@ -291,6 +294,7 @@ impl Runtime {
     ) -> Self {
         Self {
             objects: Objects::new(objects),
+            incidents: Incidents::start(events.clone()),
             events,
             fences,
             state,

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::objects::{Objects, poll_max_us};
-use super::runtime::Change;
+use super::objects::poll_max_us;
+use super::runtime::{Change, Runtime};
 use super::stream::no_such_device;
 use super::{Engine, Served, neighbours, nodes::refused, on_this_thread};
 use crate::error::{Error, Result};
@@ -27,22 +27,20 @@ const PATIENCE: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// When the node is gone, or the export cannot be made.
-pub fn start(options: &ExportOptions, graph: &Graph, objects: &Objects) -> Result<Export> {
+pub fn start(options: &ExportOptions, graph: &Graph, runtime: &Runtime) -> Result<Export> {
     let thread = options.iothread.as_deref().map(|id| {
-        let thread = objects.want(id);
+        let thread = runtime.objects.want(id);
         thread.ok_or_else(|| Error::Invalid(format!("iothread \"{id}\" not found")))
     });
     let thread = thread.transpose()?;
-    start_with(
-        options,
-        graph,
-        thread.as_ref().map(|thread| thread.thread()),
-    )
+    let thread = thread.as_ref().map(|thread| thread.thread());
+    start_with(options, graph, runtime, thread)
 }
 
 fn start_with(
     options: &ExportOptions,
     graph: &Graph,
+    runtime: &Runtime,
     thread: Option<&IothreadOptions>,
 ) -> Result<Export> {
     let root = graph.root(&options.node_name)?;
@@ -57,6 +55,7 @@ fn start_with(
     export.serial.clone_from(&options.serial);
     export.logical_block_size = logical_block_size;
     export.write_cache = !options.writethrough;
+    export.on_failure = Some(runtime.incidents.of_export(&options.id, &root));
     export.detect_zeroes = match graph.node(&options.node_name)?.options.detect_zeroes {
         DetectZeroes::Off => None,
         DetectZeroes::On => Some(false),
@@ -199,7 +198,7 @@ impl Engine {
             let grant = reactor.block_on(self.graph.access(request))?;
             let started = self
                 .check_covering(options)
-                .and_then(|()| start_with(options, &self.graph, thread));
+                .and_then(|()| start_with(options, &self.graph, &self.runtime, thread));
             match started {
                 Ok(export) => Ok((export, grant)),
                 Err(error) => {

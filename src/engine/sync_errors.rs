@@ -8,11 +8,10 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
-use serde_json::json;
-
+use super::incidents::io_error;
 use super::{Exports, Served, state};
 use crate::chain::Layer;
-use crate::error::{Error, Result, SyncFailure, errno_text};
+use crate::error::{Error, Result, SyncFailure};
 use crate::graph::Graph;
 use crate::graph::Node;
 use crate::job::{Event, EventSink, Refused};
@@ -152,18 +151,7 @@ fn events(
         let all = syncs_of(&node.layer);
         all.iter().any(|own| Arc::ptr_eq(own, syncs))
     };
-    let event = |device: &str, node: &str| Event {
-        name: "BLOCK_IO_ERROR",
-        data: json!({
-            "qom-path": "",
-            "device": device,
-            "node-name": node,
-            "operation": "write",
-            "action": "report",
-            "nospace": failure.errno == libc::ENOSPC,
-            "reason": errno_text(failure.errno),
-        }),
-    };
+    let event = |device: &str, node: &str| io_error((device, node), true, failure.errno);
     let served: Vec<Event> = exports
         .list()
         .iter()
@@ -262,6 +250,8 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::panic)]
 
     use std::path::PathBuf;
+
+    use serde_json::json;
 
     use super::*;
     use crate::format::{Format, Raw};

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use crate::chain::Chain;
 use crate::error::{Error, Result};
 
+use super::failure::OnFailure;
 use super::request::{ID_LEN, SECTOR};
 
 /// Most queues of one export.
@@ -65,6 +66,8 @@ pub struct ExportConfig {
     /// Writes of nothing but zeros are carried out as write-zeroes requests; true: with leave to
     /// give space back.
     pub detect_zeroes: Option<bool>,
+    /// Is told of requests that storage has failed.
+    pub on_failure: Option<OnFailure>,
 }
 
 impl ExportConfig {
@@ -82,6 +85,7 @@ impl ExportConfig {
             write_cache: true,
             poll_max_us: DEFAULT_POLL_MAX_US,
             detect_zeroes: None,
+            on_failure: None,
         }
     }
 

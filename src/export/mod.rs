@@ -21,6 +21,7 @@
 mod back_end_channel;
 mod config;
 mod event;
+mod failure;
 mod features;
 mod handler;
 pub mod inflight;
@@ -43,6 +44,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 pub use config::{DEFAULT_POLL_MAX_US, DEFAULT_QUEUE_SIZE, ExportConfig, MAX_QUEUES, SocketSource};
+pub use failure::{OnFailure, RequestFailure};
 pub use stats::{Counter, QueueStats};
 pub use turn::Held;
 
@@ -139,6 +141,7 @@ impl Export {
             block_size: u64::from(geometry.block_size),
             poll_max_us: poll_max_us.clone(),
             detect_zeroes: config.detect_zeroes,
+            on_failure: config.on_failure.clone(),
         });
         let workers = (0..config.queues)
             .map(|index| Worker::spawn(index, &facts))

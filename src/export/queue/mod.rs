@@ -26,8 +26,9 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
+use super::failure::{OnFailure, RequestFailure};
 use super::inflight::Again;
-use super::limit::Log;
+use super::limit::{Log, Topic};
 use super::memory::GuestMemory;
 use super::request::ID_LEN;
 use super::ring::SplitRing;
@@ -78,6 +79,23 @@ pub(super) struct DeviceFacts {
     pub(super) poll_max_us: Arc<AtomicU32>,
     /// Writes of nothing but zeros become write-zeroes requests.
     pub(super) detect_zeroes: Option<Unmap>,
+    /// Is told of requests that storage has failed.
+    pub(super) on_failure: Option<OnFailure>,
+}
+
+impl DeviceFacts {
+    /// Storage has failed a request, which was to change something or not: to be told before the
+    /// guest is.
+    #[cold]
+    fn failed(&self, is_write: bool, error: &Error) {
+        self.log.error(Topic::Disk, format_args!("{error}"));
+        if let Some(on_failure) = &self.on_failure {
+            on_failure.tell(RequestFailure {
+                is_write,
+                errno: error.errno(),
+            });
+        }
+    }
 }
 
 /// What a worker that gives its queue back does about requests that a process that died has left,

@@ -8,7 +8,6 @@ use super::Unmap;
 use super::life::{Context, Done, Queue};
 use crate::chain::{View, with_room};
 use crate::error::{Error, Result};
-use crate::export::limit::Topic;
 use crate::export::memory::GuestMemory;
 use crate::export::request::{Kind, RequestStatus};
 use crate::storage::IoBufs;
@@ -45,7 +44,7 @@ impl Queue {
             let status = match with_room(view, renew, request).await {
                 Ok(()) => RequestStatus::Ok,
                 Err(error) => {
-                    facts.log.error(Topic::Disk, format_args!("{error}"));
+                    facts.failed(!matches!(kind, Kind::In { .. }), &error);
                     RequestStatus::IoError
                 }
             };
@@ -68,7 +67,7 @@ impl Queue {
                     if matches!(error, Error::Sync(_)) {
                         log::debug!("export '{}': {error}", facts.id);
                     } else {
-                        facts.log.error(Topic::Disk, format_args!("{error}"));
+                        facts.failed(true, &error);
                     }
                     RequestStatus::IoError
                 }
