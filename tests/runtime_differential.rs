@@ -298,6 +298,40 @@ fn reopening() {
 }
 
 #[test]
+fn write_thresholds() {
+    let set = |node: Value, at: Value| {
+        let arguments = json!({"node-name": node, "write-threshold": at});
+        ("block-set-write-threshold", arguments)
+    };
+    compare(&[
+        (
+            "blockdev-add",
+            json!({"driver": "qcow2", "node-name": "t", "file":
+                {"driver": "file", "node-name": "tf", "filename": "base.qcow2"}}),
+        ),
+        ("block-set-write-threshold", json!({})),
+        ("block-set-write-threshold", json!({"node-name": "t"})),
+        ("block-set-write-threshold", json!({"write-threshold": 1})),
+        (
+            "block-set-write-threshold",
+            json!({"node-name": "t", "write-threshold": 1, "zz": 1}),
+        ),
+        set(json!("x"), json!(1)),
+        set(json!(""), json!(0)),
+        set(json!(1), json!(1)),
+        set(json!("t"), json!("1")),
+        set(json!("t"), json!(1.5)),
+        set(json!("t"), json!(null)),
+        set(json!("t"), json!(-1)),
+        set(json!("t"), json!(u64::MAX)),
+        set(json!("tf"), json!(4096)),
+        set(json!("t"), json!(0)),
+        set(json!("t"), json!(0)),
+        ("blockdev-del", json!({"node-name": "t"})),
+    ]);
+}
+
+#[test]
 fn names_of_backing_files() {
     let change = |device: &str, image: &str| {
         let arguments = json!({"device": device, "image-node-name": image, "backing-file": "./y"});

@@ -40,7 +40,7 @@ use crate::error::{Action, Error, Result};
 use crate::format::{Format, Place, Qcow2};
 use crate::grace::{EraCache, Grace, LocalEra, Users};
 use crate::reactor::carry_out;
-use crate::storage::{self, Limits, Purpose, Storage};
+use crate::storage::{self, Limits, Purpose, Storage, Threshold};
 use crate::sync::{self, ArcSwap};
 
 pub use backed::Backed;
@@ -137,6 +137,11 @@ pub struct Chain {
     grace: Arc<Grace>,
     /// Where all that is written to it is written as well.
     tap: Option<tap::InUse>,
+    /// Somebody wants to hear of writes that reach past an offset: of the disk, by these, or of
+    /// what it is laid out in.
+    watch: Option<Vec<Arc<Threshold>>>,
+    /// Not every write goes just where the layers say: there is a tap or a watch.
+    minds_writes: bool,
 }
 
 /// A part of a request and where its bytes are.
@@ -190,7 +195,9 @@ impl Chain {
             layers,
             closing: Vec::new(),
             grace: Arc::new(Grace::new(tap.is_some())),
+            minds_writes: tap.is_some(),
             tap: tap.map(tap::InUse::new),
+            watch: None,
         };
         chain.users().for_each(|users| users.add(&chain.grace));
         chain.overlays().for_each(Qcow2::begin_overlay);
@@ -216,6 +223,15 @@ impl Chain {
     #[must_use]
     pub fn closing(mut self, layers: Vec<Arc<Layer>>) -> Self {
         self.closing = layers;
+        self
+    }
+
+    /// The chain as one whose writes are looked at, since somebody wants to hear of them: those to the
+    /// disk with these thresholds, those to its storage with that one's own.
+    #[must_use]
+    pub fn watched(mut self, thresholds: Option<Vec<Arc<Threshold>>>) -> Self {
+        self.minds_writes = self.tap.is_some() || thresholds.is_some();
+        self.watch = thresholds;
         self
     }
 
@@ -319,9 +335,44 @@ impl Chain {
     /// take [`View::write`].
     pub fn plan_write(&self, offset: u64, len: usize, pieces: &mut Pieces) -> bool {
         pieces.clear();
-        if self.tap.is_some() {
+        if self.minds_writes {
+            return self.plan_minded_write(offset, len, pieces);
+        }
+        self.plan_in_place(offset, len, pieces)
+    }
+
+    /// Plans a write where there is a tap or a watch.
+    #[cold]
+    #[inline(never)]
+    fn plan_minded_write(&self, offset: u64, len: usize, pieces: &mut Pieces) -> bool {
+        if self.tap.is_some() || !self.plan_in_place(offset, len, pieces) {
             return false;
         }
+        self.note_write(offset, len as u64);
+        for piece in pieces.iter() {
+            if let Source::Storage { offset, .. } = piece.source {
+                self.top().storage.note_write(offset, piece.len as u64);
+            }
+        }
+        true
+    }
+
+    /// A write of `[offset, offset + len)` of the disk is about to begin.
+    pub fn note_write(&self, offset: u64, len: u64) {
+        if !self.minds_writes {
+            return;
+        }
+        for threshold in self.watch.iter().flatten() {
+            threshold.note(offset, len);
+        }
+        if self.watch.is_some() && matches!(self.top().format, Format::Raw(_)) {
+            // All of it at once, in however many pieces it gets there.
+            self.top().storage.note_write(offset, len);
+        }
+    }
+
+    #[inline(always)]
+    fn plan_in_place(&self, offset: u64, len: usize, pieces: &mut Pieces) -> bool {
         let mut done = 0;
         while done < len {
             let Some((at, now)) = self

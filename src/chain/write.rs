@@ -35,6 +35,7 @@ impl View {
     /// # Errors
     /// When the top layer is read-only or cannot be written.
     pub async fn write(self: Rc<Self>, offset: u64, bufs: IoBufs) -> Result<()> {
+        self.chain.note_write(offset, bufs.len() as u64);
         carry_out(async move {
             match &self.chain.tap {
                 None => self.write_top(offset, bufs).await,
@@ -58,6 +59,7 @@ impl View {
     /// # Errors
     /// As for [`View::write`].
     pub async fn write_zeroes(self: Rc<Self>, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        self.chain.note_write(offset, len);
         carry_out(async move {
             match &self.chain.tap {
                 None => self.zero_top(offset, len, unmap).await,
@@ -87,6 +89,9 @@ impl View {
     /// # Errors
     /// As for [`View::write`].
     pub async fn discard(self: Rc<Self>, offset: u64, len: u64) -> Result<()> {
+        if self.chain.top().discard {
+            self.chain.note_write(offset, len);
+        }
         carry_out(async move {
             match &self.chain.tap {
                 None => self.discard_top(offset, len).await,

@@ -11,6 +11,9 @@ pub enum Kind {
     Str,
     /// A whole number that fits 64 bits.
     Int,
+    /// A whole number that fits 64 bits without a sign. A negative one is taken as QEMU takes it: as
+    /// what its bits are without a sign.
+    Size,
     /// True or false.
     Bool,
     /// One of some words; the type's name comes first.
@@ -143,6 +146,12 @@ impl Args {
         self.0.get(name)?.as_i64()
     }
 
+    /// The number `name` without a sign, if it was given.
+    pub fn size(&self, name: &str) -> Option<u64> {
+        let value = self.0.get(name)?;
+        value.as_u64().or_else(|| Some(value.as_i64()? as u64))
+    }
+
     /// The flag `name`, if it was given.
     pub fn bool(&self, name: &str) -> Option<bool> {
         self.0.get(name)?.as_bool()
@@ -176,6 +185,9 @@ fn check_value(path: &str, arg: &Arg, value: &Value) -> Result<(), CommandError>
     match arg.kind {
         Kind::Str if !value.is_string() => Err(wrong_type(name, "string")),
         Kind::Int if value.as_i64().is_none() => Err(wrong_type(name, "integer")),
+        Kind::Size if value.as_u64().is_none() && value.as_i64().is_none() => Err(
+            CommandError::generic(format!("Parameter '{name}' expects uint64")),
+        ),
         Kind::Bool if !value.is_boolean() => Err(wrong_type(name, "boolean")),
         Kind::Options(_) if !value.is_object() => Err(wrong_type(name, "object")),
         Kind::OptionsList(_) if !value.is_array() => Err(wrong_type(name, "array")),

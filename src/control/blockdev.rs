@@ -61,3 +61,12 @@ impl From<ConfigError> for CommandError {
         Self::generic(error.qmp_desc())
     }
 }
+
+/// Has clients told when a write to a node reaches past an offset.
+pub(super) fn set_write_threshold(control: &Control, args: &Args) -> Done {
+    let at = args.size("write-threshold").unwrap_or_default();
+    control
+        .engine
+        .set_write_threshold(args.required_str("node-name")?, at)?;
+    Ok(json!({}).into())
+}

@@ -51,6 +51,10 @@ const SET_PROPERTY: &[Arg] = &[
     Arg::required("property", Kind::Str),
     Arg::required("value", Kind::Any),
 ];
+const THRESHOLD: &[Arg] = &[
+    Arg::required("node-name", Kind::Str),
+    Arg::required("write-threshold", Kind::Size),
+];
 const CREATE: &[Arg] = &[
     Arg::required("job-id", Kind::Str),
     Arg::required("options", Kind::Options("BlockdevCreateOptions")),
@@ -116,6 +120,7 @@ static COMMANDS: &[Command] = &[
     command("blockdev-add", BLOCKDEV, Returns::Nothing, blockdev::blockdev_add),
     command("blockdev-del", &[Arg::required("node-name", Kind::Str)], Returns::Nothing,
         blockdev::blockdev_del),
+    command("block-set-write-threshold", THRESHOLD, Returns::Nothing, blockdev::set_write_threshold),
     command("query-block", NO_ARGS, Returns::Of("[BlockInfo]"), query_block),
     command("x-debug-query-block-graph", NO_ARGS, Returns::Of("XDbgBlockGraph"), graph::query),
     command("query-blockstats", &[Arg::optional("query-nodes", Kind::Bool)], Returns::Of("[BlockStats]"), query_blockstats),

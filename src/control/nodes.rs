@@ -1,5 +1,6 @@
 //! Nodes and their failed flushes as answers: `query-named-block-nodes`, `query-block`.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -14,20 +15,37 @@ pub(super) struct Nodes {
     nodes: Vec<Node>,
     /// What each takes on the disk, in bytes.
     sizes: Vec<u64>,
+    /// Write thresholds, by the names of their nodes.
+    thresholds: HashMap<String, u64>,
 }
 
 impl Nodes {
     /// Those of `engine`.
     pub fn of(engine: &Engine) -> Self {
-        let nodes = engine.graph.nodes();
+        let state = engine.graph.state();
+        let nodes: Vec<_> = state.nodes().iter().map(|node| Node::clone(node)).collect();
+        let thresholds = state.thresholds();
+        let thresholds = thresholds.map(|(name, at)| (name.to_owned(), at)).collect();
+        // Whoever waits for storage must not hold a state of the graph meanwhile.
+        drop(state);
         let sizes = sizes::of(&nodes);
-        Self { nodes, sizes }
+        Self {
+            nodes,
+            sizes,
+            thresholds,
+        }
     }
 
     /// The node called `name`.
     pub fn find(&self, name: &str) -> Option<NodeView<'_>> {
         let node = self.nodes.iter().find(|node| node.name == name)?;
         Some(NodeView { node, all: self })
+    }
+
+    /// As QEMU writes it: the largest ones as negative numbers.
+    fn threshold(&self, node: &Node) -> i64 {
+        let at = self.thresholds.get(&node.name);
+        at.copied().unwrap_or(0).cast_signed()
     }
 
     fn size(&self, node: &Node) -> u64 {
@@ -81,7 +99,7 @@ impl<'a> NodeView<'a> {
             "drv": self.node.driver_name(),
             "iops": 0,
             "bps_wr": 0,
-            "write_threshold": 0,
+            "write_threshold": self.all.threshold(self.node),
             "encrypted": false,
             "bps": 0,
             "bps_rd": 0,

@@ -52,6 +52,14 @@ const EVENTS: &[(&str, &[(&str, &str)])] = &[
             ("reason", "str"),
         ],
     ),
+    (
+        "BLOCK_WRITE_THRESHOLD",
+        &[
+            ("node-name", "str"),
+            ("amount-exceeded", "int"),
+            ("write-threshold", "int"),
+        ],
+    ),
     ("BLOCK_JOB_PENDING", &[("type", "str"), ("id", "str")]),
 ];
 
@@ -181,7 +189,7 @@ impl Entries {
     fn argument(&mut self, arg: &Arg) -> Value {
         let kind = match arg.kind {
             Kind::Str => "str".to_owned(),
-            Kind::Int => "int".to_owned(),
+            Kind::Int | Kind::Size => "int".to_owned(),
             Kind::Bool => "bool".to_owned(),
             Kind::Any => "any".to_owned(),
             Kind::Object(name) => name.to_owned(),

@@ -1,8 +1,8 @@
-//! What happens far below and clients are to hear of: requests that fail.
+//! What happens far below and clients are to hear of: requests that fail, writes past a threshold.
 //!
 //! Those who meet such a thing serve guests, or hold locks. They leave a note, which takes no time,
 //! and a thread of its own makes an event of it. Notes do not pile up: of the failed requests of an
-//! export the first and the last are kept.
+//! export the first and the last are kept, and a threshold is crossed once.
 
 use std::sync::{Arc, Weak};
 
@@ -12,7 +12,9 @@ use serde_json::json;
 use crate::chain::Root;
 use crate::error::errno_text;
 use crate::export::{OnFailure, RequestFailure};
+use crate::graph::Graph;
 use crate::job::{Event, EventSink};
+use crate::storage::threshold::{Crossed, Listener};
 
 /// The failures of an export's requests that have not been told.
 #[derive(Debug, Default)]
@@ -33,6 +35,16 @@ impl Failures {
         let taken = std::mem::take(self);
         taken.first.into_iter().chain(taken.last)
     }
+}
+
+/// A write past a threshold of a node of this graph.
+type Past = (Crossed, Weak<Graph>);
+
+/// What is to be told.
+#[derive(Debug, Default)]
+struct News {
+    devices: Vec<Arc<Device>>,
+    crossed: Vec<Past>,
 }
 
 /// An export whose failures are told.
@@ -98,16 +110,21 @@ impl Shared {
     }
 
     /// Waits for something to tell. `None`: the end.
-    fn next(&self) -> Option<Vec<Arc<Device>>> {
+    fn next(&self) -> Option<News> {
         let mut notes = self.notes.lock();
-        while !notes.failed {
+        while !notes.failed && notes.crossed.is_empty() {
             if notes.end {
                 return None;
             }
             self.changed.wait(&mut notes);
         }
-        notes.failed = false;
-        Some(notes.devices.clone())
+        let has_failed = std::mem::take(&mut notes.failed);
+        Some(News {
+            devices: has_failed
+                .then(|| notes.devices.clone())
+                .unwrap_or_default(),
+            crossed: std::mem::take(&mut notes.crossed),
+        })
     }
 }
 
@@ -126,15 +143,19 @@ impl Incidents {
         let started = std::thread::Builder::new()
             .name("incidents".into())
             .spawn(move || {
-                while let Some(devices) = notes.next() {
-                    for device in devices {
+                while let Some(news) = notes.next() {
+                    for past in news.crossed {
+                        sink(past_threshold(&past.0));
+                        forget(&past);
+                    }
+                    for device in news.devices {
                         let failures = device.failures.lock().take();
                         failures.map(|one| device.event(one)).for_each(&*sink);
                     }
                 }
             });
         if let Err(error) = started {
-            log::error!("clients are not told of failed requests: {error}");
+            log::error!("clients are not told of failed requests and thresholds: {error}");
         }
         Self { shared }
     }
@@ -162,10 +183,40 @@ impl Incidents {
             shared.note(|notes| notes.failed = true);
         })
     }
+
+    /// Tells of writes past thresholds of the nodes of `graph`.
+    pub(super) fn of_thresholds(&self, graph: &Arc<Graph>) -> Listener {
+        let (shared, graph) = (self.shared.clone(), Arc::downgrade(graph));
+        Arc::new(move |crossed| {
+            let past = (crossed, graph.clone());
+            shared.note(|notes| notes.crossed.push(past));
+        })
+    }
 }
 
 impl Drop for Incidents {
     fn drop(&mut self) {
         self.shared.note(|notes| notes.end = true);
+    }
+}
+
+/// Has nobody look at a threshold any more that has been crossed.
+fn forget((crossed, graph): &Past) {
+    let forgotten = graph
+        .upgrade()
+        .map(|graph| graph.forget_crossed(&crossed.node));
+    if let Some(Err(error)) = forgotten {
+        log::error!("the threshold of node '{}': {error}", crossed.node);
+    }
+}
+
+fn past_threshold(crossed: &Crossed) -> Event {
+    Event {
+        name: "BLOCK_WRITE_THRESHOLD",
+        data: json!({
+            "node-name": &*crossed.node,
+            "amount-exceeded": crossed.exceeded,
+            "write-threshold": crossed.threshold,
+        }),
     }
 }

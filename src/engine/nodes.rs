@@ -93,6 +93,19 @@ impl Engine {
         Ok(())
     }
 
+    /// Has clients told, once, when a write to a node reaches past offset `at`; 0: no longer.
+    ///
+    /// # Errors
+    /// When there is no such node, in QEMU's words.
+    pub fn set_write_threshold(&self, node: &str, at: u64) -> Result<(), Refused> {
+        if self.graph.node(node).is_err() {
+            return Err(Refused(format!("Device '{node}' not found")));
+        }
+        let listener = self.runtime.incidents.of_thresholds(&self.graph);
+        let set = self.graph.set_threshold(node, at, listener);
+        set.map(drop).map_err(refused)
+    }
+
     /// Adds the nodes again that were there `before` and have been removed since.
     fn put_back(&self, before: &State) {
         let mut transaction = self.graph.transaction();

@@ -21,7 +21,8 @@ pub(super) fn compile(state: &State, top: &str) -> Result<Chain> {
     let closing = nodes.iter().skip(1).filter(|node| node.closing);
     let closing = closing.map(layer).collect();
     let layers = nodes.iter().map(layer).collect();
-    Ok(Chain::with_tap(layers, state.tap(top).cloned())?.closing(closing))
+    let chain = Chain::with_tap(layers, state.tap(top).cloned())?.closing(closing);
+    Ok(chain.watched(state.watch(top)))
 }
 
 /// The layer of filter `name`, which has `attribute`, over `layer`.

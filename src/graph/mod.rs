@@ -11,7 +11,8 @@
 //! * `overlay`: a new image on top of others;
 //! * `writable`, `resize`: images that are open to be written;
 //! * `resize_in_use`: another size while guests use a disk;
-//! * `removal`: nodes that go.
+//! * `removal`: nodes that go;
+//! * `thresholds`: writes that somebody wants to hear of.
 //!
 //! Readers load the present value ([`Graph::state`]) and never wait for a change. All that is
 //! published goes through [`Graph::commit`], which neither opens, syncs nor waits: what takes time
@@ -36,6 +37,7 @@ mod resize;
 mod resize_in_use;
 #[cfg(test)]
 mod tests;
+mod thresholds;
 mod together;
 mod transaction;
 mod writable;
@@ -54,6 +56,7 @@ use crate::format::qcow2::journal::Folder;
 use crate::grace::Grace;
 use grants::Grants;
 use owner::Owner;
+use thresholds::Watched;
 use writable::Turns;
 
 pub use below::{Allowed, backing_options, layer_options};
@@ -332,15 +335,19 @@ impl Inner {
         let result = change(&old, &mut grants, &mut new)
             .and_then(|()| new.settle_filters(&old))
             .and_then(|()| compile_changed(&old, &new, &mut chains));
-        let mut states = vec![Arc::new(new)];
+        let mut states = Vec::new();
         if result.is_err() {
             undo(&mut grants);
+            states.push(Arc::new(new));
         } else {
+            // Before the chains that rely on it.
+            let watched = new.watched(&old);
+            watched.into_iter().for_each(Watched::put_in_force);
+            old.disarm_all_but(&new);
             for (root, chain) in &mut chains {
                 *chain = chain.take().map(|chain| root.publish(chain));
             }
-            states = states.drain(..).map(|new| self.state.swap(new)).collect();
-            states.push(old);
+            states.extend([self.state.swap(Arc::new(new)), old]);
         }
         (
             result,
@@ -382,7 +389,9 @@ fn compile_changed(
             let mut pairs = old.iter().zip(&nodes);
             old.len() == nodes.len() && pairs.all(|(one, other)| Arc::ptr_eq(one, other))
         });
-        let same = same && old.tap(top).map(Arc::as_ptr) == new.tap(top).map(Arc::as_ptr);
+        let same = same
+            && old.tap(top).map(Arc::as_ptr) == new.tap(top).map(Arc::as_ptr)
+            && has_same_watch(old, new, top);
         if !(same && is_known)
             && let Some((_, chain)) = chains.last_mut()
         {
@@ -390,6 +399,15 @@ fn compile_changed(
         }
     }
     Ok(())
+}
+
+/// Whether the chain of the disk with this top looks at the same thresholds in both.
+fn has_same_watch(old: &State, new: &State, top: &str) -> bool {
+    let places = |state: &State| {
+        let watch = state.watch(top)?;
+        Some(watch.iter().map(Arc::as_ptr).collect::<Vec<_>>())
+    };
+    places(old) == places(new)
 }
 
 fn cloned<N: std::ops::Deref<Target = Arc<Node>>>(nodes: impl IntoIterator<Item = N>) -> Vec<Node> {

@@ -16,6 +16,7 @@ use crate::chain::{Layer, Root, Tap};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::options::BlockdevOptions;
+use crate::storage::Threshold;
 
 /// An element of the graph.
 #[derive(Clone, Debug)]
@@ -135,6 +136,8 @@ pub struct State {
     pub(super) inner: Vec<(Weak<Root>, String)>,
     /// Images of which all that is written goes to another disk as well.
     pub(super) taps: Vec<(String, Arc<Tap>)>,
+    /// Nodes of which somebody wants to hear when a write reaches past an offset.
+    pub(super) thresholds: Vec<(String, Arc<Threshold>)>,
     /// Windows and filters are served through their chains, too.
     pub(super) unflattened: bool,
 }

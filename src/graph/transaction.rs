@@ -9,6 +9,7 @@ use super::nodes::{Node, State};
 use crate::chain::{Layer, Root, Tap};
 use crate::error::{Error, Result};
 use crate::options::BlockdevOptions;
+use crate::storage::Threshold;
 
 /// One change.
 #[derive(Debug)]
@@ -20,6 +21,8 @@ enum Change {
     Options(String, Box<BlockdevOptions>),
     Inner(Weak<Root>, String),
     Tap(String, Option<Arc<Tap>>),
+    Threshold(String, Option<Arc<Threshold>>),
+    Crossed(String),
     Top(Weak<Root>, String),
     Closing(String, bool),
     Replace(String, String),
@@ -157,6 +160,19 @@ impl Transaction {
         self.make(Change::Tap(name.to_owned(), tap))
     }
 
+    /// Puts `threshold` in the place of the one that node `name` has; or none.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub fn set_threshold(&mut self, name: &str, threshold: Option<Arc<Threshold>>) -> Result<()> {
+        self.make(Change::Threshold(name.to_owned(), threshold))
+    }
+
+    /// Forgets the threshold of node `name` if it has been crossed by then.
+    pub(super) fn forget_crossed(&mut self, name: &str) {
+        self.changes.push(Change::Crossed(name.to_owned()));
+    }
+
     /// Gives a node that a user has named other options: those of its driver and of nodes inside it
     /// are taken as they are.
     ///
@@ -241,6 +257,7 @@ impl Transaction {
         };
         if self.changes.iter().any(frees) {
             state.collect();
+            state.settle_thresholds();
         }
         Ok(())
     }
@@ -318,6 +335,17 @@ impl Change {
                 }
                 state.taps.retain(|(tapped, _)| *tapped != name);
                 state.taps.extend(tap.clone().map(|tap| (name, tap)));
+            }
+            Self::Threshold(name, threshold) => {
+                state.node(name)?;
+                state.thresholds.retain(|(node, _)| node != name);
+                let new = threshold.clone().map(|new| (name.clone(), new));
+                state.thresholds.extend(new);
+            }
+            Self::Crossed(name) => {
+                let is_over = |node: &str, at| node == name && at == 0;
+                let thresholds = &mut state.thresholds;
+                thresholds.retain(|(node, threshold)| !is_over(node, threshold.at()));
             }
             Self::Top(root, top) => {
                 state.node(top)?;

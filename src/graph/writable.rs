@@ -181,10 +181,10 @@ impl Graph {
         match node.file() {
             Some(file) => {
                 let bytes = Box::pin(self.writable_bytes(file)).await?;
-                match node.layer.storage.over(&bytes) {
-                    Some(storage) => Ok(storage),
-                    None => drivers::of(&node.options.driver).bytes_in(bytes).await,
-                }
+                let over = node.layer.storage.over(&bytes);
+                // Also of a wrapper that goes on: what it is a part of may be shorter by now.
+                let within = drivers::of(&node.options.driver).bytes_in(bytes).await?;
+                Ok(over.unwrap_or(within))
             }
             None => node.layer.storage.open_writable().await.map_err(text),
         }

@@ -26,7 +26,9 @@ use super::file_system::{RAMFS, file_system, keeps_nowait};
 use super::identity::{identity_of, number};
 use super::locking::{Access, ImageLock, Leaving};
 use super::opener::{self, OpenFlags, is_block_device, open_file};
-use super::{Answer, Identity, Limits, Op, Storage, Submission, Syncs, at_once, later};
+use super::{
+    Answer, Identity, Limits, Op, Purpose, Storage, Submission, Syncs, Watches, at_once, later,
+};
 use crate::reactor::{Reactor, Token};
 
 /// An open image file.
@@ -47,6 +49,8 @@ pub struct FileStorage {
     block_device: bool,
     /// Bytes on the disk, as last known.
     allocated: Arc<AtomicU64>,
+    /// Shared by all descriptors that stand for one another.
+    watches: Arc<Watches>,
 }
 
 /// What is closed when the file is used no more: by its storage, and by calls that go on though
@@ -104,7 +108,7 @@ impl FileStorage {
     pub fn open(path: &Path, flags: OpenFlags) -> io::Result<Self> {
         let (file, block_device) = open_file(path, flags)?;
         let lock = (!flags.no_lock).then(|| ImageLock::new(file.clone(), path));
-        let storage = Self::new(file, path, flags, block_device, lock)?;
+        let storage = Self::new(file, path, flags, block_device, lock, Arc::default())?;
         if let Some(lock) = &storage.opened.held.lock {
             lock.set(if flags.force_share {
                 Access::ReadShared
@@ -130,6 +134,7 @@ impl FileStorage {
         flags: OpenFlags,
         block_device: bool,
         lock: Option<ImageLock>,
+        watches: Arc<Watches>,
     ) -> io::Result<Self> {
         let metadata = file.metadata()?;
         let syncs = match flags.no_flush {
@@ -157,6 +162,7 @@ impl FileStorage {
             }),
             flags,
             block_device,
+            watches,
         })
     }
 
@@ -316,6 +322,18 @@ impl Storage for FileStorage {
         }
     }
 
+    unsafe fn submit_for(
+        &self,
+        reactor: &Reactor,
+        op: Op<'_>,
+        token: Token,
+        _purpose: Purpose,
+    ) -> Submission {
+        self.watches.note_op(&op);
+        // SAFETY: passed on to the caller.
+        unsafe { self.submit(reactor, op, token) }
+    }
+
     fn len(&self) -> Answer<'_, io::Result<u64>> {
         if self.block_device {
             return at_once(device_len(&self.opened.held.file));
@@ -397,9 +415,12 @@ impl Storage for FileStorage {
             writable: true,
             ..self.flags
         };
+        let watches = self.watches.clone();
         later(async move {
             let calls = opened.calls.clone();
-            calls.run(move || opened.once_more(&path, flags)).await?
+            calls
+                .run(move || opened.once_more(&path, flags, watches))
+                .await?
         })
     }
 
@@ -417,6 +438,10 @@ impl Storage for FileStorage {
 
     fn syncs(&self) -> Option<&Arc<Syncs>> {
         Some(&self.syncs)
+    }
+
+    fn watches(&self) -> Option<&Watches> {
+        Some(&self.watches)
     }
 
     fn call_since(&self) -> Option<Instant> {
@@ -438,7 +463,12 @@ impl Storage for FileStorage {
 
 impl Opened {
     /// The same file, opened to be written, under the same locks.
-    fn once_more(&self, path: &Path, flags: OpenFlags) -> io::Result<Arc<dyn Storage>> {
+    fn once_more(
+        &self,
+        path: &Path,
+        flags: OpenFlags,
+        watches: Arc<Watches>,
+    ) -> io::Result<Arc<dyn Storage>> {
         let (file, block_device) = open_file(path, flags)?;
         if identity(&file)? != identity(&self.held.file)? {
             return Err(io::Error::other(format!(
@@ -447,7 +477,7 @@ impl Opened {
             )));
         }
         let lock = self.held.lock.as_ref().map(ImageLock::another);
-        let storage = FileStorage::new(file, path, flags, block_device, lock)?;
+        let storage = FileStorage::new(file, path, flags, block_device, lock, watches)?;
         Ok(Arc::new(storage))
     }
 }

@@ -35,6 +35,7 @@ pub mod opener;
 mod purpose;
 pub mod silence;
 pub mod syncs;
+pub mod threshold;
 pub mod window;
 
 use std::future::{Ready, ready};
@@ -54,6 +55,7 @@ pub use null::Null;
 pub use opener::OpenFlags;
 pub use purpose::{Purpose, Target};
 pub use syncs::Syncs;
+pub use threshold::{Threshold, Watches};
 pub use window::Window;
 
 /// An operation on storage.
@@ -254,6 +256,20 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     /// another one has that one's. `None`: it has a file of its own, written through a page cache.
     fn syncs(&self) -> Option<&std::sync::Arc<Syncs>> {
         None
+    }
+
+    /// The thresholds of writes to it, shared by all descriptors of it. `None`: nobody is told of
+    /// those. Operations of tasks look at them by themselves.
+    fn watches(&self) -> Option<&Watches> {
+        None
+    }
+
+    /// The data path is about to write `[offset, offset + len)`: looks at the thresholds of this
+    /// storage and of those that it passes the write on to.
+    fn note_write(&self, offset: u64, len: u64) {
+        if let Some(watches) = self.watches() {
+            watches.note(offset, len);
+        }
     }
 
     /// Since when a call of it is under way that blocks a thread (asking its length, closing).

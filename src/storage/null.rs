@@ -11,7 +11,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Answer, Limits, Op, Storage, Submission, Syncs, at_once};
+use super::{Answer, Limits, Op, Purpose, Storage, Submission, Syncs, Watches, at_once};
 use crate::reactor::{Reactor, Token};
 
 /// Bytes that one operation moves at most; a longer transfer is short.
@@ -27,6 +27,7 @@ pub struct Null {
     latency: Duration,
     is_zero: bool,
     syncs: Arc<Syncs>,
+    watches: Watches,
 }
 
 impl Null {
@@ -39,6 +40,7 @@ impl Null {
             latency: Duration::ZERO,
             is_zero: false,
             syncs: Syncs::new(false),
+            watches: Watches::default(),
         }
     }
 
@@ -122,6 +124,18 @@ impl Storage for Null {
         Submission::Pending
     }
 
+    unsafe fn submit_for(
+        &self,
+        reactor: &Reactor,
+        op: Op<'_>,
+        token: Token,
+        _purpose: Purpose,
+    ) -> Submission {
+        self.watches.note_op(&op);
+        // SAFETY: passed on to the caller.
+        unsafe { self.submit(reactor, op, token) }
+    }
+
     fn len(&self) -> Answer<'_, io::Result<u64>> {
         at_once(Ok(self.size))
     }
@@ -153,6 +167,10 @@ impl Storage for Null {
 
     fn syncs(&self) -> Option<&Arc<Syncs>> {
         Some(&self.syncs)
+    }
+
+    fn watches(&self) -> Option<&Watches> {
+        Some(&self.watches)
     }
 
     fn next_data(&self, offset: u64) -> Answer<'_, Option<(u64, u64)>> {

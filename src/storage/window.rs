@@ -8,7 +8,9 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{Access, Answer, Limits, Op, Purpose, Storage, Submission, Syncs, at_once, later};
+use super::{
+    Access, Answer, Limits, Op, Purpose, Storage, Submission, Syncs, Watches, at_once, later,
+};
 use crate::error::{Action, Error, Result};
 use crate::reactor::{Reactor, Token};
 
@@ -24,6 +26,8 @@ pub struct Window {
     offset: u64,
     /// Where it ends, if not where the storage does.
     size: Option<u64>,
+    /// Shared by all windows that stand for one another.
+    watches: Arc<Watches>,
 }
 
 impl Window {
@@ -80,6 +84,7 @@ impl Window {
             inner,
             offset,
             size,
+            watches: Arc::default(),
         }))
     }
 
@@ -163,6 +168,7 @@ impl Storage for Window {
         token: Token,
         purpose: Purpose,
     ) -> Submission {
+        self.watches.note_op(&op);
         match self.moved(op) {
             // SAFETY: the memory is the caller's, who keeps it valid.
             Ok(op) => unsafe { self.inner.submit_for(reactor, op, token, purpose) },
@@ -219,6 +225,16 @@ impl Storage for Window {
         self.inner.set_access(access)
     }
 
+    fn over(&self, inner: &Arc<dyn Storage>) -> Option<Arc<dyn Storage>> {
+        Some(Arc::new(Self {
+            inner: inner.clone(),
+            syncs: Syncs::of(inner),
+            offset: self.offset,
+            size: self.size,
+            watches: self.watches.clone(),
+        }))
+    }
+
     fn identity(&self) -> Option<[u64; 2]> {
         self.inner.identity()
     }
@@ -241,6 +257,16 @@ impl Storage for Window {
 
     fn syncs(&self) -> Option<&Arc<Syncs>> {
         Some(&self.syncs)
+    }
+
+    fn watches(&self) -> Option<&Watches> {
+        Some(&self.watches)
+    }
+
+    fn note_write(&self, offset: u64, len: u64) {
+        self.watches.note(offset, len);
+        self.inner
+            .note_write(offset.saturating_add(self.offset), len);
     }
 
     fn call_since(&self) -> Option<Instant> {

@@ -126,6 +126,7 @@ async fn perform(
                 let len = bufs.len() as u64;
                 return view.write_zeroes(offset, len, *unmap).await;
             }
+            view.chain.note_write(offset, bufs.len() as u64);
             for (start, len) in chunks(bufs.len() as u64) {
                 let part = bufs.slice(start as usize, len as usize);
                 view.clone().write(offset + start, part).await?;

@@ -23,7 +23,7 @@ use parking_lot::Mutex;
 
 use super::{
     Access, Answer, Identity, IoBufs, Limits, Op, Purpose, Storage, Submission, Syncs, Target,
-    at_once, later,
+    Watches, at_once, later,
 };
 use crate::reactor::{Reactor, Token};
 use rules::{Engine, Event, Injected, IoType, Rules};
@@ -57,6 +57,7 @@ struct Shared {
     max_transfer: Option<u64>,
     /// The end of a write is an event that a rule is about.
     tells_done: bool,
+    watches: Watches,
 }
 
 /// An operation that is passed on by a task.
@@ -78,6 +79,7 @@ impl Blkdebug {
             engine: Mutex::new(Engine::new(rules)),
             align: settings.align.unwrap_or(1),
             max_transfer: settings.max_transfer,
+            watches: Watches::default(),
         };
         Self::sharing(inner, Arc::new(shared))
     }
@@ -188,6 +190,7 @@ impl Storage for Blkdebug {
         if token.is_client() {
             return Submission::Ready(Err(io::Error::from_raw_os_error(libc::EAGAIN)));
         }
+        self.shared.watches.note_op(&op);
         let (kind, offset, len) = events::range(&op, purpose);
         let len = match kind {
             Some(IoType::Read | IoType::Write) => self.part(len),
@@ -292,6 +295,13 @@ impl Storage for Blkdebug {
     fn syncs(&self) -> Option<&Arc<Syncs>> {
         Some(&self.syncs)
     }
+
+    fn watches(&self) -> Option<&Watches> {
+        Some(&self.shared.watches)
+    }
+
+    /// The data path's tries come to nothing here: the task that follows is looked at.
+    fn note_write(&self, _offset: u64, _len: u64) {}
 
     fn call_since(&self) -> Option<Instant> {
         self.inner.call_since()
