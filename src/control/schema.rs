@@ -53,6 +53,17 @@ const EVENTS: &[(&str, &[(&str, &str)])] = &[
         ],
     ),
     (
+        "BLOCK_IMAGE_CORRUPTED",
+        &[
+            ("device", "str"),
+            ("*node-name", "str"),
+            ("msg", "str"),
+            ("*offset", "int"),
+            ("*size", "int"),
+            ("fatal", "bool"),
+        ],
+    ),
+    (
         "BLOCK_WRITE_THRESHOLD",
         &[
             ("node-name", "str"),

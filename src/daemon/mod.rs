@@ -290,6 +290,7 @@ fn set_up(
         fences,
         config.state.clone(),
     );
+    runtime.incidents.of_images(graph, exports);
     for (options, grant) in wanted.iter().zip(grants) {
         let export = serving::start(options, graph, &runtime).map_err(about(options))?;
         serving::warn_without_journal(graph, options);

@@ -1,17 +1,21 @@
-//! What happens far below and clients are to hear of: requests that fail, writes past a threshold.
+//! What happens far below and clients are to hear of: requests that fail, writes past a threshold,
+//! images that contradict themselves. The latter are marked as well, on a thread for each: their storage
+//! may take long.
 //!
 //! Those who meet such a thing serve guests, or hold locks. They leave a note, which takes no time,
 //! and a thread of its own makes an event of it. Notes do not pile up: of the failed requests of an
-//! export the first and the last are kept, and a threshold is crossed once.
+//! export the first and the last are kept, and the others happen once for each threshold or image.
 
 use std::sync::{Arc, Weak};
 
 use parking_lot::{Condvar, Mutex};
 use serde_json::json;
 
+use super::{Exports, Served, on_this_thread};
 use crate::chain::Root;
 use crate::error::errno_text;
 use crate::export::{OnFailure, RequestFailure};
+use crate::format::qcow2::soundness::Corruption;
 use crate::graph::Graph;
 use crate::job::{Event, EventSink};
 use crate::storage::threshold::{Crossed, Listener};
@@ -40,11 +44,15 @@ impl Failures {
 /// A write past a threshold of a node of this graph.
 type Past = (Crossed, Weak<Graph>);
 
+/// A contradiction in an image of this graph, whose top is served by one of these.
+type Corrupt = (Corruption, Weak<Graph>, Weak<Exports>);
+
 /// What is to be told.
 #[derive(Debug, Default)]
 struct News {
     devices: Vec<Arc<Device>>,
     crossed: Vec<Past>,
+    corrupt: Vec<Corrupt>,
 }
 
 /// An export whose failures are told.
@@ -94,6 +102,7 @@ struct Notes {
     /// Some of them have failures.
     failed: bool,
     crossed: Vec<Past>,
+    corrupt: Vec<Corrupt>,
     end: bool,
 }
 
@@ -112,7 +121,7 @@ impl Shared {
     /// Waits for something to tell. `None`: the end.
     fn next(&self) -> Option<News> {
         let mut notes = self.notes.lock();
-        while !notes.failed && notes.crossed.is_empty() {
+        while !notes.failed && notes.crossed.is_empty() && notes.corrupt.is_empty() {
             if notes.end {
                 return None;
             }
@@ -124,6 +133,7 @@ impl Shared {
                 .then(|| notes.devices.clone())
                 .unwrap_or_default(),
             crossed: std::mem::take(&mut notes.crossed),
+            corrupt: std::mem::take(&mut notes.corrupt),
         })
     }
 }
@@ -147,6 +157,10 @@ impl Incidents {
                     for past in news.crossed {
                         sink(past_threshold(&past.0));
                         forget(&past);
+                    }
+                    for corrupt in news.corrupt {
+                        sink(contradiction(&corrupt));
+                        mark(corrupt);
                     }
                     for device in news.devices {
                         let failures = device.failures.lock().take();
@@ -194,6 +208,19 @@ impl Incidents {
     }
 }
 
+impl Incidents {
+    /// Tells of images of `graph` that contradict themselves, and marks those that are lost. Can be
+    /// said once for a graph.
+    pub fn of_images(&self, graph: &Arc<Graph>, exports: &Arc<Exports>) {
+        let shared = self.shared.clone();
+        let (of, exports) = (Arc::downgrade(graph), Arc::downgrade(exports));
+        graph.on_corruption(move |corruption| {
+            let corrupt = (corruption, of.clone(), exports.clone());
+            shared.note(|notes| notes.corrupt.push(corrupt));
+        });
+    }
+}
+
 impl Drop for Incidents {
     fn drop(&mut self) {
         self.shared.note(|notes| notes.end = true);
@@ -207,6 +234,52 @@ fn forget((crossed, graph): &Past) {
         .map(|graph| graph.forget_crossed(&crossed.node));
     if let Some(Err(error)) = forgotten {
         log::error!("the threshold of node '{}': {error}", crossed.node);
+    }
+}
+
+/// The event of an image that contradicts itself: of the export whose guest writes it, or of none.
+fn contradiction((corruption, graph, exports): &Corrupt) -> Event {
+    let device = graph.upgrade().zip(exports.upgrade());
+    let device = device.and_then(|(graph, exports)| {
+        let state = graph.state();
+        let is_its_top = |served: &Served| {
+            let top = state.image_node(&served.export.node_name());
+            top.is_ok_and(|top| *top.name == *corruption.node)
+        };
+        let served = exports.list().into_iter().find(is_its_top)?;
+        Some(served.options.id)
+    });
+    let mut data = json!({
+        "device": device.unwrap_or_default(),
+        "node-name": &*corruption.node,
+        "msg": corruption.message,
+        "fatal": corruption.fatal,
+    });
+    if let (Some(members), Some((offset, size))) = (data.as_object_mut(), corruption.place) {
+        members.insert("offset".to_owned(), offset.into());
+        members.insert("size".to_owned(), size.into());
+    }
+    Event {
+        name: "BLOCK_IMAGE_CORRUPTED",
+        data,
+    }
+}
+
+/// Has an image that is lost say so in its header.
+fn mark((corruption, graph, _): Corrupt) {
+    if !corruption.fatal {
+        return;
+    }
+    let thread = std::thread::Builder::new().name("mark-corrupt".into());
+    let marking = thread.spawn(move || {
+        let Some(graph) = graph.upgrade() else { return };
+        let node = &corruption.node;
+        if let Err(error) = on_this_thread(|reactor| reactor.block_on(graph.mark_corrupt(node))) {
+            log::error!("node '{node}' is corrupt, and its header does not say so: {error}");
+        }
+    });
+    if let Err(error) = marking {
+        log::error!("a thread for a corrupt image: {error}");
     }
 }
 

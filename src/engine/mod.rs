@@ -15,7 +15,7 @@
 //! - [`state`]: what is recorded, and how the next process goes on with it
 //! - [`neighbours`]: what other processes have recorded of the same images
 //! - [`sync_errors`]: failed flushes
-//! - [`incidents`]: failed requests, writes past a threshold
+//! - [`incidents`]: failed requests, writes past a threshold, corrupt images
 //! - [`parts`], [`ending`]: the end
 
 mod backing_file;

@@ -53,6 +53,7 @@ use crate::chain::{Chain, Layer, Root};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::format::qcow2::journal::Folder;
+use crate::format::qcow2::soundness::{Corruption, Reports};
 use crate::grace::Grace;
 use grants::Grants;
 use owner::Owner;
@@ -83,6 +84,7 @@ struct Inner {
     named: AtomicU64,
     journals: OnceLock<Arc<Folder>>,
     allowed: OnceLock<Allowed>,
+    reports: Arc<Reports>,
 }
 
 /// What only an old value of the graph held, layers and files among it. To drop it may close
@@ -137,6 +139,16 @@ impl Graph {
     /// What headers may name besides local image files.
     pub(super) fn allowed(&self) -> Allowed {
         self.0.allowed.get().copied().unwrap_or_default()
+    }
+
+    /// Has `listener` told of images that contradict themselves. It is called with locks held, and must
+    /// not block. Can be said once.
+    pub fn on_corruption(&self, listener: impl Fn(Corruption) + Send + Sync + 'static) {
+        self.0.reports.listen(listener);
+    }
+
+    pub(super) fn reports(&self) -> Arc<Reports> {
+        self.0.reports.clone()
     }
 
     pub(super) fn journal(&self) -> Option<Arc<Folder>> {

@@ -190,6 +190,21 @@ impl Graph {
         }
     }
 
+    /// Has the header of a node's image say that it is corrupt, if it has been found so and is still
+    /// open to be written.
+    ///
+    /// # Errors
+    /// When there is no such node, or the header cannot be written.
+    pub async fn mark_corrupt(&self, name: &str) -> Result<()> {
+        let node = self.node(name)?;
+        let _turn = self.turn(&node).await?;
+        let layer = self.node(name)?.layer;
+        match &layer.format {
+            Format::Qcow2(image) if !layer.read_only => image.mark_corrupt().await,
+            _ => Ok(()),
+        }
+    }
+
     /// Names the other node, where it is one of this process that stands in the way.
     fn explain(&self, error: Error, node: &Node) -> Error {
         let Error::Busy(text) = error else {

@@ -124,17 +124,19 @@ impl Qcow2 {
         }
         self.flush().await?;
         self.await_grace().await;
-        while self.retired.has_released() {
+        while self.retired.has_released() && !self.soundness.is_corrupt() {
             self.flush().await?;
             self.await_grace().await;
         }
-        self.give_back().await;
+        if !self.soundness.is_corrupt() {
+            self.give_back().await;
+        }
         self.end_journal().await
     }
 
     /// Takes the journal out of the header, since everything is stable, and removes it. What
     /// somebody changes afterwards is not recorded, and lost if nobody flushes it.
-    async fn end_journal(&self) -> Result<()> {
+    pub(super) async fn end_journal(&self) -> Result<()> {
         if !self.meta.lock().allocator.log().records() {
             return Ok(());
         }

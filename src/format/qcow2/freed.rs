@@ -219,6 +219,10 @@ impl Qcow2 {
     /// Takes the references off clusters that nobody can see any more. The caller holds the flush
     /// lock.
     pub(super) async fn release_freed(&self) {
+        if self.soundness.is_corrupt() {
+            // Others may have them, whatever the refcounts say.
+            return;
+        }
         let mut freed = std::mem::take(&mut self.meta.lock().unreleased);
         freed.append(&mut self.retired.released.lock());
         for (offset, len) in freed {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::l2::{Descriptor, Slice};
 use super::refcount::SLICE_BYTES;
+use super::soundness::Fault;
 use super::words::Words;
 use super::{Meta, Qcow2};
 use crate::error::{Error, Result};
@@ -48,12 +49,13 @@ impl Qcow2 {
         let slice = Slice::from_bytes(&buffer, self.shape.extended);
         let mut meta = self.meta.lock();
         let adopted = Self::put_adopted(&meta, number, &slice);
-        if let Some((cluster, what)) = self.first_fault(&meta, number, &slice) {
+        if let Some((cluster, mut fault)) = self.first_fault(&meta, number, &slice) {
+            drop(meta);
             let at = offset + self.place(cluster).1 as u64 * self.shape.entry_bytes();
-            return Err(Error::corrupt(
-                self.storage.name(),
-                format!("at {at:#x}: {what}"),
-            ));
+            fault.what = format!("at {at:#x}: {}", fault.what);
+            let error = Error::corrupt(self.storage.name(), &*fault.what);
+            self.soundness.found(self.storage.name(), fault);
+            return Err(error);
         }
         if !self.directory.set(number, Some(Arc::new(slice))) {
             return Err(Error::corrupt(
@@ -69,18 +71,33 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// The first guest cluster of a slice whose entry is wrong, and what is wrong with it.
-    fn first_fault(&self, meta: &Meta, number: u64, slice: &Slice) -> Option<(u64, String)> {
+    /// The first guest cluster of a slice whose entry is wrong, and what is wrong with it. One that
+    /// leaves nothing to rely on comes before all others.
+    fn first_fault(&self, meta: &Meta, number: u64, slice: &Slice) -> Option<(u64, Fault)> {
         let clusters = number * self.slice_entries()..;
-        clusters
+        let mut faults = clusters
             .zip(slice.entries())
-            .find_map(|(cluster, words)| Some((cluster, self.fault(meta, cluster, words)?)))
+            .filter_map(|(cluster, words)| Some((cluster, self.fault_of(meta, cluster, words)?)));
+        let first = faults.next()?;
+        match first.1.fatal {
+            true => Some(first),
+            false => Some(faults.find(|(_, fault)| fault.fatal).unwrap_or(first)),
+        }
     }
 
     /// What is wrong with the entry of a guest cluster, as far as can be told without reading on.
     pub(super) fn fault(&self, meta: &Meta, cluster: u64, words: Words) -> Option<String> {
+        Some(self.fault_of(meta, cluster, words)?.what)
+    }
+
+    fn fault_of(&self, meta: &Meta, cluster: u64, words: Words) -> Option<Fault> {
+        let fatal = |what| Fault {
+            what,
+            place: None,
+            fatal: true,
+        };
         if let Some(what) = self.shape.fault(words) {
-            return Some(what);
+            return Some(fatal(what));
         }
         let (offset, len) = match self.shape.descriptor(words.descriptor) {
             Descriptor::Host(host) | Descriptor::Zero(Some(host)) => {
@@ -94,7 +111,7 @@ impl Qcow2 {
             // Writing takes a guest cluster's own place, so nobody else may be there.
             let expected = cluster << self.cluster_bits;
             return ((data.raw || self.options.writable) && offset != expected)
-                .then(|| format!("{} of a data file (expected {expected:#x})", at()));
+                .then(|| fatal(format!("{} of a data file (expected {expected:#x})", at())));
         }
         if !self.options.writable {
             return None;
@@ -102,12 +119,20 @@ impl Qcow2 {
         let first = offset >> self.cluster_bits;
         if first >= meta.allocator.frontier() {
             // QEMU's check calls it an error as well. It would be written there, and handed out
-            // to others.
-            return Some(format!("{}, behind the end of the file", at()));
+            // to others. A file that was cut short says nothing against what it still has.
+            return Some(Fault {
+                fatal: false,
+                ..fatal(format!("{}, behind the end of the file", at()))
+            });
         }
         let last = (offset + len - 1) >> self.cluster_bits;
-        let what = (first..=last).find_map(|cluster| meta.allocator.metadata().what(cluster))?;
-        Some(format!("{}, where {what} is", at()))
+        let mut clusters = first..=last;
+        let what = |cluster| Some((cluster, meta.allocator.metadata().what(cluster)?));
+        let (cluster, what) = clusters.find_map(what)?;
+        Some(Fault {
+            place: Some((cluster << self.cluster_bits, self.cluster_size())),
+            ..fatal(format!("{}, where {what} is", at()))
+        })
     }
 
     /// Bytes of a slice, of the mapping or of the refcounts.

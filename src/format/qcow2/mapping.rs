@@ -110,7 +110,7 @@ impl Qcow2 {
     /// See [`crate::format::Format::map_write`].
     pub(in crate::format) fn map_write(&self, offset: u64, len: u64) -> Option<(u64, u64)> {
         let end = self.mapped_end();
-        if !self.options.writable || offset >= end {
+        if !self.soundness.allows_writes() || offset >= end {
             return None;
         }
         let (number, index) = self.place(offset >> self.cluster_bits);

@@ -20,6 +20,7 @@
 //! * `inspect`: what tools tell of an image;
 //! * [`luks`]: what is told of an encrypted image;
 //! * `compress`: compressed clusters;
+//! * [`soundness`]: images that contradict themselves while they are open;
 //! * [`snapshots`], [`check`]: the snapshot table; consistency check and repair;
 //! * `numbers`: big-endian numbers.
 //!
@@ -50,6 +51,7 @@ pub mod refcount;
 mod reserve;
 mod resize;
 pub mod snapshots;
+pub mod soundness;
 mod tables;
 mod update;
 pub mod words;
@@ -74,6 +76,7 @@ use l2::{Shape, Slice};
 use late::Late;
 use loading::Loading;
 use refcount::{Allocator, SLICE_BYTES};
+use soundness::Soundness;
 use words::Words;
 
 pub use header::Backing;
@@ -103,6 +106,8 @@ pub struct Options {
     pub journal: Option<Arc<journal::Folder>>,
     /// Read the image as its last flush left it, even if a journal has what completed since.
     pub ignore_journal: bool,
+    /// Who is told when the image contradicts itself.
+    pub reporter: Option<soundness::Reporter>,
 }
 
 impl Default for Options {
@@ -114,6 +119,7 @@ impl Default for Options {
             size: None,
             journal: None,
             ignore_journal: false,
+            reporter: None,
         }
     }
 }
@@ -155,6 +161,7 @@ pub struct Qcow2 {
     shape: Shape,
     cluster_bits: u32,
     sizes: Sizes,
+    soundness: Arc<Soundness>,
     l1: Growing<AtomicU64>,
     directory: Directory<Slice>,
     meta: Mutex<Meta>,

@@ -9,6 +9,7 @@ use super::journal::Adoption;
 use super::numbers::words;
 use super::refcount::{Allocator, Geometry};
 use super::slice_entries;
+use super::soundness::Soundness;
 use super::{DataFile, Meta, Options, Qcow2, Sizes, check, compress, flush, metadata, reserve};
 use crate::error::{Action, Error, Result};
 use crate::format::directory::Directory;
@@ -120,7 +121,10 @@ impl Qcow2 {
             )));
         }
         let slices = size.div_ceil(cluster).div_ceil(slice_entries(shape));
+        let soundness = Soundness::new(options.writable, options.reporter.clone());
+        allocator.set_soundness(soundness.clone(), storage.name());
         let image = Self {
+            soundness,
             options,
             data,
             shape,

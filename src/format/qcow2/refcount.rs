@@ -20,9 +20,11 @@ pub use limit::Look;
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::journal::Log;
 use super::metadata::{Clusters, Kind};
+use super::soundness::{Fault, Soundness};
 
 /// Bytes of metadata that are loaded and written at a time.
 pub const SLICE_BYTES: u64 = 4096;
@@ -121,6 +123,8 @@ pub struct Allocator {
     part: Option<Range<u64>>,
     /// The image's own clusters, which are never handed out, whatever their refcount.
     metadata: Clusters,
+    /// Of the image, and the file's name.
+    soundness: Option<(Arc<Soundness>, String)>,
     /// The image's journal, which has the changes of refcounts in order with all others.
     log: Log,
 }
@@ -152,6 +156,7 @@ impl Allocator {
             unseen: std::iter::once(0..end).collect(),
             part: None,
             metadata,
+            soundness: None,
             log: Log::default(),
         }
     }
@@ -175,6 +180,11 @@ impl Allocator {
     #[must_use]
     pub fn metadata(&self) -> &Clusters {
         &self.metadata
+    }
+
+    /// Whom it tells of contradictions: those of the image in this file.
+    pub(super) fn set_soundness(&mut self, soundness: Arc<Soundness>, file: &str) {
+        self.soundness = Some((soundness, file.to_owned()));
     }
 
     /// An allocated cluster has become metadata.
@@ -343,7 +353,19 @@ impl Allocator {
         let Some(what) = self.metadata.what(cluster) else {
             return true;
         };
-        log::error!("cluster {cluster} has refcount 0, but {what} is there: it is left alone");
+        if let Some((soundness, file)) = &self.soundness {
+            let bits = self.geometry.cluster_bits;
+            soundness.found(
+                file,
+                Fault {
+                    what: format!(
+                        "cluster {cluster} has refcount 0, but {what} is there: it is left alone"
+                    ),
+                    place: Some((cluster << bits, 1 << bits)),
+                    fatal: false,
+                },
+            );
+        }
         false
     }
 

@@ -9,6 +9,7 @@ use super::freed::FLUSHES_TO_FREE;
 use super::journal::Admission;
 use super::l2::{Descriptor, Slice, State};
 use super::refcount::{Allocation, Allocator, Need};
+use super::soundness::Fault;
 use super::words::Words;
 use super::{Meta, Qcow2};
 use crate::error::{Action, Error, Result};
@@ -65,6 +66,7 @@ impl Qcow2 {
     /// # Errors
     /// When metadata cannot be read or written.
     pub async fn target(&self, offset: u64, len: u64) -> Result<Target> {
+        self.check_sound()?;
         let first = offset >> self.cluster_bits;
         let last = (offset + len).div_ceil(self.cluster_size());
         self.prepare(first).await?;
@@ -231,6 +233,7 @@ impl Qcow2 {
         loop {
             {
                 let mut meta = self.meta.lock();
+                self.check_sound()?;
                 match meta.allocator.log().admission() {
                     Admission::Granted => return Ok(change(&mut meta)),
                     Admission::Lost => return Err(self.lost_journal()),
@@ -311,7 +314,20 @@ impl Qcow2 {
         match released {
             Ok(Ok(true)) => return true,
             Ok(Ok(false)) => self.release_later(cluster),
-            Ok(Err(need)) => log::error!("freeing a cluster: {}", self.lacking(need).await),
+            Ok(Err(need)) => {
+                let error = self.lacking(need).await;
+                if let Error::Corrupt { what, .. } = &error {
+                    self.soundness.found(
+                        self.storage.name(),
+                        Fault {
+                            what: what.clone(),
+                            place: Some((cluster << self.cluster_bits, self.cluster_size())),
+                            fatal: false,
+                        },
+                    );
+                }
+                log::error!("freeing a cluster: {error}");
+            }
             Err(error) => {
                 log::warn!("freeing a cluster, to be tried again: {error}");
                 self.release_later(cluster);
@@ -395,6 +411,7 @@ impl Qcow2 {
         } else {
             (offset + len).next_multiple_of(self.cluster_size())
         };
+        self.check_sound()?;
         self.clear_data_file(offset, end, how).await?;
         let raw = self.data.as_ref().is_some_and(|data| data.raw);
         let mut at = offset;
@@ -417,6 +434,7 @@ impl Qcow2 {
     /// # Errors
     /// As for [`Qcow2::clear`].
     pub(super) async fn unmap_clusters(&self, offset: u64, len: u64) -> Result<()> {
+        self.check_sound()?;
         self.clear_data_file(offset, offset + len, Clear::Unmap)
             .await?;
         let mut at = offset;

@@ -7,6 +7,7 @@ use futures_util::future::LocalBoxFuture;
 use super::image;
 use crate::chain::Layer;
 use crate::error::{Error, Result};
+use crate::format::qcow2::soundness::Reporter;
 use crate::format::{Format, Qcow2, qcow2};
 use crate::graph::below::file_named;
 use crate::graph::descent::Descent;
@@ -76,7 +77,7 @@ impl Qcow2Options {
             None => None,
         };
         let named = header.backing.clone();
-        let how = self.how(opening.graph(), options, false);
+        let how = self.how(opening.graph(), name, options, false);
         // Together, so that the tables of all layers are on their way at once: a long chain opens
         // in the time of its headers.
         let (opened, backing) = futures_util::join!(
@@ -121,7 +122,12 @@ impl Qcow2Options {
             for file in &files {
                 file.set_access(Access::Write).await.map_err(text)?;
             }
-            Qcow2::open_with_data(storage, data, self.how(graph, &node.options, true)).await
+            Qcow2::open_with_data(
+                storage,
+                data,
+                self.how(graph, &node.name, &node.options, true),
+            )
+            .await
         }
         .await
         .map(|opened| opened.in_place_of(image));
@@ -135,8 +141,14 @@ impl Qcow2Options {
         Ok((Format::Qcow2(opened), storage))
     }
 
-    /// How the image of a node with `options` is opened.
-    fn how(&self, graph: &Graph, options: &BlockdevOptions, writable: bool) -> qcow2::Options {
+    /// How the image of node `name` with `options` is opened.
+    fn how(
+        &self,
+        graph: &Graph,
+        name: &str,
+        options: &BlockdevOptions,
+        writable: bool,
+    ) -> qcow2::Options {
         let cache_bytes = self.l2_cache_size.or(self.cache_size);
         qcow2::Options {
             writable,
@@ -147,6 +159,10 @@ impl Qcow2Options {
             // Who reads what others may be writing has been told that it may be out of date.
             ignore_journal: options.force_share,
             journal: graph.journal(),
+            reporter: Some(Reporter {
+                node: name.into(),
+                reports: graph.reports(),
+            }),
             ..qcow2::Options::default()
         }
     }
