@@ -129,9 +129,10 @@ impl Shared {
         }
         let has_failed = std::mem::take(&mut notes.failed);
         Some(News {
-            devices: has_failed
-                .then(|| notes.devices.clone())
-                .unwrap_or_default(),
+            devices: match has_failed {
+                true => notes.devices.clone(),
+                false => Vec::new(),
+            },
             crossed: std::mem::take(&mut notes.crossed),
             corrupt: std::mem::take(&mut notes.corrupt),
         })
