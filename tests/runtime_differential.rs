@@ -26,7 +26,8 @@ struct Daemon {
 impl Daemon {
     fn start(program: &str) -> Option<Self> {
         let directory = TempDir::new().unwrap();
-        for (name, below) in [("base.qcow2", None), ("top.qcow2", Some("base.qcow2"))] {
+        let top = ("top.qcow2", Some("base.qcow2"));
+        for (name, below) in [("base.qcow2", None), top, ("other.qcow2", None)] {
             create(directory.path(), name, below)?;
         }
         let child = Command::new(program)
@@ -294,6 +295,22 @@ fn reopening() {
             json!({"options": [top(json!({"backing": "b"})), top(json!({"backing": "x"}))]}),
         ),
         ("blockdev-del", json!({"node-name": "b"})),
+    ]);
+}
+
+/// A header names one file, and the options have put another one there: the data would go to the wrong one.
+#[test]
+fn files_that_only_a_header_names_are_no_layers() {
+    let below = json!({"driver": "qcow2", "node-name": "o", "file": file("other.qcow2")});
+    let named = |base: &str| json!({"device": "t", "job-id": "j", "base": base});
+    compare(&[
+        (
+            "blockdev-add",
+            json!({"driver": "qcow2", "node-name": "t", "file": file("top.qcow2"), "backing": below}),
+        ),
+        ("block-commit", named("base.qcow2")),
+        ("block-stream", named("base.qcow2")),
+        ("block-stream", named("none.qcow2")),
     ]);
 }
 

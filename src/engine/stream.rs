@@ -9,11 +9,12 @@ use std::sync::Arc;
 
 use super::guests::Guests;
 use super::{Engine, on_this_thread};
-use crate::graph::{Grant, Graph, Node, Request};
+use crate::graph::{Grant, Graph, Node, Request, resolve};
 use crate::job::handle::checked_speed;
 use crate::job::records::{self, Recording};
 use crate::job::stream::{Stream, StreamSpec, check_base_name};
 use crate::job::{Body, BodyFactory, Job, JobError, JobSpec, Lease, OnError, Refused};
+use crate::options::{BackingRef, Driver};
 use crate::state::record::{self, Work};
 
 /// How often a chain may change under us before we give up.
@@ -82,8 +83,9 @@ impl Layers {
         let above = at.checked_sub(1).and_then(|above| self.nodes.get(above));
         let path = std::path::absolute(&node.filename).ok();
         let path = path.map(|path| path.display().to_string());
+        let header = above.and_then(|above| header_name(above, node));
         std::iter::once(node.filename.display().to_string())
-            .chain(above.and_then(|above| Some(above.layer.format.backing()?.name)))
+            .chain(header)
             .chain(path)
             .collect()
     }
@@ -109,6 +111,24 @@ impl Layers {
                 below.find(|at| self.filenames(*at).iter().any(is_it))
             })
     }
+}
+
+/// What the header of image `above` calls `node`, which is under it; `None` where it means another file
+/// than the options have put there.
+fn header_name(above: &Node, node: &Node) -> Option<String> {
+    let name = above.layer.format.backing()?.name;
+    let by_header = match &above.options.driver {
+        Driver::Qcow2(options) => options.backing == BackingRef::Default,
+        Driver::Qed(options) => options.backing == BackingRef::Default,
+        _ => false,
+    };
+    let path = resolve(&above.filename, &name);
+    let is_it = || {
+        let canonical = |path: &Path| path.canonicalize().ok();
+        path == node.filename
+            || canonical(&path).is_some_and(|path| canonical(&node.filename) == Some(path))
+    };
+    (by_header || is_it()).then_some(name)
 }
 
 impl Engine {
