@@ -197,7 +197,7 @@ fn query_named_block_nodes(control: &Control, args: &Args) -> Done {
 }
 
 fn query_block(control: &Control, _: &Args) -> Done {
-    let nodes = Nodes::of(&control.engine);
+    let nodes = Nodes::of_guests(&control.engine);
     let devices = control.engine.exports.list().into_iter().map(|served| {
         let node_name = &served.export.node_name();
         let failed = control.engine.sync_errors(node_name);
@@ -209,7 +209,7 @@ fn query_block(control: &Control, _: &Args) -> Done {
             "type": "unknown",
         });
         if let Some(members) = device.as_object_mut() {
-            if let Some(node) = nodes.find(node_name) {
+            if let Some(node) = nodes.find(&control.engine.graph.named_at(node_name)) {
                 members.insert("inserted".to_owned(), node.to_value(true));
             }
             if !failed.is_empty() {
@@ -224,10 +224,12 @@ fn query_block(control: &Control, _: &Args) -> Done {
 
 fn query_blockstats(control: &Control, args: &Args) -> Done {
     if args.bool("query-nodes") == Some(true) {
-        return Ok(stats::nodes(&control.engine.graph.state()).into());
+        return Ok(stats::nodes(&control.engine.graph.shown()).into());
     }
     let exports = control.engine.exports.list();
-    Ok(exports.iter().map(stats::export).collect::<Value>().into())
+    let state = control.engine.graph.shown_named();
+    let export = |served| stats::export(&control.engine, &state, served);
+    Ok(exports.iter().map(export).collect::<Value>().into())
 }
 
 fn query_block_jobs(control: &Control, _: &Args) -> Done {

@@ -32,7 +32,7 @@ pub(super) fn query(control: &Control, _: &Args) -> Done {
     let exports = control.engine.exports.list();
     let to_value = |served: &Served| {
         json!({
-            "node-name": served.export.node_name(),
+            "node-name": control.engine.graph.shown_at(&served.export.node_name()),
             "shutting-down": served.export.info().shutting_down,
             "type": "vhost-user-blk",
             "id": served.options.id,

@@ -37,11 +37,11 @@ impl Elements {
 pub(super) fn query(control: &Control, _: &Args) -> Done {
     let graph = &control.engine.graph;
     let mut elements = Elements::default();
-    for node in graph.nodes() {
-        elements.number(&NodeUser::Node(node.name));
+    for node in graph.shown().nodes() {
+        elements.number(&NodeUser::Node(node.name.clone()));
     }
     // What a job holds to keep others away is no use.
-    let uses = graph.uses().into_iter();
+    let uses = graph.uses_shown().into_iter();
     let uses = uses.filter(|used| match &used.user {
         NodeUser::Holder(Holder::Job(_, id)) => !id.is_empty(),
         _ => true,

@@ -397,7 +397,10 @@ fn info_block_jobs(control: &Control) -> Output {
 
 fn info_block(control: &Control, words: Words) -> Result<Output, CommandError> {
     let wanted = word(&words, "device");
-    let nodes = Nodes::of(&control.engine);
+    let nodes = match words.contains_key("nodes") {
+        true => Nodes::of(&control.engine),
+        false => Nodes::of_guests(&control.engine),
+    };
     let mut parts = Vec::new();
     if words.contains_key("nodes") {
         for node in nodes.each() {
@@ -410,7 +413,8 @@ fn info_block(control: &Control, words: Words) -> Result<Output, CommandError> {
             options, export, ..
         } in control.engine.exports.list()
         {
-            let (id, node_name) = (&options.id, &export.node_name());
+            let node_name = &control.engine.graph.named_at(&export.node_name());
+            let id = &options.id;
             if !wanted.is_empty() && wanted != id && wanted != node_name {
                 continue;
             }

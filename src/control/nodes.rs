@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::engine::{Engine, SyncError, sizes};
 use crate::format::{Format, qcow2};
-use crate::graph::{Node, Role, resolve};
+use crate::graph::{FilterKind, Node, Role, State, resolve};
 use crate::options::{DetectZeroes, Driver};
 
 /// All nodes as they are now.
@@ -22,11 +22,20 @@ pub(super) struct Nodes {
 impl Nodes {
     /// Those of `engine`.
     pub fn of(engine: &Engine) -> Self {
-        let state = engine.graph.state();
-        let nodes: Vec<_> = state.nodes().iter().map(|node| Node::clone(node)).collect();
+        Self::shown(engine.graph.shown())
+    }
+
+    /// Those that guests' disks show.
+    pub fn of_guests(engine: &Engine) -> Self {
+        Self::shown(engine.graph.shown_named())
+    }
+
+    fn shown(state: State) -> Self {
+        let nodes = state.nodes().iter();
+        let nodes: Vec<_> = nodes.map(|node| Node::clone(node)).collect();
         let thresholds = state.thresholds();
         let thresholds = thresholds.map(|(name, at)| (name.to_owned(), at)).collect();
-        // Whoever waits for storage must not hold a state of the graph meanwhile.
+        // Who waits for storage must not hold a state of the graph meanwhile.
         drop(state);
         let sizes = sizes::of(&nodes);
         Self {
@@ -68,8 +77,9 @@ pub(super) struct NodeView<'a> {
 }
 
 /// The backing file of an image.
-struct Backing<'a> {
-    node: NodeView<'a>,
+struct Backing {
+    /// What the node under it is called, which the image may know by another name.
+    shown: String,
     /// Its name as the header has it.
     filename: String,
     /// Its name as seen from here.
@@ -108,7 +118,7 @@ impl<'a> NodeView<'a> {
             "children": self.children(),
         });
         if let Some(backing) = self.backing() {
-            set(&mut value, "backing_file", backing.full_filename);
+            set(&mut value, "backing_file", backing.shown);
         }
         value
     }
@@ -128,7 +138,7 @@ impl<'a> NodeView<'a> {
         if let Some(backing) = self.backing() {
             text += &format!(
                 "    Backing file:     {} (chain depth: {})\n",
-                backing.full_filename,
+                backing.shown,
                 self.depth()
             );
         }
@@ -138,12 +148,34 @@ impl<'a> NodeView<'a> {
     fn filename(self) -> String {
         let file = self.node.filename.display();
         match &self.node.options.driver {
+            Driver::CopyOnRead(_) if self.is_written_out() => {
+                format!("json:{}", self.written_out())
+            }
             Driver::Blkdebug(options) => {
                 let config = options.config.as_deref().unwrap_or(Path::new(""));
                 format!("blkdebug:{}:{file}", config.display())
             }
             _ => file.to_string(),
         }
+    }
+
+    /// Whether its name says that it is a filter.
+    fn is_written_out(self) -> bool {
+        matches!(self.node.of_job, None | Some((FilterKind::Stream, true)))
+    }
+
+    /// What it is made of, with the white space that QEMU has.
+    fn written_out(self) -> String {
+        let file = self.node.file().and_then(|file| self.all.find(file));
+        let (key, value) = match file {
+            Some(file) => ("file", file.written_out()),
+            None => {
+                let path = self.node.filename.display().to_string();
+                ("filename", Value::from(path).to_string())
+            }
+        };
+        let driver = self.node.driver_name();
+        format!("{{\"driver\": \"{driver}\", \"{key}\": {value}}}")
     }
 
     fn detect_zeroes(self) -> &'static str {
@@ -165,18 +197,29 @@ impl<'a> NodeView<'a> {
             Role::DataFile,
         ];
         let children = roles.iter().filter_map(|role| {
-            Some(json!({"child": role.key(), "node-name": self.node.child(*role)?}))
+            let child = match self.node.of_job {
+                Some((kind, _)) => kind.child(),
+                None => role.key(),
+            };
+            Some(json!({"child": child, "node-name": self.node.child(*role)?}))
         });
         children.collect()
     }
 
-    fn backing(self) -> Option<Backing<'a>> {
-        let mut image = self;
-        while let Some(filtered) = image.node.child(Role::Filtered) {
-            image = self.all.find(filtered)?;
-        }
-        let below = self.all.find(image.node.child(Role::Backing)?)?;
-        let full_filename = below.filename();
+    /// The node under it whose disk it shows, or that supplies what it lacks.
+    fn below(self) -> Option<Self> {
+        let child = self.node.child(Role::Filtered);
+        self.all.find(child.or(self.node.child(Role::Backing))?)
+    }
+
+    /// The image under its own. A filter has none.
+    fn backing(self) -> Option<Backing> {
+        let below = self.all.find(self.node.child(Role::Backing)?)?;
+        let shown = below.filename();
+        let full_filename = match below.node.is_filter() {
+            true => below.node.filename.display().to_string(),
+            false => shown.clone(),
+        };
         let header = self.node.layer.format.backing();
         // The header may name another file than the one that was asked for.
         let named = header.as_ref().map(|header| header.name.clone());
@@ -187,14 +230,13 @@ impl<'a> NodeView<'a> {
             format: header
                 .and_then(|header| header.format)
                 .unwrap_or_else(|| below.node.driver_name().to_owned()),
-            node: below,
+            shown,
         })
     }
 
     /// How many layers are under this one.
     fn depth(self) -> usize {
-        let below = |view: &Self| Some(view.backing()?.node);
-        let layers = std::iter::successors(Some(self), below).skip(1);
+        let layers = std::iter::successors(Some(self), |view| view.below()).skip(1);
         layers.take(self.all.nodes.len()).count()
     }
 
@@ -213,20 +255,20 @@ impl<'a> NodeView<'a> {
         if let Some(specific) = self.format_specific() {
             set(&mut value, "format-specific", specific);
         }
-        let Some(backing) = self.backing() else {
-            return value;
-        };
-        set(&mut value, "backing-filename", backing.filename);
-        set(&mut value, "full-backing-filename", backing.full_filename);
-        set(&mut value, "backing-filename-format", backing.format);
-        if nested {
-            set(&mut value, "backing-image", backing.node.image(true));
+        if let Some(backing) = self.backing() {
+            set(&mut value, "backing-filename", backing.filename);
+            set(&mut value, "full-backing-filename", backing.full_filename);
+            set(&mut value, "backing-filename-format", backing.format);
+        }
+        if let Some(below) = self.below().filter(|_| nested) {
+            set(&mut value, "backing-image", below.image(true));
         }
         value
     }
 
     fn format_specific(self) -> Option<Value> {
         match (&self.node.layer.format, &self.node.options.driver) {
+            _ if self.node.is_filter() => None,
             // The bitmaps would have to be read.
             (Format::Qcow2(image), _) => Some(qcow2::format_specific(&image.header(), &[], None)),
             (_, Driver::File(_)) => Some(json!({"type": "file", "data": {}})),

@@ -6,23 +6,28 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
-use crate::engine::Served;
+use crate::engine::{Engine, Served};
 use crate::export::{Counter, QueueStats};
 use crate::graph::{Node, Role, State};
 
 /// An export as an item of `query-blockstats`.
-pub(super) fn export(served: &Served) -> Value {
+pub(super) fn export(engine: &Engine, state: &State, served: &Served) -> Value {
     let export = &served.export;
     let elapsed = nanoseconds(export.elapsed());
     let queues = export.stats().iter();
-    json!({
+    let node = state.node(&engine.graph.named_at(&export.node_name()));
+    let mut members = node.map_or_else(|_| Map::new(), |node| node_members(state, node));
+    let own = json!({
         "device": served.options.id,
-        "node-name": served.export.node_name(),
         "stats": device_stats(export.stats()),
         "elapsed-ns": elapsed,
         "poll-max-ns": nanoseconds(export.poll_max()),
         "queues": queues.map(|stats| queue(stats, elapsed)).collect::<Value>(),
-    })
+    });
+    if let Value::Object(own) = own {
+        members.extend(own);
+    }
+    members.into()
 }
 
 /// All nodes as items of `query-blockstats`, each with those under it. As in QEMU nothing but their
@@ -33,6 +38,10 @@ pub(super) fn nodes(state: &State) -> Value {
 }
 
 fn node_stats(state: &State, node: &Node) -> Value {
+    node_members(state, node).into()
+}
+
+fn node_members(state: &State, node: &Node) -> Map<String, Value> {
     let mut members = Map::new();
     let child = |role| node.child(role).and_then(|name| state.node(name).ok());
     let roles = [Role::DataFile, Role::File, Role::Filtered, Role::Image];
@@ -44,7 +53,7 @@ fn node_stats(state: &State, node: &Node) -> Value {
         members.insert("backing".to_owned(), node_stats(state, below));
     }
     members.insert("node-name".to_owned(), node.name.clone().into());
-    members.into()
+    members
 }
 
 fn nanoseconds(time: Duration) -> u64 {

@@ -27,6 +27,14 @@ impl Engine {
         name: &str,
     ) -> Result<(), Refused> {
         let refuse = |text: String| Err(Refused(text));
+        if self.graph.filter(device).is_some() {
+            return refuse("Need a root block node".into());
+        }
+        if self.graph.filter(image).is_some() {
+            return refuse(format!(
+                "Could not change backing file to '{name}': Operation not supported"
+            ));
+        }
         let found = self.find_device(device);
         let (top, _) = found.ok_or_else(|| no_such_device(device, device))?;
         let state = self.graph.state();
@@ -141,6 +149,7 @@ impl Engine {
             paused: false,
             io_status: crate::state::record::IoStatus::Ok,
             cancelled: false,
+            filter: None,
             completing: false,
             finalized: true,
             commit: Some(Commit {

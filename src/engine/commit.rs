@@ -8,11 +8,14 @@ use std::cell::RefCell;
 use std::sync::Arc;
 
 use super::guests::Guests;
+use super::job_filters::{Wanted, filter};
 use super::stream::{ATTEMPTS, Layers, Unused, no_such_device, refuse, refused};
 use super::{Engine, Exports, Served, on_this_thread};
 use crate::error::Error;
 use crate::export::Export;
-use crate::graph::{Graph, Holder, Node, Request, Rights, Role, Taken, Transaction};
+use crate::graph::{
+    FilterKind, Graph, Holder, JobFilter, Node, Request, Rights, Role, Taken, Transaction,
+};
 use crate::job::active::{self, Active};
 use crate::job::commit::{Commit, CommitSpec, check_base_name};
 use crate::job::handle::{HoldsNodes, checked_speed};
@@ -42,7 +45,7 @@ pub struct CommitRequest {
     pub backing_file: Option<String>,
     /// The job's name; that of the export, if there is none.
     pub job_id: Option<String>,
-    /// The name of a filter node. None is made, but the name is checked.
+    /// The name of the job's filter; one is made up, if there is none.
     pub filter_node_name: Option<String>,
     /// The speed limit in bytes per second; 0 is none.
     pub speed: i64,
@@ -87,12 +90,15 @@ impl Engine {
         let export = layers.export.as_deref().unwrap_or_default();
         let id = request.job_id.as_deref().unwrap_or(export);
         let claimed = self.jobs.claim_id(id)?;
-        if let Some(name) = &request.filter_node_name {
-            self.check_filter_name(name, "")?;
-        }
+        let shown = JobFilter {
+            top: layers.names().next().map(str::to_owned),
+            ..filter_of(&spec, id)
+        };
+        self.show_filter(&lease, request.filter_node_name.as_deref(), "", shown)?;
         let top = self.graph.node(spec.top()).map_err(refused)?;
         let job = JobSpec {
             work: self.recorded_commit(&spec)?,
+            filter: request.filter_node_name.clone(),
             len: top.layer.format.size(),
             speed: checked_speed(request.speed)?,
             on_error: request.on_error,
@@ -114,8 +120,10 @@ impl Engine {
         job: &record::Job,
         spec: &CommitSpec,
     ) -> Result<(), Refused> {
-        let lease = self.take_nodes(&spec.nodes(), spec.top(), "commit")?;
+        let lease = self.take_nodes(spec, spec.top())?;
         self.check_readers(spec)?;
+        let shown = filter_of(spec, &job.id);
+        self.show_filter_again(&lease, job.filter.as_deref(), &shown)?;
         let body = self.commit_body(spec, &job.id)?;
         self.jobs.restore(job, lease, body)?;
         log::info!("job '{}' goes on", job.id);
@@ -130,11 +138,12 @@ impl Engine {
         for _ in 0..ATTEMPTS {
             let layers = self.layers(&request.device)?;
             let spec = self.find_commit(&layers, request)?;
-            let device = match spec.overlay {
-                None => request.device.as_str(),
-                Some(_) => spec.top(),
+            let device = match (&spec.overlay, &request.top) {
+                (None, _) => request.device.as_str(),
+                (Some(_), Some(Place::Node(node))) => node,
+                (Some(_), _) => spec.top(),
             };
-            let lease = self.take_nodes(&spec.nodes(), device, "commit")?;
+            let lease = self.take_nodes(&spec, device)?;
             // A job that ended just now may have changed the chain before its layers were held.
             if self.layers(&request.device)?.names().eq(layers.names()) {
                 self.check_readers(&spec)?;
@@ -144,11 +153,25 @@ impl Engine {
         refuse(format!("The chain of '{}' keeps changing", request.device))
     }
 
+    /// Takes the nodes of a commit, the first of whose layers a client calls `device`.
+    fn take_nodes(&self, spec: &CommitSpec, device: &str) -> Result<Lease, Refused> {
+        let nodes = spec.nodes();
+        let wanted = Wanted {
+            nodes: &nodes,
+            device,
+            overlay: spec.overlay.as_deref(),
+        };
+        let reserved = self.jobs.reserve(&nodes, "commit");
+        reserved.map_err(|busy| self.busy(&wanted, &busy))
+    }
+
     /// The layers from the top down to the base that the client named.
     fn find_commit(&self, layers: &Layers, request: &CommitRequest) -> Result<CommitSpec, Refused> {
         let named = self.find_device(&request.device);
         let state = self.graph.state();
-        if named.is_some_and(|(node, _)| state.is_under_another(&node)) {
+        if self.graph.filter(&request.device).is_some()
+            || named.is_some_and(|(node, _)| state.is_under_another(&node))
+        {
             return refuse("Need a root block node");
         }
         let top = self.find_place(layers, 0, request.top.as_ref(), |file| {
@@ -186,10 +209,11 @@ impl Engine {
         match place {
             None => Ok(None),
             Some(Place::Node(node)) => {
-                if self.graph.node(node).is_err() {
+                if !self.graph.has_name(node) {
                     return Err(no_such_device("", node));
                 }
-                let found = layers.position(node).filter(|at| *at >= from);
+                let meant = self.graph.meant_by(node);
+                let found = layers.position(&meant).filter(|at| *at >= from);
                 found
                     .map(Some)
                     .ok_or_else(|| Refused(format!("'{node}' is not in this backing file chain")))
@@ -297,6 +321,18 @@ impl Engine {
                 Ok(Box::new(commit.map_err(failed)?) as Box<dyn Body>)
             })
         }))
+    }
+}
+
+/// What clients see of a commit in the graph.
+fn filter_of(spec: &CommitSpec, job: &str) -> JobFilter {
+    let kind = match spec.overlay {
+        Some(_) => FilterKind::Commit,
+        None => FilterKind::ActiveCommit,
+    };
+    JobFilter {
+        overlay: spec.overlay.clone(),
+        ..filter(kind, job, spec.top())
     }
 }
 

@@ -8,6 +8,7 @@
 //! - [`runtime`]: what the next process knows of that
 //! - [`stream`], [`commit`]: stream and commit jobs
 //! - `resize`: another size for a disk
+//! - `job_filters`: what jobs are called in the graph
 //! - [`snapshot`]: new images on top of those that guests write; transactions
 //! - `overlay_image`: how these images are made and opened
 //! - `covered`: how the images below are closed
@@ -28,6 +29,7 @@ pub mod exports;
 mod guests;
 mod in_place;
 pub mod incidents;
+mod job_filters;
 pub mod neighbours;
 mod nodes;
 mod object_changes;
@@ -90,6 +92,7 @@ impl Engine {
         {
             return Some((export.node_name(), Some(options.id.clone())));
         }
+        let device = &*self.graph.meant_by(device);
         self.graph.node(device).ok()?;
         let export = exports
             .iter()

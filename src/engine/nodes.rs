@@ -26,6 +26,7 @@ impl Engine {
     pub fn add_node(&self, options: &BlockdevOptions) -> Result<(), Refused> {
         let name = options.node_name.as_deref().unwrap_or_default();
         self.check_names(options)?;
+        let options = &self.without_filters(options);
         // What a stream has let go of need not be there; but this is asked for.
         let recorded = Recorded {
             released: Default::default(),
@@ -55,7 +56,7 @@ impl Engine {
         for (key, child) in options.children() {
             let found = match child {
                 BlockRef::Inline(child) => self.check_names(child),
-                BlockRef::Name(name) if self.graph.node(name).is_ok() => Ok(()),
+                BlockRef::Name(name) if self.graph.has_name(name) => Ok(()),
                 BlockRef::Name(name) => Err(no_such_device(name, name)),
             };
             found.map_err(|Refused(text)| match key {
@@ -64,7 +65,7 @@ impl Engine {
             })?;
         }
         match &options.node_name {
-            Some(name) if self.graph.node(name).is_ok() => Err(duplicate(name)),
+            Some(name) if self.graph.has_name(name) => Err(duplicate(name)),
             _ => Ok(()),
         }
     }

@@ -11,7 +11,7 @@ use super::nodes::refused;
 use super::runtime::{Change, names_in};
 use super::stream::no_such_device;
 use crate::graph::recorded::is_same_image;
-use crate::graph::{Node, Role, State, Transaction};
+use crate::graph::{FilterKind, Node, Role, State, Transaction};
 use crate::job::Refused;
 use crate::job::records::{below, identity};
 use crate::options::{BackingRef, BlockRef, BlockdevOptions, Driver};
@@ -33,7 +33,8 @@ impl Engine {
         let before = self.graph.state();
         let mut transaction = self.graph.transaction();
         for options in list {
-            reopen(&mut transaction, options)?;
+            self.check_reopen(options)?;
+            reopen(&mut transaction, &self.without_filters(options))?;
         }
         let names = list
             .iter()
@@ -57,6 +58,61 @@ impl Engine {
         }
         drop((before, released));
         Ok(())
+    }
+
+    /// Refuses other options of a job's filter, a node that is to be over a filter that is over it, and one
+    /// that would take the place of a filter.
+    fn check_reopen(&self, options: &BlockdevOptions) -> Result<(), Refused> {
+        let name = options.node_name.as_deref().unwrap_or_default();
+        if let Some(filter) = self.graph.filter(name) {
+            return refuse(format!(
+                "Block format '{}' used by node '{name}' does not support reopening files",
+                filter.kind.driver()
+            ));
+        }
+        self.check_under(options)?;
+        for (key, child) in options.children() {
+            let BlockRef::Name(child) = child else {
+                continue;
+            };
+            if !self.graph.has_name(child) {
+                return Err(no_such_device("", child));
+            }
+            if let Some(filter) = self.graph.filter(child)
+                && self.graph.state().is_under(name, &filter.node)
+            {
+                return refuse(format!(
+                    "Making '{child}' a {key} child of '{name}' would create a cycle"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses options for what is under a node where clients see the filter of a commit there.
+    fn check_under(&self, options: &BlockdevOptions) -> Result<(), Refused> {
+        let name = options.node_name.as_deref().unwrap_or_default();
+        let state = self.graph.state();
+        let below = state.node(name).ok();
+        let below = below.and_then(|node| node.child(Role::Backing));
+        let over = below.and_then(|below| self.graph.filter_over(below));
+        let Some(filter) = over.filter(|filter| filter.kind == FilterKind::Commit) else {
+            return Ok(());
+        };
+        let wanted = match &options.driver {
+            Driver::Qcow2(qcow2) => &qcow2.backing,
+            Driver::Qed(qed) => &qed.backing,
+            _ => return Ok(()),
+        };
+        match wanted {
+            BackingRef::Node(BlockRef::Inline(_)) => {
+                refuse("Cannot change the option 'backing.driver'")
+            }
+            BackingRef::None if !filter.named => {
+                refuse(format!("Cannot replace implicit backing child of {name}"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// What is recorded of the chains of nodes `names`, as it is to be.
@@ -197,7 +253,7 @@ fn backing(
             Ok(Some(own.clone()))
         }
         (BackingRef::Node(BlockRef::Inline(_)), None) => {
-            refuse("Cannot change the option 'backing'")
+            refuse("Cannot change the option 'backing.driver'")
         }
     }
 }

@@ -16,7 +16,7 @@ use super::{Engine, Served, neighbours, nodes::refused, on_this_thread};
 use crate::error::{Error, Result};
 use crate::export::{Export, ExportConfig, SocketSource};
 use crate::format::Format;
-use crate::graph::{Grant, Graph, Holder, Request};
+use crate::graph::{FilterKind, Grant, Graph, Holder, Request};
 use crate::job::{Event, Refused};
 use crate::options::{DetectZeroes, ExportOptions, IothreadOptions, SocketAddress};
 
@@ -142,6 +142,12 @@ impl Engine {
     pub fn add_export(&self, options: &ExportOptions) -> std::result::Result<(), Refused> {
         // Held until the export is listed, or all that it had has been given back.
         let _name = self.exports.claim(&options.id)?;
+        let filter = self.graph.filter(&options.node_name);
+        let is_read = filter.is_some_and(|filter| filter.kind == FilterKind::Commit);
+        let options = &ExportOptions {
+            node_name: self.graph.meant_by(&options.node_name),
+            ..options.clone()
+        };
         let thread = options.iothread.as_deref().map(|id| {
             let thread = self.runtime.objects.want(id);
             thread.ok_or_else(|| Refused(format!("iothread \"{id}\" not found")))
@@ -149,7 +155,8 @@ impl Engine {
         let thread = thread.transpose()?;
         let node = &options.node_name;
         let unknown = |_| no_such_device("", node);
-        let fixed = self.graph.node(node).map_err(unknown)?.fixed_read_only
+        let fixed = is_read
+            || self.graph.node(node).map_err(unknown)?.fixed_read_only
             || self
                 .graph
                 .image_node(node)

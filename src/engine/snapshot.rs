@@ -162,14 +162,13 @@ impl<'e> Change<'e> {
 
     /// Refuses to cover node `old`, which jobs may not have from here on.
     fn check_old(&mut self, state: &State, old: &str) -> Result<()> {
-        state.check_covered(old)?;
         let mut next = Some(old);
         // With what it is a filter of: somebody else may know the disk by that name.
         while let Some(name) = next {
             self.reserve(name)?;
             next = state.node(name)?.child(Role::Filtered);
         }
-        Ok(())
+        state.check_covered(old)
     }
 
     fn reserve(&mut self, node: &str) -> Result<()> {
@@ -189,12 +188,16 @@ impl<'e> Change<'e> {
 
     /// Two nodes that are there.
     fn find(&mut self, node: &str, overlay: &str) -> Result<Cover> {
+        self.engine.check_no_filter(node).map_err(said)?;
         let draft = self.draft()?;
         let state = draft.state();
         let old = self
             .device(state, node)
             .ok_or_else(|| no_node(node, node))?;
         self.check_old(state, &old)?;
+        if self.engine.graph.filter(overlay).is_some() {
+            return Err(Error::Invalid("The overlay is already in use".into()));
+        }
         if state.node(overlay).is_err() {
             return Err(no_node(overlay, overlay));
         }
@@ -212,6 +215,9 @@ impl<'e> Change<'e> {
 
     /// A node that is there, and an image that is made or opened.
     fn make(&mut self, new: &NewOverlay) -> Result<Cover> {
+        for name in [&new.device, &new.node_name].into_iter().flatten() {
+            self.engine.check_no_filter(name).map_err(said)?;
+        }
         let draft = self.draft()?;
         let state = draft.state();
         let names = [new.node_name.as_deref(), new.device.as_deref()];
@@ -233,7 +239,7 @@ impl<'e> Change<'e> {
             check_node_name(name).map_err(Error::Invalid)?;
         }
         if let Some(name) = &new.snapshot_node_name
-            && state.node(name).is_ok()
+            && (state.node(name).is_ok() || self.engine.graph.filter(name).is_some())
         {
             let text = "New overlay node-name already in use";
             return Err(Error::Invalid(text.into()));
@@ -500,6 +506,10 @@ impl<'e> Change<'e> {
         // Behind the nodes that are in them.
         self.files.clear();
     }
+}
+
+fn said(Refused(text): Refused) -> Error {
+    Error::Invalid(text)
 }
 
 fn no_node(device: &str, node: &str) -> Error {

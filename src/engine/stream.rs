@@ -8,8 +8,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::guests::Guests;
+use super::job_filters::{Wanted, filter};
 use super::{Engine, on_this_thread};
-use crate::graph::{Grant, Graph, Node, Request, resolve};
+use crate::graph::{FilterKind, Grant, Graph, Node, Request, resolve};
 use crate::job::handle::checked_speed;
 use crate::job::records::{self, Recording};
 use crate::job::stream::{Stream, StreamSpec, check_base_name};
@@ -44,7 +45,7 @@ pub struct StreamRequest {
     pub compress: bool,
     /// The job's name; that of the export, if there is none.
     pub job_id: Option<String>,
-    /// The name of a filter node. None is made, but the name is checked.
+    /// The name of the job's filter; one is made up, if there is none.
     pub filter_node_name: Option<String>,
     /// The speed limit in bytes per second; 0 is none.
     pub speed: i64,
@@ -141,19 +142,23 @@ impl Engine {
         if spec.base.is_none() && request.backing_file.is_some() {
             return refuse("backing file specified, but streaming the entire chain");
         }
-        if let Some(name) = &request.filter_node_name {
-            self.check_filter_name(name, "Could not create node: ")?;
-        }
+        let export = layers.export.as_deref().unwrap_or_default();
+        let id = request.job_id.as_deref().unwrap_or(export);
+        self.show_filter(
+            &lease,
+            request.filter_node_name.as_deref(),
+            "Could not create node: ",
+            filter(FilterKind::Stream, id, &spec.target),
+        )?;
         let Some(target) = layers.nodes.first() else {
             return Err(no_such_device(&request.device, &request.device));
         };
         if target.fixed_read_only {
             return refuse("Block node is read-only");
         }
-        let export = layers.export.as_deref().unwrap_or_default();
-        let id = request.job_id.as_deref().unwrap_or(export);
         let job = JobSpec {
             work: self.recorded_work(&spec)?,
+            filter: request.filter_node_name.clone(),
             len: target.layer.format.size(),
             speed: checked_speed(request.speed)?,
             on_error: request.on_error,
@@ -176,6 +181,8 @@ impl Engine {
         spec: &StreamSpec,
     ) -> Result<(), Refused> {
         let lease = self.reserve(spec, spec.layers.first().map_or("", String::as_str))?;
+        let shown = filter(FilterKind::Stream, &job.id, &spec.target);
+        self.show_filter_again(&lease, job.filter.as_deref(), &shown)?;
         let body = (self.streams)(spec, &job.id)?;
         self.jobs.restore(job, lease, body)?;
         log::info!("job '{}' goes on", job.id);
@@ -211,33 +218,20 @@ impl Engine {
 
     /// Takes the layers of a stream, the first of which a client calls `device`.
     fn reserve(&self, spec: &StreamSpec, device: &str) -> Result<Lease, Refused> {
-        self.take_nodes(&spec.layers, device, "stream")
-    }
-
-    /// Takes nodes for a job of this kind, the first of which a client calls `device`.
-    pub(super) fn take_nodes(
-        &self,
-        nodes: &[String],
-        device: &str,
-        kind: &'static str,
-    ) -> Result<Lease, Refused> {
-        self.jobs.reserve(nodes, kind).map_err(|busy| {
-            let node = match busy.index {
-                0 => device,
-                index => nodes.get(index).map_or(device, String::as_str),
-            };
-            Refused(format!(
-                "Node '{node}' is busy: block device is in use by block job: {}",
-                busy.kind
-            ))
-        })
+        let wanted = Wanted {
+            nodes: &spec.layers,
+            device,
+            overlay: None,
+        };
+        let reserved = self.jobs.reserve(&spec.layers, "stream");
+        reserved.map_err(|busy| self.busy_for_stream(&wanted, &busy))
     }
 
     /// The layers from the first down to the base that the client named.
     fn find_spec(&self, layers: &Layers, request: &StreamRequest) -> Result<StreamSpec, Refused> {
-        let known = |name: &str| match self.graph.node(name) {
-            Ok(_) => Ok(()),
-            Err(_) => Err(no_such_device("", name)),
+        let known = |name: &str| match self.graph.has_name(name) {
+            true => Ok(self.graph.meant_by(name)),
+            false => Err(no_such_device("", name)),
         };
         let end = match &request.base {
             None => layers.nodes.len(),
@@ -245,8 +239,7 @@ impl Engine {
                 .find_file(0, file)
                 .ok_or_else(|| Refused(format!("Can't find '{file}' in the backing chain")))?,
             Some(Base::Node(node)) => {
-                known(node)?;
-                let at = layers.position(node).filter(|&at| at > 0);
+                let at = layers.position(&known(node)?).filter(|&at| at > 0);
                 at.ok_or_else(|| {
                     let device = &request.device;
                     Refused(format!(
@@ -255,8 +248,13 @@ impl Engine {
                 })?
             }
             Some(Base::Bottom(node)) => {
-                known(node)?;
-                let at = layers.position(node).map(|at| at + 1);
+                let meant = known(node)?;
+                if meant != *node || self.graph.node(node).is_ok_and(|node| node.is_filter()) {
+                    return refuse(format!(
+                        "Node '{node}' is a filter, use a non-filter node as 'bottom'"
+                    ));
+                }
+                let at = layers.position(&meant).map(|at| at + 1);
                 at.ok_or_else(|| {
                     let device = &request.device;
                     Refused(format!(
@@ -272,22 +270,6 @@ impl Engine {
             backing_file: request.backing_file.clone(),
             compress: request.compress,
         })
-    }
-
-    /// Jobs put no filter into the graph, but a name for one is checked all the same.
-    pub(super) fn check_filter_name(&self, name: &str, prefix: &str) -> Result<(), Refused> {
-        let mut characters = name.chars();
-        let well_formed = characters
-            .next()
-            .is_some_and(|first| first.is_ascii_alphabetic())
-            && characters.all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_'));
-        if !well_formed {
-            return refuse(format!("{prefix}Invalid node-name: '{name}'"));
-        }
-        if self.graph.node(name).is_ok() {
-            return refuse(format!("{prefix}Duplicate nodes with node-name='{name}'"));
-        }
-        Ok(())
     }
 
     /// What is recorded of a stream that is about to be made; `None` if nobody can go on with it.

@@ -17,8 +17,11 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
+use parking_lot::Mutex;
+
 use super::edges::{Demand, Rights, Role};
-use super::nodes::State;
+use super::job_filter::{JobFilter, busy};
+use super::nodes::{State, duplicate_name};
 use super::{Graph, Inner, Released};
 use crate::error::{Error, Result};
 
@@ -116,7 +119,7 @@ impl Request {
             let (child, does, tolerates) = match index {
                 // The disks over it read the same all the while.
                 0 => (
-                    "main node",
+                    "active node",
                     Rights::READ | Rights::WRITE_UNCHANGED | Rights::OPEN,
                     tolerates | Rights::WRITE,
                 ),
@@ -150,13 +153,13 @@ impl Request {
                 tolerates: reads | Rights::WRITE,
             };
             request = request
-                .with(overlay, "overlay node", demand)
+                .with(overlay, "main node", demand)
                 .frozen_below(state, overlay);
         }
         for (index, layer) in layers.iter().enumerate() {
             let (child, tolerates) = match (index, overlay) {
-                (0, None) => ("main node", reads | Rights::WRITE),
-                (0, Some(_)) => ("main node", reads),
+                (0, None) => ("source", reads | Rights::WRITE),
+                (0, Some(_)) => ("intermediate node", reads),
                 _ => ("intermediate node", Rights::WRITE_UNCHANGED),
             };
             let does = Rights::NONE;
@@ -170,7 +173,11 @@ impl Request {
             does: Rights::READ | Rights::WRITE | base.1,
             tolerates: Rights::WRITE_UNCHANGED,
         };
-        request.with(base.0, "base", demand)
+        let child = match overlay {
+            Some(_) => "base",
+            None => "target",
+        };
+        request.with(base.0, child, demand)
     }
 
     /// And the links from `layer` down to what supplies what its image lacks.
@@ -204,6 +211,8 @@ pub(super) struct Held {
     request: Request,
     /// What it was for is over: it minds nothing any more.
     over: AtomicBool,
+    /// What clients see of it in the graph.
+    filter: Mutex<Option<Arc<JobFilter>>>,
 }
 
 impl Held {
@@ -211,6 +220,7 @@ impl Held {
         Self {
             request,
             over: AtomicBool::new(false),
+            filter: Mutex::default(),
         }
     }
 
@@ -313,6 +323,16 @@ impl Grant {
         graph.commit(transaction)
     }
 
+    /// The graph, while it is there.
+    pub(super) fn graph(&self) -> Option<Graph> {
+        self.graph.upgrade().map(Graph)
+    }
+
+    /// Sets what clients see of it. Nobody looks meanwhile, since `_all` are locked.
+    pub(super) fn set_filter(&self, _all: &Grants, filter: Option<JobFilter>) {
+        *self.held.filter.lock() = filter.map(Arc::new);
+    }
+
     pub(super) fn held(&self) -> Weak<Held> {
         Arc::downgrade(&self.held)
     }
@@ -369,16 +389,27 @@ impl Graph {
     /// What a grant is for that uses `node` by name, in QEMU's words for who wants to remove it.
     pub(super) fn user_of(&self, node: &str) -> Option<String> {
         let grants = self.0.publishing.lock();
+        let over = grants.filters().find(|filter| filter.node == node);
         let uses = |held: &&Arc<Held>| held.request.uses.iter().any(|used| used.node == node);
         let users: Vec<_> = grants.0.iter().filter(uses).collect();
         let job = users.iter().find_map(|held| match held.request.holder {
             Holder::Job(kind, _) => Some(busy(node, kind)),
             Holder::Export(_) | Holder::Tool => None,
         });
+        // What is written, and the first layer of a commit, QEMU's jobs use as guests do.
+        let is_written = users.iter().any(|held| {
+            let mut uses = held.request.uses.iter().filter(|used| used.node == node);
+            uses.any(|used| used.demand.does.has(Rights::WRITE))
+        });
         let others = users
             .iter()
             .any(|held| !matches!(held.request.holder, Holder::Job(..)));
-        match others {
+        let in_use = match over {
+            // Others use the filter.
+            Some(filter) => !filter.kind.is_held(),
+            None => is_written || others,
+        };
+        match in_use {
             true => Some(format!("Node {node} is in use")),
             false => job,
         }
@@ -504,6 +535,20 @@ impl Grants {
     pub(super) fn forget(&mut self, takes: &[Taken]) {
         let is_one = |held: &Arc<Held>| takes.iter().any(|taken| Arc::ptr_eq(&taken.0, held));
         self.0.retain(|held| !is_one(held));
+    }
+
+    /// The filters of jobs.
+    pub(super) fn filters(&self) -> impl Iterator<Item = Arc<JobFilter>> {
+        self.0.iter().filter_map(|held| held.filter.lock().clone())
+    }
+
+    /// Refuses nodes with the names of filters.
+    pub(super) fn check_names(&self, state: &State) -> Result<()> {
+        let mut filters = self.filters();
+        match filters.find(|filter| state.node(&filter.name).is_ok()) {
+            Some(filter) => Err(duplicate_name(&filter.name)),
+            None => Ok(()),
+        }
     }
 
     fn reserved_by(&self, node: &str) -> Option<&'static str> {
@@ -680,11 +725,6 @@ impl Grants {
         }
         Ok(())
     }
-}
-
-/// What a client is told of a node that a job of this kind has.
-fn busy(node: &str, kind: &str) -> String {
-    format!("Node '{node}' is busy: block device is in use by block job: {kind}")
 }
 
 #[cfg(test)]

@@ -12,7 +12,8 @@
 //! * `writable`, `resize`: images that are open to be written;
 //! * `resize_in_use`: another size while guests use a disk;
 //! * `removal`: nodes that go;
-//! * `thresholds`: writes that somebody wants to hear of.
+//! * `thresholds`: writes that somebody wants to hear of;
+//! * `job_filter`, `shown`: the filters of jobs, and the graph as clients see it.
 //!
 //! Readers load the present value ([`Graph::state`]) and never wait for a change. All that is
 //! published goes through [`Graph::commit`], which neither opens, syncs nor waits: what takes time
@@ -26,6 +27,7 @@ mod driver;
 mod drivers;
 mod edges;
 mod grants;
+mod job_filter;
 mod nodes;
 mod open;
 mod opening;
@@ -35,6 +37,7 @@ pub mod recorded;
 mod removal;
 mod resize;
 mod resize_in_use;
+mod shown;
 #[cfg(test)]
 mod tests;
 mod thresholds;
@@ -63,6 +66,7 @@ use writable::Turns;
 pub use below::{Allowed, backing_options, layer_options};
 pub use edges::{Demand, Edge, Rights, Role};
 pub use grants::{Busy, Grant, Holder, NodeUse, NodeUser, Request, Taken};
+pub use job_filter::{FilterKind, JobFilter, busy};
 pub use nodes::{Node, State};
 pub use owner::Task;
 pub use recorded::{Recorded, RecordedLink, RecordedNode};
@@ -177,6 +181,7 @@ impl Graph {
         let done = self.by_owner(move || {
             let change = |old: &State, grants: &mut Grants, state: &mut State| {
                 transaction.apply(state)?;
+                grants.check_names(state)?;
                 for replaced in transaction.replaced() {
                     grants.check_replaced(replaced, transaction.takes())?;
                 }

@@ -12,6 +12,7 @@ use std::sync::{Arc, Weak};
 
 use super::driver::{self, Driver, WHOLE};
 use super::edges::{Edge, Role};
+use super::job_filter::FilterKind;
 use crate::chain::{Layer, Root, Tap};
 use crate::error::{Error, Result};
 use crate::format::Format;
@@ -38,6 +39,9 @@ pub struct Node {
     pub fixed_read_only: bool,
     /// It was the top of a disk, and what the guest began to write then may still arrive.
     pub closing: bool,
+    /// It is what clients see of a job ([`shown`](super::Graph::shown)), whose kind this is, and whether a
+    /// client has given its name.
+    pub of_job: Option<(FilterKind, bool)>,
 }
 
 impl Node {
@@ -53,6 +57,7 @@ impl Node {
             implicit: false,
             fixed_read_only: false,
             closing: false,
+            of_job: None,
         }
     }
 
@@ -113,7 +118,10 @@ impl Node {
     /// The name of its driver.
     #[must_use]
     pub fn driver_name(&self) -> &'static str {
-        self.options.driver.name()
+        match self.of_job {
+            Some((kind, _)) => kind.driver(),
+            None => self.options.driver.name(),
+        }
     }
 
     /// Its format, as a header would name it: a bare file is a raw disk, and a filter has the
@@ -395,6 +403,11 @@ impl State {
         }
         order
     }
+}
+
+/// What is told of a node that is to have the name of another one.
+pub(super) fn duplicate_name(name: &str) -> Error {
+    Error::Invalid(format!("Duplicate nodes with node-name='{name}'"))
 }
 
 fn no_node(name: &str) -> Error {

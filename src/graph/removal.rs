@@ -13,6 +13,12 @@ impl Graph {
     /// Why it may not.
     pub fn check_removal(&self, name: &str) -> Result<()> {
         let refuse = |text: String| Err(Error::Invalid(text));
+        if let Some(filter) = self.filter(name) {
+            return refuse(match &filter.overlay {
+                Some(overlay) => filter.is_backing_of(overlay),
+                None => format!("Node {name} is in use"),
+            });
+        }
         let state = self.state();
         let Ok(node) = state.node(name) else {
             return refuse(format!("Failed to find node with node-name='{name}'"));

@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 
 use super::edges::Role;
 use super::grants::{Grant, Held, Request, Taken};
-use super::nodes::{Node, State};
+use super::nodes::{Node, State, duplicate_name};
 use crate::chain::{Layer, Root, Tap};
 use crate::error::{Error, Result};
 use crate::options::BlockdevOptions;
@@ -268,10 +268,7 @@ impl Change {
         match self {
             Self::Add(node) => {
                 if state.node(&node.name).is_ok() {
-                    return Err(Error::Invalid(format!(
-                        "Duplicate nodes with node-name='{}'",
-                        node.name
-                    )));
+                    return Err(duplicate_name(&node.name));
                 }
                 state.push(node.clone());
             }

@@ -46,11 +46,11 @@ impl CommitSpec {
         self.layers.first().map_or("", String::as_str)
     }
 
-    /// All nodes that it is about, top first.
+    /// All nodes that it is about, top first, and then the image over them.
     #[must_use]
     pub fn nodes(&self) -> Vec<String> {
-        let nodes = self.overlay.iter().chain(&self.layers);
-        nodes.chain([&self.base]).cloned().collect()
+        let nodes = self.layers.iter().chain([&self.base]);
+        nodes.chain(&self.overlay).cloned().collect()
     }
 }
 

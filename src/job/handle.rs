@@ -35,6 +35,8 @@ pub struct JobSpec {
     pub auto_dismiss: bool,
     /// What it does, for those who go on with it in another process: `None` if nobody can.
     pub work: Option<Work>,
+    /// The name that its client has given its filter in the graph.
+    pub filter: Option<String>,
     /// Whether its nodes stay its own when it has ended, until it is dismissed.
     pub holds: HoldsNodes,
 }
@@ -99,6 +101,7 @@ impl JobSpec {
             auto_dismiss: true,
             work: None,
             holds: HoldsNodes::Always,
+            filter: None,
         }
     }
 
@@ -112,6 +115,7 @@ impl JobSpec {
             auto_dismiss: job.auto_dismiss,
             work: Some(job.work.clone()),
             holds: HoldsNodes::of(&job.work),
+            filter: job.filter.clone(),
             ..Self::new(job.work.kind(), &job.id)
         }
     }
@@ -129,6 +133,7 @@ impl JobSpec {
             number: 0,
             id: self.id.clone(),
             work: self.work.clone()?,
+            filter: self.filter.clone(),
             len: self.len,
             speed: self.speed,
             on_error: self.on_error,

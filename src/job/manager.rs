@@ -394,6 +394,10 @@ impl Manager {
             return;
         }
         let _turn = job.turn();
+        // It is at work no longer.
+        if let Some(lease) = &job.lock().lease {
+            lease.hide_filter();
+        }
         if job.is_restored()
             && let Some(untold) = &mut *self.untold.lock()
         {

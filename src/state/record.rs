@@ -199,6 +199,9 @@ pub struct Job {
     pub id: String,
     /// What it does.
     pub work: Work,
+    /// The name that its client has given the node which stands for it in the graph.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filter: Option<String>,
     /// How much there was to do when it began, in bytes.
     pub len: u64,
     /// Its speed limit in bytes per second; 0 is none.

@@ -128,6 +128,7 @@ fn job(id: &str) -> Job {
         paused: true,
         io_status: IoStatus::NoSpace,
         cancelled: false,
+        filter: Some("filter".into()),
         completing: false,
         finalized: false,
         commit: Some(Commit {

@@ -102,6 +102,11 @@ fn shown(life: &mut Life) -> Res<Value> {
     Ok(exports[0]["node-name"].clone())
 }
 
+/// Whether this is the filter of a job that has no name of a client's.
+fn is_filter(name: &Value) -> bool {
+    name.as_str().is_some_and(|name| name.starts_with("#block"))
+}
+
 #[test]
 fn a_guest_that_writes_all_the_while_goes_on_on_the_base() -> Res<()> {
     for (base, sizes) in [
@@ -239,7 +244,7 @@ fn its_states_and_verbs_are_those_of_qemu() -> Res<()> {
     for state in ["ready", "waiting", "pending"] {
         life.state(state)?;
     }
-    assert_eq!(shown(&mut life)?, "act");
+    assert!(is_filter(&shown(&mut life)?));
     life.run("job-finalize", json!({"id": "disk"}))?;
     life.state("concluded")?;
     assert_eq!(shown(&mut life)?, "base");
@@ -278,7 +283,7 @@ fn a_killed_daemon_leaves_the_guest_where_it_was() -> Res<()> {
     // It goes on, with a new pass.
     let mut life = Life::begin(&chain, &state)?;
     assert!(life.read_all()? == writer.disk, "killed while it was ready");
-    assert_eq!(shown(&mut life)?, "act");
+    assert!(is_filter(&shown(&mut life)?));
     let is_ready = |life: &mut Life| -> Res<bool> {
         Ok(life.run("query-block-jobs", json!({}))?[0]["ready"] == true)
     };

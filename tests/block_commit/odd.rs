@@ -181,7 +181,11 @@ fn a_filter_is_shown_with_the_file_that_it_has() -> Res<()> {
     life.run("block-job-complete", json!({"device": "j"}))?;
     life.end()?;
     let base = chain.path("base").display().to_string();
-    assert_eq!(node(&mut life, "F")?["file"], base.as_str());
+    let file = format!(
+        "json:{{\"driver\": \"copy-on-read\", \"file\": {{\"driver\": \"qcow2\", \"file\": \
+         {{\"driver\": \"file\", \"filename\": \"{base}\"}}}}}}"
+    );
+    assert_eq!(node(&mut life, "F")?["file"], file.as_str());
     let exports = life.run("query-block-exports", json!({}))?;
     assert_eq!(exports[0]["node-name"], "base");
     life.daemon.stop()?;

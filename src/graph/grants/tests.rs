@@ -6,6 +6,7 @@
 
 use serde_json::{Value, json};
 
+use super::super::{FilterKind, Node};
 use super::*;
 use crate::format::qcow2::create::{CreateOptions, create};
 use crate::options::{BlockdevOptions, Dialect};
@@ -108,7 +109,7 @@ fn holders_that_harm_each_other_are_refused() {
     };
     let root = |node: &str| format!("an unnamed block device (uses node '{node}' as 'root' child)");
     let between = "stream job 'j' (uses node 'mid' as 'intermediate node' child)";
-    let main = "stream job 'j' (uses node 'top' as 'main node' child)";
+    let main = "stream job 'j' (uses node 'top' as 'active node' child)";
     let below = "node 'raw' (uses node 'loose' as 'file' child)";
     let under =
         |top: &str, node: &str| format!("node '{top}' (uses node '{node}' as 'backing' child)");
@@ -474,4 +475,50 @@ fn nobody_reads_a_base_while_it_is_committed_into() {
             bed.graph.set_backing("top", Some("mid")).unwrap();
         }
     }
+}
+
+/// Of a node that was opened before a filter had its name and is published after that, and of what clients
+/// see.
+#[test]
+fn a_name_is_a_nodes_or_a_filters() {
+    let bed = Bed::new();
+    let lease = bed.graph.reserve(&["top".to_owned()], "stream").unwrap();
+    let filter = |name: &str| JobFilter {
+        name: name.to_owned(),
+        named: true,
+        kind: FilterKind::Stream,
+        job: "j".to_owned(),
+        node: "top".to_owned(),
+        overlay: None,
+        top: None,
+    };
+    let opened = |name: &str| {
+        let node = bed.graph.node("raw").unwrap();
+        let name = name.to_owned();
+        let mut transaction = bed.graph.transaction();
+        transaction.add(Node { name, ..node }).unwrap();
+        transaction
+    };
+    let duplicate = |name: &str| format!("Duplicate nodes with node-name='{name}'");
+    let taken = lease.show_filter(filter("mid")).unwrap_err();
+    assert_eq!(taken.to_string(), duplicate("mid"));
+    let early = opened("F");
+    lease.show_filter(filter("F")).unwrap();
+    let refused = bed.graph.commit(early).unwrap_err();
+    assert_eq!(refused.to_string(), duplicate("F"));
+    assert!(bed.graph.node("F").is_err() && bed.graph.has_name("F"));
+    let child = |state: &State, of: &str| {
+        let node = state.node(of).unwrap();
+        node.child(Role::Filtered).map(str::to_owned)
+    };
+    let shown = bed.graph.shown();
+    assert_eq!(child(&shown, "seen").as_deref(), Some("F"));
+    assert_eq!(child(&shown, "F").as_deref(), Some("top"));
+    assert_eq!(child(&bed.graph.state(), "seen").as_deref(), Some("top"));
+    let other = bed.graph.reserve(&["mid".to_owned()], "stream").unwrap();
+    let taken = other.show_filter(filter("F")).unwrap_err();
+    assert_eq!(taken.to_string(), duplicate("F"));
+    drop(lease);
+    assert_eq!(bed.graph.filters(), []);
+    drop(bed.graph.commit(opened("F")).unwrap());
 }
