@@ -370,6 +370,35 @@ fn filters_are_seen_as_with_qemu() {
     }
 }
 
+/// A layer that was written inside another one's options goes when it was committed, as all that it has is
+/// in the base.
+#[test]
+fn layers_that_were_committed_are_closed() {
+    let mut left = Vec::new();
+    for program in [OURS, THEIRS] {
+        let folder = images();
+        let Some(_daemon) = Daemon::start(program, folder.path(), &[]) else {
+            eprintln!("skipped: qemu-storage-daemon is needed");
+            return;
+        };
+        let mut client = Daemon::connect(folder.path());
+        let image = |name: &str, below: Value| {
+            let file = json!({"driver": "file", "filename": format!("{name}.qcow2")});
+            json!({"driver": "qcow2", "node-name": name, "file": file, "backing": below})
+        };
+        let chain = image("over", image("under", image("lowest", Value::Null)));
+        client.get("blockdev-add", chain);
+        let commit = json!({"device": "over", "top-node": "under", "job-id": "j"});
+        client.get("block-commit", commit);
+        client.event(|event| event["data"]["status"] == "null");
+        let mut names = names(&mut client);
+        names.retain(|name| !name.starts_with('#'));
+        names.sort();
+        left.push(names);
+    }
+    assert_eq!(left[0], left[1]);
+}
+
 fn names(client: &mut Client) -> Vec<String> {
     let nodes = client.get("query-named-block-nodes", json!({"flat": true}));
     let nodes = nodes.as_array().unwrap().iter();

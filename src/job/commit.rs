@@ -222,6 +222,19 @@ impl Commit {
         Ok(())
     }
 
+    /// Lets go of the layers: those that nobody has named and nothing needs are closed.
+    fn let_go(&mut self) {
+        self.layers.source = self.layers.target.clone();
+        let mut transaction = self.graph.transaction();
+        transaction.sweep();
+        if let Err(error) = self.graph.commit(transaction).map(drop) {
+            log::error!(
+                "node '{}', which was committed into: {error}",
+                self.layers.base
+            );
+        }
+    }
+
     async fn put_in_force(&self) -> Result<()> {
         let Some(grant) = &self.grant else {
             return Err(Error::Invalid("the commit has been closed".into()));
@@ -281,6 +294,7 @@ impl Body for Commit {
             {
                 log::error!("node '{}': back to read-only: {error}", self.layers.base);
             }
+            self.let_go();
         })
     }
 }
