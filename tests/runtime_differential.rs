@@ -269,11 +269,18 @@ fn reopening() {
         reopen(json!({"driver": "qcow2"})),
         reopen(json!({"driver": "qcow2", "file": "tf"})),
         reopen(json!({"driver": "qcow2", "node-name": "x", "file": "tf"})),
+        reopen(json!({"driver": "qcow2", "node-name": "", "file": "tf"})),
+        reopen(top(json!({"backing": ""}))),
+        reopen(top(json!({"file": "", "backing": "b"}))),
+        reopen(top(json!({"file": "none", "backing": "b"}))),
         reopen(top(json!({}))),
         reopen(top(json!({"backing": "b"}))),
         reopen(top(json!({"backing": "t"}))),
         reopen(top(json!({"backing": "x"}))),
         reopen(top(json!({"backing": null}))),
+        reopen(top(
+            json!({"backing": {"driver": "qcow2", "file": file("base.qcow2")}}),
+        )),
         reopen(top(json!({}))),
         reopen(top(json!({"backing": "b", "read-only": true}))),
         (

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::args::Args;
 use super::command::{Control, Done};
 use super::error::CommandError;
-use crate::options::{BlockdevOptions, ConfigError, Dialect, ImageOptions};
+use crate::options::{BlockdevOptions, ConfigError, Dialect, ImageOptions, check_node_name};
 
 /// Opens a node.
 pub(super) fn blockdev_add(control: &Control, args: &Args) -> Done {
@@ -27,6 +27,9 @@ pub(super) fn blockdev_create(control: &Control, args: &Args) -> Done {
 /// Gives nodes other options.
 pub(super) fn blockdev_reopen(control: &Control, args: &Args) -> Done {
     let list = args.value("options").and_then(Value::as_array);
+    for given in list.into_iter().flatten() {
+        check_names(control, given)?;
+    }
     let list = list
         .into_iter()
         .flatten()
@@ -35,6 +38,25 @@ pub(super) fn blockdev_reopen(control: &Control, args: &Args) -> Done {
     let list = list.collect::<Result<Vec<_>, ConfigError>>()?;
     control.engine.reopen_nodes(&list)?;
     Ok(json!({}).into())
+}
+
+/// Refuses names that no node has: in the options of a node that is added the empty one says that nothing
+/// is to lie under it.
+fn check_names(control: &Control, given: &Value) -> Result<(), CommandError> {
+    let text = |key: &str| given.get(key).and_then(Value::as_str);
+    let is_none =
+        |name: &&str| check_node_name(name).is_err() && !control.engine.graph.has_name(name);
+    if let Some(name) = text("node-name").filter(is_none) {
+        return Err(CommandError::generic(format!(
+            "Failed to find node with node-name='{name}'"
+        )));
+    }
+    match [text("file"), text("backing")].contains(&Some("")) {
+        true => Err(CommandError::generic(
+            "Cannot find device='' nor node-name=''",
+        )),
+        false => Ok(()),
+    }
 }
 
 /// Changes what an image's header says.
