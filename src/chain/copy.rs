@@ -27,12 +27,13 @@ pub struct Copied {
 }
 
 impl Chain {
-    /// Whether writes are on their way into layers below the top, in the clusters of a range.
-    fn has_late_writes(&self, offset: u64, len: u64) -> bool {
+    /// Whether who copies the clusters of a range up has to wait: for writes that are on their way into
+    /// layers below the top, or for a snapshot.
+    fn must_wait(&self, offset: u64, len: u64) -> bool {
         match &self.top().format {
             Format::Qcow2(image) => {
                 let clusters = image.clusters_of(offset..offset + len);
-                image.late().in_the_way(&[clusters]).is_some()
+                image.claims_are_closed() || image.late().in_the_way(&[clusters]).is_some()
             }
             Format::Raw(_) | Format::Qed(_) => false,
         }
@@ -48,8 +49,8 @@ impl View {
         while done < len {
             let (at, now) = (offset + done, (len - done).min(COPY_ON_READ_STEP));
             done += now;
-            if self.chain.has_late_writes(at, now) {
-                // A read waits for no write; what it finds is not kept.
+            if self.chain.must_wait(at, now) {
+                // A read does not; what it finds is not kept.
                 continue;
             }
             let step = self.copy(span, at, now).await?;
@@ -84,8 +85,18 @@ impl View {
         // Before the claim, so that no guest waits with it. A place may have more than the units that
         // are copied, but no more than their clusters.
         let clusters = qcow2.clusters_of(start..stop);
-        qcow2.late().wait(clusters).await;
-        let _claim = qcow2.claim(start, stop.saturating_sub(start)).await;
+        let _claim = loop {
+            qcow2.late().wait(clusters.clone()).await;
+            let claim = qcow2.claim(start, stop.saturating_sub(start)).await;
+            // A snapshot may have come in between.
+            if qcow2
+                .late()
+                .in_the_way(std::slice::from_ref(&clusters))
+                .is_none()
+            {
+                break claim;
+            }
+        };
         let mut copied = Copied::default();
         let mut at = start;
         while at < stop {

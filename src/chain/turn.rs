@@ -20,6 +20,11 @@
 //!    top is *closing* until the last of them has ended: it stays open to be written, and the
 //!    guest's flushes are its flushes, too ([`Chain::closing`]).
 //!
+//! An internal snapshot turns as well, without another top: from one instant on, a write to a cluster
+//! that was the guest's alone goes to a copy of it. What a queue has in flight in place then is late
+//! for the image itself, and a copy waits for it ([`Turn::in_place`]). Its tasks look at the mapping
+//! anew for each piece, and tell of their writes in place themselves.
+//!
 //! A request that is carried out again ([`with_room`](super::with_room)) has let go of its old chain
 //! and may go on with the new one: it is no late write from then on ([`Share::moved`]), or it would
 //! wait for itself.
@@ -31,13 +36,16 @@ use super::{Chain, Root};
 use crate::format::qcow2::late::LateWrite;
 use crate::format::{Format, Qcow2};
 
-/// A disk that gets a new top.
+/// A disk that gets a new top, or whose top gets a snapshot.
 #[derive(Clone, Debug)]
 pub struct Turn {
     /// The disk.
     pub root: Arc<Root>,
     /// The images that are put on top of it, all between the new top and the old one.
     pub images: Vec<Arc<Qcow2>>,
+    /// The images are its top already, and get snapshots: what is written in place alone is handed
+    /// over, and not what tasks do.
+    pub in_place: bool,
 }
 
 impl Turn {
@@ -53,7 +61,7 @@ impl Turn {
     /// Waits until all writes that were handed over have ended.
     pub async fn late_writes_end(&self) {
         for image in &self.images {
-            image.late().wait(0..u64::MAX).await;
+            image.late().those_there_end().await;
         }
     }
 }
@@ -127,6 +135,7 @@ mod tests {
         let turns = [&first, &second].map(|image| Turn {
             root: root.clone(),
             images: vec![image.clone()],
+            in_place: false,
         });
         let writes = turns.iter().flat_map(|turn| turn.hand_over(&range));
         let mut share = Share::new(7u16, writes.collect());

@@ -134,7 +134,12 @@ impl View {
         let mut done = 0;
         while done < len {
             let at = offset + done;
-            if let Some((host, now)) = top.format.map_write(at, len - done) {
+            if let Some((_, now)) = top.format.map_write(at, len - done) {
+                // A snapshot may come to share the cluster while this is on its way.
+                let _landing = qcow2.late().add(at..at + now);
+                let Some((host, now)) = top.format.map_write(at, now) else {
+                    continue;
+                };
                 let part = bufs.slice(done as usize, now as usize);
                 top.store(host, &part, Purpose::Data).await?;
                 done += now;

@@ -370,7 +370,11 @@ impl<'e> Change<'e> {
                 continue;
             };
             let images = draft.state().images_above(top, old)?;
-            let turn = Turn { root, images };
+            let turn = Turn {
+                root,
+                images,
+                in_place: false,
+            };
             turns.push((export.clone(), Arc::new(turn)));
         }
         for Moved { writable, old, .. } in &self.moved {

@@ -264,6 +264,11 @@ impl Disk {
         }
     }
 
+    /// Where the image is for QEMU's tools.
+    pub fn top(&self) -> &Path {
+        &self.paths[0]
+    }
+
     /// The number of the topmost file below the image.
     pub fn below(&self) -> usize {
         1 + usize::from(self.recipe.data_file)

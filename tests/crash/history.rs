@@ -122,6 +122,22 @@ impl History {
         self.possible(sector, settled, cut)
     }
 
+    /// How many operations there are.
+    pub fn operations(&self) -> usize {
+        self.operations.len()
+    }
+
+    /// As [`Self::after_cut`], when of the operations only the first `operations` count.
+    pub fn at_instant(
+        &self,
+        sector: usize,
+        settled: usize,
+        cut: usize,
+        operations: usize,
+    ) -> Vec<u32> {
+        self.possible_of(sector, settled, cut, operations)
+    }
+
     /// What a sector may read as now, if nothing in flight touches it.
     pub fn visible(&self, sector: usize) -> Vec<u32> {
         self.possible(sector, self.notes.len(), usize::MAX)
@@ -129,10 +145,20 @@ impl History {
 
     /// What ended in the first `settled` notes is certain; what began before `cut` is possible.
     fn possible(&self, sector: usize, settled: usize, cut: usize) -> Vec<u32> {
+        self.possible_of(sector, settled, cut, usize::MAX)
+    }
+
+    fn possible_of(
+        &self,
+        sector: usize,
+        settled: usize,
+        cut: usize,
+        operations: usize,
+    ) -> Vec<u32> {
         let mut possible = vec![self.first[sector]];
         for &number in &self.sectors[sector] {
             let operation = &self.operations[number];
-            if operation.began > cut {
+            if operation.began > cut || number >= operations {
                 break;
             }
             let value = match operation.change {

@@ -15,6 +15,7 @@ mod faults;
 mod freed;
 mod held;
 mod history;
+mod internal;
 mod journals;
 mod judge;
 mod kill;

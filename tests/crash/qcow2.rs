@@ -105,6 +105,22 @@ impl<'a> Image<'a> {
         Ok(self.all_snapshots()?.0)
     }
 
+    /// The names of the internal snapshots.
+    pub fn names(&self) -> Result<Vec<String>, String> {
+        let mut names = Vec::new();
+        let mut at = self.snapshots.0;
+        for _ in 0..self.snapshots.1 {
+            let field = |offset, len| number(self.bytes, at + offset, len);
+            let start = at + 40 + field(36, 4)? + field(12, 2)?;
+            let end = start + field(14, 2)?;
+            let name = self.bytes.get(start as usize..end as usize);
+            let name = name.ok_or("a name behind the end")?;
+            names.push(String::from_utf8_lossy(name).into_owned());
+            at += (end - at).next_multiple_of(8);
+        }
+        Ok(names)
+    }
+
     /// Where a sector of the guest is, by one of the tables.
     pub fn find(&self, root: Root, sector: u64) -> Result<Sector, String> {
         let offset = sector * 512;

@@ -262,6 +262,11 @@ impl Work {
         }
     }
 
+    /// The time.
+    pub fn now(&self) -> usize {
+        (self.clock)()
+    }
+
     /// Adds to the history; the number of an operation that began.
     fn note(&self, report: Report) -> usize {
         let number = self.history.borrow_mut().note((self.clock)(), report);

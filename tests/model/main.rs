@@ -21,6 +21,7 @@ mod killed;
 #[allow(dead_code)]
 #[path = "../crash/qcow2.rs"]
 mod qcow2;
+mod snapped;
 #[allow(dead_code)]
 #[path = "../engine/support.rs"]
 mod support;

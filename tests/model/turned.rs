@@ -115,6 +115,7 @@ fn switch(queue: &Mutex<Queue>, root: &Arc<Root>, top: (Arc<Qcow2>, Arc<Layer>),
     let turn = Turn {
         root: root.clone(),
         images: vec![top.0],
+        in_place: false,
     };
     {
         let mut state = queue.lock();

@@ -18,6 +18,9 @@ const TASK_CHUNK: u64 = 4 << 20;
 impl Queue {
     /// Carries a request out by a task.
     pub(super) fn spawn(&mut self, context: &mut Context, head: u16) {
+        if !self.late.is_empty() {
+            self.not_in_place(head);
+        }
         let Some(slot) = self.slots.get_mut(usize::from(head)) else {
             return;
         };

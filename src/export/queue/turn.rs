@@ -16,9 +16,13 @@ use crate::export::request::Kind;
 impl Queue {
     /// Hands over all that writes to the disk of `turn`.
     pub(super) fn hand_over(&mut self, turn: &Arc<Turn>) {
-        // What is copied up for a read is written, too.
-        let reads_write = turn.root.chain().top().copy_on_read;
+        // What is copied up for a read is written, too; that is a task.
+        let reads_write = !turn.in_place && turn.root.chain().top().copy_on_read;
         for (head, slot) in self.slots.iter().enumerate() {
+            // A task has the view.
+            if turn.in_place && slot.view.is_none() {
+                continue;
+            }
             if let Some(range) = written(slot, reads_write) {
                 let writes = turn.hand_over(&range);
                 // No ring has more than 32768 descriptors.
@@ -39,6 +43,13 @@ impl Queue {
         let slots = &self.slots;
         let is_busy = |head: u16| slots.get(usize::from(head)).is_some_and(|slot| slot.busy);
         self.late.retain(|(_, share)| is_busy(share.request));
+    }
+
+    /// Request `head` writes nothing in place by a plan any more: a task goes on with it, which would
+    /// wait for itself.
+    pub(super) fn not_in_place(&mut self, head: u16) {
+        self.late
+            .retain(|(turn, share)| !turn.in_place || share.request != head);
     }
 
     /// Request `head` has begun anew, with `chain`.

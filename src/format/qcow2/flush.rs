@@ -20,7 +20,7 @@ use std::collections::BTreeSet;
 
 use futures_util::future::join_all;
 
-use super::header::{Backing, Patch, SECTOR};
+use super::header::{Backing, Header, Patch, SECTOR};
 use super::refcount::Need;
 use super::{Freed, Qcow2};
 use crate::error::{Action, Error, Result};
@@ -59,6 +59,11 @@ pub struct Flushing {
 pub(super) struct Relieving<'a>(&'a AtomicBool);
 
 impl Flushing {
+    /// Whether the disk may have another header than the one in force.
+    pub(super) fn is_header_unsure(&self) -> bool {
+        self.header_unsure.load(Ordering::SeqCst)
+    }
+
     /// Undertakes to flush for a journal that is half full. `None`: somebody else does.
     pub(super) fn try_relieve(&self) -> Option<Relieving<'_>> {
         let busy = self.relieving.swap(true, Ordering::AcqRel);
@@ -158,7 +163,9 @@ impl Qcow2 {
             .map_err(|error| self.io_error(Action::Flush, 0, &error))?;
         self.restore_header().await?;
         self.load_adopted().await?;
-        self.release_freed().await;
+        if !self.is_still() {
+            self.release_freed().await;
+        }
         let mut snapshot = self.take_snapshot();
         self.note_flushed(&mut snapshot);
         let result = self.write_snapshot(&snapshot).await;
@@ -357,8 +364,15 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Puts a header in force which the disk does not have: the next flush writes it, before anything
+    /// else. The caller holds the flush lock.
+    pub(super) fn put_header(&self, header: Header) {
+        self.flushing.header_unsure.store(true, Ordering::SeqCst);
+        *self.header.lock() = header;
+    }
+
     /// Makes the disk have the header that is in force. The caller holds the flush lock.
-    async fn restore_header(&self) -> Result<()> {
+    pub(super) async fn restore_header(&self) -> Result<()> {
         if self.flushing.header_unsure.load(Ordering::SeqCst) {
             self.write_patches(&[self.header().first()]).await?;
             self.flushing.header_unsure.store(false, Ordering::SeqCst);

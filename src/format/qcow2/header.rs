@@ -14,7 +14,7 @@ use super::l2::Shape;
 use super::numbers::{be32, be64};
 use crate::error::{Error, Result};
 
-pub use edit::Patch;
+pub use edit::{Patch, Places};
 
 /// "QFI\xfb".
 pub const MAGIC: u32 = 0x5146_49fb;

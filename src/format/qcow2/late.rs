@@ -1,13 +1,18 @@
-//! Writes on their way into layers below an image: what a guest began before the image was put on
-//! top of its disk.
+//! Writes on their way to where the image will not look for them: into layers below it, which a guest
+//! began before the image was put on top of its disk, and in place, which it began before a snapshot
+//! came to share the clusters.
 //!
 //! Such a write lands in the old top at any time. Copying its cluster up before that would hide it:
 //! the guest would be told that it is done, and read what was there before. So those who copy from
 //! below wait for it; a request that only reads, or replaces whole clusters, does not, since the guest has
-//! both on their way at once and may find either.
+//! both on their way at once and may find either. The same holds for a cluster that is copied within
+//! the image, since a snapshot has it as well.
 //!
-//! Invariant: all are here before the first request can copy anything into the image. After that
-//! there are only ever fewer, so who finds none in its way needs not look again.
+//! Invariant: all writes into layers below are here before the first request can copy anything into
+//! the image; after that there are only ever fewer. Those in place are here before the snapshot takes
+//! effect, as long as which nobody has a claim: who finds none in its way under its claim needs not
+//! look again. A task's write in place is here from before it looks at the mapping; a queue hands its
+//! own over ([`chain::turn`](crate::chain::turn)).
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -71,6 +76,24 @@ impl Late {
         };
         let found = writes.list.values().find(|(write, _)| meets(write));
         found.map(|(_, event)| event.listen())
+    }
+
+    /// Waits until those have ended that are there now.
+    pub async fn those_there_end(&self) {
+        let next = self.writes.lock().next;
+        loop {
+            let first = {
+                let writes = self.writes.lock();
+                let first = writes.list.first_key_value();
+                first
+                    .filter(|(number, _)| **number < next)
+                    .map(|(_, (_, event))| event.listen())
+            };
+            match first {
+                Some(ended) => ended.await,
+                None => return,
+            }
+        }
     }
 
     /// Waits until none touches `range`.
@@ -143,5 +166,30 @@ mod tests {
         assert!(other.is_of(&late));
         drop(other);
         assert!(!found(&[0..u64::MAX]));
+    }
+
+    #[test]
+    fn those_that_come_later_are_not_waited_for() {
+        let reactor = Reactor::for_this_thread().unwrap();
+        let late = Arc::new(Late::default());
+        let before = late.add(10..20);
+        let ended = Rc::new(Cell::new(false));
+        reactor.spawn({
+            let (late, ended) = (late.clone(), ended.clone());
+            async move {
+                late.those_there_end().await;
+                ended.set(true);
+            }
+        });
+        for _ in 0..10 {
+            reactor.turn();
+        }
+        let _after = late.add(10..20);
+        assert!(!ended.get());
+        drop(before);
+        while reactor.tasks() > 0 {
+            assert!(reactor.turn(), "it waits for a later one");
+        }
+        assert!(ended.get());
     }
 }

@@ -40,14 +40,20 @@ impl Qcow2 {
         if self.directory.get(number).is_some() {
             return Ok(());
         }
-        let Some(offset) = self.slice_offset(number) else {
-            return Ok(());
-        };
         let bytes = self.slice_bytes() as usize;
         let from = Purpose::L2Table.on(&*self.storage);
-        let buffer = storage::io::fetch(from, offset, bytes).await?;
-        let slice = Slice::from_bytes(&buffer, self.shape.extended);
-        let mut meta = self.meta.lock();
+        let (offset, slice, mut meta) = loop {
+            let Some(offset) = self.slice_offset(number) else {
+                return Ok(());
+            };
+            let buffer = storage::io::fetch(from, offset, bytes).await?;
+            let slice = Slice::from_bytes(&buffer, self.shape.extended);
+            let meta = self.meta.lock();
+            // Else the table has moved meanwhile, and is another one.
+            if self.slice_offset(number) == Some(offset) {
+                break (offset, slice, meta);
+            }
+        };
         let adopted = Self::put_adopted(&meta, number, &slice);
         if let Some((cluster, mut fault)) = self.first_fault(&meta, number, &slice) {
             drop(meta);
@@ -183,17 +189,23 @@ impl Qcow2 {
         let Some(_guard) = self.begin_loading(Loading::Refcounts(number)).await else {
             return Ok(());
         };
-        let (offset, bytes) = {
-            let meta = self.meta.lock();
-            (
-                meta.allocator.slice_offset(number),
-                meta.allocator.slice_bytes(),
-            )
-        };
-        let Some(offset) = offset else { return Ok(()) };
         let from = Purpose::RefcountBlock.on(&*self.storage);
-        let buffer = storage::io::fetch(from, offset, bytes).await?;
-        let mut meta = self.meta.lock();
+        let (buffer, mut meta) = loop {
+            let (offset, bytes) = {
+                let meta = self.meta.lock();
+                (
+                    meta.allocator.slice_offset(number),
+                    meta.allocator.slice_bytes(),
+                )
+            };
+            let Some(offset) = offset else { return Ok(()) };
+            let buffer = storage::io::fetch(from, offset, bytes).await?;
+            let meta = self.meta.lock();
+            // Else the block has moved meanwhile, and is another one.
+            if meta.allocator.slice_offset(number) == Some(offset) {
+                break (buffer, meta);
+            }
+        };
         // Room is made before, so that what was just asked for stays.
         meta.allocator.trim(self.refcount_slices());
         meta.allocator

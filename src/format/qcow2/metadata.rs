@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::ops::Range;
 
 use super::header::Header;
 use super::l2;
@@ -24,6 +25,8 @@ pub enum Kind {
     RefcountTable,
     /// A refcount block.
     RefcountBlock,
+    /// The snapshot table.
+    SnapshotTable,
     /// The directory of the persistent bitmaps.
     BitmapDirectory,
     /// The table or the bits of a persistent bitmap.
@@ -38,6 +41,7 @@ impl fmt::Display for Kind {
             Self::L2 => "an L2 table",
             Self::RefcountTable => "the refcount table",
             Self::RefcountBlock => "a refcount block",
+            Self::SnapshotTable => "the snapshot table",
             Self::BitmapDirectory => "the bitmap directory",
             Self::Bitmap => "a bitmap",
         })
@@ -150,6 +154,14 @@ impl Clusters {
     /// A cluster has become metadata.
     pub fn add(&mut self, cluster: u64, kind: Kind) {
         self.kinds.insert(cluster, kind);
+    }
+
+    /// Clusters in these ranges, which are in order, are free.
+    pub fn remove_all(&mut self, ranges: &[Range<u64>]) {
+        self.kinds.retain(|cluster, _| {
+            let next = ranges.partition_point(|range| range.end <= *cluster);
+            ranges.get(next).is_none_or(|range| *cluster < range.start)
+        });
     }
 
     /// A cluster is free.

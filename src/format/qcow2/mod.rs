@@ -21,7 +21,8 @@
 //! * [`luks`]: what is told of an encrypted image;
 //! * `compress`: compressed clusters;
 //! * [`soundness`]: images that contradict themselves while they are open;
-//! * [`snapshots`], [`check`]: the snapshot table; consistency check and repair;
+//! * [`snapshots`]: internal snapshots: their table, and how they come and go;
+//! * [`check`]: consistency check and repair;
 //! * `numbers`: big-endian numbers.
 //!
 //! All changes to the metadata are made under one lock ([`Meta`]) that is held for memory
@@ -77,6 +78,7 @@ use late::Late;
 use loading::Loading;
 use refcount::{Allocator, SLICE_BYTES};
 use soundness::Soundness;
+use snapshots::Snapshot;
 use words::Words;
 
 pub use header::Backing;
@@ -148,6 +150,9 @@ struct Meta {
     unmapped: Freed,
     /// What could not be released yet, since its refcounts could not be read.
     unreleased: Freed,
+    /// Nothing changes until a snapshot has been taken or deleted: nobody has a claim, and nothing is
+    /// freed.
+    still: bool,
 }
 
 /// A qcow2 layer.
@@ -179,8 +184,10 @@ pub struct Qcow2 {
     reservation: reserve::Reservation,
     /// Chains that live in which layers lie below this image.
     overlays: Arc<AtomicUsize>,
-    /// Writes on their way into those layers.
+    /// Writes on their way into those layers, and in place.
     late: Arc<Late>,
+    /// Its internal snapshots.
+    snapshots: Mutex<Arc<[Snapshot]>>,
 }
 
 /// How long the disk is, in bytes. All are the same, except while the size is being changed.
@@ -290,7 +297,7 @@ impl Qcow2 {
         range.start / cluster * cluster..range.end.next_multiple_of(cluster)
     }
 
-    /// Writes on their way into layers below it.
+    /// Writes on their way into layers below it, and in place.
     #[must_use]
     pub fn late(&self) -> &Arc<Late> {
         &self.late
@@ -318,6 +325,17 @@ impl Qcow2 {
 
     pub(super) fn mapped_end(&self) -> u64 {
         self.sizes.mapped.load(Ordering::Relaxed)
+    }
+
+    /// Its internal snapshots.
+    #[must_use]
+    pub fn snapshots(&self) -> Arc<[Snapshot]> {
+        self.snapshots.lock().clone()
+    }
+
+    /// Whether nothing of the metadata changes at present.
+    fn is_still(&self) -> bool {
+        self.meta.lock().still
     }
 
     fn slice_entries(&self) -> u64 {

@@ -10,7 +10,9 @@ use super::numbers::words;
 use super::refcount::{Allocator, Geometry};
 use super::slice_entries;
 use super::soundness::Soundness;
-use super::{DataFile, Meta, Options, Qcow2, Sizes, check, compress, flush, metadata, reserve};
+use super::{
+    DataFile, Meta, Options, Qcow2, Sizes, check, compress, flush, metadata, reserve, snapshots,
+};
 use crate::error::{Action, Error, Result};
 use crate::format::directory::Directory;
 use crate::storage::{self, Purpose, Storage, Target};
@@ -111,6 +113,7 @@ impl Qcow2 {
         if let Some(capacity) = capacity {
             allocator.set_limit(capacity / cluster);
         }
+        let snapshots = snapshots::list_if_sound(&*storage, &header).await;
         let shape = header.shape();
         let size = options.size.unwrap_or(header.size);
         if shape.l1_entries(size) > l1.len() as u64 {
@@ -144,6 +147,7 @@ impl Qcow2 {
                 loaded: VecDeque::new(),
                 unmapped: Vec::new(),
                 unreleased: Vec::new(),
+                still: false,
             }),
             claims: Claims::default(),
             l1_claims: Claims::default(),
@@ -155,6 +159,7 @@ impl Qcow2 {
             reservation: reserve::Reservation::new(len),
             overlays: Arc::default(),
             late: Arc::default(),
+            snapshots: Mutex::new(snapshots.into()),
             header: Mutex::new(header),
             storage,
         };

@@ -14,6 +14,7 @@
 mod exact;
 mod growth;
 mod limit;
+mod replace;
 
 pub use limit::Look;
 
@@ -119,6 +120,8 @@ pub struct Allocator {
     limit: u64,
     /// Clusters that have not been looked at since the image was opened: some may be free.
     unseen: Vec<Range<u64>>,
+    /// Start → end of clusters without a reference that wait until their space has been given back.
+    withheld: BTreeMap<u64, u64>,
     /// Where the next compressed cluster goes, in a host cluster that others share.
     part: Option<Range<u64>>,
     /// The image's own clusters, which are never handed out, whatever their refcount.
@@ -154,6 +157,7 @@ impl Allocator {
             frozen: false,
             limit: u64::MAX,
             unseen: std::iter::once(0..end).collect(),
+            withheld: BTreeMap::new(),
             part: None,
             metadata,
             soundness: None,
@@ -348,8 +352,11 @@ impl Allocator {
             .is_some_and(|(start, len)| cluster < start + len)
     }
 
-    /// False for a cluster that holds metadata: its refcount is wrong.
+    /// False for a cluster that is withheld, and for one that holds metadata: its refcount is wrong.
     fn may_use(&self, cluster: u64) -> bool {
+        if self.is_withheld(cluster) {
+            return false;
+        }
         let Some(what) = self.metadata.what(cluster) else {
             return true;
         };

@@ -1,8 +1,45 @@
-//! Internal snapshots: reading their table.
+//! Internal snapshots: their table, and how they come and go.
 //!
 //! Source: QEMU's `docs/interop/qcow2`, section "Snapshots". The image is opened and written
 //! without this table, since refcounts and copied flags say what snapshots share with it; the
 //! table is for those who list them, and for the check, which follows every L1 table.
+//!
+//! # Taking and deleting, while guests write
+//!
+//! Another snapshot means other refcounts of all clusters, and other copied flags in the mapping,
+//! which have to agree on the disk at any instant. So nothing is changed where it is:
+//!
+//! ```text
+//!   claims closed ─▶ flush ─▶ new tables written, stable ─▶ header: one sector, stable
+//!        ─▶ in force in memory: the instant ─▶ claims open ─▶ old tables freed
+//! ```
+//!
+//! New refcount blocks and a new refcount table, L2 tables with other flags, an L1 table and a snapshot
+//! table go to free clusters, and one sector of the header names all of them. A cut or a kill leaves
+//! the old image or the new one; what was allocated in vain is lost until a check. The snapshot keeps
+//! the L1 table and the L2 tables that the image had, and the image gets copies. An L2 table none of
+//! whose entries may be written in place is shared instead.
+//!
+//! From the first step to the last nobody has a claim ([`Claims::close`](super::claims::Claims::close)):
+//! writes that allocate, discards and the copies of jobs wait, and the metadata stands still
+//! (`frozen`). Reads go on, writes in place too, up to the instant. A write in place that is on its way at
+//! the instant may land in the snapshot or not, as the guest has no answer to it; whoever copies its
+//! cluster waits for it ([`late`](super::late)).
+//!
+//! * `table`: the snapshot table as it is to be;
+//! * `counts`: the refcounts as they are to be;
+//! * `frozen`: metadata that stands still;
+//! * [`change`]: new tables, and how they come in force or go again;
+//! * `rewrite`: the tables in their new places;
+//! * `take`, `delete`: what a snapshot adds and takes away.
+
+pub mod change;
+mod counts;
+mod delete;
+mod frozen;
+mod rewrite;
+mod table;
+mod take;
 
 use super::header::Header;
 use super::numbers::be;
@@ -10,7 +47,7 @@ use crate::error::{Error, Result};
 use crate::storage::{self, AlignedBuf, Purpose, Storage};
 
 /// QEMU's limits.
-const MAX_SNAPSHOTS: u32 = 65536;
+pub(super) const MAX_SNAPSHOTS: u32 = 65536;
 const MAX_TABLE: u64 = 64 << 20;
 const MAX_EXTRA: usize = 1024;
 /// The L1 table of a snapshot is limited like the active one.
@@ -69,6 +106,14 @@ pub async fn list(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapshot
     let fetch =
         async |offset, len| storage::io::fetch(Purpose::Snapshots.on(storage), offset, len).await;
     Ok(read(fetch, storage.name(), header).await?.snapshots)
+}
+
+/// As [`list`], for one who opens the image and does without them.
+pub(super) async fn list_if_sound(storage: &dyn Storage, header: &Header) -> Vec<Snapshot> {
+    list(storage, header).await.unwrap_or_else(|error| {
+        log::warn!("the image's snapshots are not listed: {error}");
+        Vec::new()
+    })
 }
 
 /// Reads the table of the image `file`, whose bytes `fetch` gives by offset and length.

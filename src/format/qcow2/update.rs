@@ -57,6 +57,11 @@ impl Qcow2 {
         self.claims.claim(start..end.max(start + 1)).await
     }
 
+    /// Whether claims are not to be had for a while, since a snapshot is taken or deleted.
+    pub(crate) fn claims_are_closed(&self) -> bool {
+        self.claims.are_closed()
+    }
+
     /// Finds a place for `[offset, offset + len)`, or for a part of it from `offset` on, which
     /// cannot be written in place. The caller holds the claim.
     ///
@@ -235,6 +240,9 @@ impl Qcow2 {
                 let mut meta = self.meta.lock();
                 self.check_sound()?;
                 match meta.allocator.log().admission() {
+                    // The disk may have a header by which the record would mean something else.
+                    Admission::Granted
+                        if self.flushing.is_header_unsure() && meta.allocator.log().records() => {}
                     Admission::Granted => return Ok(change(&mut meta)),
                     Admission::Lost => return Err(self.lost_journal()),
                     Admission::Full => {}

@@ -25,7 +25,43 @@ pub struct Patch {
     pub bytes: Vec<u8>,
 }
 
+/// Where the header says that the image's tables are: all that it takes for another mapping, other
+/// refcounts and other snapshots to be in force at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Places {
+    /// The active L1 table, whose length stays.
+    pub l1_offset: u64,
+    /// The refcount table, whose length stays.
+    pub reftable_offset: u64,
+    /// The snapshot table; 0: there is none.
+    pub snapshots_offset: u64,
+    /// Snapshots in it.
+    pub snapshots: u32,
+}
+
 impl Header {
+    /// Where the tables are.
+    #[must_use]
+    pub fn places(&self) -> Places {
+        Places {
+            l1_offset: self.l1_offset,
+            reftable_offset: self.reftable_offset,
+            snapshots_offset: self.snapshots_offset,
+            snapshots: self.snapshots,
+        }
+    }
+
+    /// The first sector with tables in other places.
+    #[must_use]
+    pub fn with_places(&self, places: Places) -> Patch {
+        self.first_sector(|sector| {
+            put(sector, 40, &places.l1_offset.to_be_bytes());
+            put(sector, 48, &places.reftable_offset.to_be_bytes());
+            put(sector, 60, &places.snapshots.to_be_bytes());
+            put(sector, 64, &places.snapshots_offset.to_be_bytes());
+        })
+    }
+
     /// The changes, in order and with a barrier between them, that give the image another
     /// backing file or none. What the present header refers to is touched by the last change
     /// alone, and that is one sector: a cut leaves the old header or the new one.
