@@ -384,6 +384,71 @@ fn names_of_backing_files() {
 }
 
 #[test]
+fn snapshots_inside_of_images() {
+    let take = |device: &str, name: &str| {
+        let arguments = json!({"device": device, "name": name});
+        ("blockdev-snapshot-internal-sync", arguments)
+    };
+    let delete = |arguments: Value| ("blockdev-snapshot-delete-internal-sync", arguments);
+    let missing = |more: Value| {
+        let mut arguments = json!({"device": "t"});
+        let more = more.as_object().unwrap().clone();
+        arguments.as_object_mut().unwrap().extend(more);
+        delete(arguments)
+    };
+    let transaction = |actions: Value| ("transaction", json!({"actions": actions}));
+    let action = |device: &str, name: &str| json!({"type": "blockdev-snapshot-internal-sync", "data": {"device": device, "name": name}});
+    compare(&[
+        (
+            "blockdev-add",
+            json!({"driver": "qcow2", "node-name": "t", "file":
+                {"driver": "file", "node-name": "tf", "filename": "top.qcow2"},
+                "backing": {"driver": "qcow2", "node-name": "b", "file": file("base.qcow2")}}),
+        ),
+        (
+            "blockdev-add",
+            json!({"driver": "null-co", "node-name": "n", "size": 512}),
+        ),
+        ("blockdev-snapshot-internal-sync", json!({})),
+        ("blockdev-snapshot-internal-sync", json!({"device": "t"})),
+        ("blockdev-snapshot-internal-sync", json!({"name": "t"})),
+        (
+            "blockdev-snapshot-internal-sync",
+            json!({"device": "t", "name": 1}),
+        ),
+        take("x", "one"),
+        take("b", "one"),
+        take("tf", "one"),
+        take("n", "one"),
+        take("t", ""),
+        take("t", "one"),
+        take("t", "one"),
+        take("t", "1"),
+        delete(json!({})),
+        delete(json!({"device": "x", "id": "1"})),
+        delete(json!({"device": "b", "id": "1"})),
+        delete(json!({"device": "n", "id": "1"})),
+        missing(json!({})),
+        missing(json!({"id": "9"})),
+        missing(json!({"name": "none"})),
+        missing(json!({"id": "1", "name": "1"})),
+        missing(json!({"id": "", "name": "one"})),
+        transaction(json!([action("t", "two"), action("t", "two")])),
+        transaction(json!([action("t", "two"), action("x", "two")])),
+        transaction(json!([action("t", "two"), action("t", "one")])),
+        transaction(json!([action("t", "two"), {"type": "abort", "data": {}}])),
+        transaction(json!([action("t", "two"), action("t", "three")])),
+        (
+            "transaction",
+            json!({"actions": [action("t", "four")],
+                "properties": {"completion-mode": "grouped"}}),
+        ),
+        take("t", "three"),
+        missing(json!({"id": "3", "name": "two2"})),
+    ]);
+}
+
+#[test]
 fn creating_images() {
     let create = |options: Value| {
         let arguments = json!({"job-id": "j", "options": options});

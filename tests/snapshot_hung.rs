@@ -29,9 +29,9 @@ use stratablk::job::{Manager, ParkRunner, Refused, SystemClock};
 use stratablk::options::{BlockdevOptions, Dialect, ExportOptions};
 use stratablk::reactor::Reactor;
 use stratablk::state::Store;
-use stratablk::storage::Storage;
 use stratablk::storage::fault::{Call, FaultStorage, Gate};
 use stratablk::storage::memory::MemoryStorage;
+use stratablk::storage::{Purpose, Storage};
 
 const DISK: u64 = 1 << 20;
 const CLUSTER: usize = 64 << 10;
@@ -322,6 +322,55 @@ fn a_whole_cluster_replaces_one_that_a_write_hangs_in() -> Res<()> {
     let mut wanted = vec![4; CLUSTER];
     wanted[16 * SECTOR..17 * SECTOR].fill(3);
     assert!(bed.read(0, CLUSTER)? == wanted);
+    Ok(())
+}
+
+/// What would be caught: a queue's write in place that an internal snapshot knows nothing of, so that its
+/// cluster is copied before it has landed, or the command answers before.
+#[test]
+fn a_copy_within_the_image_waits_for_a_write_in_place_that_hangs() -> Res<()> {
+    let dir = tempfile::tempdir()?;
+    let mut bed = Bed::new(dir.path(), "qcow2")?;
+    bed.old.shut_for(Call::Write, Purpose::Data);
+    bed.begin(8, 2, 1)?;
+    let deadline = Instant::now() + PATIENCE;
+    while bed.old.hung() == 0 {
+        assert!(Instant::now() < deadline, "the write never hangs");
+        std::thread::yield_now();
+    }
+    let (tell, told) = channel();
+    let action = Action::Internal {
+        device: "e".into(),
+        name: "one".into(),
+    };
+    let engine = bed.engine.clone();
+    std::thread::spawn(move || {
+        let _ = tell.send(engine.transact(&[action]));
+    });
+    let node = bed.engine.graph.node("t")?;
+    let Format::Qcow2(image) = &node.layer.format else {
+        return Err("no qcow2 image".into());
+    };
+    while image.snapshots().is_empty() {
+        assert!(Instant::now() < deadline, "its instant never comes");
+        std::thread::yield_now();
+    }
+    // The copy of the cluster has to wait; others go on.
+    bed.begin(16, 3, 2)?;
+    bed.write(2 * SECTORS + 3, SECTOR, 5)?;
+    assert!(bed.read(SECTORS, CLUSTER)?.iter().all(|byte| *byte == 1));
+    bed.run(&Op::flush())?;
+    assert!(is_unanswered(&told), "the snapshot may still be written");
+    bed.old.open();
+    let mut ended = [bed.next()?, bed.next()?];
+    ended.sort_unstable();
+    assert_eq!(ended, [1, 2]);
+    told.recv_timeout(PATIENCE)??;
+    let mut wanted = vec![1; CLUSTER];
+    for (sector, byte) in [(8, 2), (16, 3)] {
+        wanted[sector * SECTOR..(sector + 1) * SECTOR].fill(byte);
+    }
+    assert!(bed.read(0, CLUSTER)? == wanted, "nothing is lost");
     Ok(())
 }
 

@@ -96,6 +96,20 @@ pub(super) const TYPES: &[(&str, &[Member])] = &[
             perhaps("full-backing-filename", "str"),
             perhaps("backing-filename-format", "str"),
             perhaps("backing-image", "ImageInfo"),
+            perhaps("snapshots", "[SnapshotInfo]"),
+        ],
+    ),
+    (
+        "SnapshotInfo",
+        &[
+            always("id", "str"),
+            always("name", "str"),
+            always("vm-state-size", "int"),
+            always("date-sec", "int"),
+            always("date-nsec", "int"),
+            always("vm-clock-sec", "int"),
+            always("vm-clock-nsec", "int"),
+            perhaps("icount", "int"),
         ],
     ),
     (

@@ -157,6 +157,10 @@ static COMMANDS: &[Command] = &[
     command("blockdev-snapshot", snapshot::SNAPSHOT, Returns::Nothing, snapshot::blockdev_snapshot),
     command("blockdev-snapshot-sync", snapshot::SNAPSHOT_SYNC, Returns::Nothing,
         snapshot::blockdev_snapshot_sync),
+    command("blockdev-snapshot-internal-sync", snapshot::INTERNAL, Returns::Nothing,
+        snapshot::blockdev_snapshot_internal),
+    command("blockdev-snapshot-delete-internal-sync", snapshot::DELETE_INTERNAL,
+        Returns::Of("SnapshotInfo"), snapshot::blockdev_snapshot_delete_internal),
     command("transaction", snapshot::TRANSACTION, Returns::Nothing, snapshot::transaction),
     // Not in QEMU.
     command("x-clear-sync-error", DEVICE, Returns::Nothing, clear_sync_error),

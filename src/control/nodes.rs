@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use super::snapshot;
 use crate::engine::{Engine, SyncError, sizes};
 use crate::format::{Format, qcow2};
 use crate::graph::{FilterKind, Node, Role, State, resolve};
@@ -240,15 +241,30 @@ impl<'a> NodeView<'a> {
         layers.take(self.all.nodes.len()).count()
     }
 
+    /// The image's internal snapshots, as a member of what is said of it, if it has any.
+    fn snapshots(self) -> Value {
+        match &self.node.layer.format {
+            Format::Qcow2(image) if !self.node.is_filter() && !image.snapshots().is_empty() => {
+                let snapshots = image.snapshots();
+                let snapshots: Value = snapshots.iter().map(snapshot::describe).collect();
+                json!({ "snapshots": snapshots })
+            }
+            _ => json!({}),
+        }
+    }
+
     fn image(self, nested: bool) -> Value {
         let format = &self.node.layer.format;
-        let mut value = json!({
-            "virtual-size": format.size(),
-            "filename": self.filename(),
-            "format": self.node.driver_name(),
-            "actual-size": self.all.size(self.node),
-            "dirty-flag": false,
-        });
+        let mut value = self.snapshots();
+        for (member, content) in [
+            ("virtual-size", json!(format.size())),
+            ("filename", json!(self.filename())),
+            ("format", json!(self.node.driver_name())),
+            ("actual-size", json!(self.all.size(self.node))),
+            ("dirty-flag", json!(false)),
+        ] {
+            set(&mut value, member, content);
+        }
         if !matches!(format, Format::Raw(_)) {
             set(&mut value, "cluster-size", format.cluster_size());
         }

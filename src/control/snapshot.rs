@@ -1,4 +1,4 @@
-//! `blockdev-snapshot`, `blockdev-snapshot-sync` and `transaction`: the arguments.
+//! `blockdev-snapshot`, `blockdev-snapshot-sync`, internal snapshots and `transaction`: the arguments.
 
 use serde_json::{Map, Value, json};
 
@@ -6,6 +6,7 @@ use super::args::{Arg, Args, Kind};
 use super::command::{Control, Done};
 use super::error::CommandError;
 use crate::engine::snapshot::{Action, NewOverlay};
+use crate::format::qcow2::snapshots::Snapshot;
 
 const MODE: Kind = Kind::Enum("NewImageMode", &["existing", "absolute-paths"]);
 const COMPLETION: Kind = Kind::Enum("ActionCompletionMode", &["individual", "grouped"]);
@@ -23,6 +24,17 @@ pub(super) const SNAPSHOT_SYNC: &[Arg] = &[
     Arg::optional("snapshot-node-name", Kind::Str),
     Arg::optional("format", Kind::Str),
     Arg::optional("mode", MODE),
+];
+/// What `blockdev-snapshot-internal-sync` takes.
+pub(super) const INTERNAL: &[Arg] = &[
+    Arg::required("device", Kind::Str),
+    Arg::required("name", Kind::Str),
+];
+/// What `blockdev-snapshot-delete-internal-sync` takes.
+pub(super) const DELETE_INTERNAL: &[Arg] = &[
+    Arg::required("device", Kind::Str),
+    Arg::optional("id", Kind::Str),
+    Arg::optional("name", Kind::Str),
 ];
 /// What `transaction` takes.
 pub(super) const TRANSACTION: &[Arg] = &[
@@ -50,6 +62,11 @@ static ACTIONS: &[Kinds] = &[
         action: snapshot,
     },
     Kinds {
+        name: "blockdev-snapshot-internal-sync",
+        args: INTERNAL,
+        action: internal,
+    },
+    Kinds {
         name: "blockdev-snapshot-sync",
         args: SNAPSHOT_SYNC,
         action: snapshot_sync,
@@ -69,6 +86,37 @@ pub(super) fn blockdev_snapshot(control: &Control, args: &Args) -> Done {
 /// Makes an image, or opens one, and puts it on top of a node.
 pub(super) fn blockdev_snapshot_sync(control: &Control, args: &Args) -> Done {
     carry_out(control, &[snapshot_sync(args)?])
+}
+
+/// Takes a snapshot inside of an image.
+pub(super) fn blockdev_snapshot_internal(control: &Control, args: &Args) -> Done {
+    carry_out(control, &[internal(args)?])
+}
+
+/// Deletes a snapshot inside of an image.
+pub(super) fn blockdev_snapshot_delete_internal(control: &Control, args: &Args) -> Done {
+    let device = args.required_str("device")?;
+    let (id, name) = (args.str("id"), args.str("name"));
+    let deleted = control.engine.delete_internal_snapshot(device, id, name)?;
+    Ok(describe(&deleted).into())
+}
+
+/// A snapshot as clients are told of it.
+pub(super) fn describe(snapshot: &Snapshot) -> Value {
+    let second = 1_000_000_000;
+    let mut value = json!({
+        "vm-clock-nsec": snapshot.vm_clock % second,
+        "name": snapshot.name,
+        "date-sec": snapshot.date_seconds,
+        "date-nsec": snapshot.date_nanoseconds,
+        "vm-clock-sec": snapshot.vm_clock / second,
+        "id": snapshot.id,
+        "vm-state-size": snapshot.vm_state_size,
+    });
+    if let (Some(members), Some(count)) = (value.as_object_mut(), snapshot.instructions) {
+        members.insert("icount".to_owned(), count.into());
+    }
+    value
 }
 
 /// Carries out all actions, or none.
@@ -123,6 +171,13 @@ fn snapshot(args: &Args) -> Result<Action, CommandError> {
     Ok(Action::Snapshot {
         node: args.required_str("node")?.to_owned(),
         overlay: args.required_str("overlay")?.to_owned(),
+    })
+}
+
+fn internal(args: &Args) -> Result<Action, CommandError> {
+    Ok(Action::Internal {
+        device: args.required_str("device")?.to_owned(),
+        name: args.required_str("name")?.to_owned(),
     })
 }
 

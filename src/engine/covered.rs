@@ -1,10 +1,11 @@
-//! Images that snapshots have covered: how they are closed.
+//! Images that snapshots have covered, or that have got snapshots: how they are closed.
 //!
 //! What the guest had begun to write there ends first. Then the image is made stable and given back
 //! to its readers, and that is recorded: until then the next start has to see to it.
 
 use std::sync::Arc;
 
+use super::internal::Taken;
 use super::{Engine, on_this_thread};
 use crate::chain::turn::Turn;
 use crate::error::{Error, Result};
@@ -30,6 +31,8 @@ pub(super) struct Covered {
     pub(super) moved: Vec<Moved>,
     pub(super) turns: Vec<Arc<Turn>>,
     pub(super) recorded: Vec<record::Top>,
+    /// Images that have got snapshots.
+    pub(super) taken: Vec<Taken>,
 }
 
 fn stays_open(old: &str, error: &Error) -> Error {
@@ -66,6 +69,9 @@ impl Engine {
                     turn.late_writes_end().await;
                 }
                 let mut result = Ok(());
+                for taken in covered.taken {
+                    result = result.and(taken.close().await);
+                }
                 for Moved { old, closing, .. } in covered.moved {
                     if let Some(grant) = closing {
                         let closed = close(&self.graph, &old, grant).await;
@@ -83,7 +89,7 @@ impl Engine {
 
     /// Records that what was covered is stable, by `tops`: the next start need not see to that.
     fn record_closed(&self, tops: &[record::Top]) {
-        let Some(store) = &self.store else {
+        let Some(store) = self.store.as_ref().filter(|_| !tops.is_empty()) else {
             return;
         };
         let recorded = store.happened(|state| {

@@ -10,6 +10,7 @@
 //! - `resize`: another size for a disk
 //! - `job_filters`: what jobs are called in the graph
 //! - [`snapshot`]: new images on top of those that guests write; transactions
+//! - `internal`, `inside`: snapshots inside of images
 //! - `overlay_image`: how these images are made and opened
 //! - `covered`: how the images below are closed
 //! - [`overlays`]: what is recorded of them
@@ -30,6 +31,8 @@ mod guests;
 mod in_place;
 pub mod incidents;
 mod job_filters;
+mod inside;
+mod internal;
 pub mod neighbours;
 mod nodes;
 mod object_changes;

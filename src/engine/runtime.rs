@@ -10,6 +10,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
 use serde_json::Value;
@@ -24,6 +25,9 @@ use crate::options::{
 };
 use crate::state::StateOptions;
 use crate::state::record::{Changed, Changes, Link, State};
+
+/// How long one for whom guests wait waits for another change to be recorded.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// What keeps a daemon from serving while an earlier one may still be at work on the same export.
 pub trait Fences: Send + Sync {
@@ -314,6 +318,20 @@ impl Runtime {
     /// No other change is put in force and recorded until this is dropped.
     pub(super) fn change(&self) -> MutexGuard<'_, ()> {
         self.changing.lock()
+    }
+
+    /// As [`change`](Self::change), for one for whom guests wait.
+    ///
+    /// # Errors
+    /// When another change is being recorded, and that takes too long.
+    pub(super) fn change_soon(&self) -> Result<MutexGuard<'_, ()>> {
+        self.changing.try_lock_for(PATIENCE).ok_or_else(|| {
+            Error::Invalid(format!(
+                "another change is not recorded within {} s (the disk with the state may not \
+                 answer); nothing was changed",
+                PATIENCE.as_secs()
+            ))
+        })
     }
 }
 

@@ -1,4 +1,5 @@
-//! Snapshots and transactions of them: new images on top of those that guests write.
+//! Snapshots and transactions of them: new images on top of those that guests write, and snapshots
+//! inside of these ([`internal`](super::internal)).
 //!
 //! ```text
 //!   find ─▶ make, open ─▶ reserve ─▶ grants, locks ─▶ flush ─▶ record ─▶ hold ─▶ publish ─▶ close ─▶ answer
@@ -14,6 +15,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::covered::{Covered, Moved};
+use super::internal::{Internal, Taken};
 use super::overlay_image::{check_fits, local_file, make, overlay_options, settle};
 use super::overlays::{Cover, Recorder};
 use super::{Engine, on_this_thread};
@@ -38,6 +40,13 @@ pub enum Action {
     },
     /// Makes an image, or opens one, and puts it on top of a node.
     SnapshotSync(NewOverlay),
+    /// Takes a snapshot inside of an image.
+    Internal {
+        /// The export or node.
+        device: String,
+        /// The snapshot's name.
+        name: String,
+    },
     /// Fails.
     Abort,
 }
@@ -81,9 +90,11 @@ impl Engine {
 }
 
 /// What has been done for a transaction, as long as it can be taken back.
-struct Change<'e> {
-    engine: &'e Engine,
+pub(super) struct Change<'e> {
+    pub(super) engine: &'e Engine,
     covers: Vec<Cover>,
+    /// Images that get snapshots.
+    pub(super) internal: Vec<Internal>,
     /// Files and nodes that were made for it.
     files: Vec<MadeFile>,
     nodes: Vec<String>,
@@ -96,10 +107,11 @@ struct Change<'e> {
 }
 
 impl<'e> Change<'e> {
-    fn new(engine: &'e Engine) -> Self {
+    pub(super) fn new(engine: &'e Engine) -> Self {
         Self {
             engine,
             covers: Vec::new(),
+            internal: Vec::new(),
             files: Vec::new(),
             nodes: Vec::new(),
             moved: Vec::new(),
@@ -116,6 +128,10 @@ impl<'e> Change<'e> {
             let cover = match action {
                 Action::Snapshot { node, overlay } => self.find(node, overlay)?,
                 Action::SnapshotSync(new) => self.make(new)?,
+                Action::Internal { device, name } => {
+                    self.add_internal(device, name)?;
+                    continue;
+                }
                 Action::Abort => {
                     let text = "Transaction aborted using Abort action";
                     return Err(Error::Invalid(text.into()));
@@ -123,14 +139,19 @@ impl<'e> Change<'e> {
             };
             self.covers.push(cover);
         }
-        if self.covers.is_empty() {
+        if self.covers.is_empty() && self.internal.is_empty() {
             return Ok(None);
         }
-        self.take_grants()?;
-        self.flush()?;
-        self.record()?;
-        let turns = self.switch()?;
+        if !self.covers.is_empty() {
+            self.take_grants()?;
+            self.flush()?;
+            self.record()?;
+        }
+        // Last, since guests' writes may wait from there on.
+        self.prepare_internal()?;
+        let (turns, taken) = self.switch()?;
         Ok(Some(Covered {
+            taken,
             moved: std::mem::take(&mut self.moved),
             turns,
             recorded: std::mem::take(&mut self.recorded),
@@ -138,7 +159,7 @@ impl<'e> Change<'e> {
     }
 
     /// The graph as it is going to be.
-    fn draft(&self) -> Result<Transaction> {
+    pub(super) fn draft(&self) -> Result<Transaction> {
         let exports = self.engine.exports.list();
         let disks = exports.iter().filter_map(|served| served.export.root());
         let disks: Vec<_> = disks.collect();
@@ -151,7 +172,7 @@ impl<'e> Change<'e> {
 
     /// The node that a client calls `device`, as the actions so far leave it: for an export, the top
     /// of its disk.
-    fn device(&self, state: &State, device: &str) -> Option<String> {
+    pub(super) fn device(&self, state: &State, device: &str) -> Option<String> {
         let exports = self.engine.exports.list();
         let export = exports.iter().find(|served| served.options.id == device);
         if let Some(served) = export {
@@ -171,7 +192,7 @@ impl<'e> Change<'e> {
         state.check_covered(old)
     }
 
-    fn reserve(&mut self, node: &str) -> Result<()> {
+    pub(super) fn reserve(&mut self, node: &str) -> Result<()> {
         if self.reserved.iter().any(|held| held.nodes() == [node]) {
             return Ok(());
         }
@@ -353,15 +374,19 @@ impl<'e> Change<'e> {
     }
 
     /// Switches the chains of all disks at once.
-    fn switch(&mut self) -> Result<Vec<Arc<Turn>>> {
+    fn switch(&mut self) -> Result<(Vec<Arc<Turn>>, Vec<Taken>)> {
         // None comes or goes until the chains are stored.
-        let _changing = self.engine.runtime.change();
+        let runtime = &self.engine.runtime;
+        let _changing = match self.internal.is_empty() {
+            true => runtime.change(),
+            false => runtime.change_soon()?,
+        };
         let turning = self.engine.exports.turn();
         let _turning = turning.map_err(|refused| Error::Invalid(refused.to_string()))?;
         // Anew: images have been opened for writing since.
         let mut draft = self.draft()?;
         self.check_exports(&draft)?;
-        let mut turns = Vec::new();
+        let mut turns = self.turns_in_place()?;
         for Moved { export, old, .. } in &self.moved {
             let Some(root) = export.root() else {
                 continue;
@@ -383,7 +408,11 @@ impl<'e> Change<'e> {
             }
         }
         let held = Held::all(&turns)?;
-        let released = self.engine.graph.commit(draft)?;
+        let released = match self.covers.is_empty() {
+            true => None,
+            false => Some(self.engine.graph.commit(draft)?),
+        };
+        let taken = self.take_effect();
         // From here on there is no way back.
         for moved in &mut self.moved {
             let top = moved.export.node_name();
@@ -401,7 +430,7 @@ impl<'e> Change<'e> {
         // Others may go on with the nodes: what is left to do is under the closing grants.
         self.reserved.clear();
         self.tell();
-        Ok(turns.into_iter().map(|(_, turn)| turn).collect())
+        Ok((turns.into_iter().map(|(_, turn)| turn).collect(), taken))
     }
 
     /// Refuses to switch if other guests have, or are about to have, what is covered than those that
@@ -474,9 +503,12 @@ impl<'e> Change<'e> {
     }
 
     /// Leaves all as it was.
-    fn take_back(mut self) {
+    pub(super) fn take_back(mut self) {
+        let internal = self.take_internal_back();
         let engine = self.engine;
-        if let Some(store) = &engine.store {
+        if let Some(store) = &engine.store
+            && !self.recorded.is_empty()
+        {
             let forgotten = store.happened(|state| {
                 for (top, gone) in self.recorded.iter().zip(&self.replaced).rev() {
                     state.take_top_back(top, gone);
@@ -489,6 +521,7 @@ impl<'e> Change<'e> {
         let grants = self.moved.into_iter();
         let grants: Vec<_> = grants
             .flat_map(|moved| [moved.grant, moved.closing])
+            .chain(internal.into_iter().map(Some))
             .collect();
         let given_back = on_this_thread(|reactor| {
             reactor.block_on(async {
@@ -516,7 +549,7 @@ fn said(Refused(text): Refused) -> Error {
     Error::Invalid(text)
 }
 
-fn no_node(device: &str, node: &str) -> Error {
+pub(super) fn no_node(device: &str, node: &str) -> Error {
     Error::Invalid(format!(
         "Cannot find device='{device}' nor node-name='{node}'"
     ))
