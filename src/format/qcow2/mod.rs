@@ -338,6 +338,12 @@ impl Qcow2 {
         self.meta.lock().still
     }
 
+    /// Entries of the L1 table that the header names. There may be room for more in memory, where
+    /// nothing is.
+    fn l1_len(&self) -> u64 {
+        u64::from(self.header().l1_size).min(self.l1.len() as u64)
+    }
+
     fn slice_entries(&self) -> u64 {
         slice_entries(self.shape)
     }

@@ -66,7 +66,7 @@ impl Places {
             self.tables.extend(more);
         }
         let clusters = |bytes: u64| bytes.div_ceil(image.cluster_size());
-        let l1 = clusters(image.l1.len() as u64 * 8);
+        let l1 = clusters(image.l1_len() * 8);
         while self.l1s.len() < wanted.l1s && l1 > 0 {
             let place = self.contiguous(image, l1, Kind::L1).await?;
             self.l1s.push(place);

@@ -34,7 +34,7 @@ impl Qcow2 {
             ))
         })?;
         let gone = entries.remove(index);
-        let l1 = 0..self.l1.len() as u64;
+        let l1 = 0..self.l1_len();
         let wanted = Wanted {
             tables: l1
                 .filter(|&index| self.l1_entry(index) & OFFSET != 0)

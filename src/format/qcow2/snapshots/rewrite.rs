@@ -59,7 +59,7 @@ impl<'a> Rewrite<'a> {
             image,
             counts: Counts::of(image),
             places,
-            l1: (0..image.l1.len() as u64)
+            l1: (0..image.l1_len())
                 .map(|index| image.l1_entry(index))
                 .collect(),
         }

@@ -32,7 +32,7 @@ impl Qcow2 {
             let id = entries.next_id();
             entries.add(table::new(id, name, self.header().size, date));
         }
-        let l1 = 0..self.l1.len() as u64;
+        let l1 = 0..self.l1_len();
         let wanted = Wanted {
             tables: l1
                 .filter(|&index| self.l1_entry(index) & OFFSET != 0)
