@@ -265,9 +265,9 @@ fn set_up(
     reactor.block_on(graph.open_recorded_all(&setup.nodes, recorded))?;
     let mut wanted = setup.exports.clone();
     // To the images that guests have moved to, those that were put on top of these, and again.
-    state::follow_moves(graph, store.as_ref(), &mut wanted)?;
+    state::follow_moves(graph, store.as_ref(), &setup.exports, &mut wanted)?;
     overlays::restore(graph, store.as_ref(), &mut wanted, reactor)?;
-    state::follow_moves(graph, store.as_ref(), &mut wanted)?;
+    state::follow_moves(graph, store.as_ref(), &setup.exports, &mut wanted)?;
     let plan = state::plan(config.state.as_ref(), graph, store.as_ref())?;
     neighbours::check(&wanted, config.state.as_ref(), graph, store.as_ref())?;
     // All of them before the first guest is served: an image that does not answer would hold up the

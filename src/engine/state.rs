@@ -157,25 +157,33 @@ fn backing(header: &record::Header) -> Backing {
 /// Puts exports on the images that their guests write since commits have ended, whatever the options
 /// say: what those have that they name is out of date.
 ///
+/// `own` are the exports as the options have them, `exports` as they have been changed so far.
+///
 /// # Errors
 /// When such an image is not among those that are open.
 pub fn follow_moves(
     graph: &Graph,
     store: Option<&Arc<Store>>,
+    own: &[ExportOptions],
     exports: &mut [ExportOptions],
 ) -> Result<()> {
     let Some(store) = store else {
         return Ok(());
     };
     let state = store.state();
-    let named = exports.iter().flat_map(|export| image_of(graph, export));
+    let named = own.iter().flat_map(|export| image_of(graph, export));
     let named: Vec<_> = named.collect();
     for export in exports {
         // A guest may have moved several times, and never in a circle.
         for _ in 0..state.moved.len() {
-            // It may be one that is put back only with what is on top of it.
             let Ok(node) = graph.image_node(&export.node_name) else {
-                break;
+                // A client may have removed it, since its guest has left it; or it is one that is put
+                // back only with what is on top of it.
+                match left_for(graph, &state.moved, &export.node_name) {
+                    Some(to) => export.node_name = to,
+                    None => break,
+                }
+                continue;
             };
             let file = graph.file_of(&node)?;
             let Some(moved) = state.moved_from((&file, identity(&node))) else {
@@ -215,6 +223,18 @@ pub fn follow_moves(
         }
     }
     forget_known(graph, store, &named)
+}
+
+/// The node that a guest writes since it has left the one called `name`, which is not open.
+fn left_for(graph: &Graph, moved: &[record::Moved], name: &str) -> Option<String> {
+    let mut moved = moved.iter();
+    let moved = moved.find(|moved| moved.from.name.as_deref() == Some(name))?;
+    let any = record::Node {
+        name: None,
+        ..moved.to.clone()
+    };
+    let to = find(graph, &any, moved.to_identity).ok().flatten()?;
+    Some(to.name)
 }
 
 /// The file of the image that an export shows, and what tells it from others.
