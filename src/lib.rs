@@ -29,6 +29,7 @@ pub mod grace;
 pub mod graph;
 pub mod job;
 pub mod options;
+pub mod planted;
 pub mod reactor;
 pub mod sched;
 pub mod shared_memory;

@@ -52,6 +52,7 @@ use crate::storage::{IoBufs, ScratchBuf};
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::{Event, EventListener, Mutex};
 
+use crate::planted::{Fault, is_planted};
 pub use hold::Hold;
 use hold::Holds;
 
@@ -362,7 +363,11 @@ impl View {
             let copy = unsafe { IoBufs::of(&copy, 0, copy.len()) };
             let second = View::of(tap.target.chain());
             let own = self.write_top(at, copy.clone());
-            let (own, second) = join(own, second.write(at, copy)).await;
+            let (from, copy) = match is_planted(Fault::TapRounded) {
+                true => whole_blocks(at, copy),
+                false => (at, copy),
+            };
+            let (own, second) = join(own, second.write(from, copy)).await;
             tap.settle(hold, own, second).await?;
         }
         Ok(())
@@ -422,6 +427,22 @@ impl View {
             done += now;
         }
         Ok(())
+    }
+}
+
+/// What is left of a write without the ends that fill no block. All of it, if it has no whole one.
+fn whole_blocks(at: u64, bufs: IoBufs) -> (u64, IoBufs) {
+    const BLOCK: u64 = 4096;
+    let (start, end) = (
+        at.next_multiple_of(BLOCK),
+        (at + bufs.len() as u64) / BLOCK * BLOCK,
+    );
+    match start < end {
+        true => (
+            start,
+            bufs.slice((start - at) as usize, (end - start) as usize),
+        ),
+        false => (at, bufs),
     }
 }
 

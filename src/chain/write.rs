@@ -17,6 +17,7 @@ use super::{Layer, View};
 use crate::error::{Action, Error, Result};
 use crate::format::qcow2::{Clear, Target};
 use crate::format::{Format, Place, Qcow2};
+use crate::planted::{Fault, is_planted};
 use crate::reactor::carry_out;
 use crate::storage::{self, AlignedBuf, IoBufs, Purpose, ScratchBuf};
 
@@ -318,6 +319,7 @@ impl View {
         }
         let how = match (qcow2.has_zero_clusters(), qcow2.is_overlay()) {
             (_, false) => Clear::Unmap,
+            (true, true) if is_planted(Fault::DiscardUnmaps) => Clear::Unmap,
             (true, true) => Clear::Zero,
             // What lies below would come to light.
             (false, true) => return Ok(()),

@@ -25,6 +25,7 @@ use crate::export::Held;
 use crate::graph::{Grant, Holder, Node, NodeUser, Request, Rights, Role, State, Transaction};
 use crate::job::Refused;
 use crate::options::check_node_name;
+use crate::planted::{Fault, is_planted};
 use crate::state::{Gone, record};
 use crate::storage::MadeFile;
 
@@ -363,6 +364,19 @@ impl<'e> Change<'e> {
             draft.cover(&cover.old, &cover.overlay, &disks)?;
         }
         let tops = tops.made;
+        if is_planted(Fault::RecordLate) {
+            let store = store.clone();
+            std::thread::spawn(move || {
+                std::thread::sleep(std::time::Duration::from_millis(50));
+                let recorded = store.change(|state| {
+                    for top in tops {
+                        state.put_top(top);
+                    }
+                });
+                drop(recorded);
+            });
+            return Ok(());
+        }
         let mut replaced = Vec::new();
         store.change(|state| {
             let replacing = tops.iter().map(|top| state.put_top(top.clone()));
@@ -536,6 +550,9 @@ impl<'e> Change<'e> {
         }
         self.reserved.clear();
         for node in self.nodes.iter().rev() {
+            if is_planted(Fault::RefusedLeaves) {
+                break;
+            }
             if let Err(error) = engine.graph.remove(node) {
                 log::error!("node '{node}' of a snapshot that was not taken stays: {error}");
             }

@@ -32,6 +32,7 @@ use crate::chain::Tap;
 use crate::error::{Action, Error, Result};
 use crate::format::Format;
 use crate::graph::{Grant, Graph, Transaction};
+use crate::planted::{Fault, is_planted};
 use crate::state::record;
 use crate::storage::opener::settled_contents;
 
@@ -219,7 +220,9 @@ impl Active {
         self.tap.unused().await;
         // The guest is on the base, whatever comes of this; a base that cannot be made stable fails its
         // flushes from here on.
-        if let Err(error) = self.layers.settle().await {
+        if !is_planted(Fault::BaseNotFlushed)
+            && let Err(error) = self.layers.settle().await
+        {
             log::error!(
                 "node '{}', which a guest writes since the commit, cannot be made stable: {error}",
                 self.layers.base
@@ -244,7 +247,9 @@ impl Active {
     /// recorded and cannot be taken back comes about, then, even if the base has failed a write: that
     /// fails for its guest, and nothing that has completed is lost.
     async fn put_in_force(&mut self) -> Result<bool> {
-        self.layers.target.chain().top().flush().await?;
+        if !is_planted(Fault::BaseNotFlushed) {
+            self.layers.target.chain().top().flush().await?;
+        }
         let mut transaction = self.transaction().ending();
         transaction.replace(&self.top, &self.layers.base)?;
         transaction.set_tap(&self.top, None)?;

@@ -15,7 +15,7 @@ SRC = TREE / "src"
 
 # From the bottom up. A folder or file knows those of its own line and of the lines before.
 FLOORS = [
-    ["sync", "error", "sched", "unix_socket"],
+    ["sync", "error", "planted", "sched", "unix_socket"],
     ["reactor", "grace"],
     ["shared_memory"],
     ["storage"],

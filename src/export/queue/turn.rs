@@ -12,10 +12,14 @@ use super::slot::Slot;
 use crate::chain::Chain;
 use crate::chain::turn::{Share, Turn};
 use crate::export::request::Kind;
+use crate::planted::{Fault, is_planted};
 
 impl Queue {
     /// Hands over all that writes to the disk of `turn`.
     pub(super) fn hand_over(&mut self, turn: &Arc<Turn>) {
+        if is_planted(Fault::LateWrite) {
+            return;
+        }
         // What is copied up for a read is written, too; that is a task.
         let reads_write = !turn.in_place && turn.root.chain().top().copy_on_read;
         for (head, slot) in self.slots.iter().enumerate() {

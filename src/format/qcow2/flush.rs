@@ -24,6 +24,7 @@ use super::header::{Backing, Header, Patch, SECTOR};
 use super::refcount::Need;
 use super::{Freed, Qcow2};
 use crate::error::{Action, Error, Result};
+use crate::planted::{Fault, is_planted};
 use crate::storage::{self, AlignedBuf, Purpose, Syncs};
 use crate::sync::{
     AsyncMutex, AsyncMutexGuard,
@@ -336,7 +337,9 @@ impl Qcow2 {
             return Err(Error::Invalid("Block node is read-only".into()));
         }
         let _turn = self.flush_turn().await;
-        self.write_back().await?;
+        if !is_planted(Fault::HeaderEarly) {
+            self.write_back().await?;
+        }
         let patches = self.header().plan_backing(backing)?;
         self.patch_header(&patches).await
     }

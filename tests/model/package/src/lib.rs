@@ -15,6 +15,8 @@ pub mod error;
 pub mod format;
 #[path = "../../../../src/grace.rs"]
 pub mod grace;
+#[path = "../../../../src/planted.rs"]
+pub mod planted;
 #[path = "../../../../src/reactor/mod.rs"]
 pub mod reactor;
 // The exports, which look at more of it, are not here.
