@@ -64,13 +64,21 @@ pub fn create(
 
 /// `qemu-img check`: errors fail, leaks are told.
 pub fn check(path: &Path) -> Res<bool> {
-    let output = run("qemu-img", &["check", "-f", "qcow2", text(path)?])?;
+    judge_check(text(path)?, &["check", "-f", "qcow2", text(path)?])
+}
+
+/// As [`check`], of an image that is named with its options (`json:`).
+pub fn check_named(image: &str) -> Res<bool> {
+    judge_check(image, &["check", image])
+}
+
+fn judge_check(image: &str, args: &[&str]) -> Res<bool> {
+    let output = run("qemu-img", args)?;
     match output.status.code() {
         Some(0) => Ok(false),
         Some(3) => Ok(true),
         code => Err(format!(
-            "qemu-img check {}: exit code {code:?}\n{}{}",
-            path.display(),
+            "qemu-img check {image}: exit code {code:?}\n{}{}",
             String::from_utf8_lossy(&output.stdout),
             String::from_utf8_lossy(&output.stderr)
         )

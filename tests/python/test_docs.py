@@ -134,6 +134,8 @@ TABLE = {
     ("docs/testing.md", "contrib/test costs"): NotRun("a step of contrib/test"),
     ("docs/testing.md", "contrib/test kills"): KILLS,
     ("docs/testing.md", "contrib/test crash"): NotRun("hours"),
+    ("docs/testing.md", "contrib/test walk"): NotRun("hours; two walks are among the tests"),
+    ("docs/testing.md", "contrib/test planted"): NotRun("minutes, in a debug build"),
     ("docs/testing.md", "STRATABLK_GRAPHS=500"): NotRun("an hour; graphs.rs runs some"),
     ("docs/testing.md", "cargo test --test frontend_hung"): NotRun("a test of contrib/test"),
     ("docs/recovery.md", "contrib/test kills"): KILLS,
