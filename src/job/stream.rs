@@ -190,7 +190,7 @@ impl Body for Stream {
     fn close(&mut self) -> LocalBoxFuture<'_, ()> {
         Box::pin(async move {
             if is_planted(Fault::GrantKept) {
-                self.grant.take().map(std::mem::forget);
+                std::mem::forget(self.grant.take());
             }
             if let Some(grant) = self.grant.take()
                 && let Err(error) = grant.give_back().await

@@ -201,7 +201,8 @@ impl Snapshots {
         let snapshots = self.clone();
         reactor.spawn(async move {
             for _ in 0..changes {
-                for _ in 0..snapshots.rng.borrow_mut().random_range(0..40) {
+                let turns = snapshots.rng.borrow_mut().random_range(0..40);
+                for _ in 0..turns {
                     yield_now().await;
                 }
                 snapshots.change().await;

@@ -276,6 +276,7 @@ impl Scene {
         let below = self.world.nodes.get(found.backing.as_ref()?)?;
         let same = |header: &str| header.replace("/./", "/") == below.file;
         let fits = found.header.as_deref().is_some_and(same);
-        (fits && self.are_free(&[node.clone()], &chain)).then_some(Step::Rename { export, node })
+        (fits && self.are_free(std::slice::from_ref(&node), &chain))
+            .then_some(Step::Rename { export, node })
     }
 }

@@ -37,6 +37,8 @@ pub struct Inode {
 }
 
 type Names = BTreeMap<(u64, String), u64>;
+/// A name, and what it names from then on.
+type Move = ((u64, String), Option<u64>);
 
 /// All files.
 pub struct Machine {
@@ -44,7 +46,7 @@ pub struct Machine {
     names: Names,
     stable_names: Names,
     /// Changes of names that are not stable, each of which is there in whole or not at all.
-    moves: Vec<Vec<((u64, String), Option<u64>)>>,
+    moves: Vec<Vec<Move>>,
     next: u64,
 }
 

@@ -82,7 +82,7 @@ fn a_long_walk() -> Res<()> {
     let end = Instant::now() + Duration::from_secs(end);
     let mut seed = seed_from_environment();
     while Instant::now() < end {
-        walk(seed, seed % 4 != 0)?;
+        walk(seed, !seed.is_multiple_of(4))?;
         seed += 1;
     }
     Ok(())

@@ -224,9 +224,7 @@ impl Scene {
     }
 
     fn start(&mut self) -> Res<()> {
-        for socket in ["qmp"] {
-            let _ = fs::remove_file(self.dir.path().join(socket));
-        }
+        let _ = fs::remove_file(self.dir.path().join("qmp"));
         let mut daemon = Daemon::start(&self.program, &self.args, self.dir.path(), None)?;
         let qmp = daemon.qmp(&self.dir.path().join("qmp"))?;
         self.life = Some(Life { daemon, qmp });

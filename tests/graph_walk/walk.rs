@@ -82,8 +82,10 @@ impl Walk {
 
 fn take(scene: &mut Scene, step: &Step) -> Res<()> {
     match step {
-        Step::Kill => scene.restart(&[scene.world.clone()], false),
-        Step::Cut => scene.restart(&[scene.world.clone()], true),
+        Step::Kill | Step::Cut => {
+            let world = [scene.world.clone()];
+            scene.restart(&world, matches!(step, Step::Cut))
+        }
         Step::KillDuring(step) => die_during(scene, step, false),
         Step::CutDuring(step) => die_during(scene, step, true),
         Step::Restart => scene.stop_and_start(),

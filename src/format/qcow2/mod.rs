@@ -77,8 +77,8 @@ use l2::{Shape, Slice};
 use late::Late;
 use loading::Loading;
 use refcount::{Allocator, SLICE_BYTES};
-use soundness::Soundness;
 use snapshots::Snapshot;
+use soundness::Soundness;
 use words::Words;
 
 pub use header::Backing;
@@ -341,7 +341,7 @@ impl Qcow2 {
     /// Entries of the L1 table that the header names. There may be room for more in memory, where
     /// nothing is.
     fn l1_len(&self) -> u64 {
-        u64::from(self.header().l1_size).min(self.l1.len() as u64)
+        u64::from(self.header().l1_size)
     }
 
     fn slice_entries(&self) -> u64 {
