@@ -102,6 +102,12 @@ impl Grace {
         self.ended.notify(usize::MAX);
     }
 
+    /// Whether the chain is gone.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.over.load(Ordering::SeqCst)
+    }
+
     /// Waits until the chain is gone. Requests that have taken it and not entered an era yet are waited
     /// for as well, unlike by [`Grace::retire`].
     pub async fn ended(&self) {

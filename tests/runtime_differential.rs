@@ -664,12 +664,6 @@ fn other_sizes() {
         of("tf", 8 * MIB),
         of("n", 8192),
         resize(json!({"device": "x", "node-name": "t", "size": 5 * MIB})),
-        (
-            "block-stream",
-            json!({"device": "t", "job-id": "j", "speed": 1}),
-        ),
-        of("t", 6 * MIB),
-        ("block-job-cancel", json!({"device": "j", "force": true})),
     ]);
     compare(&[
         (

@@ -79,9 +79,10 @@ impl View {
         };
         let unit = qcow2.unit_size();
         let start = offset / unit * unit;
+        // To where the data ends, not the disk: a size that is about to be smaller may stay after all.
         let stop = (offset + len)
             .next_multiple_of(unit)
-            .min(layer.format.size());
+            .min(layer.format.data_end());
         // Before the claim, so that no guest waits with it. A place may have more than the units that
         // are copied, but no more than their clusters.
         let clusters = qcow2.clusters_of(start..stop);

@@ -41,7 +41,7 @@ use crate::format::{Format, Place, Qcow2};
 use crate::grace::{EraCache, Grace, LocalEra, Users};
 use crate::reactor::carry_out;
 use crate::storage::{self, Limits, Purpose, Storage, Threshold};
-use crate::sync::{self, ArcSwap};
+use crate::sync::{self, ArcSwap, Mutex};
 
 pub use backed::Backed;
 pub use copy::Copied;
@@ -448,6 +448,8 @@ impl Drop for Chain {
 #[derive(Debug)]
 pub struct Root {
     chain: ArcSwap<Chain>,
+    /// Those of chains before it, of which requests may still be on their way.
+    past: Mutex<Vec<Arc<Grace>>>,
 }
 
 impl Root {
@@ -456,7 +458,15 @@ impl Root {
     pub fn new(chain: Chain) -> Arc<Self> {
         Arc::new(Self {
             chain: ArcSwap::from_pointee(chain),
+            past: Mutex::default(),
         })
+    }
+
+    /// What says when the requests of all chains before the present one have ended: not only of the
+    /// last one, since a chain is replaced without a wait for the one before.
+    #[must_use]
+    pub fn past(&self) -> Vec<Arc<Grace>> {
+        self.past.lock().clone()
     }
 
     /// The chain as it is now.
@@ -468,7 +478,11 @@ impl Root {
     /// Publishes a new chain: requests that begin from now on use it. Returns the old one, which
     /// may be the last to hold a file open.
     pub fn publish(&self, chain: Arc<Chain>) -> Arc<Chain> {
-        self.chain.swap(chain)
+        let mut past = self.past.lock();
+        let old = self.chain.swap(chain);
+        past.retain(|grace| !grace.is_over());
+        past.push(old.grace().clone());
+        old
     }
 }
 

@@ -170,7 +170,12 @@ pub async fn finish_growing(chain: &Chain, image: &Qcow2, (old, size): (u64, u64
         None => None,
     };
     let grown = async {
-        if let Some(data) = &data {
+        if let (Some(data), Some(len)) = (&data, data_len) {
+            // What it has behind the old end is left from a larger size: the new part reads as zeros.
+            if len > old {
+                let cut = data.set_len(old).await;
+                cut.map_err(|error| failed(&**data, &error))?;
+            }
             let set = data.set_len(size).await;
             set.map_err(|error| failed(&**data, &error))?;
         }

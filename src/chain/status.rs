@@ -68,7 +68,7 @@ impl Chain {
         let target = span.target();
         let layer = self.layer(target)?;
         let cluster = layer.format.unit_size();
-        let size = layer.format.size();
+        let size = layer.format.data_end();
         let start = offset / cluster * cluster;
         let stop = (offset + len)
             .next_multiple_of(cluster)

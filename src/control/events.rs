@@ -186,20 +186,7 @@ impl EventHub {
 
     /// Tells all clients, with the time of now; later, or never, where that would be too often.
     pub fn send(&self, event: &Event) {
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        let mut value = json!({
-            "timestamp": {"seconds": now.as_secs(), "microseconds": now.subsec_micros()},
-            "event": event.name,
-        });
-        let no_data = event
-            .data
-            .as_object()
-            .is_some_and(serde_json::Map::is_empty);
-        if let (Some(members), false) = (value.as_object_mut(), no_data || event.data.is_null()) {
-            members.insert("data".to_owned(), event.data.clone());
-        }
+        let value = on_the_wire(event);
         let listeners = self.listeners.clone();
         let later = move |line: &[u8]| listeners.tell(line);
         let named = (event.name, &event.data);
@@ -208,11 +195,41 @@ impl EventHub {
         }
     }
 
+    /// Tells all clients, however often.
+    pub fn send_each(&self, event: &Event) {
+        self.listeners.tell(&line_of(&on_the_wire(event)));
+    }
+
     /// The hub as jobs need it.
     pub fn sink(self: &Arc<Self>) -> EventSink {
         let hub = self.clone();
         Arc::new(move |event| hub.send(&event))
     }
+
+    /// The hub for those who tell of a thing once, which no other event may take the place of.
+    pub fn sink_of_each(self: &Arc<Self>) -> EventSink {
+        let hub = self.clone();
+        Arc::new(move |event| hub.send_each(&event))
+    }
+}
+
+/// An event with the time of now.
+fn on_the_wire(event: &Event) -> Value {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let mut value = json!({
+        "timestamp": {"seconds": now.as_secs(), "microseconds": now.subsec_micros()},
+        "event": event.name,
+    });
+    let no_data = event
+        .data
+        .as_object()
+        .is_some_and(serde_json::Map::is_empty);
+    if let (Some(members), false) = (value.as_object_mut(), no_data || event.data.is_null()) {
+        members.insert("data".to_owned(), event.data.clone());
+    }
+    value
 }
 
 /// A value as it goes on the wire.

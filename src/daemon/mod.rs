@@ -299,7 +299,7 @@ fn set_up(
         starting.has_ended();
     }
     end_with_last_front_end(config, exports, stop);
-    watch.tell(hub.sink());
+    watch.tell(hub.sink_of_each());
     let ledger = store.clone().map(|store| store as Arc<dyn Ledger>);
     let clock = Arc::new(SystemClock::new());
     let quit = stop.clone();

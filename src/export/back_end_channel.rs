@@ -168,7 +168,15 @@ fn accept(header: Header, fds: Vec<OwnedFd>) -> io::Result<UnixStream> {
     {
         return Err(refused("a back-end's channel is not a Unix stream socket"));
     }
-    Ok(UnixStream::from(fd))
+    let channel = UnixStream::from(fd);
+    // The end of a connection to a listener, to ours perhaps: while it is open, the session that has it
+    // would never see its front-end go.
+    if !channel.peer_addr()?.is_unnamed() {
+        return Err(refused(
+            "a back-end's channel is connected to a socket with a name (expected one of a pair)",
+        ));
+    }
+    Ok(channel)
 }
 
 fn socket_option(fd: RawFd, name: libc::c_int) -> Option<libc::c_int> {

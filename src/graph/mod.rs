@@ -101,12 +101,12 @@ pub struct Released {
 }
 
 impl Released {
-    /// What says, of each disk that has another chain since, when the requests of the old one have
-    /// ended. They end later if this is kept.
+    /// What says, of each disk that has another chain since, when the requests of the old one, and of
+    /// all before it, have ended. They end later if this is kept.
     #[must_use]
     pub fn ended(&self) -> Vec<Arc<Grace>> {
-        let chains = self.chains.iter().filter_map(|(_, chain)| chain.as_ref());
-        chains.map(|chain| chain.grace().clone()).collect()
+        let changed = self.chains.iter().filter(|(_, chain)| chain.is_some());
+        changed.flat_map(|(root, _)| root.past()).collect()
     }
 }
 

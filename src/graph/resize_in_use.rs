@@ -261,6 +261,7 @@ impl InUse<'_> {
             }
             return self.publish(file(old)).map(drop);
         }
+        self.check_unchanged()?;
         if size >= old {
             set_len(&*storage, (old, size)).await?;
             let published = match place.layer.flush().await {
@@ -268,11 +269,11 @@ impl InUse<'_> {
                 Err(error) => Err(error),
             };
             if published.is_err() {
-                back(&*storage, old).await;
+                // The disk ends with a whole sector, and a guest may have written that.
+                back(&*storage, old.next_multiple_of(512).min(size)).await;
             }
             return published;
         }
-        self.check_unchanged()?;
         self.publish_and_wait(file(size)).await?;
         let cut = set_len(&*storage, (old, size)).await;
         if cut.is_err() {
@@ -312,6 +313,7 @@ impl InUse<'_> {
     }
 
     async fn grow(&self, image: &Qcow2, (old, size): (u64, u64)) -> Result<()> {
+        self.check_unchanged()?;
         begin_growing(image, size).await?;
         let grown = async {
             if !old.is_multiple_of(image.cluster_size()) {

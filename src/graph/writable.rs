@@ -15,6 +15,7 @@ use super::{Grant, Graph, Holder, Node, Request, Role, drivers};
 use crate::chain::Layer;
 use crate::error::{Error, Result};
 use crate::format::Format;
+use crate::options::Driver;
 use crate::storage::{Access, Storage, is_same_path};
 
 /// Turns of those who open or lower the images in a file, by the name of the file's node.
@@ -181,7 +182,15 @@ impl Graph {
         match node.file() {
             Some(file) => {
                 let bytes = Box::pin(self.writable_bytes(file)).await?;
-                let over = node.layer.storage.over(&bytes);
+                // What only passes on another node's bytes has that one's wrapper, which is around
+                // them by now.
+                let is_wrapper = match &node.options.driver {
+                    Driver::Raw(raw) => raw.offset > 0 || raw.size.is_some(),
+                    Driver::Blkdebug(_) => true,
+                    _ => false,
+                };
+                let over = is_wrapper.then(|| node.layer.storage.over(&bytes));
+                let over = over.flatten();
                 // Also of a wrapper that goes on: what it is a part of may be shorter by now.
                 let within = drivers::of(&node.options.driver).bytes_in(bytes).await?;
                 Ok(over.unwrap_or(within))

@@ -396,6 +396,7 @@ fn version_1_is_read() {
     };
     wanted.links.iter_mut().for_each(link);
     for job in &mut wanted.jobs {
+        job.filter = None;
         link(&mut job.commit.as_mut().unwrap().link);
         if let Work::Stream(stream) = &mut job.work {
             stream.identity = [0, 0];

@@ -1,7 +1,10 @@
 //! Requests that go on while the disk under them changes.
 
+use std::sync::Arc;
+
 use serde_json::json;
-use stratablk::chain::View;
+use stratablk::chain::{Chain, Span, View};
+use stratablk::format::Format;
 use stratablk::graph::Graph;
 use stratablk::options::{BlockdevOptions, Dialect};
 use stratablk::reactor::Reactor;
@@ -59,4 +62,52 @@ fn a_reader_from_before_an_image_became_writable() {
     reactor.block_on(graph.close());
     drop((graph, root));
     check(&path, false);
+}
+
+/// What would be caught: a unit that is copied up to the smaller size alone that a disk shows while it
+/// is about to shrink, where the size then stays after all, and the rest of the unit reads as zeros.
+#[test]
+fn a_copy_while_a_disk_is_about_to_shrink() {
+    const SIZE: u64 = 1 << 20;
+    const SMALLER: u64 = (512 << 10) + 512;
+    let dir = tempfile::tempdir().unwrap();
+    let (base, top) = (in_dir(&dir, "base"), in_dir(&dir, "top"));
+    std::fs::write(&base, vec![5; SIZE as usize]).unwrap();
+    create_over(&top, "cluster_size=64k", &base, "raw");
+    let disk = Disk::open(&top, "qcow2", json!({}));
+    let view = disk.view();
+    let Format::Qcow2(image) = &view.chain.top().format else {
+        panic!("not qcow2");
+    };
+    image.show(SMALLER);
+    let copied = disk
+        .reactor
+        .block_on(view.copy(Span::new(0, 2), 512 << 10, 512));
+    assert!(copied.unwrap().data > 0);
+    image.show(SIZE);
+    assert!(disk.read(0, SIZE as usize) == vec![5; SIZE as usize]);
+    drop(view);
+    disk.close();
+}
+
+/// What would be caught: a change that waits for the requests of the last chain alone, where one
+/// that began with a chain before it is still on its way.
+#[test]
+fn requests_of_all_chains_before_are_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = in_dir(&dir, "image");
+    create(&image, "cluster_size=64k", 1 << 20);
+    let disk = Disk::open(&image, "qcow2", json!({}));
+    let request = disk.view();
+    for _ in 0..2 {
+        let next = Chain::new(request.chain.layers().to_vec()).unwrap();
+        drop(disk.root.publish(Arc::new(next)));
+    }
+    let first = request.chain.grace().clone();
+    let past = disk.root.past();
+    assert!(past.iter().any(|grace| Arc::ptr_eq(grace, &first)));
+    assert!(!first.is_over());
+    drop(request);
+    assert!(past.iter().all(|grace| grace.is_over()));
+    disk.close();
 }

@@ -101,6 +101,25 @@ impl Seen {
         let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         let mut seen = Seen::default();
+        // Each job is a node over the one that it works on, which is what counts here.
+        let jobs_filters: BTreeMap<String, String> = list(nodes)
+            .iter()
+            .filter(|node| {
+                let drivers = ["copy-on-read", "commit_top", "mirror_top"];
+                text(&node["node-name"]).starts_with('#')
+                    && drivers.contains(&text(&node["drv"]).as_str())
+            })
+            .filter_map(|filter| {
+                let below = filter["children"].as_array()?.first()?;
+                Some((text(&filter["node-name"]), text(&below["node-name"])))
+            })
+            .collect();
+        let under = |mut name: String| {
+            while let Some(below) = jobs_filters.get(&name) {
+                name.clone_from(below);
+            }
+            name
+        };
         for node in list(nodes) {
             let name = text(&node["node-name"]);
             if name.starts_with('#') {
@@ -108,11 +127,11 @@ impl Seen {
             }
             let children = list(&node["children"]);
             let below = children.iter().find(|child| child["child"] == "backing");
-            let below = below.map(|child| text(&child["node-name"]));
+            let below = below.map(|child| under(text(&child["node-name"])));
             seen.nodes.insert(name, (text(&node["file"]), below));
         }
         for export in list(exports) {
-            let pair = (text(&export["id"]), text(&export["node-name"]));
+            let pair = (text(&export["id"]), under(text(&export["node-name"])));
             seen.exports.extend([pair]);
         }
         seen.jobs = list(jobs).iter().map(|job| text(&job["id"])).collect();

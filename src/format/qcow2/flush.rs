@@ -128,7 +128,10 @@ impl Qcow2 {
         if !self.options.writable {
             return Ok(());
         }
-        self.flush().await?;
+        let flushed = self.flush().await;
+        // If nobody has come to it yet, or it has failed.
+        self.mark_corrupt().await?;
+        flushed?;
         self.await_grace().await;
         while self.retired.has_released() && !self.soundness.is_corrupt() {
             self.flush().await?;
@@ -336,6 +339,7 @@ impl Qcow2 {
         if !self.options.writable {
             return Err(Error::Invalid("Block node is read-only".into()));
         }
+        self.check_sound()?;
         let _turn = self.flush_turn().await;
         if !is_planted(Fault::HeaderEarly) {
             self.write_back().await?;

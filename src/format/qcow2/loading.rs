@@ -56,6 +56,9 @@ impl Qcow2 {
         };
         let adopted = Self::put_adopted(&meta, number, &slice);
         if let Some((cluster, mut fault)) = self.first_fault(&meta, number, &slice) {
+            if !fault.fatal {
+                self.withhold_behind(&mut meta, &slice);
+            }
             drop(meta);
             let at = offset + self.place(cluster).1 as u64 * self.shape.entry_bytes();
             fault.what = format!("at {at:#x}: {}", fault.what);
@@ -75,6 +78,29 @@ impl Qcow2 {
         meta.loaded.push_back(number);
         self.evict(&mut meta);
         Ok(())
+    }
+
+    /// Keeps clusters that entries point at, and that nobody counts, from being handed out: a cluster of
+    /// the guest's would be two of them.
+    fn withhold_behind(&self, meta: &mut Meta, slice: &Slice) {
+        if self.data.is_some() || !self.options.writable {
+            return;
+        }
+        for words in slice.entries() {
+            let (offset, len) = match self.shape.descriptor(words.descriptor) {
+                Descriptor::Host(host) | Descriptor::Zero(Some(host)) => {
+                    (host.offset, self.cluster_size())
+                }
+                Descriptor::Compressed { offset, len } => (offset, u64::from(len)),
+                Descriptor::None | Descriptor::Zero(None) => continue,
+            };
+            let end = (offset + len).div_ceil(self.cluster_size());
+            for cluster in offset >> self.cluster_bits..end {
+                if cluster >= meta.allocator.frontier() {
+                    meta.allocator.withhold(cluster);
+                }
+            }
+        }
     }
 
     /// The first guest cluster of a slice whose entry is wrong, and what is wrong with it. One that

@@ -153,6 +153,7 @@ impl Qcow2 {
     /// old header stands then.
     pub async fn set_size(&self, size: u64, in_force: &InForce) -> Result<()> {
         let size = size.next_multiple_of(header::SECTOR as u64);
+        self.check_sound()?;
         let bitmaps = self.bitmaps_for(size, in_force).await?;
         let _turn = self.flush_turn().await;
         let result = self.name_size(size, bitmaps.directory).await;

@@ -185,8 +185,15 @@ impl Qcow2 {
         if !has_place || !self.soundness.is_corrupt() || is_marked() {
             return Ok(());
         }
-        self.flush().await?;
-        self.end_journal().await?;
+        let settled = match self.flush().await {
+            Ok(()) => self.end_journal().await,
+            failed => failed,
+        };
+        if let Err(error) = settled {
+            // The mark matters more: without it the next one who opens the image takes it for sound.
+            let file = self.storage.name();
+            log::error!("{file}: the corrupt image is marked, but not all is flushed: {error}");
+        }
         let _turn = self.flush_turn().await;
         let header = self.header();
         let bits = header.incompatible | INCOMPATIBLE_CORRUPT;

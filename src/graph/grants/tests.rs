@@ -430,8 +430,9 @@ fn nobody_reads_a_base_while_it_is_committed_into() {
             text.contains("'consistent read' are both required by"),
             "{text}"
         );
+        let role = ["base", "target"][active];
         assert!(
-            text.contains("commit job 'j' (uses node 'base' as 'base'"),
+            text.contains(&format!("commit job 'j' (uses node 'base' as '{role}'")),
             "{text}"
         );
         bed.access(&resize("base")).unwrap_err();

@@ -26,6 +26,11 @@ impl Allocator {
         }
     }
 
+    /// A cluster is never handed out, whatever its refcount.
+    pub(in super::super) fn withhold(&mut self, cluster: u64) {
+        self.withheld.insert(cluster, cluster + 1);
+    }
+
     pub(super) fn is_withheld(&self, cluster: u64) -> bool {
         let mut before = self.withheld.range(..=cluster);
         before.next_back().is_some_and(|(_, end)| cluster < *end)

@@ -154,7 +154,8 @@ impl Draft {
             return Err(error);
         }
         let turn = image.flush_turn().await;
-        if let Err(error) = self.frozen.check() {
+        let sound = self.frozen.check().and_then(|()| image.check_sound());
+        if let Err(error) = sound {
             drop(turn);
             self.places.give_up(&image).await;
             return Err(error);
@@ -279,6 +280,8 @@ impl Rest {
             image.release(cluster).await;
         }
         for range in &self.freed {
+            // What is wrong with an image may be that this is not free.
+            image.check_sound()?;
             if image.options.discard {
                 let start = range.start << image.cluster_bits;
                 let len = (range.end - range.start) << image.cluster_bits;
