@@ -24,6 +24,7 @@ impl<T> FromIterator<T> for Growing<T> {
 
 impl<T> Growing<T> {
     /// The entry at `index`.
+    #[inline(always)]
     #[must_use]
     pub fn get(&self, index: usize) -> Option<&T> {
         match self.first.get(index) {

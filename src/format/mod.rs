@@ -142,19 +142,17 @@ impl Format {
     /// below are not looked at there.
     #[must_use]
     pub fn map(&self, offset: u64, len: u64) -> Extent {
-        let end = self.mapped_end();
-        if offset >= end {
-            return Extent {
-                place: Place::Zero,
-                len,
-            };
-        }
-        let len = len.min(end - offset);
-        match self {
-            Self::Raw(raw) => raw.map(offset, len),
-            Self::Qcow2(qcow2) => qcow2.map(offset, len),
-            Self::Qed(qed) => qed.map(offset, len),
-        }
+        // What kind it is is looked at once: this is done for each layer.
+        let within = |end: u64| (offset < end).then(|| len.min(end - offset));
+        let found = match self {
+            Self::Raw(raw) => within(raw.size()).map(|len| raw.map(offset, len)),
+            Self::Qcow2(qcow2) => within(qcow2.mapped_end()).map(|len| qcow2.map(offset, len)),
+            Self::Qed(qed) => within(qed.size()).map(|len| qed.map(offset, len)),
+        };
+        found.unwrap_or(Extent {
+            place: Place::Zero,
+            len,
+        })
     }
 
     /// Where the bytes from `offset` on may be overwritten in place: storage offset and length.
