@@ -141,15 +141,16 @@ fn nodes_of_a_job_that_is_over() {
     ] {
         for (cancel, held) in [(false, completed), (true, cancelled)] {
             let bench = Bench::new();
-            let speed = u64::from(cancel);
             let spec = JobSpec {
-                speed,
+                // Not over before it is cancelled.
+                auto_finalize: !cancel,
                 auto_dismiss: false,
                 holds,
                 ..spec()
             };
             let job = bench.start(spec, &Disk::new(10, 0..10));
             if cancel {
+                bench.until("BLOCK_JOB_PENDING");
                 job.cancel().unwrap();
             }
             bench.until("concluded");
