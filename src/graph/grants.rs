@@ -617,7 +617,12 @@ impl Grants {
             // The newest first, as QEMU does.
             for rival in users.iter().rev() {
                 let refused = |user: &&User| {
+                    // A job that is over has the image open, and writes nothing more: what its end
+                    // has put over the image may rely on that.
+                    let is_still = matches!(rival.who, Who::Node(_))
+                        && matches!(user.who, Who::Held(held) if held.is_over());
                     user.demand.does.has(Rights::ALL - rival.demand.tolerates)
+                        && !is_still
                         && !user.who.is(rival.who)
                 };
                 if let Some(user) = users.iter().rev().find(refused) {
