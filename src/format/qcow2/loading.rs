@@ -149,7 +149,7 @@ impl Qcow2 {
             return None;
         }
         let first = offset >> self.cluster_bits;
-        if first >= meta.allocator.frontier() {
+        if first >= meta.allocator.frontier() || meta.allocator.is_withheld(first) {
             // QEMU's check calls it an error as well. It would be written there, and handed out
             // to others. A file that was cut short says nothing against what it still has.
             return Some(Fault {

@@ -122,7 +122,7 @@ impl Allocator {
     fn first_in_use(&self, start: u64, end: u64) -> Result<Option<u64>, Need> {
         for cluster in start..end {
             let free = match self.refcount(cluster)? {
-                None => true,
+                None => !self.is_withheld(cluster),
                 Some(0) => self.may_use(cluster),
                 Some(_) => false,
             };

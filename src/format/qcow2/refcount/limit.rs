@@ -92,8 +92,9 @@ impl Allocator {
 
     fn open_hole(&mut self, mut start: u64, end: u64) {
         while start < end {
-            let kept = |cluster: u64| self.metadata.what(cluster).is_some();
-            let stop = (start..end).find(|&cluster| kept(cluster)).unwrap_or(end);
+            let stop = (start..end)
+                .find(|&cluster| self.is_kept(cluster))
+                .unwrap_or(end);
             if start < stop && !self.is_free(start) {
                 self.add_free(start, stop - start);
             }

@@ -31,7 +31,7 @@ impl Allocator {
         self.withheld.insert(cluster, cluster + 1);
     }
 
-    pub(super) fn is_withheld(&self, cluster: u64) -> bool {
+    pub(in super::super) fn is_withheld(&self, cluster: u64) -> bool {
         let mut before = self.withheld.range(..=cluster);
         before.next_back().is_some_and(|(_, end)| cluster < *end)
     }
@@ -44,6 +44,33 @@ mod tests {
 
     use super::super::{Clusters, Geometry, Kind, put};
     use super::*;
+
+    #[test]
+    fn what_is_withheld_is_never_handed_out() {
+        let geometry = Geometry {
+            cluster_bits: 9,
+            refcount_order: 4,
+        };
+        // One cluster each time, and as many as there are; with the second block not there yet.
+        for wanted in [1, 300] {
+            let mut allocator =
+                Allocator::new(geometry, vec![1 << 9, 0], Clusters::default(), 10, true);
+            allocator.insert_slice(0, vec![0; 512].into());
+            let withheld = [10, 12, 13, 256, 260];
+            for cluster in withheld {
+                allocator.withhold(cluster);
+            }
+            let mut seen = std::collections::BTreeSet::new();
+            while seen.len() < 300 {
+                let place = allocator.allocate(wanted).unwrap();
+                let first = place.offset >> 9;
+                for cluster in first..first + place.clusters {
+                    assert!(!withheld.contains(&cluster), "{cluster} of {wanted}");
+                    assert!(seen.insert(cluster), "{cluster} twice");
+                }
+            }
+        }
+    }
 
     #[test]
     fn what_was_freed_is_handed_out_once_it_is_given() {
