@@ -101,6 +101,32 @@ fn compare(commands: &[(&str, Value)]) {
     }
 }
 
+/// Compares the sizes of `nodes` after the commands.
+fn compare_sizes(commands: &[(&str, Value)], nodes: &[&str]) {
+    let Some(theirs) = Daemon::start("qemu-storage-daemon") else {
+        return;
+    };
+    let ours = Daemon::start(env!("CARGO_BIN_EXE_stratablk")).unwrap();
+    let [theirs, ours] = [theirs, ours].map(|daemon| {
+        let mut client = daemon.connect();
+        run(&mut client, commands);
+        let all = client.get("query-named-block-nodes", json!({"flat": true}));
+        let all = all.as_array().unwrap().iter();
+        let sizes = all.map(|node| {
+            (
+                node["node-name"].clone(),
+                node["image"]["virtual-size"].clone(),
+            )
+        });
+        let wanted = |(name, _): &(Value, Value)| nodes.iter().any(|node| name == node);
+        let mut sizes: Vec<_> = sizes.filter(wanted).collect();
+        sizes.sort_by_key(|(name, _)| name.to_string());
+        sizes
+    });
+    assert_eq!(ours.len(), nodes.len());
+    assert_eq!(ours, theirs);
+}
+
 fn file(name: &str) -> Value {
     json!({"driver": "file", "filename": name})
 }
@@ -687,4 +713,11 @@ fn other_sizes() {
         raw("o", json!({"read-only": true})),
         of("o", MIB),
     ]);
+    // A part of an image: its end is the image's, its size is not.
+    let part = json!({"driver": "raw", "node-name": "part", "file": "t", "offset": MIB});
+    let image = json!({"driver": "qcow2", "node-name": "t", "file": file("other.qcow2")});
+    let mut commands = vec![("blockdev-add", image), ("blockdev-add", part)];
+    commands.extend([3, 2, 5].map(|size| of("part", size * MIB)));
+    compare(&commands);
+    compare_sizes(&commands, &["part", "t"]);
 }

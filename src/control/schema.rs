@@ -71,6 +71,16 @@ const EVENTS: &[(&str, &[(&str, &str)])] = &[
             ("write-threshold", "int"),
         ],
     ),
+    (
+        "BLOCK_JOB_READY",
+        &[
+            ("type", "str"),
+            ("device", "str"),
+            ("len", "int"),
+            ("offset", "int"),
+            ("speed", "int"),
+        ],
+    ),
     ("BLOCK_JOB_PENDING", &[("type", "str"), ("id", "str")]),
 ];
 

@@ -57,11 +57,6 @@ impl Engine {
         if node.fixed_read_only {
             return refuse("Block node is read-only".into());
         }
-        let format = node.layer.format.backing().and_then(|old| old.format);
-        let backing = Backing {
-            name: name.to_owned(),
-            format,
-        };
         drop(state);
         let demand = Demand {
             does: Rights::WRITE_UNCHANGED | Rights::OPEN,
@@ -82,7 +77,7 @@ impl Engine {
                     in_chain && node.child(Role::Backing).is_some()
                 });
                 let written = match is_there {
-                    true => self.write_header(image, &backing).await,
+                    true => self.write_header(image, name).await,
                     false => Err(crate::error::Error::Invalid(format!(
                         "The chain of '{device}' has just changed"
                     ))),
@@ -94,24 +89,29 @@ impl Engine {
         done.map_err(refused)
     }
 
-    async fn write_header(&self, name: &str, backing: &Backing) -> crate::error::Result<()> {
-        let node = self.graph.node(name)?;
-        let Format::Qcow2(image) = &node.layer.format else {
+    async fn write_header(&self, image: &str, name: &str) -> crate::error::Result<()> {
+        let node = self.graph.node(image)?;
+        let Format::Qcow2(qcow2) = &node.layer.format else {
             return Err(crate::error::Error::Invalid(format!(
-                "Format driver '{}' used by node '{name}' does not support changing the backing \
+                "Format driver '{}' used by node '{image}' does not support changing the backing \
                  file",
                 node.driver_name()
             )));
         };
-        image.check_backing(backing)?;
+        // The format as it is by now: a job that has just ended may have put another image there.
+        let backing = &Backing {
+            name: name.to_owned(),
+            format: qcow2.backing().and_then(|old| old.format),
+        };
+        qcow2.check_backing(backing)?;
         let number = self.record_header(&node, backing)?;
-        let written = image.set_backing(Some(backing)).await;
+        let written = qcow2.set_backing(Some(backing)).await;
         if let (Some(store), Some(number)) = (&self.store, number) {
-            let in_force = image.backing().as_ref() == Some(backing);
+            let in_force = qcow2.backing().as_ref() == Some(backing);
             if written.is_ok() {
                 let decided = store.happened(|state| state.decide(number, in_force));
                 if let Err(error) = decided {
-                    log::error!("what lies under node '{name}' is not recorded yet: {error}");
+                    log::error!("what lies under node '{image}' is not recorded yet: {error}");
                 }
             }
         }

@@ -189,12 +189,20 @@ impl Engine {
             reactor.block_on(async {
                 let grant = self.graph.access(request(&node)).await?;
                 let image = image_of(&self.graph, &node)?;
-                let deleted = match image.delete_snapshot(&snapshot).await {
+                let deleted = image.delete_snapshot(&snapshot).await;
+                let is_deleted = deleted.is_ok();
+                let finished = match deleted {
                     Ok(prepared) => prepared.take_effect().finish().await,
                     Err(error) => Err(error),
                 };
                 let given = grant.give_back().await;
-                deleted.and(given)
+                finished.and(given).map_err(|error| match is_deleted {
+                    true => Error::Invalid(format!(
+                        "Snapshot '{}' was deleted, but not all could be made stable: {error}",
+                        snapshot.name
+                    )),
+                    false => error,
+                })
             })
         })?;
         Ok(snapshot)

@@ -99,6 +99,7 @@ impl Engine {
     /// # Errors
     /// When there is no such node, in QEMU's words.
     pub fn set_write_threshold(&self, node: &str, at: u64) -> Result<(), Refused> {
+        self.check_no_filter(node)?;
         if self.graph.node(node).is_err() {
             return Err(Refused(format!("Device '{node}' not found")));
         }

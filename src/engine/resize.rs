@@ -7,7 +7,7 @@ use super::nodes::refused;
 use super::stream::no_such_device;
 use super::{Engine, on_this_thread};
 use crate::error::Error;
-use crate::graph::{Demand, Holder, Request, Rights};
+use crate::graph::{Demand, Holder, Request, Rights, busy};
 use crate::job::Refused;
 
 impl Engine {
@@ -24,11 +24,7 @@ impl Engine {
         let name = self.resized(device, node)?;
         let size = u64::try_from(size)
             .map_err(|_| Refused("Parameter 'size' expects a >0 size".into()))?;
-        let busy = |name: &str, kind| {
-            Refused(format!(
-                "Node '{name}' is busy: block device is in use by block job: {kind}"
-            ))
-        };
+        let busy = |name: &str, kind| Refused(busy(name, kind));
         // It is told first, as QEMU does.
         if let Some(kind) = self.graph.reserved_by(&name) {
             return Err(busy(&name, kind));
@@ -62,6 +58,9 @@ impl Engine {
     /// The node that is meant: the top of an export's disk, or else the node.
     fn resized(&self, device: Option<&str>, node: Option<&str>) -> Result<String, Refused> {
         let exports = self.exports.list();
+        if let Some(name) = node {
+            self.check_no_filter(name)?;
+        }
         let export = exports
             .iter()
             .find(|served| Some(served.options.id.as_str()) == device);

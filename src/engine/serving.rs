@@ -16,7 +16,7 @@ use super::{Engine, Served, neighbours, nodes::refused, on_this_thread};
 use crate::error::{Error, Result};
 use crate::export::{Export, ExportConfig, SocketSource};
 use crate::format::Format;
-use crate::graph::{FilterKind, Grant, Graph, Holder, Request};
+use crate::graph::{FilterKind, Grant, Graph, Holder, Request, busy};
 use crate::job::{Event, Refused};
 use crate::options::{DetectZeroes, ExportOptions, IothreadOptions, SocketAddress};
 use crate::planted::{Fault, is_planted};
@@ -226,9 +226,7 @@ impl Engine {
     fn check_covering(&self, options: &ExportOptions) -> Result<()> {
         let image = self.graph.image_node(&options.node_name)?.name;
         match self.graph.reserved_by(&image) {
-            Some(kind @ "snapshot") if options.writable => Err(Error::Invalid(format!(
-                "Node '{image}' is busy: block device is in use by block job: {kind}"
-            ))),
+            Some(kind @ "snapshot") if options.writable => Err(Error::Invalid(busy(&image, kind))),
             _ => Ok(()),
         }
     }

@@ -22,7 +22,9 @@ use super::{Engine, on_this_thread};
 use crate::chain::turn::Turn;
 use crate::error::{Error, Result};
 use crate::export::Held;
-use crate::graph::{Grant, Holder, Node, NodeUser, Request, Rights, Role, State, Transaction};
+use crate::graph::{
+    Grant, Holder, Node, NodeUser, Request, Rights, Role, State, Transaction, busy,
+};
 use crate::job::Refused;
 use crate::options::check_node_name;
 use crate::planted::{Fault, is_planted};
@@ -198,12 +200,7 @@ impl<'e> Change<'e> {
             return Ok(());
         }
         let reserved = self.engine.jobs.reserve(&[node.to_owned()], "snapshot");
-        let grant = reserved.map_err(|busy| {
-            Error::Invalid(format!(
-                "Node '{node}' is busy: block device is in use by block job: {}",
-                busy.kind
-            ))
-        })?;
+        let grant = reserved.map_err(|held| Error::Invalid(busy(node, held.kind)))?;
         self.reserved.push(grant);
         Ok(())
     }

@@ -167,7 +167,11 @@ impl Graph {
         let base = self.node(&change.stack.base)?;
         match &base.layer.format {
             Format::Raw(_) => change.raw(size).await,
-            Format::Qcow2(image) => change.qcow2(image, size).await,
+            // A part of the image ends where that does, and begins behind its beginning.
+            Format::Qcow2(image) => match size.checked_add(change.stack.offset) {
+                Some(size) => change.qcow2(image, size).await,
+                None => Err(Error::Invalid("The new size is too large".into())),
+            },
             Format::Qed(_) => Err(Error::unsupported(
                 base.layer.storage.name(),
                 "QED images are only read",
