@@ -7,9 +7,10 @@ use serde_json::{Value, json};
 use super::args::{Arg, Args, Kind};
 use super::command::{Answer, Command, Control, Done, NEGOTIATE, Returns, command, version};
 use super::error::{CommandError, ErrorClass};
+use super::exports::with_tops;
 use super::nodes::{Nodes, io_status, sync_error};
 use super::{blockdev, commit, exports, graph, hmp, objects, schema, snapshot, stats, stream};
-use crate::engine::Engine;
+use crate::engine::{Engine, Served};
 use crate::job::Job;
 
 const CAPABILITIES: Kind = Kind::EnumList("QMPCapability", &["oob"]);
@@ -201,9 +202,9 @@ fn query_named_block_nodes(control: &Control, args: &Args) -> Done {
 }
 
 fn query_block(control: &Control, _: &Args) -> Done {
+    let exports = with_tops(&control.engine);
     let nodes = Nodes::of_guests(&control.engine);
-    let devices = control.engine.exports.list().into_iter().map(|served| {
-        let node_name = &served.export.node_name();
+    let devices = exports.iter().map(|(node_name, served)| {
         let failed = control.engine.sync_errors(node_name);
         let mut device = json!({
             "device": served.options.id,
@@ -213,7 +214,7 @@ fn query_block(control: &Control, _: &Args) -> Done {
             "type": "unknown",
         });
         if let Some(members) = device.as_object_mut() {
-            if let Some(node) = nodes.find(&control.engine.graph.named_at(node_name)) {
+            if let Some(node) = nodes.shown_at(node_name) {
                 members.insert("inserted".to_owned(), node.to_value(true));
             }
             if !failed.is_empty() {
@@ -230,9 +231,9 @@ fn query_blockstats(control: &Control, args: &Args) -> Done {
     if args.bool("query-nodes") == Some(true) {
         return Ok(stats::nodes(&control.engine.graph.shown()).into());
     }
-    let exports = control.engine.exports.list();
+    let exports = with_tops(&control.engine);
     let state = control.engine.graph.shown_named();
-    let export = |served| stats::export(&control.engine, &state, served);
+    let export = |(node, served): &(String, Served)| stats::export(&state, node, served);
     Ok(exports.iter().map(export).collect::<Value>().into())
 }
 

@@ -10,8 +10,8 @@ use serde_json::{Map, Value};
 use super::args::Args;
 use super::command::{Answer, Control, Done};
 use super::error::CommandError;
+use super::exports::with_tops;
 use super::nodes::{Nodes, io_status};
-use crate::engine::Served;
 
 /// What a word of a command line is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -397,6 +397,7 @@ fn info_block_jobs(control: &Control) -> Output {
 
 fn info_block(control: &Control, words: Words) -> Result<Output, CommandError> {
     let wanted = word(&words, "device");
+    let exports = with_tops(&control.engine);
     let nodes = match words.contains_key("nodes") {
         true => Nodes::of(&control.engine),
         false => Nodes::of_guests(&control.engine),
@@ -409,21 +410,19 @@ fn info_block(control: &Control, words: Words) -> Result<Output, CommandError> {
             }
         }
     } else {
-        for Served {
-            options, export, ..
-        } in control.engine.exports.list()
-        {
-            let node_name = &control.engine.graph.named_at(&export.node_name());
-            let id = &options.id;
+        for (top, served) in &exports {
+            let node = nodes.shown_at(top);
+            let node_name = node.as_ref().map_or(&**top, |node| node.name());
+            let id = &served.options.id;
             if !wanted.is_empty() && wanted != id && wanted != node_name {
                 continue;
             }
             let title = format!("{id} ({node_name})");
-            let mut text = match nodes.find(node_name) {
+            let mut text = match node {
                 Some(node) => node.describe(&title),
                 None => format!("{title}: [not inserted]\n"),
             };
-            let failed = control.engine.sync_errors(node_name);
+            let failed = control.engine.sync_errors(top);
             if !failed.is_empty() {
                 let status = io_status(&failed);
                 let _ = writeln!(text, "    I/O status:       {status}");

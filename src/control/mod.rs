@@ -2,7 +2,6 @@
 //!
 //! A [`Server`] accepts clients and gives each a thread. A client's bytes become JSON values in
 //! [`wire`], a [`session`] negotiates and checks them, [`commands`] holds the table of what can be
-//! [`wire`], a [`session`] negotiates and checks them, [`commands`] holds the table of what can be
 //! asked for of the [engine](crate::engine), whose views become answers here. Events go out through an
 //! [`EventHub`] to all clients. `docs/qmp.md` is the manual.
 //!
@@ -15,7 +14,7 @@ mod command;
 pub mod commands;
 mod commit;
 mod error;
-pub mod event_rate;
+mod event_rate;
 mod events;
 mod exports;
 mod graph;

@@ -52,6 +52,15 @@ impl Nodes {
         Some(NodeView { node, all: self })
     }
 
+    /// What is shown in the place of node `name`: a filter over it, if there is one.
+    pub fn shown_at(&self, name: &str) -> Option<NodeView<'_>> {
+        let mut nodes = self.nodes.iter();
+        match nodes.find(|node| node.is_filter_over(name)) {
+            Some(node) => Some(NodeView { node, all: self }),
+            None => self.find(name),
+        }
+    }
+
     /// As QEMU writes it: the largest ones as negative numbers.
     fn threshold(&self, node: &Node) -> i64 {
         let at = self.thresholds.get(&node.name);

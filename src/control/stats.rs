@@ -6,16 +6,16 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
-use crate::engine::{Engine, Served};
+use crate::engine::Served;
 use crate::export::{Counter, QueueStats};
 use crate::graph::{Node, Role, State};
 
-/// An export as an item of `query-blockstats`.
-pub(super) fn export(engine: &Engine, state: &State, served: &Served) -> Value {
+/// An export, with its node, as an item of `query-blockstats`.
+pub(super) fn export(state: &State, node: &str, served: &Served) -> Value {
     let export = &served.export;
     let elapsed = nanoseconds(export.elapsed());
     let queues = export.stats().iter();
-    let node = state.node(&engine.graph.named_at(&export.node_name()));
+    let node = state.node(state.shown_at(node));
     let mut members = node.map_or_else(|_| Map::new(), |node| node_members(state, node));
     let own = json!({
         "device": served.options.id,

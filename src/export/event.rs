@@ -42,7 +42,7 @@ impl Bell {
     /// Whatever `io_uring_setup(2)` reports.
     pub(super) fn new() -> io::Result<Self> {
         Ok(Self {
-            uring: uring::build(&IoUring::builder(), 1)?,
+            uring: uring::build(&IoUring::builder(), 1).map_err(|error| uring::refused(&error))?,
             attached: false,
         })
     }

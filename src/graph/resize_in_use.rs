@@ -333,7 +333,12 @@ impl InUse<'_> {
             self.take_back(old);
             return Err(error);
         }
-        self.publish(size).map(drop)
+        self.publish(size).map(drop).map_err(|error| {
+            Error::Invalid(format!(
+                "the image has {size} bytes from now on, but the disk shows them only when it is \
+                 opened again: {error}"
+            ))
+        })
     }
 
     async fn shrink(&self, image: &Qcow2, (old, size): (u64, u64)) -> Result<()> {
@@ -348,8 +353,11 @@ impl InUse<'_> {
             self.take_back(old);
             return Err(error);
         }
-        // The mapping ends with the disk again.
-        self.publish(size).map(drop)
+        // The mapping ends with the disk again. Otherwise it goes on behind it, where nobody asks.
+        if let Err(error) = self.publish(size) {
+            log::warn!("node '{}': {error}", self.stack.base);
+        }
+        Ok(())
     }
 
     /// Publishes what was there before, since the size stays.

@@ -71,24 +71,6 @@ impl Graph {
         }
     }
 
-    /// The name of what is shown in the place of node `name`: the filter over it, if a job has one.
-    #[must_use]
-    pub fn shown_at(&self, name: &str) -> String {
-        match self.filter_over(name) {
-            Some(filter) => filter.name.clone(),
-            None => name.to_owned(),
-        }
-    }
-
-    /// As [`shown_at`](Self::shown_at), of those filters alone that [`shown_named`](Self::shown_named) has.
-    #[must_use]
-    pub fn named_at(&self, name: &str) -> String {
-        match self.filter_over(name).filter(|filter| filter.named) {
-            Some(filter) => filter.name.clone(),
-            None => name.to_owned(),
-        }
-    }
-
     /// Whether a node or a filter is called `name`.
     #[must_use]
     pub fn has_name(&self, name: &str) -> bool {
@@ -138,7 +120,25 @@ impl Inner {
     }
 }
 
+impl Node {
+    /// Whether it is what clients see of a job over node `name`.
+    #[must_use]
+    pub fn is_filter_over(&self, name: &str) -> bool {
+        self.of_job.is_some() && self.edges.iter().any(|edge| edge.child == name)
+    }
+}
+
 impl State {
+    /// The name of what is shown in the place of node `name`: a filter over it, if this graph has one.
+    #[must_use]
+    pub fn shown_at<'a>(&'a self, name: &'a str) -> &'a str {
+        let mut nodes = self.nodes().iter();
+        match nodes.find(|node| node.is_filter_over(name)) {
+            Some(filter) => &filter.name,
+            None => name,
+        }
+    }
+
     /// Puts the filter between the node that it is over and those over that one.
     fn insert_filter(&mut self, filter: &JobFilter) {
         // The last of a job may have taken it away.

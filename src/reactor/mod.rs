@@ -53,8 +53,6 @@ use executor::Executor;
 use op::OpSlots;
 use ring::Ring;
 
-/// Entries of the submission queue of each reactor's ring.
-const RING_ENTRIES: u32 = 512;
 /// Completions moved out of the ring at a time.
 const REAP_BATCH: usize = 64;
 
@@ -122,7 +120,7 @@ impl Reactor {
         if let Some(reactor) = Self::current() {
             return Ok(reactor);
         }
-        let ring = Ring::new(RING_ENTRIES)?;
+        let ring = Ring::new()?;
         let remote = std::sync::Arc::new(Remote::new()?);
         let reactor = Self {
             inner: Rc::new(Inner {

@@ -49,6 +49,19 @@ pub fn build(builder: &Builder, entries: u32) -> io::Result<IoUring> {
     Ok(uring)
 }
 
+/// That there is no ring, and what to look at.
+pub fn refused(error: &io::Error) -> io::Error {
+    let hint = match error.raw_os_error() {
+        Some(libc::ENOMEM) => {
+            "without CAP_IPC_LOCK the rings of all processes of a user count as locked memory: raise \
+             `ulimit -l`, or LimitMEMLOCK= of a systemd unit"
+        }
+        _ => "is it allowed by /proc/sys/kernel/io_uring_disabled?",
+    };
+    let text = format!("setting up an io_uring: {error} ({hint})");
+    io::Error::new(error.kind(), text)
+}
+
 fn register(uring: &IoUring, files: &[Arc<File>]) -> io::Result<()> {
     if files.is_empty() {
         return Ok(());

@@ -54,6 +54,8 @@ class Daemon:
         self.pidfile = self.folder / "daemon.pid"
         self.log = self.folder / "daemon.log"
         self.process = None
+        # What stands before the daemon's own command.
+        self.before = []
         self._clients = []
 
     def start(self, *words, control=True):
@@ -72,7 +74,7 @@ class Daemon:
         self.pidfile.unlink(missing_ok=True)
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                list(map(str, command)), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                list(map(str, [*self.before, *command])), stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
 
     def wait_ready(self, condition, timeout=30):
