@@ -11,13 +11,14 @@ pub enum Fault {
     LateWrite,
     /// An image that was covered is not made stable.
     TopNotFlushed,
-    /// That an image is on top is recorded some time after guests write there.
-    RecordLate,
+    /// That an image is on top is recorded nowhere.
+    TopNotRecorded,
     /// What a guest writes goes to the base of a commit without the ends that fill no block of 4 KiB.
     TapRounded,
-    /// The base of a commit is not made stable before guests are put on it, nor afterwards.
+    /// The base of a commit is not made stable by the job: not what was copied, nor before guests are
+    /// put on it, nor afterwards.
     BaseNotFlushed,
-    /// A header names another backing file before what was copied is stable.
+    /// A header names another backing file before what a stream has copied is stable.
     HeaderEarly,
     /// The journal lacks a change of the mapping now and then.
     JournalDropped,

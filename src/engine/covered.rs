@@ -51,7 +51,7 @@ async fn close(graph: &Graph, old: &str, grant: Grant) -> Result<()> {
         let mut transaction = graph.transaction();
         transaction.set_closing(&node.name, false)?;
         graph.commit(transaction)?;
-        std::mem::forget(grant);
+        grant.keep();
         return Ok(());
     }
     if let Err(error) = node.layer.flush().await {

@@ -220,9 +220,7 @@ impl Active {
         self.tap.unused().await;
         // The guest is on the base, whatever comes of this; a base that cannot be made stable fails its
         // flushes from here on.
-        if !is_planted(Fault::BaseNotFlushed)
-            && let Err(error) = self.layers.settle().await
-        {
+        if let Err(error) = self.layers.settle().await {
             log::error!(
                 "node '{}', which a guest writes since the commit, cannot be made stable: {error}",
                 self.layers.base

@@ -109,6 +109,15 @@ impl Qmp {
         Ok(self.events.drain(..).collect())
     }
 
+    /// Takes the events that are left when the back-end has ended.
+    pub fn last_events(&mut self) -> Vec<Value> {
+        while self.fill().is_ok_and(|n| n > 0) {}
+        while let Ok(Some(value)) = self.parse() {
+            self.events.push_back(value);
+        }
+        self.events.drain(..).collect()
+    }
+
     fn receive(&mut self) -> Res<Value> {
         loop {
             if let Some(value) = self.parse()? {

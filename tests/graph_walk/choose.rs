@@ -1,12 +1,15 @@
 //! Which step comes next: one of those that must work as things are.
 
 use crate::common::rng::Rng;
+use crate::refusals::REFUSALS;
 use crate::scene::Scene;
-use crate::steps::{REFUSALS, Step};
+use crate::steps::Step;
 use crate::world::{Work, World};
 
 /// Images in a chain, at most: then they become fewer.
 const LONGEST: usize = 6;
+/// Bytes of a disk that gets no larger.
+const LARGEST: u64 = 6 << 20;
 /// Jobs at a time.
 const JOBS: usize = 2;
 
@@ -43,8 +46,8 @@ impl Scene {
             23..=25 => Some(Step::Refused(rng.below(REFUSALS))),
             26 | 27 => Some(Step::Kill),
             28..=30 => self.during(rng).map(|step| Step::KillDuring(step.into())),
-            31 | 32 if power => Some(Step::Cut),
-            33 | 34 if power => self.during(rng).map(|step| Step::CutDuring(step.into())),
+            31 if power => Some(Step::Cut),
+            32..=34 if power => self.until_cut(rng).map(|step| Step::CutDuring(step.into())),
             35 => Some(Step::Restart),
             36 | 37 => Some(Step::Verify),
             38 | 39 => Some(Step::Check),
@@ -59,9 +62,25 @@ impl Scene {
                 .add(rng)
                 .filter(|step| matches!(step, Step::Add { by_jobs: false, .. })),
             2 | 3 => self.snapshot_step(rng),
+            4 => self
+                .job_step(rng)
+                .filter(|step| matches!(step, Step::Await(_))),
             _ => self.one_command(rng),
         }
         .filter(|step| !matches!(step, Step::ExportDel(_)))
+    }
+
+    /// What is done when the power fails: most often a job comes to its end.
+    fn until_cut(&self, rng: &mut Rng) -> Option<Step> {
+        match rng.below(8) {
+            0 | 1 => self.complete(rng),
+            2 => self
+                .job_step(rng)
+                .filter(|step| matches!(step, Step::Await(_))),
+            3 => self.stream(rng),
+            4 => self.commit(rng),
+            _ => self.during(rng),
+        }
     }
 
     fn export(&self, rng: &mut Rng) -> Option<String> {
@@ -89,7 +108,8 @@ impl Scene {
 
     fn one_command(&self, rng: &mut Rng) -> Option<Step> {
         match rng.below(20) {
-            0..=3 => self.snapshot_step(rng),
+            0..=2 => self.snapshot_step(rng),
+            3 => self.inside(rng),
             4..=6 => self.stream(rng),
             7..=9 => self.commit(rng),
             10..=12 => self.active(rng),
@@ -124,6 +144,10 @@ impl Scene {
         let mut covers = Vec::new();
         let first = rng.below(self.world.exports.len() as u64) as usize;
         let exports = self.world.exports.iter().cycle().skip(first).take(count);
+        let fits = |overlay: &String, export: &String| {
+            let node = self.world.nodes.get(overlay);
+            node.map(|node| &node.size) == self.world.sizes.get(export)
+        };
         for (export, top) in exports {
             let chain = self.world.chain(top);
             // An image that was left over it shows what is out of date.
@@ -134,7 +158,10 @@ impl Scene {
             {
                 continue;
             }
-            let overlay = if rng.one_in(2) { spares.pop() } else { None };
+            let overlay = match rng.one_in(2) {
+                true => spares.pop().filter(|overlay| fits(overlay, export)),
+                false => None,
+            };
             covers.push((export.clone(), overlay));
         }
         (!covers.is_empty()).then_some(Step::Snapshot(covers))
@@ -278,5 +305,28 @@ impl Scene {
         let fits = found.header.as_deref().is_some_and(same);
         (fits && self.are_free(std::slice::from_ref(&node), &chain))
             .then_some(Step::Rename { export, node })
+    }
+
+    /// What changes an image and not the graph: its size, or snapshots inside of it.
+    fn inside(&self, rng: &mut Rng) -> Option<Step> {
+        let export = self.export(rng)?;
+        let top = self.world.exports.get(&export)?;
+        let free = !self.world.is_busy(top) && self.world.over(top).is_empty();
+        if !free || self.down.contains(&export) {
+            return None;
+        }
+        let (node, size) = (self.world.nodes.get(top)?, self.world.sizes.get(&export)?);
+        let inside: Vec<_> = node.snapshots.iter().cloned().collect();
+        match rng.below(3) {
+            0 if *size < LARGEST => {
+                let size = size + 512 * rng.between(1, 1024);
+                Some(Step::Resize { export, size })
+            }
+            1 if inside.len() < 3 => Some(Step::Keep(export)),
+            _ => pick(rng, &inside).map(|name| Step::Forget {
+                node: top.clone(),
+                name,
+            }),
+        }
     }
 }

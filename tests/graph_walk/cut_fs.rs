@@ -5,6 +5,7 @@
 
 use std::ffi::OsStr;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -16,13 +17,15 @@ use fuser::{
 };
 
 use crate::common::rng::Rng;
-use crate::machine::{Inode, Machine};
+use crate::machine::{Inode, Machine, Trap};
 
 const NOW: Duration = Duration::ZERO;
 
 /// A folder whose files are on a machine of their own.
 pub struct CutFs {
     machine: Arc<Mutex<Machine>>,
+    /// Microseconds that each write takes besides.
+    delay: Arc<AtomicU64>,
     _session: BackgroundSession,
 }
 
@@ -30,18 +33,40 @@ impl CutFs {
     /// In the place of the folder `path`. `None`: there are no file systems in user space here.
     pub fn mount(path: &Path) -> Option<Self> {
         let machine = Arc::new(Mutex::new(Machine::new()));
+        let delay = Arc::new(AtomicU64::new(0));
         let mut config = Config::default();
         config.mount_options = vec![MountOption::FSName("cut".into())];
-        match fuser::spawn_mount(Fs(machine.clone()), path, &config) {
+        let fs = Fs {
+            machine: machine.clone(),
+            delay: delay.clone(),
+        };
+        match fuser::spawn_mount(fs, path, &config) {
             Ok(session) => Some(CutFs {
                 machine,
+                delay,
                 _session: session,
             }),
             Err(error) => {
-                println!("without power cuts: no file systems in user space: {error}");
+                println!("no file systems in user space: {error}");
                 None
             }
         }
+    }
+
+    /// As [`Machine::set`].
+    pub fn set(&self, trap: Option<Trap>) -> bool {
+        lock(&self.machine).set(trap)
+    }
+
+    /// As [`Machine::is_lost`].
+    pub fn is_lost(&self) -> bool {
+        lock(&self.machine).is_lost()
+    }
+
+    /// Each write takes so much longer from now on.
+    pub fn set_delay(&self, delay: Duration) {
+        self.delay
+            .store(delay.as_micros() as u64, Ordering::Relaxed);
     }
 
     /// The power fails. Nobody may be using the files.
@@ -50,7 +75,10 @@ impl CutFs {
     }
 }
 
-struct Fs(Arc<Mutex<Machine>>);
+struct Fs {
+    machine: Arc<Mutex<Machine>>,
+    delay: Arc<AtomicU64>,
+}
 
 fn lock(machine: &Mutex<Machine>) -> MutexGuard<'_, Machine> {
     machine.lock().unwrap_or_else(PoisonError::into_inner)
@@ -88,20 +116,20 @@ fn kind(inode: &Inode) -> FileType {
 
 impl Fs {
     fn named(&self, folder: INodeNo, name: &OsStr) -> Option<FileAttr> {
-        let mut machine = lock(&self.0);
+        let mut machine = lock(&self.machine);
         let number = machine.find(folder.0, name.to_str()?)?;
         Some(attr(number, machine.inode(number)?))
     }
 
     fn make(&self, folder: INodeNo, name: &OsStr, is_folder: bool, mode: u32) -> Option<FileAttr> {
-        let mut machine = lock(&self.0);
+        let mut machine = lock(&self.machine);
         let mode = (mode & 0o7777) as u16;
         let number = machine.make(folder.0, name.to_str()?, is_folder, mode);
         Some(attr(number, machine.inode(number)?))
     }
 
     fn with<R>(&self, number: INodeNo, what: impl FnOnce(&mut Inode) -> R) -> Option<R> {
-        lock(&self.0).inode(number.0).map(what)
+        lock(&self.machine).inode(number.0).map(what)
     }
 }
 
@@ -109,6 +137,14 @@ fn done(reply: ReplyEmpty, outcome: Option<()>) {
     match outcome {
         Some(()) => reply.ok(),
         None => reply.error(Errno::ENOENT),
+    }
+}
+
+fn answer_barrier(reply: ReplyEmpty, stable: bool) {
+    match stable {
+        true => reply.ok(),
+        // Not to be told as stable by a process that is about to end.
+        false => reply.error(Errno::EIO),
     }
 }
 
@@ -199,7 +235,7 @@ impl Filesystem for Fs {
     }
 
     fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let removed = lock(&self.0).remove(parent.0, name.to_str().unwrap_or_default());
+        let removed = lock(&self.machine).remove(parent.0, name.to_str().unwrap_or_default());
         done(reply, removed.then_some(()));
     }
 
@@ -221,7 +257,7 @@ impl Filesystem for Fs {
         if !flags.is_empty() {
             return reply.error(Errno::EINVAL);
         }
-        let renamed = lock(&self.0).rename((parent.0, from), (newparent.0, to));
+        let renamed = lock(&self.machine).rename((parent.0, from), (newparent.0, to));
         done(reply, renamed.then_some(()));
     }
 
@@ -240,7 +276,7 @@ impl Filesystem for Fs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let mut machine = lock(&self.0);
+        let mut machine = lock(&self.machine);
         let Some(inode) = machine.inode(ino.0) else {
             return reply.error(Errno::ENOENT);
         };
@@ -261,6 +297,11 @@ impl Filesystem for Fs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        let delay = Duration::from_micros(self.delay.load(Ordering::Relaxed));
+        if !delay.is_zero() {
+            // What is slow here is what is tested.
+            std::thread::sleep(delay);
+        }
         match self.with(ino, |inode| inode.write(offset, data)) {
             Some(()) => reply.written(data.len() as u32),
             None => reply.error(Errno::ENOENT),
@@ -272,12 +313,13 @@ impl Filesystem for Fs {
     }
 
     fn fsync(&self, _: &Request, ino: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        done(reply, self.with(ino, Inode::sync));
+        let stable = lock(&self.machine).sync(ino.0);
+        answer_barrier(reply, stable);
     }
 
     fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        lock(&self.0).sync_names();
-        reply.ok();
+        let stable = lock(&self.machine).sync_names();
+        answer_barrier(reply, stable);
     }
 
     fn readdir(
@@ -288,7 +330,7 @@ impl Filesystem for Fs {
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
-        let mut machine = lock(&self.0);
+        let mut machine = lock(&self.machine);
         for (at, (name, number)) in machine.list(ino.0).into_iter().enumerate() {
             let kind = machine.inode(number).map(|inode| kind(inode));
             let kind = kind.unwrap_or(FileType::RegularFile);

@@ -33,8 +33,21 @@ pub struct Inner {
     slots: Vec<Option<Request>>,
     owner: Owner,
     rng: Rng,
+    /// One of so many requests is a flush.
+    flushes: u64,
     answers: u64,
     failure: Option<String>,
+}
+
+/// What a guest looks at when it is connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Look {
+    /// At nothing in particular.
+    Nothing,
+    /// At the whole disk, which holds all that completed.
+    Whole,
+    /// The same after a power cut: what it finds counts from then on.
+    AfterCut,
 }
 
 type Order = Box<dyn FnOnce(&mut Inner) + Send>;
@@ -57,6 +70,7 @@ impl Guest {
             slots: vec![None; DEPTH],
             owner: 1,
             rng,
+            flushes: 32,
             answers: 0,
             failure: None,
         };
@@ -83,18 +97,31 @@ impl Guest {
             .map_err(|_| "the guest's thread does not answer".into())
     }
 
-    /// Connects to a back-end: with all that is in flight, if there was one before. After a power cut
-    /// the whole disk is read before anything else is asked for.
-    pub fn connect(&self, after_cut: bool) -> Res<()> {
+    /// Connects to a back-end: with all that is in flight, if there was one before. It looks at its disk
+    /// before anything else is asked for.
+    pub fn connect(&self, look: Look) -> Res<()> {
         self.ask(move |inner| {
             let connected = inner.connect();
-            let read = connected.and_then(|()| match after_cut {
-                true => inner.verify(true),
-                false => Ok(()),
+            let read = connected.and_then(|()| match look {
+                Look::Nothing => Ok(()),
+                Look::Whole => inner.verify(false),
+                Look::AfterCut => inner.verify(true),
             });
             read.map_err(|e| e.to_string())
         })?
         .map_err(Into::into)
+    }
+
+    /// Looks how long the disk is, which has become longer.
+    pub fn grown(&self) -> Res<()> {
+        self.ask(|inner| inner.find_size().map_err(|e| e.to_string()))?
+            .map_err(Into::into)
+    }
+
+    /// How many requests have been answered so far.
+    pub fn answers(&self) -> Res<u64> {
+        let (answers, failure) = self.ask(|inner| (inner.answers, inner.failure.clone()))?;
+        failure.map_or(Ok(answers), |failure| Err(failure.into()))
     }
 
     /// The back-end is gone. What has been answered is seen.
@@ -137,14 +164,10 @@ impl Guest {
 
     /// Waits until so many more requests have been answered.
     pub fn work(&self, requests: u64) -> Res<()> {
-        let begun = self.ask(|inner| inner.answers)?;
+        let begun = self.answers()?;
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let (answers, failure) = self.ask(|inner| (inner.answers, inner.failure.clone()))?;
-            if let Some(failure) = failure {
-                return Err(failure.into());
-            }
-            if answers >= begun + requests {
+            if self.answers()? >= begun + requests {
                 return Ok(());
             }
             if Instant::now() > deadline {
@@ -202,6 +225,19 @@ impl Inner {
             None => self.frontend = Some(connect(&self.socket)?),
         }
         self.linked = true;
+        // Some guests flush all the time, others hardly ever.
+        self.flushes = [8, 32, 32, 400, 4000][self.rng.below(5) as usize];
+        self.find_size()
+    }
+
+    fn find_size(&mut self) -> Res<()> {
+        let frontend = self.frontend.as_ref().ok_or("no front-end")?;
+        let sectors = frontend.config()?.capacity.to_native();
+        if sectors < self.model.len() {
+            let had = self.model.len();
+            return Err(format!("the disk has {sectors} sectors, and had {had}").into());
+        }
+        self.model.grow(sectors);
         Ok(())
     }
 
@@ -232,7 +268,7 @@ impl Inner {
 
     fn send(&mut self, slot: usize) -> Res<()> {
         let kind = match self.rng.below(32) {
-            0 => frontend::FLUSH,
+            _ if self.rng.one_in(self.flushes) => frontend::FLUSH,
             1 | 2 => frontend::DISCARD,
             3 | 4 => frontend::WRITE_ZEROES,
             5..=10 => frontend::IN,

@@ -4,6 +4,9 @@
 //! may be there after the power has failed: nothing, all, a beginning, or some writes and not others,
 //! and of a write some sectors. What has happened to names is there up to some instant not before the
 //! last barrier on a folder.
+//!
+//! The power fails when a test says so, or right behind a barrier that a [`Trap`] waits for: what counts
+//! is often done by the next one.
 
 use std::collections::BTreeMap;
 use std::time::SystemTime;
@@ -13,6 +16,38 @@ use crate::common::stamp::SECTOR;
 
 /// The number of the top folder.
 pub const ROOT: u64 = 1;
+
+/// Where an image says what it is, and what lies under it.
+const HEADER: u64 = 4096;
+
+/// Which barriers a trap counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Barriers {
+    /// All.
+    All,
+    /// Those that cover the beginning of a file, or names: headers and records.
+    OfHeaders,
+    /// Those by which an image comes to name another one that it is over.
+    OfLinks,
+}
+
+/// What a barrier has covered.
+#[derive(Clone, Copy, Debug, Default)]
+struct Covered {
+    header: bool,
+    link: bool,
+}
+
+/// The power fails right behind a barrier, for a process and its files.
+#[derive(Clone, Copy, Debug)]
+pub struct Trap {
+    /// Which barriers count.
+    pub of: Barriers,
+    /// The one that it is, from 1.
+    pub number: u64,
+    /// The process that ends then.
+    pub pid: u32,
+}
 
 /// Something that was done to a file's bytes.
 enum Change {
@@ -34,6 +69,8 @@ pub struct Inode {
     stable: Vec<u8>,
     stable_changed: SystemTime,
     log: Vec<Change>,
+    /// The power has failed: nothing is kept of what still happens.
+    lost: bool,
 }
 
 type Names = BTreeMap<(u64, String), u64>;
@@ -48,6 +85,9 @@ pub struct Machine {
     /// Changes of names that are not stable, each of which is there in whole or not at all.
     moves: Vec<Vec<Move>>,
     next: u64,
+    trap: Option<Trap>,
+    /// The power has failed.
+    lost: bool,
 }
 
 fn apply(bytes: &mut Vec<u8>, change: &Change) {
@@ -78,6 +118,19 @@ fn put(names: &mut Names, (name, inode): ((u64, String), Option<u64>)) {
     };
 }
 
+/// The name of what an image is over, empty if that is nothing. `None`: it is no image.
+fn link(bytes: &[u8]) -> Option<Vec<u8>> {
+    let word = |at: usize, len: usize| {
+        let bytes = bytes.get(at..at + len)?.iter();
+        Some(bytes.fold(0, |word, &byte| word << 8 | usize::from(byte)))
+    };
+    if bytes.get(..4)? != b"QFI\xfb" {
+        return None;
+    }
+    let (at, len) = (word(8, 8)?, word(16, 4)?);
+    Some(bytes.get(at..at + len)?.to_vec())
+}
+
 impl Inode {
     fn new(folder: bool, mode: u16) -> Self {
         let now = SystemTime::now();
@@ -89,13 +142,16 @@ impl Inode {
             stable: Vec::new(),
             stable_changed: now,
             log: Vec::new(),
+            lost: false,
         }
     }
 
     fn change(&mut self, change: Change) {
         apply(&mut self.bytes, &change);
         self.changed = SystemTime::now();
-        self.log.push(change);
+        if !self.lost {
+            self.log.push(change);
+        }
     }
 
     /// Writes.
@@ -116,11 +172,16 @@ impl Inode {
     }
 
     /// A barrier.
-    pub fn sync(&mut self) {
+    fn sync(&mut self) -> Covered {
+        let before = link(&self.stable);
+        let mut header = false;
         for change in self.log.drain(..) {
+            header |= matches!(change, Change::Write(at, _) if at < HEADER);
             apply(&mut self.stable, &change);
         }
         self.stable_changed = self.changed;
+        let link = header && before.is_some() && before != link(&self.stable);
+        Covered { header, link }
     }
 
     fn cut(&mut self, rng: &mut Rng) {
@@ -155,6 +216,7 @@ impl Inode {
         }
         self.bytes.clone_from(&self.stable);
         self.stable_changed = self.changed;
+        self.lost = false;
     }
 }
 
@@ -167,7 +229,55 @@ impl Machine {
             stable_names: BTreeMap::new(),
             moves: Vec::new(),
             next: ROOT,
+            trap: None,
+            lost: false,
         }
+    }
+
+    /// Sets a trap in the place of the one before, or none. Whether that one has gone off: the power has
+    /// failed, then, and its process has been killed.
+    pub fn set(&mut self, trap: Option<Trap>) -> bool {
+        self.trap = trap;
+        self.lost
+    }
+
+    /// The power has failed.
+    pub fn is_lost(&self) -> bool {
+        self.lost
+    }
+
+    /// Something has become stable.
+    fn barrier(&mut self, covered: Covered) {
+        let Some(trap) = &mut self.trap else { return };
+        let counts = match trap.of {
+            Barriers::All => true,
+            Barriers::OfHeaders => covered.header,
+            Barriers::OfLinks => covered.link,
+        };
+        if !counts {
+            return;
+        }
+        trap.number = trap.number.saturating_sub(1);
+        if trap.number == 0 {
+            let pid = trap.pid;
+            self.trap = None;
+            self.lost = true;
+            self.inodes.values_mut().for_each(|inode| inode.lost = true);
+            // SAFETY: a system call without memory; nobody waits for the child before the trap is gone.
+            unsafe { libc::kill(pid as i32, libc::SIGKILL) };
+        }
+    }
+
+    /// A barrier on a file. False: there is none, or no power.
+    pub fn sync(&mut self, inode: u64) -> bool {
+        if self.lost {
+            return false;
+        }
+        let Some(covered) = self.inode(inode).map(Inode::sync) else {
+            return false;
+        };
+        self.barrier(covered);
+        !self.lost
     }
 
     /// A file or folder by number.
@@ -192,7 +302,9 @@ impl Machine {
         for one in &moves {
             put(&mut self.names, one.clone());
         }
-        self.moves.push(moves);
+        if !self.lost {
+            self.moves.push(moves);
+        }
     }
 
     /// Makes a file or folder.
@@ -224,8 +336,21 @@ impl Machine {
         true
     }
 
-    /// A barrier on a folder.
-    pub fn sync_names(&mut self) {
+    /// A barrier on a folder. False: there is no power.
+    pub fn sync_names(&mut self) -> bool {
+        if self.lost {
+            return false;
+        }
+        let covered = Covered {
+            header: !self.moves.is_empty(),
+            link: false,
+        };
+        self.keep_names();
+        self.barrier(covered);
+        !self.lost
+    }
+
+    fn keep_names(&mut self) {
         for one in self.moves.drain(..).flatten() {
             put(&mut self.stable_names, one);
         }
@@ -235,7 +360,7 @@ impl Machine {
     pub fn cut(&mut self, rng: &mut Rng) {
         let count = rng.below(self.moves.len() as u64 + 1) as usize;
         self.moves.truncate(count);
-        self.sync_names();
+        self.keep_names();
         self.names.clone_from(&self.stable_names);
         let names = &self.names;
         self.inodes
@@ -243,6 +368,7 @@ impl Machine {
         for inode in self.inodes.values_mut() {
             inode.cut(rng);
         }
+        (self.trap, self.lost) = (None, false);
         self.number_anew();
     }
 

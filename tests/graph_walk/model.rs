@@ -100,6 +100,11 @@ impl Model {
         self.sectors.len() as u64
     }
 
+    /// It has so many sectors from now on, no fewer than before. What is new reads as zeros.
+    pub fn grow(&mut self, sectors: u64) {
+        self.sectors.resize_with(sectors as usize, || Sector::of(0));
+    }
+
     /// The next instant.
     pub fn tick(&mut self) -> u64 {
         self.clock += 1;

@@ -3,15 +3,15 @@
 //! A step is chosen among those that must work as things are. Most are one command, which may be
 //! carried out in full or be overtaken by the end of the process.
 //!
-//! New kinds of steps (another size of a disk, internal snapshots, events of nodes) are a variant of
-//! [`Step`], a line in [`choose`](crate::choose), and a function here that says which command it is and
-//! what is different afterwards.
+//! A new kind of step is a variant of [`Step`], a line in [`choose`](crate::choose), and an arm of
+//! [`Scene::act`] that says which command it is and what is different afterwards.
 
 use serde_json::{Value, json};
 
-use crate::common::{Res, images};
-use crate::scene::{CLUSTERS, DISK, Scene, make_stable};
-use crate::world::{self, Job, Node, Work, World};
+use crate::common::Res;
+use crate::new_images::node;
+use crate::scene::Scene;
+use crate::world::{self, Work, World};
 
 /// A step.
 #[derive(Clone, Debug)]
@@ -88,7 +88,23 @@ pub enum Step {
     ObjectAdd,
     /// `object-del`.
     ObjectDel(String),
-    /// A command that is refused, by the number of a kind.
+    /// `block_resize`: more bytes.
+    Resize {
+        /// The export.
+        export: String,
+        /// Bytes from then on.
+        size: u64,
+    },
+    /// `blockdev-snapshot-internal-sync` of the top of an export's disk.
+    Keep(String),
+    /// `blockdev-snapshot-delete-internal-sync`.
+    Forget {
+        /// The node.
+        node: String,
+        /// The snapshot.
+        name: String,
+    },
+    /// Commands that are refused, by the number of the first one's kind.
     Refused(u64),
     /// A kill, and another start.
     Kill,
@@ -123,7 +139,9 @@ impl Scene {
         let (command, arguments) = match step {
             Step::Add { export, .. } => {
                 let (name, file, header) = self.new_image(export)?;
-                after.nodes.insert(name.clone(), node(&file, None, &header));
+                let size = self.size_of(export)?;
+                let made = node(&file, None, &header, size);
+                after.nodes.insert(name.clone(), made);
                 ("blockdev-add", world::options(&name, &file, None))
             }
             Step::Del(name) => {
@@ -149,6 +167,31 @@ impl Scene {
                 (
                     if pause { "job-pause" } else { "job-resume" },
                     json!({"id": id}),
+                )
+            }
+            Step::Await(id) => {
+                let speed = json!({"device": id, "speed": 0});
+                ("block-job-set-speed", speed)
+            }
+            Step::Resize { export, size } => {
+                after.sizes.insert(export.clone(), *size);
+                ("block_resize", json!({"device": export, "size": size}))
+            }
+            Step::Keep(export) => {
+                let (name, top) = (self.name("s"), self.top(export)?);
+                let node = after.nodes.get_mut(&top).ok_or("no such node")?;
+                node.snapshots.insert(name.clone());
+                (
+                    "blockdev-snapshot-internal-sync",
+                    json!({"device": top, "name": name}),
+                )
+            }
+            Step::Forget { node, name } => {
+                let of = after.nodes.get_mut(node).ok_or("no such node")?;
+                of.snapshots.remove(name);
+                (
+                    "blockdev-snapshot-delete-internal-sync",
+                    json!({"device": node, "name": name}),
                 )
             }
             Step::Extract { above, empty } => {
@@ -178,7 +221,8 @@ impl Scene {
         }))
     }
 
-    fn file_of(&self, node: &str) -> Res<String> {
+    /// A node's file.
+    pub fn file_of(&self, node: &str) -> Res<String> {
         let found = self.world.nodes.get(node);
         Ok(found
             .ok_or_else(|| format!("no node '{node}'"))?
@@ -186,152 +230,20 @@ impl Scene {
             .clone())
     }
 
-    fn top(&self, export: &str) -> Res<String> {
+    /// Bytes of an export's disk.
+    pub fn size_of(&self, export: &str) -> Res<u64> {
+        let size = self.world.sizes.get(export);
+        Ok(*size.ok_or_else(|| format!("no export '{export}'"))?)
+    }
+
+    /// The node of an export.
+    pub fn top(&self, export: &str) -> Res<String> {
         let top = self.world.exports.get(export);
         Ok(top.ok_or_else(|| format!("no export '{export}'"))?.clone())
     }
 
-    /// A new image over the top of an export's disk: name, file, and the file under it.
-    fn new_image(&mut self, export: &str) -> Res<(String, String, String)> {
-        let below = self.file_of(&self.top(export)?)?;
-        self.new_image_over(&below)
-    }
-
-    fn new_image_over(&mut self, below: &str) -> Res<(String, String, String)> {
-        let name = self.name("n");
-        let file = self.file(&format!("{name}.qcow2"))?;
-        let options = CLUSTERS[self.rng.below(CLUSTERS.len() as u64) as usize];
-        let size = DISK.to_string();
-        images::qemu_img(&[
-            "create", "-q", "-f", "qcow2", "-o", options, "-u", "-b", below, "-F", "qcow2", &file,
-            &size,
-        ])?;
-        make_stable(file.as_ref())?;
-        Ok((name, file, below.to_owned()))
-    }
-
-    fn snapshot(
-        &mut self,
-        after: &mut World,
-        covers: &[(String, Option<String>)],
-    ) -> Res<(&'static str, Value)> {
-        let mut actions = Vec::new();
-        for (export, overlay) in covers {
-            let old = self.top(export)?;
-            let header = self.file_of(&old)?;
-            let device = if self.down.contains(export) || self.rng.one_in(2) {
-                &old
-            } else {
-                export
-            };
-            if let Some(overlay) = overlay {
-                // Its header stays as it was made: another image may have been on top then.
-                let header = self
-                    .world
-                    .nodes
-                    .get(overlay)
-                    .and_then(|node| node.header.clone());
-                after.cover(&old, overlay, header.unwrap_or_default());
-                let data = json!({"node": device, "overlay": overlay});
-                actions.push(("blockdev-snapshot", data));
-                continue;
-            }
-            let name = self.name("n");
-            let file = self.file(&format!("{name}.qcow2"))?;
-            let mut made = node(&file, None, &header);
-            made.by_snapshot = true;
-            after.nodes.insert(name.clone(), made);
-            after.cover(&old, &name, header);
-            let key = if *device == old {
-                "node-name"
-            } else {
-                "device"
-            };
-            let data = json!({key: device, "snapshot-file": file, "snapshot-node-name": name,
-                "format": "qcow2"});
-            actions.push(("blockdev-snapshot-sync", data));
-        }
-        if let [(command, data)] = actions.as_slice() {
-            return Ok((command, data.clone()));
-        }
-        let actions = actions
-            .iter()
-            .map(|(kind, data)| json!({"type": kind, "data": data}));
-        Ok((
-            "transaction",
-            json!({"actions": actions.collect::<Vec<_>>()}),
-        ))
-    }
-
-    fn job(&mut self, after: &mut World, step: &Step) -> Res<(&'static str, Value)> {
-        let id = self.name("j");
-        let speed = match self.rng.one_in(2) {
-            true => 0,
-            false => self.rng.between(1, 16) << 20,
-        };
-        let mut arguments = json!({"job-id": id, "speed": speed});
-        let (command, work, nodes) = match step {
-            Step::Stream {
-                export,
-                target,
-                base,
-            } => {
-                arguments["device"] = json!(target);
-                if let Some(base) = base {
-                    arguments["base-node"] = json!(base);
-                }
-                let chain = self.world.chain(&self.top(export)?).into_iter();
-                let from = chain.skip_while(|name| name != target);
-                let nodes = from.take_while(|name| Some(name) != base.as_ref());
-                let work = Work::Stream {
-                    target: target.clone(),
-                    base: base.clone(),
-                };
-                ("block-stream", work, nodes.collect::<Vec<_>>())
-            }
-            Step::Commit { export, top, base } => {
-                arguments["device"] = json!(self.top(export)?);
-                arguments["top-node"] = json!(top);
-                arguments["base-node"] = json!(base);
-                let chain = self.world.chain(&self.top(export)?);
-                let at = chain.iter().position(|name| name == top).unwrap_or(0);
-                let end = chain.iter().position(|name| name == base).unwrap_or(at);
-                let above = at.checked_sub(1).and_then(|at| chain.get(at));
-                let above = above.ok_or("nothing over the layers")?.clone();
-                let nodes = chain.get(at - 1..=end).unwrap_or_default().to_vec();
-                let (top, base) = (top.clone(), base.clone());
-                ("block-commit", Work::Commit { above, top, base }, nodes)
-            }
-            Step::Active { export, base } => {
-                let top = self.top(export)?;
-                arguments["device"] = json!(top);
-                arguments["base-node"] = json!(base);
-                let chain = self.world.chain(&top);
-                let end = chain.iter().position(|name| name == base).unwrap_or(0);
-                let nodes = chain.get(..=end).unwrap_or_default().to_vec();
-                let work = Work::Active {
-                    top,
-                    base: base.clone(),
-                    completing: false,
-                };
-                ("block-commit", work, nodes)
-            }
-            _ => return Err("no job".into()),
-        };
-        let paused = false;
-        after.jobs.insert(
-            id,
-            Job {
-                work,
-                nodes,
-                paused,
-            },
-        );
-        Ok((command, arguments))
-    }
-
     /// The options of `above` with another node under it.
-    fn reopen(
+    pub fn reopen(
         &self,
         after: &mut World,
         above: &str,
@@ -354,141 +266,5 @@ impl Scene {
         let arguments = json!({"device": self.top(export)?, "image-node-name": name,
             "backing-file": named});
         Ok(("change-backing-file", arguments))
-    }
-
-    /// An empty image goes under `above`: two commands.
-    pub fn insert(&mut self, above: &str) -> Res<()> {
-        let below = self
-            .world
-            .nodes
-            .get(above)
-            .and_then(|node| node.backing.clone());
-        let below = below.ok_or("nothing under it")?;
-        let (name, file, header) = self.new_image_over(&self.file_of(&below)?)?;
-        let options = world::options(&name, &file, Some(&below));
-        self.get("blockdev-add", options)?;
-        let mut new = node(&file, Some(&below), &header);
-        new.empty = true;
-        self.world.nodes.insert(name.clone(), new);
-        let mut after = self.world.clone();
-        let (command, arguments) = self.reopen(&mut after, above, Some(name))?;
-        self.get(command, arguments)?;
-        self.world = after;
-        Ok(())
-    }
-
-    /// An image that `blockdev-create` makes, and its node.
-    pub fn add_by_jobs(&mut self, export: &str) -> Res<()> {
-        let below = self.file_of(&self.top(export)?)?;
-        let name = self.name("n");
-        let file = self.file(&format!("{name}.qcow2"))?;
-        let made = json!({"driver": "file", "filename": file, "size": 0});
-        self.create(made)?;
-        let (of, path) = (format!("{name}f"), file.clone());
-        let under = json!({"driver": "file", "node-name": of, "filename": path});
-        self.get("blockdev-add", under)?;
-        let made = json!({"driver": "qcow2", "file": of, "size": DISK, "backing-file": below,
-            "backing-fmt": "qcow2", "cluster-size": 65536});
-        self.create(made)?;
-        self.get("blockdev-del", json!({"node-name": of}))?;
-        self.get("blockdev-add", world::options(&name, &file, None))?;
-        self.world.nodes.insert(name, node(&file, None, &below));
-        Ok(())
-    }
-
-    fn create(&mut self, options: Value) -> Res<()> {
-        let id = self.name("j");
-        self.get("blockdev-create", json!({"job-id": id, "options": options}))?;
-        self.until("blockdev-create does not end", |scene| {
-            Ok(scene.job_status(&id)?.as_deref() == Some("concluded"))
-        })?;
-        let jobs = self.get("query-jobs", json!({}))?;
-        let mut jobs = jobs.as_array().into_iter().flatten();
-        if let Some(job) = jobs.find(|job| job["id"] == *id && !job["error"].is_null()) {
-            return Err(format!("blockdev-create fails: {job}").into());
-        }
-        self.get("job-dismiss", json!({"id": id}))?;
-        Ok(())
-    }
-
-    /// A command that is refused, and what it is about.
-    pub fn refusal(&mut self, kind: u64) -> Res<(&'static str, Value)> {
-        let exports = self.world.exports.clone();
-        let export = exports.keys().next().ok_or("no export")?.clone();
-        let top = self.top(&export)?;
-        let file = self.file_of(&top)?;
-        let new = self.file("never.qcow2")?;
-        let sync = |node: &str| {
-            json!({"node-name": node, "snapshot-file": new, "snapshot-node-name": "never",
-                "format": "qcow2"})
-        };
-        let action = |kind: &str, data: Value| json!({"type": kind, "data": data});
-        Ok(match kind {
-            0 => ("blockdev-add", world::options(&top, &new, None)),
-            1 => ("blockdev-add", world::options("never", &new, Some(&top))),
-            2 => ("blockdev-del", json!({"node-name": top})),
-            3 => {
-                let actions = [
-                    action("blockdev-snapshot-sync", sync(&top)),
-                    action("abort", json!({})),
-                ];
-                ("transaction", json!({"actions": actions}))
-            }
-            4 => {
-                let other = sync("nowhere");
-                let actions = [
-                    action("blockdev-snapshot-sync", sync(&top)),
-                    action("blockdev-snapshot-sync", other),
-                ];
-                ("transaction", json!({"actions": actions}))
-            }
-            5 => {
-                let mut taken = sync(&top);
-                taken["snapshot-file"] = json!(file);
-                ("blockdev-snapshot-sync", taken)
-            }
-            6 => (
-                "block-stream",
-                json!({"device": top, "job-id": "never", "base-node": "nowhere"}),
-            ),
-            7 => (
-                "block-commit",
-                json!({"device": top, "job-id": "never", "base-node": top}),
-            ),
-            8 => {
-                let mut twice = self.export_options(&export, &top)?;
-                twice["id"] = json!("never");
-                twice["writable"] = json!(false);
-                match self.down.contains(&export) {
-                    true => ("object-del", json!({"id": "never"})),
-                    false => ("block-export-add", twice),
-                }
-            }
-            9 => {
-                let mut options = world::options(&top, &new, None);
-                options["backing"] =
-                    json!(self.world.nodes.get(&top).and_then(|n| n.backing.clone()));
-                ("blockdev-reopen", json!({"options": [options]}))
-            }
-            _ => (
-                "change-backing-file",
-                json!({"device": top, "image-node-name": "nowhere", "backing-file": new}),
-            ),
-        })
-    }
-}
-
-/// How many kinds of refused commands there are.
-pub const REFUSALS: u64 = 11;
-
-fn node(file: &str, backing: Option<&str>, header: &str) -> Node {
-    Node {
-        file: file.to_owned(),
-        backing: backing.map(str::to_owned),
-        header: Some(header.to_owned()),
-        empty: false,
-        left: false,
-        covered: false,
-        by_snapshot: false,
     }
 }

@@ -1,14 +1,15 @@
 //! Carries out the steps, and judges what there is after each.
 
 use std::fs;
-use std::time::Duration;
 
 use serde_json::json;
 
 use crate::common::daemon::Program;
 use crate::common::{Res, images};
+use crate::guest::Look;
 use crate::scene::Scene;
-use crate::steps::{Act, Step};
+use crate::steps::Step;
+use crate::sudden;
 use crate::world::{Work, World};
 
 /// A walk by a seed: how far it goes.
@@ -25,7 +26,9 @@ pub struct Walk {
 pub struct Found {
     /// The step, from 1.
     pub step: u64,
-    /// In words.
+    /// What is wrong.
+    pub error: String,
+    /// That, with all that led to it.
     pub text: String,
 }
 
@@ -76,7 +79,8 @@ impl Walk {
             self.seed,
             u8::from(self.power),
         );
-        Found { step, text }
+        let error = error.to_string();
+        Found { step, error, text }
     }
 }
 
@@ -86,12 +90,12 @@ fn take(scene: &mut Scene, step: &Step) -> Res<()> {
             let world = [scene.world.clone()];
             scene.restart(&world, matches!(step, Step::Cut))
         }
-        Step::KillDuring(step) => die_during(scene, step, false),
-        Step::CutDuring(step) => die_during(scene, step, true),
+        Step::KillDuring(step) => sudden::during(scene, step, false),
+        Step::CutDuring(step) => sudden::during(scene, step, true),
         Step::Restart => scene.stop_and_start(),
         Step::Verify => verify(scene),
         Step::Check => check(scene),
-        Step::Refused(kind) => refused(scene, *kind),
+        Step::Refused(first) => (0..4).try_for_each(|at| refused(scene, first + 3 * at)),
         Step::Insert { above, .. } => scene.insert(above),
         Step::Add {
             export,
@@ -101,82 +105,38 @@ fn take(scene: &mut Scene, step: &Step) -> Res<()> {
         Step::Complete(id) => complete(scene, id),
         Step::Pause(id) => pause(scene, id),
         Step::Await(id) => {
-            let speed = json!({"device": id, "speed": 0});
+            let act = scene.act(step)?.ok_or("no command")?;
             // It may have ended.
-            scene.execute("block-job-set-speed", speed)?.ok();
+            scene.execute(act.command, act.arguments)?.ok();
             scene.job_is_gone(id)
         }
+        Step::Snapshot(_) => {
+            scene.set_slow(true);
+            let taken = command(scene, step);
+            scene.set_slow(false);
+            taken
+        }
         Step::ExportDel(id) => export_del(scene, id),
-        step => {
-            let act = scene.act(step)?.ok_or("a step that is no command")?;
-            scene.get(act.command, act.arguments)?;
-            scene.world = act.after;
-            if let Step::ExportAdd(id) = step {
-                scene.down.remove(id);
-                scene.guest(id)?.connect(false)?;
-            }
-            Ok(())
+        step => command(scene, step),
+    }
+}
+
+fn command(scene: &mut Scene, step: &Step) -> Res<()> {
+    let act = scene.act(step)?.ok_or("a step that is no command")?;
+    scene.get(act.command, act.arguments)?;
+    scene.world = act.after;
+    match step {
+        Step::ExportAdd(id) => {
+            scene.down.remove(id);
+            scene.guest(id)?.connect(Look::Nothing)
         }
+        Step::Resize { export, .. } => scene.guest(export)?.grown(),
+        _ => Ok(()),
     }
 }
 
-/// The process ends while it carries out a command, or shortly after.
-fn die_during(scene: &mut Scene, step: &Step, cut: bool) -> Res<()> {
-    if let Step::Complete(id) = step
-        && !is_ready(scene, id)?
-    {
-        return Ok(());
-    }
-    let Some(act) = scene.act(step)? else {
-        return Err(format!("{step:?} is no command").into());
-    };
-    let Act {
-        command,
-        arguments,
-        after,
-    } = act;
-    let moment = match scene.rng.below(3) {
-        0 => Duration::from_micros(scene.rng.below(2000)),
-        1 => Duration::from_micros(scene.rng.below(20_000)),
-        _ => Duration::from_micros(scene.rng.below(60_000)),
-    };
-    let pid = scene.life.as_ref().ok_or("no process")?.daemon.pid();
-    let killer = std::thread::spawn(move || {
-        // The moment itself, not a wait for something.
-        std::thread::sleep(moment);
-        // SAFETY: the process is a child that nobody waits for before this thread has been joined.
-        unsafe { libc::kill(pid as i32, libc::SIGKILL) };
-    });
-    let answer = scene.execute(command, arguments.clone());
-    killer.join().map_err(|_| "the killer's thread failed")?;
-    let before = scene.world.clone();
-    let worlds = match answer {
-        Ok(Ok(_)) => vec![after],
-        Ok(Err(refusal)) => return Err(format!("{command} {arguments}: {refusal}").into()),
-        Err(_) => vec![before, after],
-    };
-    if let Step::ExportAdd(id) = step {
-        // Whether it is there is for the next process to say: there is no other way to know.
-        return restart_with_export(scene, id, &worlds, cut);
-    }
-    scene.restart(&worlds, cut)
-}
-
-fn restart_with_export(scene: &mut Scene, id: &str, worlds: &[World], cut: bool) -> Res<()> {
-    let answered = worlds.len() == 1;
-    let before = scene.down.clone();
-    scene.down.remove(id);
-    match scene.restart(worlds, cut) {
-        Err(_) if !answered && scene.life.is_some() => {
-            scene.down = before;
-            scene.world = scene.find_restarted(worlds)?;
-            scene.connect(cut)
-        }
-        other => other,
-    }
-}
-
-fn is_ready(scene: &mut Scene, id: &str) -> Res<bool> {
+/// The job is ready to be completed, if it has not ended.
+pub fn is_ready(scene: &mut Scene, id: &str) -> Res<bool> {
     scene
         .execute("block-job-set-speed", json!({"device": id, "speed": 0}))?
         .ok();

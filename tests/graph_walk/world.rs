@@ -24,6 +24,10 @@ pub struct Node {
     pub covered: bool,
     /// A snapshot has made it.
     pub by_snapshot: bool,
+    /// Bytes of its disk when it was made.
+    pub size: u64,
+    /// Snapshots inside of it.
+    pub snapshots: BTreeSet<String>,
 }
 
 /// What a job does.
@@ -78,6 +82,8 @@ pub struct World {
     pub jobs: BTreeMap<String, Job>,
     /// Objects.
     pub objects: BTreeSet<String>,
+    /// Bytes of the disk of each export.
+    pub sizes: BTreeMap<String, u64>,
     /// Nodes that snapshots had made and that were removed. The next process may have them again.
     pub removed: BTreeMap<String, Node>,
 }
@@ -93,6 +99,12 @@ pub struct Seen {
     pub jobs: BTreeSet<String>,
     /// The objects.
     pub objects: BTreeSet<String>,
+    /// Snapshots inside of each named node.
+    pub snapshots: BTreeMap<String, BTreeSet<String>>,
+    /// Bytes of the disk of each export.
+    pub sizes: BTreeMap<String, u64>,
+    /// Bytes of each named node's disk.
+    all_sizes: BTreeMap<String, u64>,
 }
 
 impl Seen {
@@ -128,15 +140,39 @@ impl Seen {
             let children = list(&node["children"]);
             let below = children.iter().find(|child| child["child"] == "backing");
             let below = below.map(|child| under(text(&child["node-name"])));
+            let inside = list(&node["image"]["snapshots"]);
+            let inside = inside.iter().map(|one| text(&one["name"])).collect();
+            seen.snapshots.insert(name.clone(), inside);
+            let size = node["image"]["virtual-size"].as_u64();
+            seen.all_sizes.insert(name.clone(), size.unwrap_or(0));
             seen.nodes.insert(name, (text(&node["file"]), below));
         }
         for export in list(exports) {
-            let pair = (text(&export["id"]), under(text(&export["node-name"])));
-            seen.exports.extend([pair]);
+            seen.put_export(text(&export["id"]), under(text(&export["node-name"])));
         }
         seen.jobs = list(jobs).iter().map(|job| text(&job["id"])).collect();
         seen.objects = list(objects).iter().map(|one| text(&one["id"])).collect();
         seen
+    }
+
+    /// An export, and its node.
+    pub fn put_export(&mut self, id: String, node: String) {
+        let size = self.size_of(&node);
+        self.sizes.insert(id.clone(), size);
+        self.exports.insert(id, node);
+    }
+
+    /// Bytes of a node's disk, 0 if there is no such node.
+    pub fn size_of(&self, node: &str) -> u64 {
+        self.all_sizes.get(node).copied().unwrap_or(0)
+    }
+
+    /// As what there should be says it.
+    fn without_all_sizes(&self) -> Seen {
+        Seen {
+            all_sizes: BTreeMap::new(),
+            ..self.clone()
+        }
     }
 }
 
@@ -151,6 +187,13 @@ impl World {
             exports: self.exports.clone(),
             jobs: self.jobs.keys().cloned().collect(),
             objects: self.objects.clone(),
+            snapshots: self
+                .nodes
+                .iter()
+                .map(|(name, node)| (name.clone(), node.snapshots.clone()))
+                .collect(),
+            sizes: self.sizes.clone(),
+            all_sizes: BTreeMap::new(),
         }
     }
 
@@ -330,9 +373,10 @@ pub fn find_restarted(worlds: &[World], seen: &Seen) -> Result<World, String> {
 /// The one of `worlds`, as they may have become, that is `seen`; the first of them if several are.
 pub fn find(worlds: &[World], seen: &Seen) -> Result<World, String> {
     let later: Vec<World> = worlds.iter().flat_map(World::later).collect();
-    match later.iter().find(|world| world.seen() == *seen) {
+    let seen = seen.without_all_sizes();
+    match later.iter().find(|world| world.seen() == seen) {
         Some(world) => Ok(world.clone()),
-        None => Err(differences(&later, seen)),
+        None => Err(differences(&later, &seen)),
     }
 }
 
@@ -351,6 +395,15 @@ fn differences(worlds: &[World], seen: &Seen) -> String {
         }
         if wanted.exports != seen.exports {
             text += &format!(" exports {:?}, not {:?};", seen.exports, wanted.exports);
+        }
+        for (name, inside) in &wanted.snapshots {
+            let found = seen.snapshots.get(name);
+            if found.is_some_and(|found| found != inside) {
+                text += &format!(" snapshots {found:?} in {name}, not {inside:?};");
+            }
+        }
+        if wanted.sizes != seen.sizes {
+            text += &format!(" sizes {:?}, not {:?};", seen.sizes, wanted.sizes);
         }
         if wanted.jobs != seen.jobs {
             text += &format!(" jobs {:?}, not {:?};", seen.jobs, wanted.jobs);
