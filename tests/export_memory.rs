@@ -8,6 +8,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "common/skips.rs"]
+mod skips;
+
 mod export_common;
 
 use std::ffi::CStr;
@@ -20,6 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use export_common::hand::*;
 use export_common::*;
 use memmap2::MmapMut;
+use skips::skip;
 use stratablk::export::Export;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
@@ -419,7 +423,7 @@ fn memory_on_a_file_system_that_can_stall_is_refused() {
     let _export = sevens(&place);
     // Goes before the export, whose thread may wait for it.
     let Some(served) = Served::mount(&place) else {
-        eprintln!("skipped: no file systems in user space here");
+        skip("no file systems in user space here").unwrap();
         return;
     };
     let file = File::options()

@@ -10,6 +10,7 @@ use common::Res;
 use common::daemon::{Daemon, Program, Setup};
 use common::frontend::{OK, Op, PATIENCE};
 use common::images;
+use common::skips::skip;
 use common::slow::Slow;
 use common::stamp::{self, SECTOR};
 use std::fs;
@@ -71,8 +72,7 @@ fn an_export_that_hangs_costs_the_others_nothing_at_the_end() -> Res<()> {
     let dir = tempfile::tempdir()?;
     let (image, mut setup) = bed(dir.path())?;
     let Some(slow) = Slow::mount(dir.path(), DISK)? else {
-        eprintln!("skipped: no file systems in user space here");
-        return Ok(());
+        return Ok(skip("no file systems in user space here")?);
     };
     let socket = dir.path().join("second.sock");
     setup.extra = [
@@ -132,8 +132,7 @@ fn a_job_that_hangs_costs_other_images_nothing_at_the_end() -> Res<()> {
     let dir = tempfile::tempdir()?;
     let (image, mut setup) = bed(dir.path())?;
     let Some(slow) = Slow::mount(dir.path(), DISK)? else {
-        eprintln!("skipped: no file systems in user space here");
-        return Ok(());
+        return Ok(skip("no file systems in user space here")?);
     };
     let base = fs::File::options().write(true).open(&slow.file)?;
     base.write_all_at(&[5; 1 << 20], 0)?;

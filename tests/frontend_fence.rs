@@ -15,6 +15,7 @@ use common::Res;
 use common::daemon::{Daemon, Program, Setup};
 use common::frontend::{Frontend, GET_ID, OK, Op, PATIENCE};
 use common::images;
+use common::skips::skip;
 use common::slow::{LoopDevice, Slow};
 use common::stamp::{self, SECTOR};
 use io_uring::IoUring;
@@ -227,7 +228,7 @@ fn outlived(dir: &Path, hanging: &Hanging, setup: &Setup, at: &Path, next: &Setu
 fn bed() -> Res<Option<(tempfile::TempDir, Hanging)>> {
     let dir = tempfile::tempdir()?;
     let Some(hanging) = Hanging::new(dir.path())? else {
-        eprintln!("skipped: no loop device over a file system in user space here");
+        skip("no loop device over a file system in user space here")?;
         return Ok(None);
     };
     Ok(Some((dir, hanging)))

@@ -11,6 +11,7 @@ use common::Res;
 use common::daemon::{Daemon, Program, Setup};
 use common::frontend::{OK, Op, PATIENCE};
 use common::images;
+use common::skips::skip;
 use common::slow::Slow;
 use common::stamp::{self, SECTOR};
 use serde_json::json;
@@ -107,8 +108,7 @@ fn assert_clean(image: &Path, scratch: &Path) -> Res<()> {
 fn a_sync_that_hangs_holds_up_neither_others_nor_the_end() -> Res<()> {
     let dir = tempfile::tempdir()?;
     let Some(slow) = Slow::mount(dir.path(), DISK)? else {
-        eprintln!("skipped: no file systems in user space here");
-        return Ok(());
+        return Ok(skip("no file systems in user space here")?);
     };
     let image = dir.path().join("disk.qcow2");
     images::create(&image, DISK, "compat=1.1", None)?;
@@ -179,8 +179,7 @@ fn a_sync_that_hangs_holds_up_neither_others_nor_the_end() -> Res<()> {
 fn a_close_that_hangs_holds_up_neither_others_nor_the_end() -> Res<()> {
     let dir = tempfile::tempdir()?;
     let Some(slow) = Slow::mount(dir.path(), DISK)? else {
-        eprintln!("skipped: no file systems in user space here");
-        return Ok(());
+        return Ok(skip("no file systems in user space here")?);
     };
     let base = fs::File::options().write(true).open(&slow.file)?;
     base.write_all_at(&[5; 1 << 20], 0)?;
@@ -240,8 +239,7 @@ fn a_close_that_hangs_holds_up_neither_others_nor_the_end() -> Res<()> {
 fn a_disk_that_hangs_holds_up_no_command_of_others() -> Res<()> {
     let dir = tempfile::tempdir()?;
     let Some(slow) = Slow::mount(dir.path(), DISK)? else {
-        eprintln!("skipped: no file systems in user space here");
-        return Ok(());
+        return Ok(skip("no file systems in user space here")?);
     };
     let image = dir.path().join("disk.qcow2");
     images::create(&image, DISK, "compat=1.1", None)?;

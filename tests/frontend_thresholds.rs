@@ -20,6 +20,7 @@ use common::daemon::{Daemon, Program};
 use common::frontend::{DISCARD, Frontend, OK, Op, Segment, WRITE_ZEROES};
 use common::images;
 use common::qmp::Qmp;
+use common::skips::skip;
 use serde_json::{Value, json};
 
 const SECTOR: u64 = 512;
@@ -206,7 +207,7 @@ fn compare(
                 if images::run("qemu-storage-daemon", &["--version"]).is_ok() {
                     return Err(error);
                 }
-                eprintln!("skipped: qemu-storage-daemon is needed: {error}");
+                skip(&format!("qemu-storage-daemon is needed: {error}"))?;
                 return Ok(Vec::new());
             }
             other => other?,

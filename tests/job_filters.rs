@@ -16,6 +16,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use qmp_support::Client;
+use qmp_support::skips::skip;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -122,7 +123,7 @@ fn with_both<T>(job: &Start, mut ask: impl FnMut(&mut Client) -> T) -> Option<[T
     for program in [OURS, THEIRS] {
         let folder = images();
         let Some(_daemon) = Daemon::start(program, folder.path(), &[]) else {
-            eprintln!("skipped: qemu-storage-daemon is needed");
+            skip("qemu-storage-daemon is needed").unwrap();
             return None;
         };
         let mut client = Daemon::connect(folder.path());
@@ -157,7 +158,7 @@ fn refused(job: &Start, requests: &[(&str, Value)]) {
     }
 }
 
-/// What must not be done to a filter, whoever has it, and who must not have its name.
+/// What must not be done to a filter, under each of its names, and what may not take its name.
 fn to_any_filter() -> Vec<(&'static str, Value)> {
     let reopen = |options: Value| ("blockdev-reopen", json!({"options": [options]}));
     vec![
@@ -378,7 +379,7 @@ fn layers_that_were_committed_are_closed() {
     for program in [OURS, THEIRS] {
         let folder = images();
         let Some(_daemon) = Daemon::start(program, folder.path(), &[]) else {
-            eprintln!("skipped: qemu-storage-daemon is needed");
+            skip("qemu-storage-daemon is needed").unwrap();
             return;
         };
         let mut client = Daemon::connect(folder.path());
@@ -540,7 +541,7 @@ fn jobs_beside_each_other_leave_what_they_leave_with_qemu() {
         for program in [OURS, THEIRS] {
             let folder = images();
             let Some(daemon) = Daemon::start(program, folder.path(), &[]) else {
-                eprintln!("skipped: qemu-storage-daemon is needed");
+                skip("qemu-storage-daemon is needed").unwrap();
                 return;
             };
             let mut client = Daemon::connect(folder.path());

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use qmp_support::skips::skip;
 use qmp_support::{Bench, Client};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -100,7 +101,7 @@ fn answers(client: &mut Client, bytes: &[u8]) -> Vec<Value> {
 
 fn compare(requests: &[&[u8]]) {
     let Some(qsd) = Qsd::start() else {
-        eprintln!("skipped: qemu-storage-daemon and qemu-img are needed");
+        skip("qemu-storage-daemon and qemu-img are needed").unwrap();
         return;
     };
     let mut theirs = qsd.connect();
@@ -267,7 +268,7 @@ fn job_commands() {
 #[test]
 fn the_life_of_a_job() {
     let Some(qsd) = Qsd::start() else {
-        eprintln!("skipped: qemu-storage-daemon and qemu-img are needed");
+        skip("qemu-storage-daemon and qemu-img are needed").unwrap();
         return;
     };
     let bench = Bench::new();

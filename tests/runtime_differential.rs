@@ -14,6 +14,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use qmp_support::Client;
+use qmp_support::skips::skip;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -90,7 +91,7 @@ fn run(client: &mut Client, commands: &[(&str, Value)]) -> Vec<(Value, Vec<Value
 
 fn compare(commands: &[(&str, Value)]) {
     let Some(theirs) = Daemon::start("qemu-storage-daemon") else {
-        eprintln!("skipped: qemu-storage-daemon and qemu-img are needed");
+        skip("qemu-storage-daemon and qemu-img are needed").unwrap();
         return;
     };
     let ours = Daemon::start(env!("CARGO_BIN_EXE_stratablk")).unwrap();
@@ -574,7 +575,7 @@ fn the_lives_of_create_jobs() {
         lives
     };
     let Some(theirs) = Daemon::start("qemu-storage-daemon") else {
-        eprintln!("skipped: qemu-storage-daemon and qemu-img are needed");
+        skip("qemu-storage-daemon and qemu-img are needed").unwrap();
         return;
     };
     let ours = Daemon::start(env!("CARGO_BIN_EXE_stratablk")).unwrap();

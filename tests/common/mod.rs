@@ -12,6 +12,7 @@ pub mod images;
 pub mod memory;
 pub mod qmp;
 pub mod rng;
+pub mod skips;
 pub mod slow;
 pub mod stamp;
 pub mod tracked;
