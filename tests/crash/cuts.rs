@@ -21,7 +21,7 @@ use crate::landing::{Start, visit_kills};
 use crate::machine::{Counted, Effect, Event, Fault, Machine};
 use crate::qcow2::Image;
 use crate::states::visit;
-use crate::workload::Work;
+use crate::workload::{Kind, Work};
 use crate::{alone, number_from, seed};
 
 /// Of these, so many are shown to `qemu-img check` and written to.
@@ -63,7 +63,18 @@ fn a_flush_while_the_first_write_to_a_table_is_under_way() {
 /// Guests work on a disk, and a stream if `stream`; then the machine stops at every instant, and
 /// the process is killed at every instant. Returns the image as it was before and after the work.
 pub fn cuts(recipe: Recipe, stream: bool, operations: usize) -> (Vec<u8>, Vec<u8>) {
-    cuts_with(seed(), recipe, stream, operations, None)
+    let worked = cuts_with(seed(), recipe, stream, operations, None);
+    (worked.before, worked.after)
+}
+
+/// What work on a disk has come to.
+pub struct Worked {
+    /// The image as it was before.
+    pub before: Vec<u8>,
+    /// And after it.
+    pub after: Vec<u8>,
+    /// What has failed, and with which error.
+    pub failures: Vec<(Kind, i32)>,
 }
 
 /// As [`cuts`], on storage that fails for a while if there is a `fault`.
@@ -73,7 +84,7 @@ pub fn cuts_with(
     stream: bool,
     operations: usize,
     fault: Option<Fault>,
-) -> (Vec<u8>, Vec<u8>) {
+) -> Worked {
     println!("STRATABLK_SEED={seed}: {recipe:?}, {fault:?}");
     let mut rng = StdRng::seed_from_u64(seed);
     let dir = tempfile::tempdir().unwrap();
@@ -81,7 +92,7 @@ pub fn cuts_with(
     let reactor = Reactor::for_this_thread().unwrap();
     let machine = disk.machine();
     let (mut start, mut made) = (machine.left(), 0);
-    let history = {
+    let (history, failures) = {
         let _alone = alone();
         let opened = reactor.block_on(disk.open(&machine, true)).unwrap();
         let clock = machine.clone();
@@ -124,11 +135,18 @@ pub fn cuts_with(
         reactor.block_on(work.flush());
         let everything = read_all(&reactor, &work.chain.borrow()).unwrap();
         let history = work.history.borrow().clone();
-        if recipe.resized > 0 && fault.is_none() {
+        let failures = work.failures.borrow().clone();
+        let resized = !failures.iter().any(|(kind, _)| *kind == Kind::Resize);
+        // One that shrinks is bounded first.
+        if recipe.resized > 0 && (resized || recipe.grows()) {
+            let size = match resized {
+                true => recipe.resized,
+                false => recipe.sectors,
+            };
             assert_eq!(
                 everything.len(),
-                recipe.resized,
-                "seed {seed}: the new size"
+                size,
+                "seed {seed}: the size, {failures:?}"
             );
         }
         for (sector, stamp) in everything.into_iter().enumerate() {
@@ -139,7 +157,7 @@ pub fn cuts_with(
             );
         }
         reactor.block_on(opened.image.close()).unwrap();
-        history
+        (history, failures)
     };
     let log = machine.log();
     let judge = Judge {
@@ -178,7 +196,11 @@ pub fn cuts_with(
     });
     println!("{judged} of {total} states after a kill");
     assert!(judged * 2 > budget.min(total), "{judged} of {total} states");
-    (disk.files[0].clone(), machine.bytes(0))
+    Worked {
+        before: disk.files[0].clone(),
+        after: machine.bytes(0),
+        failures,
+    }
 }
 
 /// Changes the mapping until so much of the journal is used, out of the log.

@@ -447,7 +447,7 @@ impl Bench {
 
     /// Every operation of some kind fails, alone or from there on until the storage is healed.
     fn faults(&self, of: Counted, step: usize) {
-        let mut from = 0;
+        let (mut from, mut failed) = (0, 0);
         loop {
             for until in [from + 1, usize::MAX] {
                 let fault = Fault {
@@ -457,8 +457,11 @@ impl Bench {
                     until,
                     errno: libc::EIO,
                 };
-                if self.run_with(fault) <= from {
+                let (counted, failures) = self.run_with(fault);
+                failed += failures;
+                if counted <= from {
                     assert!(from > 0);
+                    assert!(failed > 0, "no fault of {of:?} has met a snapshot");
                     return;
                 }
             }
@@ -466,8 +469,9 @@ impl Bench {
         }
     }
 
-    /// Works with a fault, and then without. Returns how many operations counted for it.
-    fn run_with(&self, fault: Fault) -> usize {
+    /// Works with a fault, and then without. Returns how many operations counted for it, and how many
+    /// snapshots were not taken or deleted as they should.
+    fn run_with(&self, fault: Fault) -> (usize, usize) {
         let context = format!("STRATABLK_SEED={}: {fault:?}", self.seed);
         let _alone = alone();
         let mut rng = StdRng::seed_from_u64(self.seed);
@@ -497,11 +501,11 @@ impl Bench {
         self.reactor.block_on(snapshots.image.close()).unwrap();
         let files = self.files(&machine);
         let state = State::after_cut(usize::MAX, crate::states::Kept::All, files);
-        let mut known = snapshots.known();
-        // One whose instant has come and which could not be made stable is there or not.
+        let known = snapshots.known();
         let names = Image::new(&state.files[0]).unwrap().names().unwrap();
         assert_eq!(names, listed, "{context}");
-        known.steps.last_mut().unwrap().names = names;
+        // One whose instant has come and which could not be made stable is there all the same.
+        assert_eq!(known.steps.last().unwrap().names, names, "{context}");
         match known.check(&self.disk, &state) {
             Ok(0) => {}
             other => panic!("{context}: {other:?} (clusters leaked, or what is wrong)"),
@@ -519,7 +523,7 @@ impl Bench {
                 "{context}: sector {sector}: {stamp:x?}, may be {allowed:x?}"
             );
         }
-        counted
+        (counted, snapshots.failed.get())
     }
 }
 

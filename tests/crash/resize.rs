@@ -23,6 +23,7 @@ use crate::history::{SECTOR, fill, stamp_of};
 use crate::machine::{Counted, Fault, Machine};
 use crate::qcow2::Image;
 use crate::states::{Kept, State, visit};
+use crate::workload::Kind;
 use crate::{alone, number_from, seed, together};
 
 /// States judged by default, of each change of a size.
@@ -347,6 +348,7 @@ fn a_disk_that_shrinks_under_its_guests() {
 fn a_disk_that_cannot_get_its_new_size() {
     let seed = seed();
     for resized in [3000, 700] {
+        let mut failed = 0;
         for (round, of) in (0..).zip([Counted::Changes, Counted::Barriers]) {
             for from in [3, 10, 25, 40] {
                 let recipe = Recipe {
@@ -363,8 +365,11 @@ fn a_disk_that_cannot_get_its_new_size() {
                     until: from + 6,
                     errno: libc::EIO,
                 };
-                cuts_with(seed.wrapping_add(round), recipe, false, 40, Some(fault));
+                let worked = cuts_with(seed.wrapping_add(round), recipe, false, 40, Some(fault));
+                let mut failures = worked.failures.iter();
+                failed += usize::from(failures.any(|(kind, _)| *kind == Kind::Resize));
             }
         }
+        assert!(failed > 0, "no fault has met the new size {resized}");
     }
 }

@@ -27,6 +27,8 @@ pub enum Kind {
     /// A job's copy from the layers below.
     Copy,
     Flush,
+    /// Another size for the disk.
+    Resize,
 }
 
 /// The time, by which the history is kept.
@@ -206,7 +208,7 @@ impl Work {
                 yield_now().await;
             }
             let resized = work.resize(size).await;
-            work.judge(Kind::Flush, resized);
+            work.judge(Kind::Resize, resized);
         });
     }
 
@@ -409,7 +411,7 @@ impl Work {
             Kind::Unmap => view.write_zeroes(offset, bytes as u64, true).await,
             Kind::Discard => view.discard(offset, bytes as u64).await,
             Kind::Copy => self.copy(offset, bytes as u64).await,
-            Kind::Flush => Ok(()),
+            Kind::Flush | Kind::Resize => Ok(()),
         }
     }
 

@@ -250,5 +250,10 @@ fn a_write_by_a_plan_that_is_not_handed_over_is_lost() {
     let lost = std::panic::catch_unwind(move || {
         many_orders(4_000, move || work(&image, Other::Write, false));
     });
-    assert!(lost.is_err(), "no order was found");
+    let found = lost.expect_err("no order was found");
+    let words = found.downcast_ref::<String>().map_or("", String::as_str);
+    assert!(
+        words.contains("sector"),
+        "something else went wrong: {words}"
+    );
 }
