@@ -132,14 +132,18 @@ impl Daemon {
     }
 
     fn backing_file(&self) -> Value {
+        self.info()["backing-filename"].clone()
+    }
+
+    /// What `qemu-img` says of the overlay.
+    fn info(&self) -> Value {
         // Without the image's lock, which the daemon holds.
         let output = Command::new("qemu-img")
             .args(["info", "-U", "--output=json", "top.qcow2"])
             .current_dir(self.dir.path())
             .output()
             .unwrap();
-        let info: Value = serde_json::from_slice(&output.stdout).unwrap();
-        info["backing-filename"].clone()
+        serde_json::from_slice(&output.stdout).unwrap()
     }
 }
 
@@ -257,6 +261,31 @@ fn a_job_is_controlled() {
         "stratactl: The command x-clear-sync-error has not been found"
     );
     assert_eq!(daemon.backing_file(), Value::Null);
+}
+
+/// Would catch words that the tool takes and the daemon does not, and a snapshot of another name.
+#[test]
+fn snapshots_inside_of_an_image_come_and_go() {
+    let Some(daemon) = Daemon::start() else {
+        return;
+    };
+    let names = || -> Vec<Value> {
+        let info = daemon.info();
+        let snapshots = info["snapshots"].as_array().cloned().unwrap_or_default();
+        snapshots.iter().map(|one| one["name"].clone()).collect()
+    };
+    daemon.ok(&["snapshot", "top", "--internal", "before"]);
+    daemon.ok(&["snapshot", "top", "--internal", "after"]);
+    assert_eq!(names(), ["before", "after"]);
+    let again = daemon.ctl(&["snapshot", "top", "--internal", "before"]);
+    assert_eq!(code(&again), 1);
+    let text = String::from_utf8_lossy(&again.stderr);
+    assert!(text.contains("'before' already exists"), "{text}");
+    daemon.ok(&["snapshot", "top", "--delete", "before"]);
+    assert_eq!(names(), ["after"]);
+    let gone = daemon.ctl(&["snapshot", "top", "--delete", "before"]);
+    assert_eq!(code(&gone), 1);
+    assert_eq!(names(), ["after"]);
 }
 
 /// Would catch a failed job that a script takes for a completed one.

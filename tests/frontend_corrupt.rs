@@ -58,6 +58,13 @@ impl Image {
         Ok((self.word(self.word(40)?)? & OFFSET) + 1024 * 8)
     }
 
+    /// All of the header, and what is behind it in its cluster.
+    fn header(&self) -> Res<Vec<u8>> {
+        let mut bytes = vec![0; CLUSTER as usize];
+        self.file.read_exact_at(&mut bytes, 0)?;
+        Ok(bytes)
+    }
+
     fn is_marked(&self) -> Res<bool> {
         Ok(self.word(72)? & 2 != 0)
     }
@@ -219,6 +226,33 @@ fn nothing_is_written_to_an_image_that_is_lost() -> Res<()> {
             assert!(!seen.contains("verification failed"), "{seen}");
         }
     }
+    Ok(())
+}
+
+/// A header of version 2 has no place for the mark. The image is written no more all the same.
+#[test]
+fn an_image_of_version_2_is_written_no_more_and_has_no_mark() -> Res<()> {
+    let dir = tempfile::tempdir()?;
+    let image = Image::new(dir.path(), ",compat=0.10")?;
+    image.set(image.entry()?, image.word(image.entry()?)? + 512)?;
+    let header = image.header()?;
+    let mut scene = serve(&image, dir.path(), true, &[])?;
+    assert_eq!(scene.run(&Op::write(0, &[(0, 4096)]))?, OK);
+    assert_eq!(scene.outcomes(2 * SLICE)?, [IOERR; 4]);
+    assert_eq!(scene.told()?["fatal"], json!(true));
+    assert_eq!(scene.outcomes(0)?, [OK, IOERR, IOERR, IOERR]);
+    assert_eq!(scene.run(&Op::flush())?, OK);
+    scene.end()?;
+    assert!(image.header()? == header, "the header has changed");
+    let seen = images::qemu_io(&[
+        "-r",
+        "-f",
+        "qcow2",
+        "-c",
+        "read -P 9 0 4k",
+        images::text(&image.path)?,
+    ])?;
+    assert!(!seen.contains("verification failed"), "{seen}");
     Ok(())
 }
 

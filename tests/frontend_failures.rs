@@ -172,3 +172,32 @@ fn a_stream_of_failures_is_told_now_and_then_and_how_it_ended() -> Res<()> {
     drop(frontend);
     daemon.stop()
 }
+
+/// What fails again since an earlier flush has failed is not told again.
+#[test]
+fn a_flush_that_fails_is_told_once() -> Res<()> {
+    let dir = tempfile::tempdir()?;
+    let rules = "inject-error.0.event=none,inject-error.0.iotype=flush,inject-error.0.once=on,\
+        inject-error.1.event=none,inject-error.1.iotype=read,inject-error.1.once=on";
+    let (daemon, mut frontend, mut qmp) = serve(dir.path(), "raw", rules)?;
+    let queue = frontend.queues.first_mut().ok_or("no queue")?;
+    let data = [(0, 4096)];
+    assert_eq!(queue.run(&Op::write(0, &data))?, OK);
+    assert_eq!(queue.run(&Op::flush())?, IOERR);
+    let told = qmp.event(is_io_error)?;
+    assert_eq!(told["data"], members("write", libc::EIO));
+    // By then one that was told would have come: failures are told each second.
+    let quiet = Instant::now();
+    while quiet.elapsed() < Duration::from_secs(2) {
+        assert_eq!(queue.run(&Op::flush())?, IOERR);
+    }
+    assert_eq!(qmp.pending_events()?.into_iter().find(is_io_error), None);
+    // Others are told as ever.
+    assert_eq!(queue.run(&Op::read(0, &data))?, IOERR);
+    let told = qmp.event(is_io_error)?;
+    assert_eq!(told["data"], members("read", libc::EIO));
+    qmp.execute("x-clear-sync-error", json!({"device": "e"}))??;
+    assert_eq!(queue.run(&Op::flush())?, OK);
+    drop(frontend);
+    daemon.stop()
+}

@@ -10,14 +10,16 @@ mod common;
 
 use common::Res;
 use common::daemon::{Daemon, Program, Setup};
-use common::frontend::{self, Frontend, IOERR, OK, Op, Segment};
+use common::frontend::{self, Frontend, IOERR, OK, Op, Queue, Segment};
 use common::images;
 use common::qmp::Qmp;
+use common::skips::skip;
 use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::mpsc;
 
 const MIB: u64 = 1 << 20;
 const SECTOR: u64 = 512;
@@ -402,14 +404,13 @@ fn across_lost_connections_and_kills() -> Res<()> {
     let dir = tempfile::tempdir()?;
     qcow2("top.qcow2", MIB + 512, "cluster_size=4k", None)(dir.path())?;
     let mut setup = Setup::new(dir.path(), &[(dir.path().join("top.qcow2"), "qcow2")]);
-    let journal = Path::new("/dev/shm").join(format!("stratablk-resize-{}", std::process::id()));
-    fs::create_dir_all(&journal)?;
+    let journal = tempfile::tempdir_in("/dev/shm")?;
     let state = dir.path().join("state");
     fs::create_dir(&state)?;
     let text = |path: &Path| path.display().to_string();
     setup.extra = [
         "--journal".into(),
-        text(&journal),
+        text(journal.path()),
         "--state".into(),
         text(&state),
     ]
@@ -552,6 +553,69 @@ fn what_is_refused_leaves_everything_as_it_was() -> Res<()> {
     Ok(())
 }
 
+/// Writes and discards around the end of a disk, so many in flight at all times. The last cluster is
+/// cleared as a whole, if anything is.
+struct Load {
+    end: u64,
+    in_flight: u64,
+}
+
+impl Load {
+    const DEPTH: u64 = 16;
+    /// The token of a request that is not one of these.
+    const NEW: u64 = Self::DEPTH;
+
+    fn begin(queue: &mut Queue, end: u64) -> Res<Self> {
+        let mut load = Load { end, in_flight: 0 };
+        for number in 0..Self::DEPTH {
+            load.submit(queue, number)?;
+        }
+        queue.kick()?;
+        Ok(load)
+    }
+
+    fn submit(&mut self, queue: &mut Queue, number: u64) -> Res<()> {
+        let sector = self.end - 8 * (number / 2 + 1);
+        let discard = [Segment {
+            sector,
+            count: 8,
+            flags: 0,
+        }];
+        let data = [(0, 4096)];
+        let op = match number % 2 {
+            0 => Op::write(sector, &data),
+            _ => Op::ranges(frontend::DISCARD, &discard),
+        };
+        queue.submit(&op, number)?;
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    /// Begins another one for each that has ended.
+    fn go_on(&mut self, queue: &mut Queue) -> Res<()> {
+        queue.wait()?;
+        while let Some(done) = queue.pop()? {
+            assert_eq!(done.status, OK, "{done:?}");
+            self.in_flight -= 1;
+            self.submit(queue, done.token)?;
+        }
+        queue.kick()
+    }
+
+    /// Waits for all, and for one more.
+    fn end(self, queue: &mut Queue) -> Res<()> {
+        let mut left = self.in_flight + 1;
+        while left > 0 {
+            queue.wait()?;
+            while let Some(done) = queue.pop()? {
+                assert_eq!(done.status, OK, "{done:?}");
+                left -= 1;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Catches a disk that is one size for some requests and another one for others, and lost writes: guests
 /// write all the while.
 #[test]
@@ -568,42 +632,34 @@ fn while_requests_are_on_their_way() -> Res<()> {
     let layers = [("top.qcow2", "qcow2"), ("base.raw", "raw")];
     let mut bed = Bed::begin(&layers, make)?;
     let mut guest = bed.guest()?;
-    let ops = 16u64;
     guest.front.memory.write(0, &[7; 4096]);
     let mut end = MIB + 512;
     for round in 1..=24u64 {
-        // Around the end, and up to it: the last cluster is cleared as a whole, if anything is.
-        let mut writes = Vec::new();
-        for number in 0..ops {
-            let sector = end / SECTOR - 8 * (number / 2 + 1);
-            let discard = [Segment {
-                sector,
-                count: 8,
-                flags: 0,
-            }];
-            let op = match number % 2 {
-                0 => Op::write(sector, &[(0, 4096)]),
-                _ => Op::ranges(frontend::DISCARD, &discard),
-            };
-            guest.front.queues[0].submit(&op, number)?;
-            writes.push(sector);
-        }
-        guest.front.queues[0].kick()?;
         let new = MIB + 512 + round * 1001 * SECTOR;
-        bed.resize(new)?;
-        assert_eq!(guest.is_told()?, new);
-        let sector = end / SECTOR;
-        guest.front.queues[0].submit(&Op::write(sector, &[(0, 4096)]), ops)?;
-        guest.front.queues[0].kick()?;
-        for _ in 0..=ops {
-            let done = loop {
-                if let Some(done) = guest.front.queues[0].pop()? {
-                    break done;
+        // Requests are in flight when the command is sent, and whenever it looks.
+        let mut load = Load::begin(&mut guest.front.queues[0], end / SECTOR)?;
+        let (tell, answer) = mpsc::channel();
+        std::thread::scope(|scope| -> Res<()> {
+            let qmp = &mut bed.qmp;
+            scope.spawn(move || {
+                let arguments = json!({"device": "disk", "size": new});
+                let answered = qmp.execute("block_resize", arguments);
+                let _ = tell.send(answered.and_then(|answer| Ok(answer?)).map(drop));
+            });
+            loop {
+                match answer.try_recv() {
+                    Ok(answered) => return answered,
+                    Err(_) => load.go_on(&mut guest.front.queues[0])?,
                 }
-                guest.front.queues[0].wait()?;
-            };
-            assert_eq!(done.status, OK, "round {round}: {done:?}");
-        }
+            }
+        })?;
+        assert_eq!(guest.is_told()?, new);
+        // What is new is there for a request behind those that began before.
+        let sector = end / SECTOR;
+        let queue = &mut guest.front.queues[0];
+        queue.submit(&Op::write(sector, &[(0, 4096)]), Load::NEW)?;
+        queue.kick()?;
+        load.end(queue)?;
         assert_eq!(guest.read(end, 4096)?, [7; 4096], "round {round}");
         let rest = (new - end - 4096).min(512 << 10) as usize;
         assert!(guest.read(end + 4096, rest)?.iter().all(|byte| *byte == 0));
@@ -632,8 +688,7 @@ fn a_device_that_becomes_longer() -> Res<()> {
         }
     };
     let Ok(device) = losetup(&["--find", "--show", images::text(&file)?]) else {
-        eprintln!("skipped: no loop devices");
-        return Ok(());
+        return Ok(skip("no loop devices")?);
     };
     let outcome = (|| {
         let mut setup = Setup::new(dir.path(), &[(device.clone().into(), "raw")]);

@@ -15,6 +15,7 @@ use std::time::Instant;
 
 use common::Res;
 use common::frontend::{Frontend, OK, Op, PATIENCE};
+use common::images;
 use common::stamp::SECTOR;
 use serde_json::json;
 use stratablk::chain::Layer;
@@ -371,7 +372,26 @@ fn a_copy_within_the_image_waits_for_a_write_in_place_that_hangs() -> Res<()> {
         wanted[sector * SECTOR..(sector + 1) * SECTOR].fill(byte);
     }
     assert!(bed.read(0, CLUSTER)? == wanted, "nothing is lost");
+    bed.run(&Op::flush())?;
+    let taken = snapshot_of(&bed.file.snapshot(), "one")?;
+    // What was in flight at the instant has landed in it; what began later has not.
+    let mut wanted = vec![1; DISK as usize];
+    wanted[8 * SECTOR..9 * SECTOR].fill(2);
+    assert!(taken == wanted, "the snapshot");
     Ok(())
+}
+
+/// The disk of a snapshot inside of an image, as `qemu-img` reads it.
+fn snapshot_of(image: &[u8], name: &str) -> Res<Vec<u8>> {
+    let dir = tempfile::tempdir()?;
+    let (path, raw) = (dir.path().join("image"), dir.path().join("raw"));
+    std::fs::write(&path, image)?;
+    let option = format!("snapshot.name={name}");
+    let (from, to) = (images::text(&path)?, images::text(&raw)?);
+    images::qemu_img(&[
+        "convert", "-f", "qcow2", "-l", &option, "-O", "raw", from, to,
+    ])?;
+    Ok(std::fs::read(raw)?)
 }
 
 /// What would be caught: a guest's flush that makes the new top stable alone, while writes that it has
