@@ -32,6 +32,7 @@ mod refusals;
 mod repair;
 mod reserve;
 mod sizes;
+mod snapshot_changes;
 mod snapshots;
 mod support;
 mod views;

@@ -82,6 +82,9 @@ impl Places {
         loop {
             let len = u64::from(image.header().reftable_clusters);
             if len != reftable_len {
+                // A place for a shorter one is not lost: blocks may go there.
+                let old = self.reftable >> image.cluster_bits;
+                self.blocks.extend(old..old + reftable_len);
                 let place = self.contiguous(image, len, Kind::RefcountTable).await?;
                 (self.reftable, reftable_len) = (place, len);
                 continue;
