@@ -26,9 +26,7 @@ use super::file_system::{RAMFS, file_system, keeps_nowait};
 use super::identity::{identity_of, number};
 use super::locking::{Access, ImageLock, Leaving};
 use super::opener::{self, OpenFlags, is_block_device, open_file};
-use super::{
-    Answer, Identity, Limits, Op, Purpose, Storage, Submission, Syncs, Watches, at_once, later,
-};
+use super::{Answer, Identity, Limits, Op, Storage, Submission, Syncs, Watches, at_once, later};
 use crate::reactor::{Reactor, Token};
 
 /// An open image file.
@@ -320,18 +318,6 @@ impl Storage for FileStorage {
             Ok(()) => Submission::Pending,
             Err(error) => Submission::Ready(Err(error)),
         }
-    }
-
-    unsafe fn submit_for(
-        &self,
-        reactor: &Reactor,
-        op: Op<'_>,
-        token: Token,
-        _purpose: Purpose,
-    ) -> Submission {
-        self.watches.note_op(&op);
-        // SAFETY: passed on to the caller.
-        unsafe { self.submit(reactor, op, token) }
     }
 
     fn len(&self) -> Answer<'_, io::Result<u64>> {

@@ -158,6 +158,9 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
         token: Token,
         _purpose: Purpose,
     ) -> Submission {
+        if let Some(watches) = self.watches() {
+            watches.note_op(&op);
+        }
         // SAFETY: passed on to the caller.
         unsafe { self.submit(reactor, op, token) }
     }

@@ -11,7 +11,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Answer, Limits, Op, Purpose, Storage, Submission, Syncs, Watches, at_once};
+use super::{Answer, Limits, Op, Storage, Submission, Syncs, Watches, at_once};
 use crate::reactor::{Reactor, Token};
 
 /// Bytes that one operation moves at most; a longer transfer is short.
@@ -122,18 +122,6 @@ impl Storage for Null {
             }
         });
         Submission::Pending
-    }
-
-    unsafe fn submit_for(
-        &self,
-        reactor: &Reactor,
-        op: Op<'_>,
-        token: Token,
-        _purpose: Purpose,
-    ) -> Submission {
-        self.watches.note_op(&op);
-        // SAFETY: passed on to the caller.
-        unsafe { self.submit(reactor, op, token) }
     }
 
     fn len(&self) -> Answer<'_, io::Result<u64>> {
