@@ -52,6 +52,7 @@ use crate::storage::{IoBufs, ScratchBuf};
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::{Event, EventListener, Mutex};
 
+#[cfg(debug_assertions)]
 use crate::planted::{Fault, is_planted};
 pub use hold::Hold;
 use hold::Holds;
@@ -363,11 +364,12 @@ impl View {
             let copy = unsafe { IoBufs::of(&copy, 0, copy.len()) };
             let second = View::of(tap.target.chain());
             let own = self.write_top(at, copy.clone());
-            let (from, copy) = match is_planted(Fault::TapRounded) {
+            #[cfg(debug_assertions)]
+            let (at, copy) = match is_planted(Fault::TapRounded) {
                 true => whole_blocks(at, copy),
                 false => (at, copy),
             };
-            let (own, second) = join(own, second.write(from, copy)).await;
+            let (own, second) = join(own, second.write(at, copy)).await;
             tap.settle(hold, own, second).await?;
         }
         Ok(())
@@ -430,7 +432,8 @@ impl View {
     }
 }
 
-/// What is left of a write without the ends that fill no block. All of it, if it has no whole one.
+/// A planted fault: what is left of a write without the ends that fill no block. All of it, if it has no whole one.
+#[cfg(debug_assertions)]
 fn whole_blocks(at: u64, bufs: IoBufs) -> (u64, IoBufs) {
     const BLOCK: u64 = 4096;
     let (start, end) = (
