@@ -105,16 +105,14 @@ pub async fn grow(chain: &Chain, wanted: Resize, in_force: &InForce) -> Result<(
 /// Makes what is above `old` read as zeros: the rest of the last cluster may hold something, and
 /// the layers below may be longer.
 async fn clear_new(chain: Chain, old: u64) -> Result<()> {
-    let size = chain.size();
-    let longer = chain
-        .layers()
-        .get(1)
-        .is_some_and(|layer| layer.format.size() > old);
-    let end = if longer {
-        size
-    } else {
-        old.next_multiple_of(chain.cluster_size()).min(size)
+    let below = chain.layers().get(1).map_or(0, |layer| layer.format.size());
+    let has_flag = matches!(&chain.top().format, Format::Qcow2(top) if top.has_zero_clusters());
+    let end = match below > old && has_flag {
+        true => chain.size(),
+        // Without a flag for zeros there is nothing to record behind the end of what lies below.
+        false => old.max(below).next_multiple_of(chain.cluster_size()),
     };
+    let end = end.min(chain.size());
     if end > old {
         let chain = Arc::new(chain);
         let zero = |view: Rc<View>| view.write_zeroes(old, end - old, true);
@@ -215,11 +213,9 @@ pub async fn finish_growing(chain: &Chain, image: &Qcow2, (old, size): (u64, u64
 pub async fn shrink_in_use(image: &Qcow2, size: u64) -> Result<()> {
     image.set_size(size, &InForce::new()).await?;
     image.show(size);
-    // What stays above it is in nobody's way, and is looked at when
-    // it grows again.
+    // What stays above it is in nobody's way, and is looked at when it grows again.
     let cut = async {
         image.unmap_above(size).await?;
-        image.settle_size();
         match data_file(image) {
             Some(data) => {
                 let cut = data.set_len(size).await;

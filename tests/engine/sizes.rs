@@ -130,11 +130,15 @@ fn open(
 }
 
 fn read(reactor: &Reactor, chain: &Arc<Chain>) -> Vec<u8> {
-    let buffer = AlignedBuf::zeroed(chain.size() as usize);
+    read_at(reactor, chain, 0, chain.size() as usize)
+}
+
+fn read_at(reactor: &Reactor, chain: &Arc<Chain>, offset: u64, len: usize) -> Vec<u8> {
+    let buffer = AlignedBuf::zeroed(len);
     // SAFETY: `buffer` outlives the read.
     let bufs = unsafe { IoBufs::of(&buffer, 0, buffer.len()) };
     let view = View::of(chain.clone());
-    reactor.block_on(view.read(0, bufs)).unwrap();
+    reactor.block_on(view.read(offset, bufs)).unwrap();
     buffer.to_vec()
 }
 
@@ -310,6 +314,37 @@ fn shapes(size: u64) -> Vec<CreateOptions> {
         },
         plain,
     ]
+}
+
+#[test]
+fn what_is_longer_below_is_hidden_and_no_more_than_that_is_written() {
+    // Without a flag for zeros they are written as data, and who looks where at all of a disk of this
+    // size does not come to an end.
+    let reactor = Reactor::for_this_thread().unwrap();
+    let base = vec![7; BASE];
+    let options = CreateOptions {
+        version: 2,
+        ..CreateOptions::new(1 << 20)
+    };
+    let storage = Arc::new(MemoryStorage::new(Vec::new()));
+    reactor.block_on(create(&*storage, &options)).unwrap();
+    let chain = open(&reactor, &storage, Some(&base), true);
+    const SIZE: u64 = 1 << 50;
+    let wanted = Resize {
+        size: SIZE,
+        ..Resize::default()
+    };
+    let in_force = Default::default();
+    let grown = resize::grow(&chain, wanted, &in_force);
+    reactor.block_on(grown).unwrap();
+    let chain = open(&reactor, &storage, Some(&base), false);
+    assert_eq!(chain.size(), SIZE);
+    let old = read_at(&reactor, &chain, 0, 1 << 20);
+    assert!(old.iter().all(|&byte| byte == 7));
+    for (at, len) in [(1 << 20, 8 << 20), (SIZE - (1 << 20), 1 << 20)] {
+        let new = read_at(&reactor, &chain, at, len);
+        assert!(new.iter().all(|&byte| byte == 0));
+    }
 }
 
 #[test]
