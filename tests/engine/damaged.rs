@@ -120,6 +120,16 @@ fn a_compressed_cluster_is_no_way_to_free_a_table() {
 }
 
 #[test]
+fn a_compressed_cluster_that_reaches_over_the_end_is_found() {
+    // What is written there is another cluster's one day, and freed with this one.
+    let image = Image::new("");
+    let end = std::fs::metadata(&image.path).unwrap().len();
+    let last = end.next_multiple_of(CLUSTER) - 512;
+    image.set(image.l2(), last | 8 << (62 - (12 - 8)) | 1 << 62);
+    image.write_is_refused("behind the end");
+}
+
+#[test]
 fn clusters_of_a_data_file_stay_in_their_places() {
     let image = Image::new(",data_file=DIR/data.raw");
     let table = image.l2();

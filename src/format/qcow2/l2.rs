@@ -6,6 +6,8 @@
 //! directory holds atomic pointers to slices, and entries of two words are guarded by a sequence
 //! count, since both must come from the same instant.
 
+use std::ops::Range;
+
 use super::journal::Recorded;
 use super::words::Words;
 use crate::format::Compressed;
@@ -155,6 +157,24 @@ impl Shape {
         }
     }
 
+    /// The bytes of the file that an entry refers to: those of a host cluster, or compressed ones.
+    #[must_use]
+    pub fn extent(self, words: Words) -> Option<Range<u64>> {
+        match self.descriptor(words.descriptor) {
+            Descriptor::Host(host) | Descriptor::Zero(Some(host)) => {
+                Some(host.offset..host.offset + (1 << self.cluster_bits))
+            }
+            Descriptor::Compressed { offset, len } => Some(offset..offset + u64::from(len)),
+            Descriptor::None | Descriptor::Zero(None) => None,
+        }
+    }
+
+    /// The clusters that bytes of the file are in.
+    #[must_use]
+    pub fn clusters(self, bytes: &Range<u64>) -> Range<u64> {
+        bytes.start >> self.cluster_bits..bytes.end.div_ceil(1 << self.cluster_bits)
+    }
+
     /// The state of unit `unit` of a cluster.
     #[must_use]
     pub fn state(self, words: Words, unit: u64) -> State {
@@ -196,7 +216,7 @@ impl Shape {
     /// The entry of a cluster that is owned and holds data in `units`, with what `old` says of the
     /// other units. `units` are all unless `old` has no host cluster, or the same.
     #[must_use]
-    pub fn data(self, host: u64, units: std::ops::Range<u64>, old: Words) -> Words {
+    pub fn data(self, host: u64, units: Range<u64>, old: Words) -> Words {
         let descriptor = host | COPIED;
         if !self.extended {
             return Words {
@@ -228,7 +248,7 @@ impl Shape {
 
     /// The entry of a cluster whose `units` read as zeros; `keep`: its host cluster stays.
     #[must_use]
-    pub fn zero(self, units: std::ops::Range<u64>, keep: bool, old: Words) -> Words {
+    pub fn zero(self, units: Range<u64>, keep: bool, old: Words) -> Words {
         let kept = self.host(old).filter(|host| keep && host.owned);
         let descriptor = kept.map_or(0, |host| host.offset | COPIED);
         if !self.extended {
@@ -252,7 +272,7 @@ impl Shape {
 
     /// The entry of a cluster of which those of `units` that are not data read as zeros.
     #[must_use]
-    pub fn zero_absent(self, units: std::ops::Range<u64>, old: Words) -> Words {
+    pub fn zero_absent(self, units: Range<u64>, old: Words) -> Words {
         if !self.extended {
             return match self.state(old, 0) {
                 State::Unallocated => self.zero(units, false, old),
@@ -268,7 +288,7 @@ impl Shape {
 
     /// The entry of a cluster whose `units` are not in this layer.
     #[must_use]
-    pub fn unallocated(self, units: std::ops::Range<u64>, old: Words) -> Words {
+    pub fn unallocated(self, units: Range<u64>, old: Words) -> Words {
         let mask = unit_mask(units);
         let bitmap = old.bitmap & !(mask | mask << SUBCLUSTERS);
         if !self.extended || bitmap == 0 {
@@ -354,7 +374,7 @@ impl Shape {
 }
 
 /// The bits of a range of units.
-fn unit_mask(units: std::ops::Range<u64>) -> u64 {
+fn unit_mask(units: Range<u64>) -> u64 {
     let below = |n: u64| (1u64 << n.min(SUBCLUSTERS.into())) - 1;
     below(units.end) & !below(units.start)
 }

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::l2::{Descriptor, Slice};
+use super::l2::Slice;
 use super::refcount::SLICE_BYTES;
 use super::soundness::Fault;
 use super::words::Words;
@@ -87,15 +87,10 @@ impl Qcow2 {
             return;
         }
         for words in slice.entries() {
-            let (offset, len) = match self.shape.descriptor(words.descriptor) {
-                Descriptor::Host(host) | Descriptor::Zero(Some(host)) => {
-                    (host.offset, self.cluster_size())
-                }
-                Descriptor::Compressed { offset, len } => (offset, u64::from(len)),
-                Descriptor::None | Descriptor::Zero(None) => continue,
+            let Some(extent) = self.shape.extent(words) else {
+                continue;
             };
-            let end = (offset + len).div_ceil(self.cluster_size());
-            for cluster in offset >> self.cluster_bits..end {
+            for cluster in self.shape.clusters(&extent) {
                 if cluster >= meta.allocator.frontier() {
                     meta.allocator.withhold(cluster);
                 }
@@ -131,13 +126,8 @@ impl Qcow2 {
         if let Some(what) = self.shape.fault(words) {
             return Some(fatal(what));
         }
-        let (offset, len) = match self.shape.descriptor(words.descriptor) {
-            Descriptor::Host(host) | Descriptor::Zero(Some(host)) => {
-                (host.offset, self.cluster_size())
-            }
-            Descriptor::Compressed { offset, len } => (offset, u64::from(len)),
-            Descriptor::None | Descriptor::Zero(None) => return None,
-        };
+        let extent = self.shape.extent(words)?;
+        let offset = extent.start;
         let at = || format!("L2 entry {:#018x} points at {offset:#x}", words.descriptor);
         if let Some(data) = &self.data {
             // Writing takes a guest cluster's own place, so nobody else may be there.
@@ -148,8 +138,10 @@ impl Qcow2 {
         if !self.options.writable {
             return None;
         }
-        let first = offset >> self.cluster_bits;
-        if first >= meta.allocator.frontier() || meta.allocator.is_withheld(first) {
+        let clusters = self.shape.clusters(&extent);
+        let frontier = meta.allocator.frontier();
+        let is_behind = |cluster| cluster >= frontier || meta.allocator.is_withheld(cluster);
+        if clusters.clone().any(is_behind) {
             // QEMU's check calls it an error as well. It would be written there, and handed out
             // to others. A file that was cut short says nothing against what it still has.
             return Some(Fault {
@@ -157,10 +149,8 @@ impl Qcow2 {
                 ..fatal(format!("{}, behind the end of the file", at()))
             });
         }
-        let last = (offset + len - 1) >> self.cluster_bits;
-        let mut clusters = first..=last;
         let what = |cluster| Some((cluster, meta.allocator.metadata().what(cluster)?));
-        let (cluster, what) = clusters.find_map(what)?;
+        let (cluster, what) = clusters.clone().find_map(what)?;
         Some(Fault {
             place: Some((cluster << self.cluster_bits, self.cluster_size())),
             ..fatal(format!("{}, where {what} is", at()))

@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use futures_util::future::join_all;
 
 use super::super::header::Header;
-use super::super::l2::{self, Descriptor, Slice};
+use super::super::l2::{self, Slice};
 use super::super::refcount::Geometry;
 use super::super::words::Words;
 use super::super::{Meta, Options, Qcow2};
@@ -341,11 +341,7 @@ impl<'a> Bounds<'a> {
         if let Some(what) = shape.fault(words) {
             return Some(what);
         }
-        let offset = match shape.descriptor(words.descriptor) {
-            Descriptor::Host(host) | Descriptor::Zero(Some(host)) => host.offset,
-            Descriptor::Compressed { offset, .. } => offset,
-            Descriptor::None | Descriptor::Zero(None) => return None,
-        };
+        let offset = shape.extent(words)?.start;
         (!shape.data_file && offset >= self.len).then(|| {
             format!(
                 "L2 entry {:#018x} points at {offset:#x}, behind the end of the file ({:#x})",

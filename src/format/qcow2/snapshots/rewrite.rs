@@ -6,7 +6,7 @@ use futures_util::future::join_all;
 
 use super::super::Qcow2;
 use super::super::header::Places as Named;
-use super::super::l2::{Descriptor, OFFSET};
+use super::super::l2::OFFSET;
 use super::super::numbers::{be64, put, words};
 use super::super::words::Words;
 use super::change::{Draft, Places};
@@ -207,17 +207,8 @@ impl Qcow2 {
         if let Some(what) = self.shape.fault(words) {
             return Err(Error::corrupt(self.storage.name(), what));
         }
-        let bits = self.cluster_bits;
-        Ok(match self.shape.descriptor(words.descriptor) {
-            Descriptor::Host(host) | Descriptor::Zero(Some(host)) => {
-                let first = host.offset >> bits;
-                first..first + 1
-            }
-            Descriptor::Compressed { offset, len } => {
-                offset >> bits..(offset + u64::from(len)).div_ceil(1 << bits)
-            }
-            Descriptor::None | Descriptor::Zero(None) => 0..0,
-        })
+        let extent = self.shape.extent(words).unwrap_or(0..0);
+        Ok(self.shape.clusters(&extent))
     }
 
     /// Reads an L1 table that is not the active one.
