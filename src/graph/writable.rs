@@ -264,6 +264,7 @@ impl Graph {
             return Err(error);
         }
         if let Format::Qcow2(image) = &node.layer.format {
+            image.lower();
             self.lower(&node, image.storage()).await?;
         }
         self.lower(&node, &node.layer.storage).await

@@ -6,8 +6,12 @@
 
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::channel;
 
 use serde_json::json;
+use stratablk::graph::{Graph, Holder, Request};
+use stratablk::options::{BlockdevOptions, Dialect};
+use stratablk::reactor::Reactor;
 
 use crate::support::*;
 
@@ -127,6 +131,33 @@ fn a_compressed_cluster_that_reaches_over_the_end_is_found() {
     let last = end.next_multiple_of(CLUSTER) - 512;
     image.set(image.l2(), last | 8 << (62 - (12 - 8)) | 1 << 62);
     image.write_is_refused("behind the end");
+}
+
+#[test]
+fn what_is_wrong_with_an_image_harms_nothing_once_nobody_writes_it() {
+    for written in [true, false] {
+        let image = Image::new("");
+        // An entry points at the refcount table.
+        image.set(image.l2(), image.word(48) | COPIED);
+        let file = json!({"driver": "file", "filename": image.path.to_str().unwrap()});
+        let options = json!({"driver": "qcow2", "node-name": "top", "file": file});
+        let options = BlockdevOptions::from_value(&options, Dialect::Json).unwrap();
+        let reactor = Reactor::for_this_thread().unwrap();
+        let graph = Graph::default();
+        let (send, told) = channel();
+        graph.on_corruption(move |corruption| drop(send.send(corruption)));
+        let name = reactor.block_on(graph.open(&options)).unwrap();
+        let request = Request::disk(Holder::Tool, &name, true);
+        let mut grant = Some(reactor.block_on(graph.access(request)).unwrap());
+        if let Some(grant) = grant.take_if(|_| !written) {
+            reactor.block_on(grant.give_back()).unwrap();
+        }
+        let chain = graph.root(&name).unwrap().chain();
+        let loaded = reactor.block_on(chain.top().format.load(0));
+        assert!(loaded.is_err(), "written: {written}");
+        assert_eq!(told.recv().unwrap().fatal, written);
+        drop(grant);
+    }
 }
 
 #[test]

@@ -126,12 +126,17 @@ impl Soundness {
         self.corrupt.load(Ordering::Acquire)
     }
 
+    /// From now on it is only read.
+    pub fn lower(&self) {
+        self.writes.store(false, Ordering::Release);
+    }
+
     /// Something has been found.
     pub fn found(&self, file: &str, fault: Fault) {
         let fatal = {
             let mut told = self.told.lock();
             let was_corrupt = self.is_corrupt();
-            // One that is only read cannot be harmed.
+            // One that is only read, or no longer written, cannot be harmed.
             let fatal = fault.fatal && (self.allows_writes() || was_corrupt);
             if was_corrupt || (*told && !fatal) {
                 return;
@@ -160,6 +165,12 @@ impl Soundness {
 }
 
 impl Qcow2 {
+    /// Says that nobody writes the image any more, which has been closed: what is found wrong with it
+    /// from now on harms nothing.
+    pub fn lower(&self) {
+        self.soundness.lower();
+    }
+
     /// Refuses to change an image that has been found corrupt.
     pub(super) fn check_sound(&self) -> Result<()> {
         match self.soundness.is_corrupt() {
@@ -217,6 +228,22 @@ mod tests {
             place: None,
             fatal,
         }
+    }
+
+    #[test]
+    fn what_is_wrong_with_an_image_that_is_not_written_any_more_is_not_fatal() {
+        let (send, told) = channel();
+        let reports = Arc::<Reports>::default();
+        reports.listen(move |corruption| drop(send.send(corruption)));
+        let reporter = Reporter {
+            node: "disk".into(),
+            reports,
+        };
+        let soundness = Soundness::new(true, Some(reporter));
+        soundness.lower();
+        soundness.found("file", fault("a", true));
+        assert!(!soundness.is_corrupt());
+        assert!(!told.recv().unwrap().fatal);
     }
 
     #[test]
