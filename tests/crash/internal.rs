@@ -127,7 +127,18 @@ impl Snapshots {
         if self.rng.borrow_mut().random_bool(0.2) {
             // Something else of the transaction has failed.
             yield_now().await;
-            prepared.take_back().await;
+            let lost = self.rng.borrow_mut().random_bool(0.5);
+            match lost {
+                false => prepared.take_back().await,
+                true => {
+                    // The next flush takes it back.
+                    drop(prepared);
+                    for _ in 0..3 {
+                        yield_now().await;
+                    }
+                    let _ = self.image.flush().await;
+                }
+            }
             let began = self.work.now();
             let (answered, names) = (usize::MAX, before.clone());
             self.steps.borrow_mut().push(Step {

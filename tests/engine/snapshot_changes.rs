@@ -1,17 +1,21 @@
-//! What snapshots find in an image on the way.
+//! Snapshots that do not come to be, and what they find in an image on the way.
 //!
-//! What would be caught: clusters that leak where the refcount table becomes longer for a snapshot.
+//! What would be caught: clusters that leak where the refcount table becomes longer for a snapshot;
+//! an image that goes on with other tables than its header names, since a prepared snapshot was
+//! dropped.
 
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use stratablk::chain::{Chain, View};
 use stratablk::error::Result;
-use stratablk::format::qcow2::Qcow2;
 use stratablk::format::qcow2::check::{self, Summary};
 use stratablk::format::qcow2::create::{CreateOptions, create};
 use stratablk::format::qcow2::snapshots::change::Prepared;
+use stratablk::format::qcow2::{self, Qcow2};
 use stratablk::reactor::Reactor;
 use stratablk::storage::memory::MemoryStorage;
+use stratablk::storage::{AlignedBuf, IoBufs};
 
 use crate::support::*;
 
@@ -24,6 +28,15 @@ fn made(reactor: &Reactor, options: &CreateOptions) -> Arc<MemoryStorage> {
 fn take(reactor: &Reactor, image: &Arc<Qcow2>, name: &str) -> Result<Prepared> {
     let names = [name.to_owned()];
     reactor.block_on(image.take_snapshots(&names, SystemTime::UNIX_EPOCH))
+}
+
+fn read(reactor: &Reactor, chain: &Arc<Chain>) -> Vec<u8> {
+    let buffer = AlignedBuf::zeroed(chain.size() as usize);
+    // SAFETY: `buffer` outlives the read.
+    let bufs = unsafe { IoBufs::of(&buffer, 0, buffer.len()) };
+    let view = View::of(chain.clone());
+    reactor.block_on(view.read(0, bufs)).unwrap();
+    buffer.to_vec()
 }
 
 fn checked(reactor: &Reactor, bytes: Vec<u8>) -> Summary {
@@ -67,4 +80,72 @@ fn a_refcount_table_that_grows_for_a_snapshot_leaves_nothing_behind() {
         assert!(summary.is_clean(), "{more} clusters: {summary:?}");
     }
     assert!(grown > 0, "no table has become longer for a snapshot");
+}
+
+fn dropped(reactor: &Reactor, cluster: usize) {
+    let size = 128 * cluster;
+    let options = CreateOptions {
+        cluster_size: cluster as u64,
+        ..CreateOptions::new(size as u64)
+    };
+    let storage = made(reactor, &options);
+    let (image, chain) = open_memory(reactor, &storage);
+    let mut expected = vec![0; size];
+    let mut write = |from: usize, to: usize, value: u8| {
+        let len = (to - from) * cluster;
+        write_value(reactor, &chain, (from * cluster) as u64, len, value).unwrap();
+        expected[from * cluster..to * cluster].fill(value);
+    };
+    write(0, 40, 1);
+    drop(take(reactor, &image, "dropped").unwrap());
+    // In place, with new clusters, and with fewer.
+    write(0, 10, 2);
+    write(30, 70, 3);
+    let zeroed = View::of(chain.clone()).write_zeroes((35 * cluster) as u64, cluster as u64, true);
+    reactor.block_on(zeroed).unwrap();
+    expected[35 * cluster..36 * cluster].fill(0);
+    reactor.block_on(image.flush()).unwrap();
+    assert!(read(reactor, &chain) == expected);
+    // As the next process finds it.
+    let bytes = storage.snapshot();
+    let summary = checked(reactor, bytes.clone());
+    assert_eq!(summary.corruptions, 0, "clusters of {cluster}");
+    let found = Arc::new(MemoryStorage::new(bytes));
+    let (again, disk) = open_memory(reactor, &found);
+    assert!(read(reactor, &disk) == expected, "clusters of {cluster}");
+    assert!(again.snapshots().is_empty());
+    // The next snapshot is one, and nothing is lost to the image.
+    let taken = take(reactor, &image, "taken").unwrap();
+    reactor.block_on(taken.take_effect().finish()).unwrap();
+    drop(chain);
+    reactor.block_on(image.close()).unwrap();
+    let summary = checked(reactor, storage.snapshot());
+    assert!(summary.is_clean(), "clusters of {cluster}: {summary:?}");
+    assert_eq!(image.snapshots().len(), 1);
+}
+
+#[test]
+fn a_prepared_snapshot_that_is_dropped_leaves_the_image_as_it_was() {
+    let reactor = Reactor::for_this_thread().unwrap();
+    for cluster in [512, 4096, 65536] {
+        dropped(&reactor, cluster);
+    }
+}
+
+#[test]
+fn a_header_is_put_right_by_the_next_flush_though_nothing_was_written() {
+    let reactor = Reactor::for_this_thread().unwrap();
+    let storage = made(&reactor, &CreateOptions::new(16 << 20));
+    let (image, chain) = open_memory(&reactor, &storage);
+    write_value(&reactor, &chain, 0, 1 << 20, 1).unwrap();
+    let prepared = take(&reactor, &image, "dropped").unwrap();
+    let before = image.header();
+    assert_eq!(before.snapshots, 1);
+    drop(prepared);
+    // No write has followed: the flush writes nothing but the header.
+    reactor.block_on(image.flush()).unwrap();
+    assert_eq!(image.header().snapshots, 0);
+    let header = reactor.block_on(qcow2::read_header(&*storage)).unwrap();
+    assert_eq!(header.snapshots, 0);
+    assert_ne!(header.l1_offset, before.l1_offset);
 }

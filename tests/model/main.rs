@@ -26,6 +26,7 @@ mod snapped;
 #[path = "../engine/support.rs"]
 mod support;
 mod turned;
+mod withdrawn;
 
 use stratablk_model::shuttle::scheduler::{DfsScheduler, PctScheduler, RandomScheduler};
 use stratablk_model::shuttle::{Config, Runner};

@@ -20,9 +20,9 @@ use std::collections::BTreeSet;
 
 use futures_util::future::join_all;
 
-use super::header::{Backing, Header, Patch, SECTOR};
+use super::header::{Backing, Patch, Places, SECTOR};
 use super::refcount::Need;
-use super::{Freed, Qcow2};
+use super::{Freed, Meta, Qcow2};
 use crate::error::{Action, Error, Result};
 use crate::planted::{Fault, is_planted};
 use crate::storage::{self, AlignedBuf, Purpose, Syncs};
@@ -60,11 +60,6 @@ pub struct Flushing {
 pub(super) struct Relieving<'a>(&'a AtomicBool);
 
 impl Flushing {
-    /// Whether the disk may have another header than the one in force.
-    pub(super) fn is_header_unsure(&self) -> bool {
-        self.header_unsure.load(Ordering::SeqCst)
-    }
-
     /// Undertakes to flush for a journal that is half full. `None`: somebody else does.
     pub(super) fn try_relieve(&self) -> Option<Relieving<'_>> {
         let busy = self.relieving.swap(true, Ordering::AcqRel);
@@ -170,19 +165,26 @@ impl Qcow2 {
         if !self.is_still() {
             self.release_freed().await;
         }
-        let mut snapshot = self.take_snapshot();
-        self.note_flushed(&mut snapshot);
-        let result = self.write_snapshot(&snapshot).await;
+        let mut snapshot = self.take_snapshot()?;
+        // The tables that these changes are of may have come back since a moment ago.
+        let result = match self.restore_header().await {
+            Ok(()) => {
+                self.note_flushed(&mut snapshot);
+                self.write_snapshot(&snapshot).await
+            }
+            failed => failed,
+        };
         self.settle(&mut snapshot, result.is_ok());
         result
     }
 
-    fn take_snapshot(&self) -> Snapshot {
+    fn take_snapshot(&self) -> Result<Snapshot> {
+        let mut meta = self.meta.lock();
+        self.put_places_back(&mut meta)?;
         let (reftable_offset, l1_offset) = {
             let header = self.header.lock();
             (header.reftable_offset, header.l1_offset)
         };
-        let mut meta = self.meta.lock();
         let l1_entries = std::mem::take(&mut meta.dirty_l1);
         let l2_slices = std::mem::take(&mut meta.dirty_slices);
         let reftable_entries = meta.allocator.take_dirty_table();
@@ -194,7 +196,7 @@ impl Qcow2 {
             })
             .collect();
         meta.writing.extend(&l2_slices);
-        Snapshot {
+        Ok(Snapshot {
             refcounts: meta
                 .allocator
                 .take_dirty_slices()
@@ -219,7 +221,7 @@ impl Qcow2 {
             l2,
             l2_slices,
             l1_entries,
-        }
+        })
     }
 
     /// Has the header say, with the refcounts, how far the journal is written when this flush has
@@ -371,15 +373,36 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Puts a header in force which the disk does not have: the next flush writes it, before anything
-    /// else. The caller holds the flush lock.
-    pub(super) fn put_header(&self, header: Header) {
-        self.flushing.header_unsure.store(true, Ordering::SeqCst);
-        *self.header.lock() = header;
+    /// Has the header name `before` again: what it names now never was in force, and is `unused`. The
+    /// next flush writes that, before anything else. To be called while the metadata stands still.
+    pub(super) fn withdraw_places(&self, before: Places, unused: Freed) {
+        let mut meta = self.meta.lock();
+        meta.withdrawn = Some(before);
+        self.note_unmapped(&mut meta, unused);
+    }
+
+    /// Puts the header in force that names what it named before, where that has been withdrawn. The
+    /// disk does not have it yet. The caller holds the flush lock.
+    fn put_places_back(&self, meta: &mut Meta) -> Result<()> {
+        if let Some(before) = meta.withdrawn {
+            let header = self.header();
+            let header = header.patched(&[header.with_places(before)])?;
+            self.flushing.header_unsure.store(true, Ordering::SeqCst);
+            *self.header.lock() = header;
+            meta.withdrawn = None;
+        }
+        Ok(())
+    }
+
+    /// Whether the disk may have another header than the one in force, or that one names what never was
+    /// in force.
+    pub(super) fn is_header_unsure(&self, meta: &Meta) -> bool {
+        meta.withdrawn.is_some() || self.flushing.header_unsure.load(Ordering::SeqCst)
     }
 
     /// Makes the disk have the header that is in force. The caller holds the flush lock.
     pub(super) async fn restore_header(&self) -> Result<()> {
+        self.put_places_back(&mut self.meta.lock())?;
         if self.flushing.header_unsure.load(Ordering::SeqCst) {
             self.write_patches(&[self.header().first()]).await?;
             self.flushing.header_unsure.store(false, Ordering::SeqCst);

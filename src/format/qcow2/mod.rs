@@ -153,6 +153,8 @@ struct Meta {
     /// Nothing changes until a snapshot has been taken or deleted: nobody has a claim, and nothing is
     /// freed.
     still: bool,
+    /// The header names tables that never were in force: where it is to say that they are.
+    withdrawn: Option<header::Places>,
 }
 
 /// A qcow2 layer.

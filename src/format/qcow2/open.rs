@@ -148,6 +148,7 @@ impl Qcow2 {
                 unmapped: Vec::new(),
                 unreleased: Vec::new(),
                 still: false,
+                withdrawn: None,
             }),
             claims: Claims::default(),
             l1_claims: Claims::default(),

@@ -20,6 +20,10 @@
 //! the L1 table and the L2 tables that the image had, and the image gets copies. An L2 table none of
 //! whose entries may be written in place is shared instead.
 //!
+//! Who prepares a snapshot and lets go of it, by an error or a panic, leaves a header that names tables
+//! which are not in force. The next flush puts that right before it writes anything else, and until then
+//! the journal takes no record.
+//!
 //! From the first step to the last nobody has a claim ([`Claims::close`](super::claims::Claims::close)):
 //! writes that allocate, discards and the copies of jobs wait, and the metadata stands still
 //! (`frozen`). Reads go on, writes in place too, up to the instant. A write in place that is on its way at

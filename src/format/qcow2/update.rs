@@ -242,7 +242,7 @@ impl Qcow2 {
                 match meta.allocator.log().admission() {
                     // The disk may have a header by which the record would mean something else.
                     Admission::Granted
-                        if self.flushing.is_header_unsure() && meta.allocator.log().records() => {}
+                        if meta.allocator.log().records() && self.is_header_unsure(&meta) => {}
                     Admission::Granted => return Ok(change(&mut meta)),
                     Admission::Lost => return Err(self.lost_journal()),
                     Admission::Full => {}

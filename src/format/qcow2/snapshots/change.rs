@@ -3,7 +3,8 @@
 //!
 //! ```text
 //!   Places::allocate ─▶ Draft (written) ─▶ Draft::name ─▶ Prepared ─┬─▶ take_effect ─▶ Rest::finish
-//!                                                                   └─▶ take_back
+//!                                                                   ├─▶ take_back
+//!                                                                   └─▶ dropped: as take_back, by the next flush
 //! ```
 
 use std::ops::Range;
@@ -170,46 +171,120 @@ impl Draft {
             return Err(error);
         }
         drop(turn);
+        let Places {
+            all,
+            tables,
+            blocks,
+            ..
+        } = self.places;
         Ok(Prepared {
-            draft: self,
-            before: header.places(),
+            undo: Undo {
+                frozen: self.frozen,
+                named: Some((header.places(), all)),
+            },
+            tables: Tables {
+                l1: self.l1,
+                refcounts: self.table,
+                freed: self.freed,
+                listed: self.listed,
+            },
+            spare: tables.into_iter().chain(blocks).collect(),
         })
     }
 }
 
-/// New tables that the header names, and that are not in force yet. One of both is to be done with
-/// them.
+/// New tables that the header names, and that are not in force yet. Dropped, they never were.
 #[must_use = "the header names tables that are not in force"]
+#[derive(Debug)]
 pub struct Prepared {
-    draft: Draft,
-    before: Named,
+    tables: Tables,
+    /// What was allocated in vain.
+    spare: Vec<u64>,
+    undo: Undo,
 }
 
 impl Prepared {
     /// The image.
     #[must_use]
     pub fn image(&self) -> &Arc<Qcow2> {
-        &self.draft.frozen.image
+        &self.undo.frozen.image
     }
 
     /// Puts the new tables in force: the instant of a snapshot. From here on every write to a cluster
     /// that it has goes elsewhere.
     pub fn take_effect(self) -> Rest {
-        let Draft {
-            frozen,
-            places,
-            l1,
-            table,
+        let Self {
+            tables,
+            spare,
+            mut undo,
+        } = self;
+        undo.named = None;
+        let image = undo.frozen.image.clone();
+        let freed = tables.put_in_force(&image);
+        drop(undo);
+        Rest {
+            image,
             freed,
-            listed,
-            ..
-        } = self.draft;
-        let image = frozen.image.clone();
+            spare,
+        }
+    }
+
+    /// Leaves the image as it was before.
+    pub async fn take_back(self) {
+        let Self { mut undo, .. } = self;
+        let image = undo.frozen.image.clone();
+        let turn = image.flush_turn().await;
+        undo.withdraw();
+        if let Err(error) = image.restore_header().await {
+            log::error!("a snapshot that is taken back stays in the header for now: {error}");
+        }
+        drop(turn);
+    }
+}
+
+/// The way back from a header that names new tables, and metadata that stands still until this is
+/// dropped.
+#[derive(Debug)]
+struct Undo {
+    frozen: Frozen,
+    /// What the header named before, and what is free when it does so again. `None`: there is no way
+    /// back.
+    named: Option<(Named, Freed)>,
+}
+
+impl Undo {
+    fn withdraw(&mut self) {
+        if let Some((before, unused)) = self.named.take() {
+            self.frozen.image.withdraw_places(before, unused);
+        }
+    }
+}
+
+impl Drop for Undo {
+    fn drop(&mut self) {
+        // Before anybody changes anything.
+        self.withdraw();
+    }
+}
+
+/// What the tables say that the header names.
+#[derive(Debug)]
+struct Tables {
+    l1: Vec<u64>,
+    /// The refcount table.
+    refcounts: Vec<u64>,
+    freed: Vec<Range<u64>>,
+    listed: Vec<Snapshot>,
+}
+
+impl Tables {
+    /// Has the image go on with them. Returns the clusters that have no reference any more.
+    fn put_in_force(self, image: &Qcow2) -> Vec<Range<u64>> {
         {
             let mut meta = image.meta.lock();
             let slices = image.table_entries() / image.slice_entries();
-            let mut moved = vec![false; l1.len()];
-            for ((entry, new), moved) in image.l1.iter().zip(&l1).zip(&mut moved) {
+            let mut moved = vec![false; self.l1.len()];
+            for ((entry, new), moved) in image.l1.iter().zip(&self.l1).zip(&mut moved) {
                 let old = entry.swap(*new, Ordering::AcqRel);
                 *moved = old & OFFSET != new & OFFSET;
                 if *moved && new & OFFSET != 0 {
@@ -225,7 +300,7 @@ impl Prepared {
                 }
                 stays
             });
-            meta.allocator.replace(table, &freed);
+            meta.allocator.replace(self.refcounts, &self.freed);
             let offsets = meta.allocator.table().to_vec();
             for offset in offsets.into_iter().filter(|offset| *offset != 0) {
                 let cluster = offset >> image.cluster_bits;
@@ -233,32 +308,8 @@ impl Prepared {
             }
         }
         image.decompressed.clear();
-        *image.snapshots.lock() = listed.into();
-        let spare = places.tables.into_iter().chain(places.blocks);
-        let spare = spare.collect();
-        drop(frozen);
-        Rest {
-            image,
-            freed,
-            spare,
-        }
-    }
-
-    /// Leaves the image as it was before.
-    pub async fn take_back(self) {
-        let image = self.draft.frozen.image.clone();
-        let turn = image.flush_turn().await;
-        let header = image.header();
-        let restored = header.patched(&[header.with_places(self.before)]);
-        match restored {
-            Ok(header) => image.put_header(header),
-            Err(error) => log::error!("a snapshot that is taken back: {error}"),
-        }
-        if let Err(error) = image.restore_header().await {
-            log::error!("a snapshot that is taken back stays in the header for now: {error}");
-        }
-        drop(turn);
-        image.note_unmapped(&mut image.meta.lock(), self.draft.places.all);
+        *image.snapshots.lock() = self.listed.into();
+        self.freed
     }
 }
 
