@@ -2,9 +2,10 @@
 //!
 //! What would be caught: clusters that leak where the refcount table becomes longer for a snapshot;
 //! an image that goes on with other tables than its header names, since a prepared snapshot was
-//! dropped.
+//! dropped; data that is not made stable since the image has been found corrupt.
 
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::SystemTime;
 
 use stratablk::chain::{Chain, View};
@@ -12,12 +13,16 @@ use stratablk::error::Result;
 use stratablk::format::qcow2::check::{self, Summary};
 use stratablk::format::qcow2::create::{CreateOptions, create};
 use stratablk::format::qcow2::snapshots::change::Prepared;
+use stratablk::format::qcow2::soundness::{Corruption, Reporter, Reports};
 use stratablk::format::qcow2::{self, Qcow2};
 use stratablk::reactor::Reactor;
-use stratablk::storage::memory::MemoryStorage;
+use stratablk::storage::memory::{MemoryStorage, Step};
 use stratablk::storage::{AlignedBuf, IoBufs};
 
 use crate::support::*;
+
+const COPIED: u64 = 1 << 63;
+const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
 fn made(reactor: &Reactor, options: &CreateOptions) -> Arc<MemoryStorage> {
     let storage = Arc::new(MemoryStorage::new(Vec::new()));
@@ -148,4 +153,70 @@ fn a_header_is_put_right_by_the_next_flush_though_nothing_was_written() {
     let header = reactor.block_on(qcow2::read_header(&*storage)).unwrap();
     assert_eq!(header.snapshots, 0);
     assert_ne!(header.l1_offset, before.l1_offset);
+}
+
+/// An image of clusters of 64 KiB whose first two are written, as its words.
+struct Damaged(Vec<u8>);
+
+impl Damaged {
+    fn new(reactor: &Reactor) -> Self {
+        let storage = made(reactor, &CreateOptions::new(16 << 20));
+        let (image, chain) = open_memory(reactor, &storage);
+        write_value(reactor, &chain, 0, 128 << 10, 1).unwrap();
+        drop(chain);
+        reactor.block_on(image.close()).unwrap();
+        Self(storage.snapshot())
+    }
+
+    fn word(&self, at: u64) -> u64 {
+        let at = at as usize;
+        u64::from_be_bytes(self.0[at..at + 8].try_into().unwrap())
+    }
+
+    fn set(&mut self, at: u64, word: u64) {
+        let at = at as usize;
+        self.0[at..at + 8].copy_from_slice(&word.to_be_bytes());
+    }
+
+    fn l2(&self) -> u64 {
+        self.word(self.word(40)) & OFFSET
+    }
+
+    /// Opened, with who is told what is wrong with it.
+    fn open(self, reactor: &Reactor) -> (Arc<MemoryStorage>, Arc<Qcow2>, Receiver<Corruption>) {
+        let (send, told) = channel();
+        let reports = Arc::<Reports>::default();
+        reports.listen(move |corruption| drop(send.send(corruption)));
+        let options = qcow2::Options {
+            writable: true,
+            reporter: Some(Reporter {
+                node: "disk".into(),
+                reports,
+            }),
+            ..Default::default()
+        };
+        let storage = Arc::new(MemoryStorage::new(self.0));
+        let image = Qcow2::open(storage.clone(), options);
+        (storage, Arc::new(reactor.block_on(image).unwrap()), told)
+    }
+}
+
+#[test]
+fn what_was_written_is_made_stable_though_the_image_is_found_corrupt() {
+    let reactor = Reactor::for_this_thread().unwrap();
+    let mut image = Damaged::new(&reactor);
+    // Its third cluster is where the refcount table is.
+    let (at, table) = (image.l2() + 16, image.word(48));
+    image.set(at, table | COPIED);
+    let (storage, image, told) = image.open(&reactor);
+    let rest = take(&reactor, &image, "one").unwrap().take_effect();
+    // Found when a guest reads it.
+    let format = stratablk::format::Format::Qcow2(image.clone());
+    let loaded = reactor.block_on(format.load(128 << 10));
+    assert!(loaded.is_err());
+    assert!(told.try_recv().expect("it is told").fatal);
+    storage.record();
+    let error = reactor.block_on(rest.finish()).unwrap_err().to_string();
+    assert!(error.contains("corrupt"), "{error}");
+    assert!(storage.take_log().contains(&Step::Sync));
 }

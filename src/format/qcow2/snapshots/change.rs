@@ -329,12 +329,18 @@ impl Rest {
     /// # Errors
     /// What the storage reports. What is in force stays in force.
     pub async fn finish(self) -> Result<()> {
+        let given = self.give_space().await;
+        self.image.flush().await.and(given)
+    }
+
+    async fn give_space(&self) -> Result<()> {
         let image = &self.image;
-        for cluster in self.spare {
+        // What is wrong with an image may be that this is not free.
+        image.check_sound()?;
+        for &cluster in &self.spare {
             image.release(cluster).await;
         }
         for range in &self.freed {
-            // What is wrong with an image may be that this is not free.
             image.check_sound()?;
             if image.options.discard {
                 let start = range.start << image.cluster_bits;
@@ -347,7 +353,7 @@ impl Rest {
             }
             image.meta.lock().allocator.give(range);
         }
-        image.flush().await
+        Ok(())
     }
 }
 
