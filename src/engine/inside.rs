@@ -4,6 +4,8 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use futures_util::future::join_all;
+
 use super::internal::{Internal, Taken, image_of, request};
 use super::snapshot::{Change, no_node};
 use super::{Engine, on_this_thread};
@@ -50,12 +52,23 @@ impl Change<'_> {
         Ok(())
     }
 
-    /// Does all that takes time.
+    /// Does all that takes time: first what guests need not wait for, of all images, then what they
+    /// do wait for.
     pub(super) fn prepare_internal(&mut self) -> Result<()> {
+        if self.internal.is_empty() {
+            return Ok(());
+        }
         let date = SystemTime::now();
         let graph = &self.engine.graph;
-        let mut internal = self.internal.iter_mut();
-        internal.try_for_each(|internal| internal.prepare(graph, date))
+        let internal = &mut self.internal;
+        on_this_thread(|reactor| {
+            reactor.block_on(async {
+                let opened = internal.iter_mut().map(|one| one.open(graph));
+                join_all(opened).await.into_iter().collect::<Result<()>>()?;
+                let prepared = internal.iter_mut().map(|one| one.prepare(graph, date));
+                join_all(prepared).await.into_iter().collect()
+            })
+        })
     }
 
     /// What the exports over the images have to hand over.

@@ -66,23 +66,27 @@ impl Internal {
         self.grant
     }
 
-    /// Opens the image to be written, and does all that takes time.
-    pub(super) fn prepare(&mut self, graph: &Graph, date: SystemTime) -> Result<()> {
-        on_this_thread(|reactor| {
-            reactor.block_on(async {
-                self.grant = Some(graph.access(request(&self.node)).await?);
-                let image = image_of(graph, &self.node)?;
-                let prepared = image.take_snapshots(&self.names, date).await;
-                self.prepared = Some(prepared.map_err(|error| {
-                    Error::Invalid(format!(
-                        "Failed to create snapshot '{}' on device '{}': {error}",
-                        self.names.join("', '"),
-                        self.device
-                    ))
-                })?);
-                Ok(())
-            })
-        })
+    /// Opens the image to be written, and makes stable what there is.
+    pub(super) async fn open(&mut self, graph: &Graph) -> Result<()> {
+        self.grant = Some(graph.access(request(&self.node)).await?);
+        let image = image_of(graph, &self.node)?;
+        image.flush().await.map_err(|error| self.failed(&error))
+    }
+
+    /// Does what guests that allocate wait for, up to the instant.
+    pub(super) async fn prepare(&mut self, graph: &Graph, date: SystemTime) -> Result<()> {
+        let image = image_of(graph, &self.node)?;
+        let prepared = image.take_snapshots(&self.names, date).await;
+        self.prepared = Some(prepared.map_err(|error| self.failed(&error))?);
+        Ok(())
+    }
+
+    fn failed(&self, error: &Error) -> Error {
+        Error::Invalid(format!(
+            "Failed to create snapshot '{}' on device '{}': {error}",
+            self.names.join("', '"),
+            self.device
+        ))
     }
 
     /// What each export has to hand over whose disk the image is a part of.

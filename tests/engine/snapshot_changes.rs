@@ -2,7 +2,8 @@
 //!
 //! What would be caught: clusters that leak where the refcount table becomes longer for a snapshot;
 //! an image that goes on with other tables than its header names, since a prepared snapshot was
-//! dropped; data that is not made stable since the image has been found corrupt.
+//! dropped; data that is not made stable since the image has been found corrupt; a contradiction that
+//! nobody is told of.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
@@ -199,6 +200,23 @@ impl Damaged {
         let image = Qcow2::open(storage.clone(), options);
         (storage, Arc::new(reactor.block_on(image).unwrap()), told)
     }
+}
+
+#[test]
+fn a_contradiction_that_a_snapshot_finds_is_told() {
+    let reactor = Reactor::for_this_thread().unwrap();
+    let mut image = Damaged::new(&reactor);
+    // An entry that nobody has looked at points into the midst of a cluster.
+    let (at, first) = (image.l2() + 8 * 200, image.word(image.l2()));
+    image.set(at, first + 512);
+    let (_storage, image, told) = image.open(&reactor);
+    let taken = take(&reactor, &image, "one").map(drop);
+    let error = taken.unwrap_err().to_string();
+    assert!(error.contains("multiple of the cluster"), "{error}");
+    let told = told.try_recv().expect("it is told");
+    assert!(told.message.contains("multiple of the cluster"), "{told:?}");
+    assert_eq!((&*told.node, told.fatal), ("disk", false));
+    assert!(image.snapshots().is_empty());
 }
 
 #[test]

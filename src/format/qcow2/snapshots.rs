@@ -10,8 +10,9 @@
 //! which have to agree on the disk at any instant. So nothing is changed where it is:
 //!
 //! ```text
-//!   claims closed ─▶ flush ─▶ new tables written, stable ─▶ header: one sector, stable
-//!        ─▶ in force in memory: the instant ─▶ claims open ─▶ old tables freed
+//!   flush ─▶ claims closed ─▶ what is left flushed ─▶ new tables written, stable
+//!        ─▶ header: one sector, stable ─▶ in force in memory: the instant ─▶ claims open
+//!        ─▶ old tables freed
 //! ```
 //!
 //! New refcount blocks and a new refcount table, L2 tables with other flags, an L1 table and a snapshot
@@ -24,7 +25,7 @@
 //! which are not in force. The next flush puts that right before it writes anything else, and until then
 //! the journal takes no record.
 //!
-//! From the first step to the last nobody has a claim ([`Claims::close`](super::claims::Claims::close)):
+//! While claims are closed nobody has a claim ([`Claims::close`](super::claims::Claims::close)):
 //! writes that allocate, discards and the copies of jobs wait, and the metadata stands still
 //! (`frozen`). Reads go on, writes in place too, up to the instant. A write in place that is on its way at
 //! the instant may land in the snapshot or not, as the guest has no answer to it; whoever copies its

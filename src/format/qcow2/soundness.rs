@@ -171,6 +171,20 @@ impl Qcow2 {
         self.soundness.lower();
     }
 
+    /// Tells of a contradiction that made what was tried fail. Nothing was changed by it, and guests go
+    /// on.
+    pub(super) fn told<T>(&self, result: Result<T>) -> Result<T> {
+        if let Err(Error::Corrupt { what, .. }) = &result {
+            let fault = Fault {
+                what: what.clone(),
+                place: None,
+                fatal: false,
+            };
+            self.soundness.found(self.storage.name(), fault);
+        }
+        result
+    }
+
     /// Refuses to change an image that has been found corrupt.
     pub(super) fn check_sound(&self) -> Result<()> {
         match self.soundness.is_corrupt() {

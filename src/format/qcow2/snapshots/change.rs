@@ -10,13 +10,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::super::header::Places as Named;
+use super::super::header::{Header, Places as Named};
 use super::super::l2::OFFSET;
 use super::super::metadata::Kind;
 use super::super::refcount::Allocation;
 use super::super::{Freed, Qcow2};
 use super::Snapshot;
 use super::frozen::Frozen;
+use super::table::Entries;
 use crate::error::{Error, Result};
 use crate::storage::{self, Purpose};
 use crate::sync::atomic::Ordering;
@@ -46,6 +47,18 @@ pub(super) struct Wanted {
     pub l1s: usize,
     /// Bytes of the snapshot table.
     pub snapshots: u64,
+}
+
+impl Wanted {
+    /// For an image whose tables may all have to move, and that has these snapshots then.
+    pub fn of(image: &Qcow2, l1s: usize, entries: &Entries) -> Result<Self> {
+        let tables = (0..image.l1_len()).filter(|&index| image.l1_entry(index) & OFFSET != 0);
+        Ok(Self {
+            tables: tables.count(),
+            l1s,
+            snapshots: entries.to_bytes(image.storage.name())?.len() as u64,
+        })
+    }
 }
 
 impl Places {
@@ -358,8 +371,20 @@ impl Rest {
 }
 
 impl Qcow2 {
-    /// Refuses what cannot have snapshots, and what is not open for writing.
-    pub(super) fn check_snapshots(&self) -> Result<()> {
+    /// The header and the snapshots of an image that has nothing to flush: what takes time while guests
+    /// go on, so that they need not wait for it.
+    ///
+    /// # Errors
+    /// When it cannot have snapshots or is not open for writing; when it cannot be read or flushed.
+    pub(super) async fn settled_snapshots(&self) -> Result<(Header, Entries)> {
+        self.check_snapshots()?;
+        self.flush().await?;
+        let header = self.header();
+        let entries = Entries::read(&*self.storage, &header).await?;
+        Ok((header, entries))
+    }
+
+    fn check_snapshots(&self) -> Result<()> {
         if self.data.is_some() {
             return Err(Error::unsupported(
                 self.storage.name(),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::super::Qcow2;
 use super::super::l2::{COPIED, OFFSET};
 use super::Snapshot;
-use super::change::{Places, Prepared, Wanted};
+use super::change::Prepared;
 use super::frozen::Frozen;
 use super::rewrite::{Rewrite, Written, set_descriptor};
 use super::table::Entries;
@@ -19,10 +19,11 @@ impl Qcow2 {
     /// When it is not there, there is no room for the new tables, or metadata cannot be read or
     /// written. The image is as before then.
     pub async fn delete_snapshot(self: &Arc<Self>, which: &Snapshot) -> Result<Prepared> {
-        self.check_snapshots()?;
-        let frozen = Frozen::of(self).await?;
-        let mut entries = Entries::read(&*self.storage, &self.header()).await?;
-        let old_len = entries.len;
+        self.told(self.prepare_deleting(which).await)
+    }
+
+    async fn prepare_deleting(self: &Arc<Self>, which: &Snapshot) -> Result<Prepared> {
+        let (header, mut entries) = self.settled_snapshots().await?;
         let same = |old: &Snapshot| old.id == which.id && old.name == which.name;
         let index = entries.snapshots.iter().position(same);
         let index = index.ok_or_else(|| {
@@ -34,40 +35,20 @@ impl Qcow2 {
             ))
         })?;
         let gone = entries.remove(index);
-        let l1 = 0..self.l1_len();
-        let wanted = Wanted {
-            tables: l1
-                .filter(|&index| self.l1_entry(index) & OFFSET != 0)
-                .count(),
-            l1s: 1,
-            snapshots: entries.to_bytes(self.storage.name())?.len() as u64,
+        let frozen = Frozen::of(self, &header).await?;
+        let write = async |rewrite: Rewrite<'_>, entries: Entries| {
+            self.write_deleted(rewrite, entries, &gone).await
         };
-        let mut places = Places::allocate(self, &wanted).await?;
-        let written = match frozen.settle().await {
-            Ok(()) => {
-                self.write_deleted(&mut places, entries, old_len, &gone)
-                    .await
-            }
-            Err(error) => Err(error),
-        };
-        match written {
-            Ok(written) => written.draft(frozen, places).name().await,
-            Err(error) => {
-                places.give_up(self).await;
-                Err(error)
-            }
-        }
+        frozen.rewrite(1, entries, write).await
     }
 
     /// Writes the tables of an image without `gone`, which is no longer in `entries`.
     async fn write_deleted(
         &self,
-        places: &mut Places,
+        mut rewrite: Rewrite<'_>,
         entries: Entries,
-        old_len: u64,
         gone: &Snapshot,
     ) -> Result<Written> {
-        let mut rewrite = Rewrite::of(self, places);
         let l1 = self.read_l1(gone.l1_offset, gone.l1_entries).await?;
         self.each_table(&l1, async |index, bytes| {
             for (_, words) in self.entries_of(&bytes) {
@@ -101,7 +82,7 @@ impl Qcow2 {
             Ok(())
         })
         .await?;
-        rewrite.finish(entries, old_len, true).await
+        rewrite.finish(entries, true).await
     }
 }
 

@@ -12,6 +12,10 @@ use futures_util::future::{Either, select};
 
 use super::super::Qcow2;
 use super::super::claims::Closed;
+use super::super::header::Header;
+use super::change::{Places, Prepared, Wanted};
+use super::rewrite::{Rewrite, Written};
+use super::table::Entries;
 use crate::error::{Error, Result};
 use crate::reactor::Reactor;
 
@@ -26,8 +30,9 @@ pub(super) struct Frozen {
 }
 
 impl Frozen {
-    /// Waits until nobody changes the mapping of `image`, and lets nobody begin to.
-    pub async fn of(image: &Arc<Qcow2>) -> Result<Self> {
+    /// Waits until nobody changes the mapping of `image`, and lets nobody begin to. Its list of snapshots
+    /// was read when it had this `header`.
+    pub async fn of(image: &Arc<Qcow2>, header: &Header) -> Result<Self> {
         let closing = pin!(image.claims.close());
         let closed = match Reactor::current() {
             None => Some(closing.await),
@@ -47,13 +52,42 @@ impl Frozen {
                 PATIENCE.as_secs()
             ))
         })?;
-        Ok(Self {
+        let frozen = Self {
             image: image.clone(),
-        })
+        };
+        let listed = |header: &Header| (header.snapshots_offset, header.snapshots, header.size);
+        match listed(&image.header()) == listed(header) {
+            true => Ok(frozen),
+            false => Err(frozen.changed()),
+        }
+    }
+
+    /// Writes the tables that `write` makes of the present ones beside these, and has the header name
+    /// them.
+    pub async fn rewrite(
+        self,
+        l1s: usize,
+        entries: Entries,
+        write: impl AsyncFnOnce(Rewrite<'_>, Entries) -> Result<Written>,
+    ) -> Result<Prepared> {
+        let image = self.image.clone();
+        let wanted = Wanted::of(&image, l1s, &entries)?;
+        let mut places = Places::allocate(&image, &wanted).await?;
+        let written = match self.settle().await {
+            Ok(()) => write(Rewrite::of(&image, &mut places), entries).await,
+            Err(error) => Err(error),
+        };
+        match written {
+            Ok(written) => written.draft(self, places).name().await,
+            Err(error) => {
+                places.give_up(&image).await;
+                Err(error)
+            }
+        }
     }
 
     /// Makes all metadata stable as it is now, and has it stand still.
-    pub async fn settle(&self) -> Result<()> {
+    async fn settle(&self) -> Result<()> {
         let _turn = self.image.flush_turn().await;
         self.image.write_back().await?;
         self.image.meta.lock().still = true;
@@ -64,13 +98,17 @@ impl Frozen {
     pub fn check(&self) -> Result<()> {
         let meta = self.image.meta.lock();
         let dirty = meta.dirty_l1.len() + meta.dirty_slices.len() + meta.allocator.dirty();
-        if dirty == 0 && meta.adopted.is_empty() {
-            return Ok(());
+        match dirty == 0 && meta.adopted.is_empty() {
+            true => Ok(()),
+            false => Err(self.changed()),
         }
-        Err(Error::Invalid(format!(
+    }
+
+    fn changed(&self) -> Error {
+        Error::Invalid(format!(
             "{}: its metadata has changed while a snapshot was taken or deleted (try again)",
             self.image.storage.name()
-        )))
+        ))
     }
 }
 

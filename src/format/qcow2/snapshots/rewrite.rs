@@ -7,6 +7,7 @@ use futures_util::future::join_all;
 use super::super::Qcow2;
 use super::super::header::Places as Named;
 use super::super::l2::OFFSET;
+use super::super::metadata;
 use super::super::numbers::{be64, put, words};
 use super::super::words::Words;
 use super::change::{Draft, Places};
@@ -92,12 +93,7 @@ impl<'a> Rewrite<'a> {
 
     /// Writes the rest: the L1 table, the snapshot table, the refcounts. What the header named before
     /// and names no longer is freed; the L1 table only if it `is_free`.
-    pub async fn finish(
-        mut self,
-        entries: Entries,
-        old_len: u64,
-        is_free: bool,
-    ) -> Result<Written> {
+    pub async fn finish(mut self, entries: Entries, is_free: bool) -> Result<Written> {
         let image = self.image;
         let header = image.header();
         let l1 = self.l1.clone();
@@ -117,7 +113,7 @@ impl<'a> Rewrite<'a> {
         }
         if header.snapshots > 0 {
             self.counts
-                .take_all(header.snapshots_offset, old_len)
+                .take_all(header.snapshots_offset, entries.len)
                 .await?;
         }
         let reftable_len = u64::from(header.reftable_clusters) << image.cluster_bits;
@@ -150,6 +146,7 @@ impl Qcow2 {
         l1: &[u64],
         mut visit: impl AsyncFnMut(usize, AlignedBuf) -> Result<()>,
     ) -> Result<()> {
+        metadata::check_tables(&self.header(), l1, &[], self.storage.name())?;
         let named: Vec<(usize, u64)> = l1
             .iter()
             .map(|entry| entry & OFFSET)
@@ -160,9 +157,6 @@ impl Qcow2 {
             let from = Purpose::L2Table.on(&*self.storage);
             let len = self.cluster_size() as usize;
             let read = some.iter().map(async |&(index, offset)| {
-                if !offset.is_multiple_of(self.cluster_size()) {
-                    return Err(self.bad_table(index, offset));
-                }
                 let bytes = storage::io::fetch(from, offset, len).await;
                 bytes.map(|bytes| (index, bytes))
             });
@@ -172,15 +166,6 @@ impl Qcow2 {
             }
         }
         Ok(())
-    }
-
-    fn bad_table(&self, index: usize, offset: u64) -> Error {
-        Error::corrupt(
-            self.storage.name(),
-            format!(
-                "L1 entry {index} points at {offset:#x} (expected a multiple of the cluster size)"
-            ),
-        )
     }
 
     /// The entries of an L2 table, each with where it is in it.

@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use super::super::Qcow2;
 use super::super::l2::{COPIED, OFFSET};
-use super::change::{Places, Prepared, Wanted};
+use super::change::Prepared;
 use super::frozen::Frozen;
 use super::rewrite::{Rewrite, Written, set_descriptor};
 use super::table::{self, Entries, MAX_NAME};
@@ -23,49 +23,35 @@ impl Qcow2 {
         names: &[String],
         date: SystemTime,
     ) -> Result<Prepared> {
-        self.check_snapshots()?;
-        let frozen = Frozen::of(self).await?;
-        let mut entries = Entries::read(&*self.storage, &self.header()).await?;
-        let old_len = entries.len;
+        self.told(self.prepare_taking(names, date).await)
+    }
+
+    async fn prepare_taking(
+        self: &Arc<Self>,
+        names: &[String],
+        date: SystemTime,
+    ) -> Result<Prepared> {
+        let (header, mut entries) = self.settled_snapshots().await?;
         for name in names {
             check_name(&entries, name)?;
             let id = entries.next_id();
-            entries.add(table::new(id, name, self.header().size, date));
+            entries.add(table::new(id, name, header.size, date));
         }
-        let l1 = 0..self.l1_len();
-        let wanted = Wanted {
-            tables: l1
-                .filter(|&index| self.l1_entry(index) & OFFSET != 0)
-                .count(),
-            l1s: names.len(),
-            snapshots: entries.to_bytes(self.storage.name())?.len() as u64,
+        let frozen = Frozen::of(self, &header).await?;
+        let taken = names.len();
+        let write = async |rewrite: Rewrite<'_>, entries: Entries| {
+            self.write_taken(rewrite, entries, taken).await
         };
-        let mut places = Places::allocate(self, &wanted).await?;
-        let written = match frozen.settle().await {
-            Ok(()) => {
-                self.write_taken(&mut places, entries, old_len, names.len())
-                    .await
-            }
-            Err(error) => Err(error),
-        };
-        match written {
-            Ok(written) => written.draft(frozen, places).name().await,
-            Err(error) => {
-                places.give_up(self).await;
-                Err(error)
-            }
-        }
+        frozen.rewrite(taken, entries, write).await
     }
 
     /// Writes the tables of an image that has `taken` more snapshots, the last ones of `entries`.
     async fn write_taken(
         &self,
-        places: &mut Places,
+        mut rewrite: Rewrite<'_>,
         mut entries: Entries,
-        old_len: u64,
         taken: usize,
     ) -> Result<Written> {
-        let mut rewrite = Rewrite::of(self, places);
         let old = rewrite.l1.clone();
         self.each_table(&old, async |index, mut bytes| {
             let owned = count_entries(&mut rewrite, &mut bytes, taken as u64).await?;
@@ -94,7 +80,7 @@ impl Qcow2 {
                 offset = rewrite.put_l1(&old).await?.unwrap_or(header.l1_offset);
             }
         }
-        rewrite.finish(entries, old_len, false).await
+        rewrite.finish(entries, false).await
     }
 }
 
