@@ -12,7 +12,8 @@
 //! the image; after that there are only ever fewer. Those in place are here before the snapshot takes
 //! effect, as long as which nobody has a claim: who finds none in its way under its claim needs not
 //! look again. A task's write in place is here from before it looks at the mapping; a queue hands its
-//! own over ([`chain::turn`](crate::chain::turn)).
+//! own over ([`chain::turn`](crate::chain::turn)). The lock orders a task's look and the snapshot
+//! ([`Late::divide`]): no barrier is between the write's coming here and that look.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -26,7 +27,7 @@ use crate::sync::{
 /// All late writes below an image.
 #[derive(Debug, Default)]
 pub struct Late {
-    /// How many there are: most images never have one.
+    /// How many there are. Nearly always none, which is seen without the lock.
     count: AtomicUsize,
     writes: Mutex<Writes>,
 }
@@ -76,6 +77,13 @@ impl Late {
         };
         let found = writes.list.values().find(|(write, _)| meets(write));
         found.map(|(_, event)| event.listen())
+    }
+
+    /// Divides the writes by a mapping that the caller has just put in force: who adds one from now on
+    /// finds that mapping, and who makes use of it, once the caller lets him, finds those that were
+    /// added before.
+    pub fn divide(&self) {
+        drop(self.writes.lock());
     }
 
     /// Waits until those have ended that are there now.

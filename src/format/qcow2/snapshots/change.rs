@@ -320,6 +320,7 @@ impl Tables {
                 meta.allocator.add_metadata(cluster, Kind::RefcountBlock);
             }
         }
+        image.late.divide();
         image.decompressed.clear();
         *image.snapshots.lock() = self.listed.into();
         self.freed
