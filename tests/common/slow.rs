@@ -101,6 +101,16 @@ impl LoopDevice {
         let path = String::from_utf8(output.stdout)?.trim_end().into();
         Ok(Some(LoopDevice { path }))
     }
+
+    /// Becomes as long as its file is by now.
+    pub fn find_size(&self) -> Res<()> {
+        let mut losetup = Command::new("losetup");
+        let status = losetup.arg("--set-capacity").arg(&self.path).status()?;
+        match status.success() {
+            true => Ok(()),
+            false => Err(format!("losetup --set-capacity: {status}").into()),
+        }
+    }
 }
 
 impl Drop for LoopDevice {

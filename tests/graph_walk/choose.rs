@@ -44,10 +44,13 @@ impl Scene {
             20 | 21 => self.add(rng),
             22 => self.insert_step(rng),
             23..=25 => Some(Step::Refused(rng.below(REFUSALS))),
+            // Where the power can fail, it does so most often: what a kill shows, other walks find.
+            27..=29 | 32..=34 if power => {
+                self.until_cut(rng).map(|step| Step::CutDuring(step.into()))
+            }
             26 | 27 => Some(Step::Kill),
             28..=30 => self.during(rng).map(|step| Step::KillDuring(step.into())),
             31 if power => Some(Step::Cut),
-            32..=34 if power => self.until_cut(rng).map(|step| Step::CutDuring(step.into())),
             35 => Some(Step::Restart),
             36 | 37 => Some(Step::Verify),
             38 | 39 => Some(Step::Check),
@@ -78,7 +81,7 @@ impl Scene {
                 .job_step(rng)
                 .filter(|step| matches!(step, Step::Await(_))),
             3 => self.stream(rng),
-            4 => self.commit(rng),
+            4 | 5 => self.commit(rng),
             _ => self.during(rng),
         }
     }

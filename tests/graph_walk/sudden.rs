@@ -34,7 +34,7 @@ pub fn during(scene: &mut Scene, step: &Step, cut: bool) -> Res<()> {
         after,
     } = act;
     let killer = match cut {
-        true => scene.set_trap().map(|()| None)?,
+        true => scene.set_trap(step).map(|()| None)?,
         false => Some(killer(scene)?),
     };
     let answer = scene.execute(command, arguments.clone());
@@ -49,6 +49,8 @@ pub fn during(scene: &mut Scene, step: &Step, cut: bool) -> Res<()> {
         // It may have ended.
         Ok(Err(_)) if matches!(step, Step::Await(_)) => vec![after],
         Ok(Err(refusal)) => return Err(format!("{command} {arguments}: {refusal}").into()),
+        // Whether it was told to complete is not to be seen while it is there.
+        Err(_) if matches!(step, Step::Complete(_)) => vec![after],
         Err(_) => vec![before, after],
     };
     if let Step::ExportAdd(id) = step {
@@ -146,12 +148,16 @@ fn restart_with_export(scene: &mut Scene, id: &str, worlds: &[World], cut: bool)
 }
 
 impl Scene {
-    /// The power is to fail behind some barrier from now on.
-    fn set_trap(&mut self) -> Res<()> {
-        let (of, number) = match self.rng.below(3) {
-            0 => (Barriers::All, self.rng.between(1, 30)),
-            1 => (Barriers::OfHeaders, self.rng.between(1, 4)),
-            _ => (Barriers::OfLinks, 1),
+    /// The power is to fail behind some barrier from now on: most often by which a step comes to count.
+    fn set_trap(&mut self, step: &Step) -> Res<()> {
+        let links = matches!(
+            step,
+            Step::Stream { .. } | Step::Commit { .. } | Step::Await(_)
+        );
+        let (of, number) = match (self.rng.below(4), links) {
+            (0, _) => (Barriers::All, self.rng.between(1, 30)),
+            (1, true) | (_, false) => (Barriers::OfHeaders, self.rng.between(1, 4)),
+            (_, true) => (Barriers::OfLinks, 1),
         };
         let pid = self.life.as_ref().ok_or("no process")?.daemon.pid();
         let cut = self.cut.as_ref().ok_or("the power cannot fail")?;
