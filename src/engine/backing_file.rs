@@ -54,9 +54,6 @@ impl Engine {
                 "'{device}' and image file are not in the same chain"
             ));
         }
-        if node.fixed_read_only {
-            return refuse("Block node is read-only".into());
-        }
         drop(state);
         let demand = Demand {
             does: Rights::WRITE_UNCHANGED | Rights::OPEN,
@@ -64,7 +61,8 @@ impl Engine {
         };
         let request = Request::new(Holder::Tool)
             .with(image, "root", demand)
-            .frozen(image, Role::Backing);
+            .frozen(image, Role::Backing)
+            .reopening();
         let done = on_this_thread(|reactor| {
             reactor.block_on(async {
                 let grant = self.graph.access(request).await?;

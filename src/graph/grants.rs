@@ -122,6 +122,11 @@ impl Grant {
         written.map(|used| used.node.clone()).collect()
     }
 
+    /// Whether it has images written that are read-only for guests.
+    pub(super) fn reopens(&self) -> bool {
+        self.held.request.reopens
+    }
+
     /// Leaves it in force for the graph's time.
     pub fn keep(mut self) {
         self.kept = true;

@@ -100,6 +100,11 @@ impl Node {
         self.child(Role::Filtered).is_some()
     }
 
+    /// Whether it is an image in what is under it, and neither a file nor a filter.
+    pub(super) fn is_image(&self) -> bool {
+        !self.is_filter() && self.file().is_some()
+    }
+
     /// Whether another image can be under it, and supply what it lacks.
     pub(super) fn can_have_backing(&self) -> bool {
         !self.is_filter()

@@ -182,6 +182,24 @@ impl Transaction {
         self.make(Change::Options(name.to_owned(), Box::new(options)))
     }
 
+    /// Has the image of node `name` one that guests may write, whatever its options say: a guest has moved
+    /// there.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub fn open_for_guests(&mut self, name: &str) -> Result<()> {
+        let node = self.draft.image_node(name)?;
+        if !node.fixed_read_only {
+            return Ok(());
+        }
+        let options = BlockdevOptions {
+            read_only: false,
+            ..node.options.clone()
+        };
+        let name = node.name.clone();
+        self.set_options(&name, options)
+    }
+
     /// Puts node `to` in the place of `from` in all disks whose top that is, and under all filters of it.
     ///
     /// # Errors

@@ -31,7 +31,7 @@ impl Graph {
     pub async fn access(&self, request: Request) -> Result<Grant> {
         let grant = self.grant(request)?;
         for node in grant.written() {
-            if let Err(error) = self.prepare(&node).await {
+            if let Err(error) = self.prepare(&node, grant.reopens()).await {
                 if let Err(error) = grant.give_back().await {
                     log::error!("{error}");
                 }
@@ -85,11 +85,13 @@ impl Graph {
         Ok(held)
     }
 
-    async fn prepare(&self, name: &str) -> Result<()> {
+    async fn prepare(&self, name: &str, reopens: bool) -> Result<()> {
         let node = self.image_node(name)?;
         // A filter may be read-only too.
-        if node.fixed_read_only || self.node(name)?.fixed_read_only {
-            return Err(Error::Invalid("Block node is read-only".into()));
+        for node in [&node, &self.node(name)?] {
+            if node.fixed_read_only && !(reopens && node.is_image()) {
+                return Err(Error::Invalid("Block node is read-only".into()));
+            }
         }
         for disk in self.names_of_disks_in(&node) {
             if self.node(&disk)?.fixed_read_only || self.image_node(&disk)?.fixed_read_only {
@@ -97,7 +99,7 @@ impl Graph {
             }
             // Before the node's own turn: nobody waits for one turn in another. The grant for the
             // node is one for these.
-            Box::pin(self.prepare(&disk)).await?;
+            Box::pin(self.prepare(&disk, false)).await?;
         }
         let _turn = self.turn(&node).await?;
         let node = self.node(&node.name)?;
@@ -171,11 +173,19 @@ impl Graph {
 
     /// The bytes of a node without a format of its own, open for writing: those of the file at the
     /// bottom, through the same windows.
+    ///
+    /// # Errors
+    /// When it is read-only, or the file cannot be opened to be written.
     pub(super) async fn writable_bytes(&self, name: &str) -> Result<Arc<dyn Storage>> {
         let node = self.node(name)?;
         if node.fixed_read_only {
             return Err(read_only(name));
         }
+        self.bytes_to_write(&node).await
+    }
+
+    /// As [`writable_bytes`](Self::writable_bytes), of a node that may be written whatever it says.
+    pub(super) async fn bytes_to_write(&self, node: &Node) -> Result<Arc<dyn Storage>> {
         if node.layer.storage.writable() {
             return Ok(node.layer.storage.clone());
         }

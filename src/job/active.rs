@@ -251,6 +251,7 @@ impl Active {
         let mut transaction = self.transaction().ending();
         transaction.replace(&self.top, &self.layers.base)?;
         transaction.set_tap(&self.top, None)?;
+        transaction.open_for_guests(&self.layers.base)?;
         // The layer is there until it has been closed, also if no user has named it.
         transaction.set_top(&self.layers.source, &self.top)?;
         self.tenants

@@ -11,5 +11,6 @@ mod common;
 mod active;
 mod between;
 mod odd;
+mod read_only;
 mod refused;
 mod scene;

@@ -23,6 +23,8 @@ pub struct Chain {
     pub base: &'static str,
     /// Between `act` and `top` is a filter, `G`.
     pub filter: bool,
+    /// More words for the layers under the guest's, each with its own name in the place of `NODE`.
+    pub lower: &'static str,
 }
 
 impl Chain {
@@ -33,6 +35,7 @@ impl Chain {
             dir: dir.to_owned(),
             base,
             filter: false,
+            lower: "",
         };
         let names = NODES.iter().zip(clusters).enumerate().rev();
         for (depth, (node, clusters)) in names {
@@ -111,6 +114,9 @@ impl Chain {
                  file.discard=unmap,file.filename={}",
                 path.display()
             );
+            if depth > 0 && !self.lower.is_empty() {
+                option.push_str(&format!(",{}", self.lower.replace("NODE", node)));
+            }
             if depth == 0 && self.filter {
                 let filter = "driver=copy-on-read,node-name=G,file=top";
                 args.extend(["--blockdev".to_owned(), filter.to_owned()]);

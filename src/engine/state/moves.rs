@@ -77,6 +77,7 @@ pub fn follow_moves(
             // Filters over it.
             let mut transaction = graph.transaction();
             transaction.replace(&node.name, &to.name)?;
+            transaction.open_for_guests(&to.name)?;
             drop(graph.commit(transaction)?);
         }
     }

@@ -78,7 +78,7 @@ impl OpenNode for RawOptions {
 
 /// Opens a disk without a format anew, to write it.
 pub(super) async fn reopen(graph: &Graph, node: &Node) -> Result<Opened> {
-    let storage = graph.writable_bytes(&node.name).await?;
+    let storage = graph.bytes_to_write(node).await?;
     storage.set_access(Access::Write).await.map_err(text)?;
     Ok((node.layer.format.clone(), storage))
 }

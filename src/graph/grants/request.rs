@@ -34,6 +34,8 @@ pub struct Request {
     /// Images whose own reading of what is under them does not count: what changes there is hidden by
     /// them, or by those above.
     pub(super) hidden: Vec<String>,
+    /// Images that were opened to be read for good are opened to be written meanwhile.
+    pub(super) reopens: bool,
 }
 
 /// One node of a grant.
@@ -56,7 +58,16 @@ impl Request {
             uses: Vec::new(),
             frozen: Vec::new(),
             hidden: Vec::new(),
+            reopens: false,
         }
+    }
+
+    /// And images that are `read-only` are written all the same, for as long as this is held: who gives
+    /// that option for an image speaks of guests. Files that are `read-only` stay so.
+    #[must_use]
+    pub fn reopening(mut self) -> Self {
+        self.reopens = true;
+        self
     }
 
     /// To read the disk of `node`, or to write it, whatever others do.
@@ -92,7 +103,7 @@ impl Request {
     /// For a stream into the first of `layers`, which may be written meanwhile, from the others.
     #[must_use]
     pub fn stream(state: &State, id: &str, layers: &[String]) -> Self {
-        let mut request = Self::new(Holder::Job("stream", id.to_owned()));
+        let mut request = Self::new(Holder::Job("stream", id.to_owned())).reopening();
         let tolerates = Rights::READ | Rights::WRITE_UNCHANGED;
         for (index, layer) in layers.iter().enumerate() {
             let (child, does, tolerates) = match index {
@@ -124,7 +135,7 @@ impl Request {
         layers: &[String],
         base: (&str, Rights),
     ) -> Self {
-        let mut request = Self::new(Holder::Job("commit", id.to_owned()));
+        let mut request = Self::new(Holder::Job("commit", id.to_owned())).reopening();
         let reads = Rights::READ | Rights::WRITE_UNCHANGED;
         if let Some(overlay) = overlay {
             let demand = Demand {
