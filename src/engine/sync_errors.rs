@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use super::incidents::io_error;
-use super::{Exports, Served, state};
+use super::{Exports, Served, on_this_thread, state};
 use crate::chain::Layer;
 use crate::error::{Error, Result, SyncFailure};
 use crate::graph::Graph;
@@ -17,7 +17,7 @@ use crate::graph::Node;
 use crate::job::{Event, EventSink, Refused};
 use crate::state::Store;
 use crate::state::record::FailedSync;
-use crate::storage::syncs::on_failure;
+use crate::storage::syncs::{on_failure, on_removal};
 use crate::storage::{Identity, Syncs, is_same_file};
 
 /// A flush that has failed, since which all flushes of its file fail.
@@ -41,6 +41,8 @@ pub(super) fn syncs_of(layer: &Layer) -> Vec<Arc<Syncs>> {
 /// What the thread is sent.
 enum Message {
     Failed(Arc<Syncs>, SyncFailure),
+    /// A file of this name is there no more.
+    Removed(String),
     /// The daemon has ended.
     End,
 }
@@ -72,7 +74,15 @@ impl Watch {
         std::thread::Builder::new()
             .name("sync-errors".into())
             .spawn(move || {
-                while let Ok(Message::Failed(syncs, failure)) = received.recv() {
+                while let Ok(message) = received.recv() {
+                    let (syncs, failure) = match message {
+                        Message::Failed(syncs, failure) => (syncs, failure),
+                        Message::Removed(file) => {
+                            store.iter().for_each(|store| forget(store, &file));
+                            continue;
+                        }
+                        Message::End => break,
+                    };
                     if let Some(store) = &store {
                         record(store, &failure, syncs.identity());
                     }
@@ -90,6 +100,10 @@ impl Watch {
             })
             .map_err(|error| Error::Invalid(format!("starting: {error}")))?;
         let failures = messages.clone();
+        let removals = messages.clone();
+        on_removal(move |file| {
+            let _ = removals.send(Message::Removed(file.to_owned()));
+        });
         on_failure(move |syncs, failure| {
             // Nobody listens any more when the daemon has ended.
             let _ = failures.send(Message::Failed(syncs.clone(), failure.clone()));
@@ -126,6 +140,14 @@ fn record(store: &Store, failure: &SyncFailure, identity: Identity) {
     });
     if let Err(error) = recorded {
         log::error!("a failed flush is not known to the next process yet: {error}");
+    }
+}
+
+/// Forgets the failures of a new file that was not needed, and was removed.
+fn forget(store: &Store, file: &str) {
+    let recorded = store.happened(|state| state.failed_syncs.retain(|mark| mark.file != file));
+    if let Err(error) = recorded {
+        log::warn!("a flush of '{file}', which is gone, is still recorded as failed: {error}");
     }
 }
 
@@ -235,9 +257,20 @@ pub fn clear(graph: &Graph, name: &str, store: Option<&Store>) -> std::result::R
             cleared += 1;
         }
     }
+    for (node, _) in &all {
+        lower(graph, node);
+    }
     match (cleared, all.first()) {
         (0, Some((node, _))) => Err(Refused(format!("No flush of node '{node}' has failed"))),
         _ => Ok(()),
+    }
+}
+
+/// Gives a node's image back to its readers, which failed as long as its flush did.
+fn lower(graph: &Graph, node: &str) {
+    let lowered = on_this_thread(|reactor| reactor.block_on(graph.lower_image(node)));
+    if let Err(error) = lowered {
+        log::warn!("node '{node}': back to read-only: {error}");
     }
 }
 

@@ -9,6 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::opener::outside;
+use super::syncs;
 
 /// A file that was made, or found empty, and may have to go again.
 #[derive(Debug)]
@@ -121,7 +122,11 @@ impl MadeFile {
         }
         match self.was_there {
             true => OpenOptions::new().write(true).open(&self.path)?.set_len(0),
-            false => std::fs::remove_file(&self.path),
+            false => {
+                std::fs::remove_file(&self.path)?;
+                syncs::removed(&self.path);
+                Ok(())
+            }
         }
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::opener::outside;
-use super::{Access, FileStorage, OpenFlags, Storage};
+use super::{Access, FileStorage, OpenFlags, Storage, syncs};
 use crate::error::{Action, Error, Result, errno_text};
 
 /// Where a chain of symbolic links ends, whether or not there is a file.
@@ -121,6 +121,8 @@ impl Drop for NewFile {
 fn forget(path: &Path, fresh: bool) {
     if fresh {
         // The error that led here is told; this one would say no more.
-        let _ = std::fs::remove_file(path);
+        if std::fs::remove_file(path).is_ok() {
+            syncs::removed(path);
+        }
     }
 }

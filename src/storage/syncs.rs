@@ -21,6 +21,7 @@ use std::fs::Metadata;
 use std::future::Future;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
 use std::sync::{Arc, LazyLock, Weak};
 use std::time::{Instant, SystemTime};
 
@@ -58,6 +59,9 @@ struct State {
 /// Is told of a failure that stays.
 type Listener = Box<dyn Fn(&Arc<Syncs>, &SyncFailure) + Send + Sync>;
 
+/// Is told of a file with such a failure that is there no more.
+type RemovalListener = Box<dyn Fn(&str) + Send + Sync>;
+
 /// What the process knows of the files that it syncs.
 #[derive(Default)]
 struct Registry {
@@ -69,6 +73,7 @@ struct Registry {
     /// Failures of files that have not been seen yet.
     waiting: Vec<(SyncFailure, Identity)>,
     listener: Option<Arc<Listener>>,
+    on_removal: Option<Arc<RemovalListener>>,
 }
 
 /// Held for a look-up at a time.
@@ -78,6 +83,28 @@ static REGISTRY: LazyLock<parking_lot::Mutex<Registry>> = LazyLock::new(Default:
 /// block.
 pub fn on_failure(listener: impl Fn(&Arc<Syncs>, &SyncFailure) + Send + Sync + 'static) {
     REGISTRY.lock().listener = Some(Arc::new(Box::new(listener)));
+}
+
+/// From now on `listener` is told of files that were [removed], by their names, on the thread that did
+/// it: it must not block.
+pub fn on_removal(listener: impl Fn(&str) + Send + Sync + 'static) {
+    REGISTRY.lock().on_removal = Some(Arc::new(Box::new(listener)));
+}
+
+/// This process has removed a file that it had made: that its flush has failed concerns nobody.
+pub(super) fn removed(path: &Path) {
+    let name = path.display().to_string();
+    let registry = REGISTRY.lock();
+    let is_it = |syncs: &&Arc<Syncs>| syncs.failure().is_some_and(|failure| failure.file == name);
+    let failed: Vec<_> = registry.files.values().filter(is_it).cloned().collect();
+    let listener = registry.on_removal.clone();
+    drop(registry);
+    for syncs in &failed {
+        syncs.clear();
+    }
+    if let Some(listener) = listener.filter(|_| !failed.is_empty()) {
+        listener(&name);
+    }
 }
 
 impl Syncs {

@@ -21,9 +21,60 @@ use crate::machine::{Inode, Machine, Trap};
 
 const NOW: Duration = Duration::ZERO;
 
+/// An operation that is to fail with EIO.
+#[derive(Debug, Default)]
+pub struct Faults {
+    state: Mutex<FaultsState>,
+}
+
+#[derive(Debug, Default)]
+struct FaultsState {
+    /// How many are to succeed before, if one is to fail at all.
+    left: Option<u64>,
+    /// The one that has failed.
+    failed: Option<String>,
+}
+
+impl Faults {
+    /// From now on the `nth` operation fails, the first being number 1, and no other.
+    pub fn arm(&self, nth: u64) {
+        *self.lock() = FaultsState {
+            left: Some(nth.saturating_sub(1)),
+            failed: None,
+        };
+    }
+
+    /// None fails any longer. The one that has failed, if there was one.
+    pub fn disarm(&self) -> Option<String> {
+        std::mem::take(&mut *self.lock()).failed
+    }
+
+    /// Whether this operation fails.
+    fn meets(&self, what: &str) -> bool {
+        let mut state = self.lock();
+        match state.left {
+            None => false,
+            Some(0) => {
+                state.left = None;
+                state.failed = Some(what.to_owned());
+                true
+            }
+            Some(left) => {
+                state.left = Some(left - 1);
+                false
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, FaultsState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// A folder whose files are on a machine of their own.
 pub struct CutFs {
     machine: Arc<Mutex<Machine>>,
+    faults: Arc<Faults>,
     /// Microseconds that each write takes besides.
     delay: Arc<AtomicU64>,
     _session: BackgroundSession,
@@ -34,15 +85,18 @@ impl CutFs {
     pub fn mount(path: &Path) -> Option<Self> {
         let machine = Arc::new(Mutex::new(Machine::new()));
         let delay = Arc::new(AtomicU64::new(0));
+        let faults = Arc::new(Faults::default());
         let mut config = Config::default();
         config.mount_options = vec![MountOption::FSName("cut".into())];
         let fs = Fs {
             machine: machine.clone(),
+            faults: faults.clone(),
             delay: delay.clone(),
         };
         match fuser::spawn_mount(fs, path, &config) {
             Ok(session) => Some(CutFs {
                 machine,
+                faults,
                 delay,
                 _session: session,
             }),
@@ -51,6 +105,11 @@ impl CutFs {
                 None
             }
         }
+    }
+
+    /// What of its operations fails.
+    pub fn faults(&self) -> Arc<Faults> {
+        self.faults.clone()
     }
 
     /// As [`Machine::set`].
@@ -77,6 +136,7 @@ impl CutFs {
 
 struct Fs {
     machine: Arc<Mutex<Machine>>,
+    faults: Arc<Faults>,
     delay: Arc<AtomicU64>,
 }
 
@@ -182,6 +242,9 @@ impl Filesystem for Fs {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
+        if self.faults.meets("setattr") {
+            return reply.error(Errno::EIO);
+        }
         let changed = self.with(ino, |inode| {
             if let Some(mode) = mode {
                 inode.mode = (mode & 0o7777) as u16;
@@ -206,6 +269,9 @@ impl Filesystem for Fs {
         _umask: u32,
         reply: ReplyEntry,
     ) {
+        if self.faults.meets("mkdir") {
+            return reply.error(Errno::EIO);
+        }
         match self.make(parent, name, true, mode) {
             Some(attr) => reply.entry(&NOW, &attr, Generation(0)),
             None => reply.error(Errno::EINVAL),
@@ -222,6 +288,9 @@ impl Filesystem for Fs {
         _flags: i32,
         reply: ReplyCreate,
     ) {
+        if self.faults.meets("create") {
+            return reply.error(Errno::EIO);
+        }
         match self.make(parent, name, false, mode) {
             Some(attr) => reply.created(
                 &NOW,
@@ -235,6 +304,9 @@ impl Filesystem for Fs {
     }
 
     fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        if self.faults.meets("unlink") {
+            return reply.error(Errno::EIO);
+        }
         let removed = lock(&self.machine).remove(parent.0, name.to_str().unwrap_or_default());
         done(reply, removed.then_some(()));
     }
@@ -257,11 +329,17 @@ impl Filesystem for Fs {
         if !flags.is_empty() {
             return reply.error(Errno::EINVAL);
         }
+        if self.faults.meets("rename") {
+            return reply.error(Errno::EIO);
+        }
         let renamed = lock(&self.machine).rename((parent.0, from), (newparent.0, to));
         done(reply, renamed.then_some(()));
     }
 
     fn open(&self, _: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        if self.faults.meets("open") {
+            return reply.error(Errno::EIO);
+        }
         reply.opened(FileHandle(0), FopenFlags::empty());
     }
 
@@ -276,6 +354,9 @@ impl Filesystem for Fs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        if self.faults.meets("read") {
+            return reply.error(Errno::EIO);
+        }
         let mut machine = lock(&self.machine);
         let Some(inode) = machine.inode(ino.0) else {
             return reply.error(Errno::ENOENT);
@@ -302,6 +383,9 @@ impl Filesystem for Fs {
             // What is slow here is what is tested.
             std::thread::sleep(delay);
         }
+        if self.faults.meets("write") {
+            return reply.error(Errno::EIO);
+        }
         match self.with(ino, |inode| inode.write(offset, data)) {
             Some(()) => reply.written(data.len() as u32),
             None => reply.error(Errno::ENOENT),
@@ -313,11 +397,17 @@ impl Filesystem for Fs {
     }
 
     fn fsync(&self, _: &Request, ino: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        if self.faults.meets("fsync") {
+            return reply.error(Errno::EIO);
+        }
         let stable = lock(&self.machine).sync(ino.0);
         answer_barrier(reply, stable);
     }
 
     fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        if self.faults.meets("fsync of a folder") {
+            return reply.error(Errno::EIO);
+        }
         let stable = lock(&self.machine).sync_names();
         answer_barrier(reply, stable);
     }
@@ -356,6 +446,9 @@ impl Filesystem for Fs {
         mode: i32,
         reply: ReplyEmpty,
     ) {
+        if self.faults.meets("fallocate") {
+            return reply.error(Errno::EIO);
+        }
         let changed = self.with(ino, |inode| {
             if mode & libc::FALLOC_FL_KEEP_SIZE == 0 {
                 inode.set_len((inode.bytes.len() as u64).max(offset + length));

@@ -23,6 +23,7 @@ mod common;
 
 mod begin;
 mod choose;
+#[allow(dead_code)]
 mod cut_fs;
 mod guest;
 mod lives;

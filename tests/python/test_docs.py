@@ -137,6 +137,7 @@ TABLE = {
     ("docs/testing.md", "contrib/test walk"): NotRun("hours; two walks are among the tests"),
     ("docs/testing.md", "contrib/test planted"): NotRun("minutes, in a debug build"),
     ("docs/testing.md", "STRATABLK_GRAPHS=500"): NotRun("an hour; graphs.rs runs some"),
+    ("docs/testing.md", "cargo test --test graph_faults"): NotRun("a test of contrib/test"),
     ("docs/testing.md", "cargo test --test frontend_hung"): NotRun("a test of contrib/test"),
     ("docs/recovery.md", "contrib/test kills"): KILLS,
     ("docs/recovery.md", "STRATABLK_DAEMON=qemu"): KILLS,
