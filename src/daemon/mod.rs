@@ -24,8 +24,8 @@ use crate::control::{Control, EventHub};
 use crate::engine::stream::on_graph;
 use crate::engine::sync_errors::Watch;
 use crate::engine::{
-    self, Engine, Exports, Runtime, Served, Setup, control_thread, ending, neighbours, overlays,
-    parts, serving, state,
+    self, Engine, Exports, Runtime, Served, Setup, control_thread, ending, neighbours,
+    nodes_at_start, parts, serving, state,
 };
 use crate::error::{Error, Result};
 use crate::format::qcow2::journal::Folder;
@@ -261,19 +261,15 @@ fn set_up(
     if let Some(folder) = &config.journal {
         graph.keep_journals(Folder::open(folder, config.journal_size)?);
     }
-    let recorded = state::recorded(store.as_ref());
-    reactor.block_on(graph.open_recorded_all(&setup.nodes, recorded))?;
-    let mut wanted = setup.exports.clone();
-    // To the images that guests have moved to, those that were put on top of these, and again.
-    state::follow_moves(graph, store.as_ref(), &setup.exports, &mut wanted)?;
-    overlays::restore(graph, store.as_ref(), &mut wanted, reactor)?;
-    state::follow_moves(graph, store.as_ref(), &setup.exports, &mut wanted)?;
+    let named_so = (&setup.nodes[..], &setup.exports[..]);
+    let at_start = nodes_at_start::open(graph, store.as_ref(), named_so, reactor)?;
+    let wanted = &at_start.exports;
     let plan = state::plan(config.state.as_ref(), graph, store.as_ref())?;
-    neighbours::check(&wanted, config.state.as_ref(), graph, store.as_ref())?;
+    neighbours::check(wanted, config.state.as_ref(), graph, store.as_ref())?;
     // All of them before the first guest is served: an image that does not answer would hold up the
     // end of those that are.
     let mut grants = Vec::new();
-    for options in &wanted {
+    for options in wanted {
         let holder = Holder::Export(options.id.clone());
         let request = Request::disk(holder, &options.node_name, options.writable);
         grants.push(
@@ -298,6 +294,7 @@ fn set_up(
         // A guest may be served from here on.
         starting.has_ended();
     }
+    at_start.disown(graph)?;
     end_with_last_front_end(config, exports, stop);
     watch.tell(hub.sink_of_each());
     let ledger = store.clone().map(|store| store as Arc<dyn Ledger>);

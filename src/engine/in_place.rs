@@ -1,8 +1,8 @@
 //! The options of a node with the nodes that it refers to written in place, so that another process
 //! opens the same.
 
-use crate::graph::{Node, State};
-use crate::options::{BlockRef, BlockdevOptions};
+use crate::graph::{Node, Role, State};
+use crate::options::{BackingRef, BlockRef, BlockdevOptions, Driver};
 
 /// Nodes that nobody asked for by name: the names that they have now the next process may give to
 /// others.
@@ -22,11 +22,25 @@ pub(super) fn in_place(
         let inner = match &*child {
             BlockRef::Inline(inner) => in_place(state, inner, are_meant),
             BlockRef::Name(name) => match state.node(name) {
-                Ok(node) if are_meant(node) => in_place(state, &node.options, are_meant),
+                Ok(node) if are_meant(node) => in_place(state, &with_backing(node), are_meant),
                 _ => continue,
             },
         };
         *child = BlockRef::Inline(Box::new(inner));
+    }
+    options
+}
+
+/// The options of a node, with what lies under it since it was put there.
+fn with_backing(node: &Node) -> BlockdevOptions {
+    let mut options = node.options.clone();
+    let backing = match &mut options.driver {
+        Driver::Qcow2(qcow2) => &mut qcow2.backing,
+        Driver::Qed(qed) => &mut qed.backing,
+        _ => return options,
+    };
+    if let (BackingRef::None, Some(below)) = (&*backing, node.child(Role::Backing)) {
+        *backing = BackingRef::Node(BlockRef::Name(below.to_owned()));
     }
     options
 }

@@ -6,6 +6,7 @@
 //! - [`exports`]: what guests are served
 //! - [`nodes`], [`objects`], [`serving`]: nodes, objects and exports that come and go
 //! - [`runtime`]: what the next process knows of that
+//! - [`nodes_at_start`]: how it opens the nodes
 //! - [`stream`], [`commit`]: stream and commit jobs
 //! - `resize`: another size for a disk
 //! - `job_filters`: what jobs are called in the graph
@@ -35,6 +36,7 @@ mod internal;
 mod job_filters;
 pub mod neighbours;
 mod nodes;
+pub mod nodes_at_start;
 mod object_changes;
 pub mod objects;
 mod overlay_image;

@@ -6,6 +6,7 @@
 use std::path::Path;
 use std::slice::from_ref;
 
+use super::in_place::{in_place, unnamed};
 use super::runtime::Change;
 use super::stream::no_such_device;
 use super::{Engine, on_this_thread, state};
@@ -39,6 +40,7 @@ impl Engine {
         check_flushes(&transaction, &self.graph.state())?;
         let _changing = self.runtime.change();
         let released = self.graph.commit(transaction).map_err(refused)?;
+        let options = &in_place(&self.graph.state(), options, unnamed);
         if let Err(error) = self.record(&[Change::AddNode(options)]) {
             // Only an export or a job can use it by now, and it stays for that.
             if let Err(left) = self.graph.remove(name) {

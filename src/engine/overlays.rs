@@ -13,12 +13,13 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::in_place::in_place;
+use super::nodes_at_start::Later;
 use super::state::{find, recorded};
 use crate::error::{Error, Result};
 use crate::graph::recorded::is_same_image;
 use crate::graph::{Graph, Holder, Node, Request, Role, State};
 use crate::job::records::{self, identity};
-use crate::options::{BackingRef, BlockdevOptions, Dialect, Driver, ExportOptions};
+use crate::options::{BackingRef, BlockRef, BlockdevOptions, Dialect, Driver, ExportOptions};
 use crate::reactor::Reactor;
 use crate::state::Store;
 use crate::state::record::{self, Top};
@@ -93,28 +94,44 @@ fn options_of(state: &State, node: &Node) -> Value {
 }
 
 /// Puts back on top what is recorded to be there, and has the exports of what is below serve it.
+/// What is about nodes that are still `later` is left for then. Nodes that no client had named are
+/// added to `unnamed`.
 ///
 /// # Errors
 /// When what is recorded cannot be found, or does not fit the nodes there are.
-pub fn restore(
+pub(super) fn restore(
     graph: &Graph,
-    store: Option<&Arc<Store>>,
+    store: &Arc<Store>,
     exports: &mut [ExportOptions],
+    later: &Later<'_>,
     reactor: &Reactor,
+    unnamed: &mut Vec<String>,
 ) -> Result<()> {
-    let Some(store) = store else {
-        return Ok(());
-    };
     let state = store.state();
+    let mut waiting: Vec<&Top> = Vec::new();
     for record in &state.tops {
         let top = state.standing(record);
+        let covered = (record.covered.file.as_str(), record.identity);
+        let is_over = |other: &&Top| is_same_image((&other.top.file, other.top_identity), covered);
+        let is_later = [&record.covered, &record.top, &top.top].map(|node| later.has(node));
+        let image = (top.top.file.as_str(), top.top_identity);
+        if is_later.contains(&true)
+            || later.has_below(graph, &state, image)
+            || waiting.iter().any(is_over)
+        {
+            waiting.push(record);
+            continue;
+        }
         let restoring = Restoring {
             graph,
             store,
+            state: &state,
+            later,
             record,
             top: &top,
         };
-        restoring.restore(exports, reactor).map_err(|error| {
+        let restored = restoring.restore(exports, reactor, unnamed);
+        restored.map_err(|error| {
             Error::Invalid(format!(
                 "'{place}' records that '{on_top}' is on top of '{covered}', and its guest writes \
                  there: {error} (put back what is missing; removing '{place}' forgets all that it \
@@ -133,13 +150,20 @@ pub fn restore(
 struct Restoring<'a> {
     graph: &'a Graph,
     store: &'a Arc<Store>,
+    state: &'a record::State,
+    later: &'a Later<'a>,
     record: &'a Top,
     /// What stands of it.
     top: &'a Top,
 }
 
 impl Restoring<'_> {
-    fn restore(&self, exports: &mut [ExportOptions], reactor: &Reactor) -> Result<()> {
+    fn restore(
+        &self,
+        exports: &mut [ExportOptions],
+        reactor: &Reactor,
+        unnamed: &mut Vec<String>,
+    ) -> Result<()> {
         let covered = self.find(&self.top.covered, self.top.identity)?;
         let is_gone = |export: &ExportOptions| {
             covered.is_none()
@@ -152,17 +176,33 @@ impl Restoring<'_> {
         }
         if let Some(covered) = &covered {
             self.close_below(covered, reactor)?;
-        }
-        let overlay = match self.find(&self.top.top, self.top.top_identity)? {
-            Some(node) => node,
-            None => self.open(covered.as_ref(), reactor)?,
-        };
-        if let Some(covered) = &covered {
-            self.put_over(&overlay, covered)?;
+            self.put_left_over(covered)?;
         }
         let names = covered.as_ref().map(|covered| &covered.name);
         let is_of = |export: &ExportOptions| Some(&export.node_name) == names || is_gone(export);
         let known = |export: &ExportOptions| self.top.exports.contains(&export.id);
+        let goes = |export: &ExportOptions| is_of(export) && (known(export) || export.writable);
+        let overlay = match self.find(&self.top.top, self.top.top_identity)? {
+            Some(node) => node,
+            None => {
+                if let Some(to) = self.left_for()? {
+                    // The image below may be another guest's, where it was let go of.
+                    let own = |export: &ExportOptions| known(export) || !self.has_link();
+                    let exports = exports.iter_mut();
+                    for export in exports.filter(|export| goes(export) && own(export)) {
+                        export.node_name.clone_from(&to);
+                    }
+                    return Ok(());
+                }
+                if !self.is_wanted(exports, goes)? {
+                    return Ok(());
+                }
+                self.open(covered.as_ref(), reactor, unnamed)?
+            }
+        };
+        if let Some(covered) = &covered {
+            self.put_over(&overlay, covered)?;
+        }
         let mut own = exports.iter().filter(|export| known(export));
         let has_own = own.any(|export| is_of(export) || export.node_name == overlay.name);
         for export in exports.iter_mut().filter(|export| is_of(export)) {
@@ -192,6 +232,70 @@ impl Restoring<'_> {
             export.node_name.clone_from(&overlay.name);
         }
         Ok(())
+    }
+
+    /// The node that the guest has gone on to, if it has left what is on top: that need not be there.
+    /// Neither need the other one, where something is on top of that.
+    fn left_for(&self) -> Result<Option<String>> {
+        let image = (self.top.top.file.as_str(), self.top.top_identity);
+        let mut name = None;
+        for moved in self.state.moves_from(image) {
+            if let Some(node) = self.find(&moved.to, moved.to_identity)? {
+                return Ok(Some(node.name));
+            }
+            name.clone_from(&moved.to.name);
+        }
+        Ok(name)
+    }
+
+    /// Whether anybody needs what is on top: an export that `goes` there, or a node that is there, by
+    /// itself or since it is on top of that one. A client may have removed it otherwise, and its file.
+    fn is_wanted(
+        &self,
+        exports: &[ExportOptions],
+        goes: impl Fn(&ExportOptions) -> bool,
+    ) -> Result<bool> {
+        let names_it =
+            |export: &&ExportOptions| self.top.top.name.as_ref() == Some(&export.node_name);
+        if exports
+            .iter()
+            .any(|export| goes(export) || names_it(&export))
+        {
+            return Ok(true);
+        }
+        if self.later.want(self.state, &self.top.top) {
+            return Ok(true);
+        }
+        for above in self.state.upwards(self.record) {
+            let image = (above.top.file.as_str(), above.top_identity);
+            let mut made = self.state.made.iter();
+            if made.any(|made| is_same_image((&made.node.file, made.identity), image))
+                || self.find(&above.top, above.top_identity)?.is_some()
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Sees to it that an image which was let go of is over what it was put on top of, as it was: it
+    /// is read so.
+    fn put_left_over(&self, covered: &Node) -> Result<()> {
+        let (record, image) = (self.record, |top: &Top| {
+            (top.top.file.clone(), top.top_identity)
+        });
+        if image(record) == image(self.top) || self.has_link_of(record) {
+            return Ok(());
+        }
+        let Some(left) = self.find(&record.top, record.top_identity)? else {
+            return Ok(());
+        };
+        if left.child(Role::Backing).is_some() {
+            return Ok(());
+        }
+        let mut transaction = self.graph.transaction();
+        transaction.set_child(&left.name, Role::Backing, Some(&covered.name))?;
+        self.graph.commit(transaction).map(drop)
     }
 
     /// Makes stable what the guest has written to the image below, if the process that covered it
@@ -233,15 +337,18 @@ impl Restoring<'_> {
         find(self.graph, &any, of).map_err(Error::Invalid)
     }
 
-    /// Whether a stream has ended since in the image on top: then that says what lies under it.
+    /// Whether a stream has ended since in the image on top, or a client has put something else under
+    /// it: then that says what lies under it.
     fn has_link(&self) -> bool {
-        let state = self.store.state();
-        let commits = state.jobs.iter().filter_map(|job| job.commit.as_ref());
-        let mut links = commits.map(|commit| &commit.link).chain(&state.links);
+        self.has_link_of(self.top)
+    }
+
+    fn has_link_of(&self, top: &Top) -> bool {
+        let mut links = records::links(self.state);
         links.any(|link| {
             is_same_image(
                 (&link.node.file, link.identity),
-                (&self.top.top.file, self.top.top_identity),
+                (&top.top.file, top.top_identity),
             )
         })
     }
@@ -262,7 +369,12 @@ impl Restoring<'_> {
         Ok(true)
     }
 
-    fn open(&self, covered: Option<&Node>, reactor: &Reactor) -> Result<Node> {
+    fn open(
+        &self,
+        covered: Option<&Node>,
+        reactor: &Reactor,
+        unnamed: &mut Vec<String>,
+    ) -> Result<Node> {
         let mut value = self.top.open_as.clone();
         refer(&self.graph.state(), &mut value);
         let named = value.get("node-name").is_some();
@@ -279,16 +391,24 @@ impl Restoring<'_> {
             options.node_name = Some(self.graph.make_name());
         }
         if let Driver::Qcow2(qcow2) = &mut options.driver {
-            qcow2.backing = match self.has_link() || covered.is_none() {
-                true => BackingRef::Default,
-                false => BackingRef::None,
+            qcow2.backing = match covered {
+                None => BackingRef::Default,
+                // What is recorded to lie under it is looked for there.
+                Some(covered) if self.has_link() => {
+                    BackingRef::Node(BlockRef::Name(covered.name.clone()))
+                }
+                Some(_) => BackingRef::None,
             };
         }
         let recorded = recorded(Some(self.store));
         let list = [options];
         reactor.block_on(self.graph.open_recorded_all(&list, recorded))?;
         let [options] = list;
-        self.graph.node(&options.node_name.unwrap_or_default())
+        let name = options.node_name.unwrap_or_default();
+        if !named {
+            unnamed.push(name.clone());
+        }
+        self.graph.node(&name)
     }
 
     /// Sees to it that `overlay` is over `covered`, and filters of that one over the overlay.
@@ -320,7 +440,7 @@ impl Restoring<'_> {
 }
 
 /// Has nodes inside a node that are there already be referred to by name.
-fn refer(state: &State, value: &mut Value) {
+pub(super) fn refer(state: &State, value: &mut Value) {
     let Some(members) = value.as_object_mut() else {
         return;
     };

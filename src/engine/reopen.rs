@@ -10,12 +10,13 @@ use super::in_place::{in_place, unnamed};
 use super::nodes::refused;
 use super::runtime::{Change, names_in};
 use super::stream::no_such_device;
+use crate::error::Error;
 use crate::graph::recorded::is_same_image;
 use crate::graph::{FilterKind, Node, Role, State, Transaction};
 use crate::job::Refused;
-use crate::job::records::{below, identity};
+use crate::job::records::{self, identity};
 use crate::options::{BackingRef, BlockRef, BlockdevOptions, Driver};
-use crate::state::record::Link;
+use crate::state::record::{self, Link};
 
 /// Options that may change, and the name, which says which node is meant.
 const MAY_CHANGE: &[&str] = &["node-name", "read-only", "auto-read-only"];
@@ -120,30 +121,62 @@ impl Engine {
         let Some(store) = &self.store else {
             return Ok(Vec::new());
         };
+        let state = store.state();
         let mut links = Vec::new();
-        for link in store.state().links {
-            for name in names {
-                let node = self.graph.node(name).map_err(refused)?;
-                let file = self.graph.file_of(&node).map_err(refused)?;
-                if !is_same_image((&link.node.file, link.identity), (&file, identity(&node))) {
-                    continue;
-                }
-                let now = transaction.state().node(name).map_err(refused)?;
-                let under = now.child(Role::Backing).map(|name| self.graph.node(name));
-                let under = under.transpose().map_err(refused)?;
-                let under = under.map(|node| below(&self.graph, &node));
-                let mut link = link.clone();
-                link.below = under.transpose().map_err(refused)?;
-                if let Some(below) = &link.below {
-                    let node = &below.node;
-                    link.released
-                        .retain(|name| node.name.as_ref() != Some(name));
-                    link.released_files.retain(|file| node.file != *file);
-                }
-                links.push(link);
-            }
+        for name in names {
+            let link = self.link_of(transaction, name, &state);
+            links.extend(link.map_err(refused)?);
         }
         Ok(links)
+    }
+
+    /// What is to be recorded to lie under node `name`, if anything is by now: by a job that has ended,
+    /// or since it was put on top of another one.
+    fn link_of(
+        &self,
+        transaction: &Transaction,
+        name: &str,
+        state: &record::State,
+    ) -> Result<Option<Link>, Error> {
+        let node = self.graph.node(name)?;
+        let (file, own) = (self.graph.file_of(&node)?, identity(&node));
+        let is_it = |file_of: &str, identity| is_same_image((file_of, identity), (&file, own));
+        let mut known = state.links.iter();
+        let known = known.find(|link| is_it(&link.node.file, link.identity));
+        let mut tops = state.tops.iter();
+        let covers = tops.any(|top| is_it(&top.top.file, top.top_identity));
+        let mut link = match known {
+            Some(link) => link.clone(),
+            None if covers => Link {
+                node: records::node(&self.graph, &node)?,
+                identity: own,
+                header: records::header_of(&node),
+                below: None,
+                released: Vec::new(),
+                released_files: Vec::new(),
+                let_go: false,
+            },
+            None => return Ok(None),
+        };
+        let now = transaction.state();
+        let under = now.node(name)?.child(Role::Backing);
+        let under = under.map(|under| self.graph.node(under)).transpose()?;
+        let under = under.map(|under| records::below(&self.graph, &under));
+        link.below = under.transpose()?;
+        let chain = now.chain_nodes(name)?;
+        let is_there = |node: &Node| chain.iter().any(|there| there.name == node.name);
+        let left = self.graph.chain_nodes(name)?;
+        let left: Vec<_> = left.iter().filter(|node| !is_there(node)).collect();
+        let left_names = records::names_of(&self.graph, left.iter().copied());
+        release(&mut link.released, left_names);
+        let files = left.iter().map(|node| self.graph.file_of(node));
+        release(&mut link.released_files, files.collect::<Result<_, _>>()?);
+        for node in &chain {
+            let file = now.file_of(node)?;
+            link.released.retain(|name| node.name != *name);
+            link.released_files.retain(|released| file != *released);
+        }
+        Ok(Some(link))
     }
 
     /// Gives nodes the options and children again that they had before.
@@ -163,6 +196,15 @@ impl Engine {
         }
         if let Err(error) = result.and_then(|()| self.graph.commit(transaction)) {
             log::error!("a change of nodes that is not recorded stays: {error}");
+        }
+    }
+}
+
+/// Adds to what is known to have left a chain.
+fn release(known: &mut Vec<String>, left: Vec<String>) {
+    for one in left {
+        if !known.contains(&one) {
+            known.push(one);
         }
     }
 }

@@ -24,7 +24,7 @@ use crate::options::{
     BlockRef, BlockdevOptions, ConfigError, Dialect, ExportOptions, ObjectOptions,
 };
 use crate::state::StateOptions;
-use crate::state::record::{Changed, Changes, Link, State};
+use crate::state::record::{Changed, Changes, Identity, Link, State};
 
 /// How long one for whom guests wait waits for another change to be recorded.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -255,7 +255,7 @@ pub(super) fn names_in(node: &BlockdevOptions) -> Vec<String> {
 }
 
 /// The names of nodes that a node, or one written inside it, refers to.
-fn references(node: &BlockdevOptions) -> Vec<String> {
+pub(super) fn references(node: &BlockdevOptions) -> Vec<String> {
     let mut names = Vec::new();
     for (_, child) in node.children() {
         match child {
@@ -340,6 +340,8 @@ pub(super) enum Change<'a> {
     AddNode(&'a BlockdevOptions),
     RemoveNode(&'a str),
     AddExport(&'a ExportOptions),
+    /// A client has had an export show the image in this file.
+    Serve(&'a ExportOptions, (&'a str, Identity)),
     RemoveExport(&'a str),
     AddObject(&'a ObjectOptions),
     RemoveObject(&'a str),
@@ -357,7 +359,11 @@ impl Change<'_> {
             Self::AddNode(options) => changes.nodes.add(*options),
             Self::AddExport(options) => changes.exports.add(*options),
             Self::AddObject(options) => changes.objects.add(*options),
-            Self::RemoveNode(name) => changes.nodes.remove(name, find(&named.nodes, name)),
+            Self::RemoveNode(name) => {
+                changes.nodes.remove(name, find(&named.nodes, name));
+                state.forget_made(name);
+            }
+            Self::Serve(options, image) => state.serve(*image, (&options.id, options.writable)),
             Self::RemoveExport(name) => changes.exports.remove(name, find(&named.exports, name)),
             Self::Links(links) => {
                 for link in *links {

@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::export::{Export, ExportConfig, SocketSource};
 use crate::format::Format;
 use crate::graph::{FilterKind, Grant, Graph, Holder, Request, busy};
+use crate::job::records::identity;
 use crate::job::{Event, Refused};
 use crate::options::{DetectZeroes, ExportOptions, IothreadOptions, SocketAddress};
 use crate::planted::{Fault, is_planted};
@@ -166,6 +167,13 @@ impl Engine {
         if options.writable && fixed {
             return Err(Refused("Cannot export read-only node as writable".into()));
         }
+        if self.store.is_some() && options.node_name.starts_with('#') {
+            return Err(Refused(format!(
+                "node '{}' has no name of a client's, and the next process may call another one so: \
+                 with --state, an export needs a node that it finds again",
+                options.node_name
+            )));
+        }
         if let SocketAddress::Fd(_) = options.addr {
             // Any number may be a descriptor of our own.
             return Err(Refused("only QEMU supports file descriptor passing".into()));
@@ -184,7 +192,7 @@ impl Engine {
         warn_without_journal(&self.graph, options);
         let served = Served::new(export, options.clone(), grant);
         let changing = self.runtime.change();
-        let added = self.record(&[Change::AddExport(options)]);
+        let added = self.record_served(options);
         let added = added.and_then(|()| {
             self.exports.put(&served).inspect_err(|_| {
                 // The process ends, and the next one is not to have it.
@@ -195,6 +203,14 @@ impl Engine {
         });
         drop(changing);
         added.inspect_err(|_| self.end(&served))
+    }
+
+    /// Records an export that has been made, and that its guest is where a client has put it.
+    fn record_served(&self, options: &ExportOptions) -> std::result::Result<(), Refused> {
+        let image = self.graph.image_node(&options.node_name).map_err(refused)?;
+        let file = self.graph.file_of(&image).map_err(refused)?;
+        let image = (file.as_str(), identity(&image));
+        self.record(&[Change::AddExport(options), Change::Serve(options, image)])
     }
 
     fn make(
@@ -295,6 +311,13 @@ impl Engine {
             if let Err(error) = given {
                 log::error!("export '{}', at its end: {error}", served.options.id);
             }
+        }
+        // An image that no client has named was there for this guest.
+        let mut transaction = self.graph.transaction();
+        transaction.sweep();
+        match self.graph.commit(transaction) {
+            Ok(released) => drop(released),
+            Err(error) => log::error!("export '{}', at its end: {error}", served.options.id),
         }
         self.runtime.fences.give_back(&served.options.id);
         let listed = self.exports.ended(served);

@@ -366,7 +366,11 @@ impl<'e> Change<'e> {
         }
         let mut replaced = Vec::new();
         store.change(|state| {
-            let replacing = tops.iter().map(|top| state.put_top(top.clone()));
+            let covers = self.covers.iter().zip(&tops);
+            let replacing = covers.map(|(Cover { overlay, .. }, top)| {
+                let is_made = self.nodes.contains(overlay) && top.top.name.is_some();
+                state.put_top(top.clone(), is_made)
+            });
             replaced = replacing.collect();
         })?;
         self.replaced = replaced;
@@ -386,6 +390,7 @@ impl<'e> Change<'e> {
         let _turning = turning.map_err(|refused| Error::Invalid(refused.to_string()))?;
         // Anew: images have been opened for writing since.
         let mut draft = self.draft()?;
+        self.disown_unnamed(&mut draft)?;
         self.check_exports(&draft)?;
         let mut turns = self.turns_in_place()?;
         for Moved { export, old, .. } in &self.moved {
@@ -432,6 +437,18 @@ impl<'e> Change<'e> {
         self.reserved.clear();
         self.tell();
         Ok((turns.into_iter().map(|(_, turn)| turn).collect(), taken))
+    }
+
+    /// Nobody has named the image that was made, and it is there for those who use it: it goes with the
+    /// last of them.
+    fn disown_unnamed(&self, draft: &mut Transaction) -> Result<()> {
+        let unnamed = self.nodes.iter().filter(|name| name.starts_with('#'));
+        for name in unnamed {
+            if draft.state().is_used(name) {
+                draft.disown(name)?;
+            }
+        }
+        Ok(())
     }
 
     /// Refuses to switch if other guests have, or are about to have, what is covered than those that

@@ -25,6 +25,7 @@ enum Change {
     Crossed(String),
     Top(Weak<Root>, String),
     Closing(String, bool),
+    Disown(String),
     Replace(String, String),
     Sweep,
 }
@@ -236,6 +237,14 @@ impl Transaction {
         self.make(Change::Closing(name.to_owned(), closing))
     }
 
+    /// No user has named node `name`: it goes when nothing uses it any longer.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub fn disown(&mut self, name: &str) -> Result<()> {
+        self.make(Change::Disown(name.to_owned()))
+    }
+
     fn make(&mut self, change: Change) -> Result<()> {
         if let Change::Add(node) = &change {
             check_children(&self.draft, node)?;
@@ -372,6 +381,10 @@ impl Change {
             }
             // When all have been made.
             Self::Sweep => {}
+            Self::Disown(name) => {
+                let node = state.node_mut(name)?;
+                (node.implicit, node.fixed_read_only) = (true, false);
+            }
             Self::Closing(name, closing) => state.node_mut(name)?.closing = *closing,
         }
         Ok(())
@@ -397,12 +410,27 @@ pub(super) fn in_use(name: &str, above: &Node, role: Role) -> Error {
 impl State {
     /// Drops nodes that no user has named and nothing refers to.
     fn collect(&mut self) {
-        let named = self.nodes().iter().filter(|node| !node.implicit);
+        // What a guest has begun to write there may still arrive in one that is closing.
+        let named = self.nodes().iter();
+        let named = named.filter(|node| !node.implicit || node.closing);
         let named = named.map(|node| node.name.clone());
+        let used = self.below(named.chain(self.tops()).collect());
+        self.retain(|node| used.contains(&node.name));
+    }
+
+    /// The tops of the disks that somebody has.
+    fn tops(&self) -> impl Iterator<Item = String> {
         let roots = self.roots.iter();
         let tops = roots.filter(|(root, _)| root.strong_count() > 0);
-        let tops = tops.map(|(_, top)| top.clone());
-        let used = self.below(named.chain(tops).collect());
-        self.retain(|node| used.contains(&node.name));
+        tops.map(|(_, top)| top.clone())
+    }
+
+    /// Whether somebody has node `name` in a disk, or another one that a user has named is over it.
+    #[must_use]
+    pub fn is_used(&self, name: &str) -> bool {
+        let named = self.nodes().iter().filter(|node| !node.implicit);
+        let named = named.map(|node| node.name.clone());
+        let others = named.filter(|other| other != name).chain(self.tops());
+        self.below(others.collect()).contains(name)
     }
 }

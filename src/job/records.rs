@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::error::Result;
+use crate::format::Format;
 use crate::format::qcow2::Backing;
 use crate::graph::{Graph, Node, Role};
 use crate::state::record::{self, Identity, State};
@@ -15,6 +16,21 @@ pub fn header(backing: &Backing) -> record::Header {
     record::Header {
         name: backing.name.clone(),
         format: backing.format.clone(),
+    }
+}
+
+/// What is recorded to lie under images, the results of jobs first: they may be in force.
+pub fn links(state: &State) -> impl Iterator<Item = &record::Link> {
+    let commits = state.jobs.iter().filter_map(|job| job.commit.as_ref());
+    commits.map(|commit| &commit.link).chain(&state.links)
+}
+
+/// The record of what the header of a node's image says.
+#[must_use]
+pub fn header_of(node: &Node) -> Option<record::Header> {
+    match &node.layer.format {
+        Format::Qcow2(image) => image.backing().as_ref().map(header),
+        Format::Raw(_) | Format::Qed(_) => None,
     }
 }
 

@@ -29,6 +29,9 @@ pub struct State {
     /// Images whose guests write other ones.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub moved: Vec<Moved>,
+    /// Nodes that snapshots have made and clients have named, in that order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub made: Vec<Made>,
 }
 
 /// How what there is differs from what the command line names.
@@ -154,6 +157,23 @@ pub struct Top {
     /// what its guest has written and not flushed.
     #[serde(default = "before_closing_was_recorded")]
     pub closed: bool,
+}
+
+/// A node that a snapshot has made, and that a client gave its name to: it is there until a client
+/// removes it, whatever becomes of the disk that it was put on top of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Made {
+    /// The node.
+    pub node: Node,
+    /// Its file.
+    pub identity: Identity,
+    /// Its options, without what lies under it.
+    pub open_as: serde_json::Value,
+    /// What it was put on top of.
+    pub below: Node,
+    /// The file of that.
+    pub below_identity: Identity,
 }
 
 /// Records of version 3 may lack it: a snapshot ended only when the image below was closed.

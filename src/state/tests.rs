@@ -166,6 +166,13 @@ fn state() -> State {
             open_as: json!({"driver": "qcow2", "file": {"driver": "file", "filename": "/n"}}),
             closed: false,
         }],
+        made: vec![Made {
+            node: link().node,
+            identity: [5, 6],
+            open_as: json!({"driver": "qcow2", "file": {"driver": "file", "filename": "/n"}}),
+            below: link().node,
+            below_identity: [3, 4],
+        }],
     }
 }
 

@@ -1,7 +1,7 @@
 //! Which images were put on top of others: how the records of that are kept, and what of them still
 //! holds after streams.
 
-use super::record::{Identity, Link, Moved, State, Top};
+use super::record::{Identity, Link, Made, Moved, State, Top};
 use crate::graph::recorded::is_same_image;
 
 impl Top {
@@ -15,6 +15,23 @@ impl Top {
 
     fn is_record_of(&self, other: &Self) -> bool {
         is_same_image(self.covered(), other.covered()) && is_same_image(self.top(), other.top())
+    }
+
+    /// The record of the node on top, which its snapshot has made.
+    fn made(&self) -> Made {
+        Made {
+            node: self.top.clone(),
+            identity: self.top_identity,
+            open_as: self.open_as.clone(),
+            below: self.covered.clone(),
+            below_identity: self.identity,
+        }
+    }
+}
+
+impl Made {
+    fn is_called_as(&self, other: &Self) -> bool {
+        self.node.name == other.node.name
     }
 }
 
@@ -33,6 +50,8 @@ impl Moved {
 pub struct Gone {
     tops: Vec<(usize, Top)>,
     moved: Vec<(usize, Moved)>,
+    made: Vec<(usize, Made)>,
+    links: Vec<(usize, Link)>,
 }
 
 /// Takes those out of a list that are meant.
@@ -50,16 +69,24 @@ fn extract<T>(list: &mut Vec<T>, is_meant: impl Fn(&T) -> bool) -> Vec<(usize, T
 
 impl State {
     /// Records that an image was put on top of another one. What was on top of that one before is not
-    /// any more, nothing is on top of the new one, and no guest has left that. Returns what had to go.
-    pub fn put_top(&mut self, top: Top) -> Gone {
+    /// any more, nothing is on top of the new one, no guest has left that, and what lay under it before
+    /// does not count. `is_made` says that the snapshot has made its node, to which a client gave a
+    /// name. Returns what had to go.
+    pub fn put_top(&mut self, top: Top, is_made: bool) -> Gone {
         let (covered, on_top) = (top.covered(), top.top());
         let covers = |other: &Top| {
             is_same_image(other.covered(), covered) || is_same_image(other.covered(), on_top)
         };
+        let is_under = |link: &Link| is_same_image((&link.node.file, link.identity), on_top);
+        let named = is_made.then(|| top.made());
+        let is_called_so = |made: &Made| named.as_ref().is_some_and(|new| new.is_called_as(made));
         let gone = Gone {
             tops: extract(&mut self.tops, covers),
             moved: extract(&mut self.moved, |moved| is_same_image(moved.from(), on_top)),
+            made: extract(&mut self.made, is_called_so),
+            links: extract(&mut self.links, is_under),
         };
+        self.made.extend(named);
         self.tops.push(top);
         gone
     }
@@ -67,7 +94,28 @@ impl State {
     /// Takes the record of `top` back, for which `gone` had to go.
     pub fn take_top_back(&mut self, top: &Top, gone: &Gone) {
         self.tops.retain(|other| other != top);
+        let made = top.made();
+        self.made.retain(|other| *other != made);
         self.put_back(gone);
+    }
+
+    /// Forgets a node that a snapshot had made: a client has removed it, or given it other options.
+    pub fn forget_made(&mut self, name: &str) {
+        self.made
+            .retain(|made| made.node.name.as_deref() != Some(name));
+    }
+
+    /// A client has an export of this id show the image in this file, to be written if it is
+    /// `writable`. Whoever is served it so has neither left it, nor gone on to what is on top of it.
+    pub fn serve(&mut self, image: (&str, Identity), (export, writable): (&str, bool)) {
+        if writable {
+            self.forget_moved(image);
+            self.tops.retain(|top| !is_same_image(top.covered(), image));
+        }
+        let covering = self.tops.iter_mut();
+        for top in covering.filter(|top| is_same_image(top.covered(), image)) {
+            top.exports.retain(|known| known != export);
+        }
     }
 
     /// Records that a guest writes another image: no guest has left that one any more, and nothing is
@@ -79,6 +127,7 @@ impl State {
         let gone = Gone {
             tops: extract(&mut self.tops, |top| is_same_image(top.covered(), to)),
             moved: extract(&mut self.moved, is_of),
+            ..Gone::default()
         };
         self.moved.push(moved);
         gone
@@ -98,6 +147,19 @@ impl State {
             self.moved
                 .insert((*at).min(self.moved.len()), moved.clone());
         }
+        for (at, made) in &gone.made {
+            self.made.insert((*at).min(self.made.len()), made.clone());
+        }
+        for (at, link) in &gone.links {
+            self.links.insert((*at).min(self.links.len()), link.clone());
+        }
+    }
+
+    /// The images that the guest of the one in this file has gone on to, one after the other.
+    pub fn moves_from<'a>(&'a self, image: (&'a str, Identity)) -> impl Iterator<Item = &'a Moved> {
+        let first = self.moved_from(image);
+        // A circle is damage: each is looked at once.
+        std::iter::successors(first, |moved| self.moved_from(moved.to())).take(self.moved.len())
     }
 
     /// The image below one that was put on top of it has been closed.
@@ -108,7 +170,8 @@ impl State {
     }
 
     /// `top`, and what is recorded to be on top of that, and so on upwards.
-    fn upwards<'a>(&'a self, top: &'a Top) -> Vec<&'a Top> {
+    #[must_use]
+    pub fn upwards<'a>(&'a self, top: &'a Top) -> Vec<&'a Top> {
         let mut found = vec![top];
         let mut highest = top;
         let next = |of: &Top| {
@@ -220,10 +283,58 @@ mod tests {
             ..State::default()
         };
         let new = top("/t", "/n");
-        let gone = state.put_top(new.clone());
+        let gone = state.put_top(new.clone(), true);
         assert_eq!(state.tops, [tops[2].clone(), new.clone()]);
         state.take_top_back(&new, &gone);
         assert_eq!(state.tops, tops);
+    }
+
+    /// What would be caught: a node that is forgotten, or that a snapshot which fails leaves recorded; what
+    /// a stream has left under an image, which counts though the image is on top of another one since.
+    #[test]
+    fn a_node_that_a_snapshot_makes_is_recorded_with_it() {
+        let of = |name: &str, covered: &str, file: &str| Top {
+            top: Node {
+                name: Some(name.into()),
+                ..node(file)
+            },
+            ..top(covered, file)
+        };
+        let before = State {
+            links: vec![link("/x", &[]), link("/a", &["/t"])],
+            ..State::default()
+        };
+        let mut state = before.clone();
+        let (first, second) = (of("a", "/t", "/a"), of("a", "/n", "/b"));
+        let gone = state.put_top(first.clone(), true);
+        assert_eq!(state.made, [first.made()]);
+        assert_eq!(state.links, before.links[..1]);
+        // Another one of this name: that one is not there any more.
+        let then = state.clone();
+        let replaced = state.put_top(second.clone(), true);
+        assert_eq!(state.made, [second.made()]);
+        state.take_top_back(&second, &replaced);
+        assert_eq!(state, then);
+        state.take_top_back(&first, &gone);
+        assert_eq!(state, before);
+        state.put_top(first, true);
+        state.forget_made("a");
+        assert_eq!(state.made, []);
+    }
+
+    /// What would be caught: a guest that goes on to what was on top of the image where a client has put
+    /// it since; and one of another export that does not.
+    #[test]
+    fn a_guest_is_where_a_client_has_put_it() {
+        let mut state = State::default();
+        state.put_top(top("/t", "/a"), false);
+        let shown = state.clone();
+        state.serve(("/t", [0, 0]), ("other", false));
+        assert_eq!(state, shown);
+        state.serve(("/t", [0, 0]), ("/a", false));
+        assert!(state.tops[0].exports.is_empty());
+        state.serve(("/t", [0, 0]), ("other", true));
+        assert_eq!(state.tops, []);
     }
 
     /// What would be caught: a snapshot or a commit that fails and leaves the records of others changed.
@@ -254,7 +365,7 @@ mod tests {
         assert_eq!(state, before);
         // On top again: no guest has left it.
         let again = top("/x", "/o1");
-        let gone = state.put_top(again.clone());
+        let gone = state.put_top(again.clone(), false);
         assert_eq!(state.tops, [before.tops[0].clone(), again.clone()]);
         assert_eq!(
             state.moved,

@@ -84,7 +84,8 @@ pub fn follow_moves(
     forget_known(graph, store, &named)
 }
 
-/// The node that a guest writes since it has left the one called `name`, which is not open.
+/// The node that a guest writes since it has left the one called `name`, which is not open. That need
+/// not be open either, where something is on top of it.
 fn left_for(graph: &Graph, moved: &[record::Moved], name: &str) -> Option<String> {
     let mut moved = moved.iter();
     let moved = moved.find(|moved| moved.from.name.as_deref() == Some(name))?;
@@ -92,8 +93,10 @@ fn left_for(graph: &Graph, moved: &[record::Moved], name: &str) -> Option<String
         name: None,
         ..moved.to.clone()
     };
-    let to = find(graph, &any, moved.to_identity).ok().flatten()?;
-    Some(to.name)
+    match find(graph, &any, moved.to_identity).ok().flatten() {
+        Some(to) => Some(to.name),
+        None => moved.to.name.clone(),
+    }
 }
 
 /// The file of the image that an export shows, and what tells it from others.

@@ -7,12 +7,11 @@ use std::sync::Arc;
 use super::find;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::format::Format;
 use crate::graph::recorded::{is_same_image, is_same_place, other_file};
 use crate::graph::{Graph, Node};
 use crate::job::commit::CommitSpec;
 use crate::job::handle::HoldsNodes;
-use crate::job::records::{header, identity};
+use crate::job::records::{header_of, identity};
 use crate::job::stream::StreamSpec;
 use crate::job::{Refused, Untold};
 use crate::state::record::{self, State, Work, are_different};
@@ -328,13 +327,6 @@ fn commit_spec(
              chain as it was)",
             commit.top.file, commit.base.file
         )),
-    }
-}
-
-fn header_of(node: &Node) -> Option<record::Header> {
-    match &node.layer.format {
-        Format::Qcow2(image) => image.backing().as_ref().map(header),
-        Format::Raw(_) | Format::Qed(_) => None,
     }
 }
 
