@@ -98,8 +98,6 @@ impl Scene {
                 header: below.as_ref().map(|(_, file)| file.clone()),
                 empty: false,
                 left: false,
-                covered: false,
-                by_snapshot: false,
                 size: DISK,
                 snapshots: BTreeSet::new(),
             };

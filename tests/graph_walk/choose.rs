@@ -251,10 +251,8 @@ impl Scene {
         let nodes = self.world.nodes.iter();
         let unused = nodes.filter(|(name, node)| {
             let of_use = self.world.is_served(name) || self.world.is_busy(name);
-            // What the record of a snapshot names may come back, and so is left alone.
-            let recorded = node.covered || node.by_snapshot;
             let unneeded = node.left || rng.one_in(8);
-            unneeded && !recorded && !of_use && self.world.over(name).is_empty()
+            unneeded && !of_use && self.world.over(name).is_empty()
         });
         let unused: Vec<_> = unused.map(|(name, _)| name.clone()).collect();
         pick(rng, &unused).map(Step::Del)
@@ -264,20 +262,9 @@ impl Scene {
         let (_, chain) = self.chain_for_job(rng)?;
         let at = rng.below(chain.len() as u64 - 1) as usize;
         let pair = chain.get(at..at + 2)?;
-        // The record of a snapshot says what lies under what it has put on top.
-        let below = self.world.nodes.get(pair.last()?)?;
-        let fits = !below.covered
-            && chain.len() < LONGEST
-            && self.are_free(pair, &chain)
-            && pair.iter().all(|name| self.has_options(name));
+        let fits = chain.len() < LONGEST && self.are_free(pair, &chain);
         let above = pair.first()?.clone();
         fits.then_some(Step::Insert { above })
-    }
-
-    /// Options may name the node: a start makes those that snapshots have made after all others.
-    fn has_options(&self, name: &str) -> bool {
-        let node = self.world.nodes.get(name);
-        node.is_some_and(|node| !node.by_snapshot)
     }
 
     fn extract(&self, rng: &mut Rng) -> Option<Step> {
@@ -285,10 +272,7 @@ impl Scene {
         let mut pairs = chain.windows(2);
         let pair = pairs.find(|pair| {
             let empty = pair.last().and_then(|name| self.world.nodes.get(name));
-            let below = empty.and_then(|node| node.backing.as_ref());
-            empty.is_some_and(|node| node.empty)
-                && below.is_some_and(|below| self.has_options(below))
-                && pair.iter().all(|name| self.has_options(name))
+            empty.is_some_and(|node| node.empty && node.backing.is_some())
                 && self.are_free(pair, &chain)
         })?;
         let [above, empty] = pair else { return None };
@@ -305,7 +289,9 @@ impl Scene {
         // It is to name what is under it.
         let below = self.world.nodes.get(found.backing.as_ref()?)?;
         let same = |header: &str| header.replace("/./", "/") == below.file;
-        let fits = found.header.as_deref().is_some_and(same);
+        // A device under another node is refused.
+        let fits =
+            found.header.as_deref().is_some_and(same) && self.world.over(chain.first()?).is_empty();
         (fits && self.are_free(std::slice::from_ref(&node), &chain))
             .then_some(Step::Rename { export, node })
     }

@@ -98,8 +98,6 @@ pub fn node(file: &str, backing: Option<&str>, header: &str, size: u64) -> Node 
         header: Some(header.to_owned()),
         empty: false,
         left: false,
-        covered: false,
-        by_snapshot: false,
         size,
         snapshots: BTreeSet::new(),
     }

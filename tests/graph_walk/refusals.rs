@@ -32,6 +32,8 @@ impl Scene {
         Ok(match kind {
             0 => ("blockdev-add", world::options(&top, &new, None)),
             1 => ("blockdev-add", world::options("never", &new, Some(&top))),
+            // Nobody has the top of one that was removed.
+            2 if self.down.contains(&export) => ("object-del", json!({"id": "never"})),
             2 => ("blockdev-del", json!({"node-name": top})),
             3 => {
                 let actions = [

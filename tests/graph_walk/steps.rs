@@ -145,7 +145,7 @@ impl Scene {
                 ("blockdev-add", world::options(&name, &file, None))
             }
             Step::Del(name) => {
-                after.remove(name);
+                after.nodes.remove(name);
                 ("blockdev-del", json!({"node-name": name}))
             }
             Step::Snapshot(covers) => self.snapshot(&mut after, covers)?,

@@ -38,8 +38,7 @@ impl Scene {
             }
             let name = self.name("n");
             let file = self.file(&format!("{name}.qcow2"))?;
-            let mut made = node(&file, None, &header, self.size_of(export)?);
-            made.by_snapshot = true;
+            let made = node(&file, None, &header, self.size_of(export)?);
             after.nodes.insert(name.clone(), made);
             after.cover(&old, &name, header);
             let key = if *device == old {

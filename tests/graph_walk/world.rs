@@ -20,10 +20,6 @@ pub struct Node {
     pub empty: bool,
     /// It was committed away, or is what is left of a chain: it is of no more use.
     pub left: bool,
-    /// A snapshot has been put on top of it.
-    pub covered: bool,
-    /// A snapshot has made it.
-    pub by_snapshot: bool,
     /// Bytes of its disk when it was made.
     pub size: u64,
     /// Snapshots inside of it.
@@ -84,8 +80,6 @@ pub struct World {
     pub objects: BTreeSet<String>,
     /// Bytes of the disk of each export.
     pub sizes: BTreeMap<String, u64>,
-    /// Nodes that snapshots had made and that were removed. The next process may have them again.
-    pub removed: BTreeMap<String, Node>,
 }
 
 /// What a client sees of a world.
@@ -248,9 +242,6 @@ impl World {
             node.header = Some(header);
             node.empty = false;
         }
-        if let Some(node) = self.nodes.get_mut(old) {
-            node.covered = true;
-        }
         for top in self.exports.values_mut().filter(|top| *top == old) {
             overlay.clone_into(top);
         }
@@ -310,38 +301,16 @@ impl World {
         }
     }
 
-    /// As the next process may find it: it need not have nodes that snapshots had made and that are of
-    /// no more use, and may have some that were removed; what lies under nodes of no more use may be
-    /// what their options say. `seen` decides.
+    /// As the next process may find it: what lies under nodes of no more use may be what their options
+    /// say. `seen` decides.
     pub fn restarted(&self, seen: &Seen) -> World {
         let mut world = self.clone();
-        let mut unsure = std::mem::take(&mut world.removed);
-        for (name, node) in &self.nodes {
-            if node.left && (node.by_snapshot || seen.nodes.contains_key(name)) {
-                world.nodes.remove(name);
-                unsure.insert(name.clone(), node.clone());
-            }
-        }
-        for (name, mut node) in unsure {
-            match seen.nodes.get(&name) {
-                Some((_, backing)) => {
-                    node.backing.clone_from(backing);
-                    world.nodes.insert(name, node);
-                }
-                None => drop(world.removed.insert(name, node)),
+        for (name, node) in world.nodes.iter_mut().filter(|(_, node)| node.left) {
+            if let Some((_, backing)) = seen.nodes.get(name) {
+                node.backing.clone_from(backing);
             }
         }
         world
-    }
-
-    /// Removes a node.
-    pub fn remove(&mut self, name: &str) {
-        if let Some(node) = self.nodes.remove(name)
-            && node.by_snapshot
-        {
-            let left = true;
-            self.removed.insert(name.to_owned(), Node { left, ..node });
-        }
     }
 
     /// The worlds that this one may have become by itself.
