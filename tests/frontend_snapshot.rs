@@ -519,7 +519,7 @@ fn record_covered(dir: &Path, old: &Path, top: &Path) -> Res<()> {
     };
     let store = Store::open(&dir.join("state"), "disk")?;
     store.change(|state| {
-        state.put_top(record, true);
+        state.put_top(record, false);
     })?;
     Ok(())
 }

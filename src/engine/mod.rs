@@ -6,7 +6,7 @@
 //! - [`exports`]: what guests are served
 //! - [`nodes`], [`objects`], [`serving`]: nodes, objects and exports that come and go
 //! - [`runtime`]: what the next process knows of that
-//! - [`nodes_at_start`]: how it opens the nodes
+//! - [`nodes_at_start`], `later`: how it opens the nodes
 //! - [`stream`], [`commit`]: stream and commit jobs
 //! - `resize`: another size for a disk
 //! - `job_filters`: what jobs are called in the graph
@@ -34,6 +34,7 @@ pub mod incidents;
 mod inside;
 mod internal;
 mod job_filters;
+mod later;
 pub mod neighbours;
 mod nodes;
 pub mod nodes_at_start;

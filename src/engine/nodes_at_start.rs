@@ -12,81 +12,20 @@
 //! node that never comes is opened last, and is the error.
 
 use std::collections::HashSet;
-use std::path::Path;
 use std::sync::Arc;
 
+use super::later::{Later, is_to_come, links_of};
 use super::overlays;
 use super::runtime::{names_in, references};
 use super::state::{find, follow_moves, recorded};
 use crate::error::{Error, Result};
-use crate::graph::recorded::{is_same_image, is_same_place, other_file};
-use crate::graph::{Graph, Node};
+use crate::graph::Graph;
+use crate::graph::recorded::{is_same_image, other_file};
 use crate::job::records::{self, identity};
 use crate::options::{BackingRef, BlockRef, BlockdevOptions, Dialect, Driver, ExportOptions};
 use crate::reactor::Reactor;
 use crate::state::Store;
-use crate::state::record::{self, Identity, Link, Made, State, are_different};
-use crate::storage::is_same_path;
-
-/// Nodes that are opened later than others.
-pub(super) struct Later<'a> {
-    nodes: &'a [BlockdevOptions],
-    /// What snapshots have put on top of others may come as well, and is waited for.
-    patient: bool,
-}
-
-impl Later<'_> {
-    /// Whether the recorded node is one of them, or may be.
-    pub(super) fn has(&self, node: &record::Node) -> bool {
-        self.nodes.iter().any(|options| {
-            let is_named = |name: &String| names_in(options).contains(name);
-            node.name.as_ref().is_some_and(is_named) || is_in(options, Path::new(&node.file))
-        })
-    }
-
-    /// Whether what is recorded to lie under an image is still to come.
-    pub(super) fn has_below(&self, graph: &Graph, state: &State, image: (&str, Identity)) -> bool {
-        let links = records::links(state)
-            .filter(|link| is_same_image((&link.node.file, link.identity), image));
-        let mut below = links.filter_map(|link| link.below.as_ref());
-        below.any(|below| {
-            self.has(&below.node) || self.patient && is_to_come(graph, state, &below.node)
-        })
-    }
-
-    /// Whether one of them waits for this image, which is recorded to lie under it.
-    pub(super) fn want(&self, state: &State, image: &record::Node) -> bool {
-        let mut links = records::links(state).filter(|link| self.has(&link.node));
-        links.any(|link| {
-            let below = link.below.as_ref();
-            below.is_some_and(|below| is_same_place(&below.node.file, &image.file))
-        })
-    }
-}
-
-/// Whether a snapshot has put the image of this node on top of another one, and it is not open.
-fn is_to_come(graph: &Graph, state: &State, node: &record::Node) -> bool {
-    let is_it = |other: &record::Node| is_same_place(&other.file, &node.file);
-    let known = state.tops.iter().any(|top| is_it(&top.top))
-        || state.made.iter().any(|made| is_it(&made.node));
-    let is_open = |open: &Node| {
-        let file = graph.file_of(open);
-        !open.is_file() && file.is_ok_and(|file| is_same_place(&file, &node.file))
-    };
-    known && !graph.nodes().iter().any(is_open)
-}
-
-/// Whether a node, or one written inside it, is in this file.
-fn is_in(options: &BlockdevOptions, file: &Path) -> bool {
-    let own = match &options.driver {
-        Driver::File(own) | Driver::HostDevice(own) => is_same_path(&own.filename, file),
-        _ => false,
-    };
-    own || options.children().iter().any(|(_, child)| match child {
-        BlockRef::Inline(child) => is_in(child, file),
-        BlockRef::Name(_) => false,
-    })
-}
+use crate::state::record::{self, Made, State, are_different};
 
 /// What there is at a start.
 #[derive(Debug)]
@@ -329,15 +268,6 @@ fn needs(node: &BlockdevOptions, state: &State) -> Vec<String> {
     let below = links_of(node, state).filter_map(|link| link.below.as_ref()?.node.name.clone());
     needs.extend(below);
     needs
-}
-
-/// What is recorded to lie under a node, or under one that is written inside it.
-fn links_of<'s>(node: &BlockdevOptions, state: &'s State) -> impl Iterator<Item = &'s Link> {
-    let own = names_in(node);
-    records::links(state).filter(move |link| {
-        let is_own = |name: &String| own.contains(name);
-        link.node.name.as_ref().is_some_and(is_own) || is_in(node, Path::new(&link.node.file))
-    })
 }
 
 /// The record of an image, whatever its node is called.

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::in_place::in_place;
-use super::nodes_at_start::Later;
+use super::later::Later;
 use super::state::{find, recorded};
 use crate::error::{Error, Result};
 use crate::graph::recorded::is_same_image;
