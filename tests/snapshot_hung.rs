@@ -374,10 +374,11 @@ fn a_copy_within_the_image_waits_for_a_write_in_place_that_hangs() -> Res<()> {
     assert!(bed.read(0, CLUSTER)? == wanted, "nothing is lost");
     bed.run(&Op::flush())?;
     let taken = snapshot_of(&bed.file.snapshot(), "one")?;
-    // What was in flight at the instant has landed in it; what began later has not.
-    let mut wanted = vec![1; DISK as usize];
-    wanted[8 * SECTOR..9 * SECTOR].fill(2);
-    assert!(taken == wanted, "the snapshot");
+    // What was in flight at the instant may be in it; what began later is not.
+    for (sector, bytes) in taken.chunks(SECTOR).enumerate() {
+        let fits = |byte: &u8| *byte == 1 || (sector == 8 && *byte == 2);
+        assert!(bytes.iter().all(fits), "sector {sector} of the snapshot");
+    }
     Ok(())
 }
 
