@@ -1,7 +1,7 @@
 //! The records as text.
 //!
 //! ```json
-//! {"stratablk-state": 3, "crc32": "1c291ca3", "state": {"links": [], "jobs": [], …}}
+//! {"stratablk-state": 4, "crc32": "1c291ca3", "state": {"links": [], "jobs": [], …}}
 //! ```
 //!
 //! The number is the format's version. A program reads its own version and all before it, each
@@ -22,7 +22,7 @@ pub(super) const VERSION: u64 = UPGRADES.len() as u64 + 1;
 pub(super) type Upgrade = fn(Value) -> Result<Value, String>;
 
 /// From version 1 to 2, from 2 to 3 and so on.
-const UPGRADES: &[Upgrade] = &[upgrade::to_2, upgrade::to_3];
+const UPGRADES: &[Upgrade] = &[upgrade::to_2, upgrade::to_3, upgrade::to_4];
 
 /// Where the version stands.
 const KEY: &str = "stratablk-state";

@@ -31,6 +31,12 @@ pub(super) fn to_3(state: Value) -> Result<Value, String> {
     Ok(state)
 }
 
+/// From version 3, in which jobs had no filters and nodes that snapshots have made were not recorded by
+/// themselves: nothing is to be changed.
+pub(super) fn to_4(state: Value) -> Result<Value, String> {
+    Ok(state)
+}
+
 fn link_to_2(link: &mut Value) -> Result<(), String> {
     put(link, "identity", json!([0, 0]))?;
     put(link, "released-files", json!([]))

@@ -370,14 +370,14 @@ def test_a_name_of_its_own_for_each_daemon(lives, tmp_path):
     assert qmp.job("j")["speed"] == SLOW
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"stratablk-state": 4, "more": []}'])
+@pytest.mark.parametrize("text", ["", "{", '{"stratablk-state": 5, "more": []}'])
 def test_a_file_that_is_not_understood_is_kept(lives, text):
     lives.file().write_text(text)
     lives.file().chmod(0o600)
     said = lives.refused(*lives.words)
     assert str(lives.file()) in said and "remove" in said
-    if "4" in text:
-        assert "version 4" in said and "version 3" in said
+    if "5" in text:
+        assert "version 5" in said and "version 4" in said
     assert lives.file().read_text() == text
 
 
