@@ -61,7 +61,8 @@ pub fn execute(cli: Cli, out: &mut dyn Write) -> Result<(), Failure> {
         Command::Resume { job } => send(client, "job-resume", json!({"id": job}), json, out),
         Command::Cancel { job, force } => {
             let arguments = json!({"device": job, "force": force});
-            send(client, "block-job-cancel", arguments, json, out)
+            send(client, "block-job-cancel", arguments, json, out)?;
+            jobs::wait_for_end(client, &job)
         }
         Command::Complete { job } => send(client, "job-complete", json!({"id": job}), json, out),
         Command::Finalize { job } => send(client, "job-finalize", json!({"id": job}), json, out),

@@ -7,13 +7,33 @@ use super::tracker::{Tracker, merge};
 use super::units;
 use serde_json::Value;
 use std::io::Write;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// How long the end of a job that was cancelled is waited for.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The jobs that there are, in one list.
 pub fn query(client: &mut Client) -> Result<(Value, Value), Failure> {
     let jobs = client.execute("query-jobs", Value::Null)?;
     let block_jobs = client.execute("query-block-jobs", Value::Null)?;
     Ok((jobs, block_jobs))
+}
+
+/// Waits until job `id` has ended, since what comes next may not expect it any more. One that waits for
+/// a disk that does not answer is left to itself after a while.
+pub fn wait_for_end(client: &mut Client, id: &str) -> Result<(), Failure> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let jobs = client.execute("query-jobs", Value::Null)?;
+        let mut jobs = jobs.as_array().into_iter().flatten();
+        let goes_on = jobs.any(|job| job["id"] == id && job["status"] != "concluded");
+        let left = deadline.saturating_duration_since(Instant::now());
+        if !goes_on || left.is_zero() {
+            return Ok(());
+        }
+        // Whatever has happened, the list tells.
+        client.next_event(left)?;
+    }
 }
 
 /// Prints the jobs.

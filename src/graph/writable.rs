@@ -89,7 +89,7 @@ impl Graph {
         let node = self.image_node(name)?;
         // A filter may be read-only too.
         for node in [&node, &self.node(name)?] {
-            if node.fixed_read_only && !(reopens && node.is_image()) {
+            if node.fixed_read_only && !(reopens && self.may_reopen(node)) {
                 return Err(Error::Invalid("Block node is read-only".into()));
             }
         }
@@ -115,6 +115,14 @@ impl Graph {
             ..(*node.layer).clone()
         };
         self.replace_layer(&node.name, Arc::new(layer))
+    }
+
+    /// Whether a job may write a node that is read-only for guests: an image, in a file of which nobody
+    /// has said that it is to stay as it is.
+    fn may_reopen(&self, node: &Node) -> bool {
+        let file = node.file().filter(|_| node.is_image());
+        file.and_then(|file| self.node(file).ok())
+            .is_some_and(|file| !file.options.read_only || file.options.auto_read_only)
     }
 
     /// Gives a node's image back to its readers, unless a grant is for writing it: to be called where a

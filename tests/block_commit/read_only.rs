@@ -7,7 +7,7 @@ use serde_json::json;
 
 /// How the layers under the guest's are named.
 const WAYS: [&str; 2] = [
-    "read-only=on",
+    "read-only=on,file.read-only=off,file.auto-read-only=on",
     "read-only=on,file.auto-read-only=on,file.node-name=file-of-NODE",
 ];
 

@@ -13,9 +13,6 @@ use futures_util::future::{Either, select};
 use super::super::Qcow2;
 use super::super::claims::Closed;
 use super::super::header::Header;
-use super::change::{Places, Prepared, Wanted};
-use super::rewrite::{Rewrite, Written};
-use super::table::Entries;
 use crate::error::{Error, Result};
 use crate::reactor::Reactor;
 
@@ -62,32 +59,8 @@ impl Frozen {
         }
     }
 
-    /// Writes the tables that `write` makes of the present ones beside these, and has the header name
-    /// them.
-    pub async fn rewrite(
-        self,
-        l1s: usize,
-        entries: Entries,
-        write: impl AsyncFnOnce(Rewrite<'_>, Entries) -> Result<Written>,
-    ) -> Result<Prepared> {
-        let image = self.image.clone();
-        let wanted = Wanted::of(&image, l1s, &entries)?;
-        let mut places = Places::allocate(&image, &wanted).await?;
-        let written = match self.settle().await {
-            Ok(()) => write(Rewrite::of(&image, &mut places), entries).await,
-            Err(error) => Err(error),
-        };
-        match written {
-            Ok(written) => written.draft(self, places).name().await,
-            Err(error) => {
-                places.give_up(&image).await;
-                Err(error)
-            }
-        }
-    }
-
     /// Makes all metadata stable as it is now, and has it stand still.
-    async fn settle(&self) -> Result<()> {
+    pub async fn settle(&self) -> Result<()> {
         let _turn = self.image.flush_turn().await;
         self.image.write_back().await?;
         self.image.meta.lock().still = true;

@@ -10,7 +10,7 @@ use super::super::l2::OFFSET;
 use super::super::metadata;
 use super::super::numbers::{be64, put, words};
 use super::super::words::Words;
-use super::change::{Draft, Places};
+use super::change::{Draft, Places, Prepared, Wanted};
 use super::counts::Counts;
 use super::frozen::Frozen;
 use super::table::Entries;
@@ -49,6 +49,32 @@ impl Written {
             table: self.table,
             freed: self.freed,
             listed: self.entries.snapshots,
+        }
+    }
+}
+
+impl Frozen {
+    /// Writes the tables that `write` makes of the present ones beside these, and has the header name
+    /// them.
+    pub async fn rewrite(
+        self,
+        l1s: usize,
+        entries: Entries,
+        write: impl AsyncFnOnce(Rewrite<'_>, Entries) -> Result<Written>,
+    ) -> Result<Prepared> {
+        let image = self.image.clone();
+        let wanted = Wanted::of(&image, l1s, &entries)?;
+        let mut places = Places::allocate(&image, &wanted).await?;
+        let written = match self.settle().await {
+            Ok(()) => write(Rewrite::of(&image, &mut places), entries).await,
+            Err(error) => Err(error),
+        };
+        match written {
+            Ok(written) => written.draft(self, places).name().await,
+            Err(error) => {
+                places.give_up(&image).await;
+                Err(error)
+            }
         }
     }
 }
