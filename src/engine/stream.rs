@@ -153,6 +153,9 @@ impl Engine {
         let Some(target) = layers.nodes.first() else {
             return Err(no_such_device(&request.device, &request.device));
         };
+        if target.fixed_read_only && !self.graph.may_reopen(target) {
+            return refuse("Block node is read-only");
+        }
         let job = JobSpec {
             work: self.recorded_work(&spec)?,
             filter: request.filter_node_name.clone(),

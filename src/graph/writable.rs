@@ -119,7 +119,8 @@ impl Graph {
 
     /// Whether a job may write a node that is read-only for guests: an image, in a file of which nobody
     /// has said that it is to stay as it is.
-    fn may_reopen(&self, node: &Node) -> bool {
+    #[must_use]
+    pub fn may_reopen(&self, node: &Node) -> bool {
         let file = node.file().filter(|_| node.is_image());
         file.and_then(|file| self.node(file).ok())
             .is_some_and(|file| !file.options.read_only || file.options.auto_read_only)

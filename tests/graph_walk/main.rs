@@ -49,7 +49,7 @@ use common::skips::skip;
 use walk::Walk;
 
 /// Steps of a walk.
-const STEPS: u64 = 40;
+const STEPS: u64 = 25;
 
 /// The seeds of the walks that are taken with all other tests.
 const AMONG_THE_TESTS: [u64; 2] = [1, 2];
