@@ -432,7 +432,8 @@ impl View {
     }
 }
 
-/// A planted fault: what is left of a write without the ends that fill no block. All of it, if it has no whole one.
+/// A planted fault: what is left of a write without the ends that fill no block. All of it, if it has
+/// no whole one.
 #[cfg(debug_assertions)]
 fn whole_blocks(at: u64, bufs: IoBufs) -> (u64, IoBufs) {
     const BLOCK: u64 = 4096;

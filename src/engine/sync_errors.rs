@@ -41,8 +41,8 @@ pub(super) fn syncs_of(layer: &Layer) -> Vec<Arc<Syncs>> {
 /// What the thread is sent.
 enum Message {
     Failed(Arc<Syncs>, SyncFailure),
-    /// A file of this name is there no more.
-    Removed(String),
+    /// The file is there no more, and nobody needs it.
+    Removed(Arc<Syncs>, SyncFailure),
     /// The daemon has ended.
     End,
 }
@@ -77,8 +77,9 @@ impl Watch {
                 while let Ok(message) = received.recv() {
                     let (syncs, failure) = match message {
                         Message::Failed(syncs, failure) => (syncs, failure),
-                        Message::Removed(file) => {
-                            store.iter().for_each(|store| forget(store, &file));
+                        Message::Removed(syncs, failure) => {
+                            let gone = state::failed_sync(&failure, syncs.identity());
+                            store.iter().for_each(|store| forget(store, &gone));
                             continue;
                         }
                         Message::End => break,
@@ -101,8 +102,8 @@ impl Watch {
             .map_err(|error| Error::Invalid(format!("starting: {error}")))?;
         let failures = messages.clone();
         let removals = messages.clone();
-        on_removal(move |file| {
-            let _ = removals.send(Message::Removed(file.to_owned()));
+        on_removal(move |syncs, failure| {
+            let _ = removals.send(Message::Removed(syncs.clone(), failure.clone()));
         });
         on_failure(move |syncs, failure| {
             // Nobody listens any more when the daemon has ended.
@@ -143,10 +144,11 @@ fn record(store: &Store, failure: &SyncFailure, identity: Identity) {
     }
 }
 
-/// Forgets the failures of a new file that was not needed, and was removed.
-fn forget(store: &Store, file: &str) {
-    let recorded = store.happened(|state| state.failed_syncs.retain(|mark| mark.file != file));
+/// Forgets the failure of a new file that was not needed, and was removed.
+fn forget(store: &Store, gone: &FailedSync) {
+    let recorded = store.happened(|state| state.failed_syncs.retain(|mark| !is_same(mark, gone)));
     if let Err(error) = recorded {
+        let file = &gone.file;
         log::warn!("a flush of '{file}', which is gone, is still recorded as failed: {error}");
     }
 }
@@ -257,20 +259,25 @@ pub fn clear(graph: &Graph, name: &str, store: Option<&Store>) -> std::result::R
             cleared += 1;
         }
     }
-    for (node, _) in &all {
-        lower(graph, node);
-    }
+    lower(graph, all.iter().map(|(node, _)| node.as_str()));
     match (cleared, all.first()) {
         (0, Some((node, _))) => Err(Refused(format!("No flush of node '{node}' has failed"))),
         _ => Ok(()),
     }
 }
 
-/// Gives a node's image back to its readers, which failed as long as its flush did.
-fn lower(graph: &Graph, node: &str) {
-    let lowered = on_this_thread(|reactor| reactor.block_on(graph.lower_image(node)));
+/// Gives images back to their readers, which failed as long as their flushes did.
+fn lower<'n>(graph: &Graph, nodes: impl Iterator<Item = &'n str>) {
+    let lowered = on_this_thread(|reactor| {
+        for node in nodes {
+            if let Err(error) = reactor.block_on(graph.lower_image(node)) {
+                log::warn!("node '{node}': back to read-only: {error}");
+            }
+        }
+        Ok(())
+    });
     if let Err(error) = lowered {
-        log::warn!("node '{node}': back to read-only: {error}");
+        log::warn!("images whose flushes had failed stay writable: {error}");
     }
 }
 

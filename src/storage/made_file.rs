@@ -122,11 +122,7 @@ impl MadeFile {
         }
         match self.was_there {
             true => OpenOptions::new().write(true).open(&self.path)?.set_len(0),
-            false => {
-                std::fs::remove_file(&self.path)?;
-                syncs::removed(&self.path);
-                Ok(())
-            }
+            false => syncs::remove_file(&self.path),
         }
     }
 }

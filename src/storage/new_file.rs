@@ -121,8 +121,6 @@ impl Drop for NewFile {
 fn forget(path: &Path, fresh: bool) {
     if fresh {
         // The error that led here is told; this one would say no more.
-        if std::fs::remove_file(path).is_ok() {
-            syncs::removed(path);
-        }
+        let _ = syncs::remove_file(path);
     }
 }

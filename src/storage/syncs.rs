@@ -59,9 +59,6 @@ struct State {
 /// Is told of a failure that stays.
 type Listener = Box<dyn Fn(&Arc<Syncs>, &SyncFailure) + Send + Sync>;
 
-/// Is told of a file with such a failure that is there no more.
-type RemovalListener = Box<dyn Fn(&str) + Send + Sync>;
-
 /// What the process knows of the files that it syncs.
 #[derive(Default)]
 struct Registry {
@@ -73,7 +70,7 @@ struct Registry {
     /// Failures of files that have not been seen yet.
     waiting: Vec<(SyncFailure, Identity)>,
     listener: Option<Arc<Listener>>,
-    on_removal: Option<Arc<RemovalListener>>,
+    on_removal: Option<Arc<Listener>>,
 }
 
 /// Held for a look-up at a time.
@@ -85,25 +82,39 @@ pub fn on_failure(listener: impl Fn(&Arc<Syncs>, &SyncFailure) + Send + Sync + '
     REGISTRY.lock().listener = Some(Arc::new(Box::new(listener)));
 }
 
-/// From now on `listener` is told of files that were [removed], by their names, on the thread that did
-/// it: it must not block.
-pub fn on_removal(listener: impl Fn(&str) + Send + Sync + 'static) {
+/// From now on `listener` is told of failures whose files were [removed](remove_file), on the thread that
+/// did it: it must not block.
+pub fn on_removal(listener: impl Fn(&Arc<Syncs>, &SyncFailure) + Send + Sync + 'static) {
     REGISTRY.lock().on_removal = Some(Arc::new(Box::new(listener)));
 }
 
-/// This process has removed a file that it had made: that its flush has failed concerns nobody.
-pub(super) fn removed(path: &Path) {
-    let name = path.display().to_string();
-    let registry = REGISTRY.lock();
-    let is_it = |syncs: &&Arc<Syncs>| syncs.failure().is_some_and(|failure| failure.file == name);
-    let failed: Vec<_> = registry.files.values().filter(is_it).cloned().collect();
-    let listener = registry.on_removal.clone();
-    drop(registry);
-    for syncs in &failed {
-        syncs.clear();
+/// Removes a file that this process has made and that is not needed. That its flush has failed concerns
+/// nobody; that of another file which had this name before is not meant.
+///
+/// # Errors
+/// What the system reports.
+pub(super) fn remove_file(path: &Path) -> io::Result<()> {
+    let metadata = std::fs::symlink_metadata(path)?;
+    std::fs::remove_file(path)?;
+    let (syncs, listener) = {
+        let registry = REGISTRY.lock();
+        let syncs = registry.files.get(&key_of(&metadata)).cloned();
+        (syncs, registry.on_removal.clone())
+    };
+    if let Some(syncs) = syncs
+        && let Some(failure) = syncs.clear()
+        && let Some(listener) = listener
+    {
+        listener(&syncs, &failure);
     }
-    if let Some(listener) = listener.filter(|_| !failed.is_empty()) {
-        listener(&name);
+    Ok(())
+}
+
+/// What a file is known by.
+fn key_of(metadata: &Metadata) -> (u64, u64) {
+    match metadata.file_type().is_block_device() {
+        true => (u64::MAX, metadata.rdev()),
+        false => (metadata.dev(), metadata.ino()),
     }
 }
 
@@ -125,11 +136,7 @@ impl Syncs {
     /// Those of the file with this metadata, the same for all who open it. `page_cache`: it is
     /// about to be written through the page cache.
     pub(super) fn of_file(metadata: &Metadata, page_cache: bool) -> Arc<Self> {
-        let key = if metadata.file_type().is_block_device() {
-            (u64::MAX, metadata.rdev())
-        } else {
-            (metadata.dev(), metadata.ino())
-        };
+        let key = key_of(metadata);
         let mut registry = REGISTRY.lock();
         registry
             .files
@@ -370,6 +377,27 @@ mod tests {
             Poll::Ready(result) => result,
             Poll::Pending => panic!("it waits for nobody"),
         }
+    }
+
+    /// What would be caught: another file's failure that is forgotten, since it had the name before.
+    #[test]
+    fn a_file_that_is_not_needed_takes_its_own_failure_along() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        let failing = || {
+            let file = std::fs::File::create_new(&path).unwrap();
+            let syncs = Syncs::of_file(&file.metadata().unwrap(), true);
+            assert!(sync(&syncs, failed(libc::EIO)).is_err());
+            (file, syncs)
+        };
+        // The file stays open, so that no other one is known by the same.
+        let (_file, old) = failing();
+        std::fs::remove_file(&path).unwrap();
+        let (_, new) = failing();
+        remove_file(&path).unwrap();
+        assert!(!path.exists());
+        assert!(new.failure().is_none() && old.failure().is_some());
+        old.clear();
     }
 
     #[test]

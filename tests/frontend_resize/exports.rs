@@ -9,7 +9,7 @@ use crate::common::Res;
 use crate::common::daemon::{Program, Setup};
 use crate::common::frontend::OK;
 use crate::common::images;
-use crate::scene::{Bed, Guest, MIB, QUEUE, qcow2, raw};
+use crate::scene::{Bed, MIB, qcow2, raw};
 
 /// Catches nodes that go on with the old size, and exports whose front-ends hear nothing, or too much.
 #[test]
@@ -31,17 +31,7 @@ fn nodes_and_exports_over_one_image() -> Res<()> {
     let mut guest = bed.guest()?;
     let mut guests = Vec::new();
     for node in ["layer0", "cor", "debug", "window"] {
-        let socket = bed.path(&format!("{node}.sock"));
-        bed.ask(
-            "block-export-add",
-            json!({"type": "vhost-user-blk", "id": node, "node-name": node,
-                "addr": {"type": "unix", "path": socket}}),
-        )?;
-        let mut front = bed
-            .daemon
-            .connect_tracked(&socket, 1, QUEUE, MIB as usize, true)?;
-        let channel = front.tracked()?.channel()?;
-        guests.push(Guest { front, channel });
+        guests.push(bed.guest_of(node, false)?);
     }
     // Whichever of them is named.
     for (round, node) in ["layer0", "cor", "plain", "debug"].into_iter().enumerate() {

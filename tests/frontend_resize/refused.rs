@@ -10,7 +10,7 @@ use crate::common::frontend::OK;
 use crate::common::skips::skip;
 use crate::common::slow::LoopDevice;
 use crate::common::{Res, images};
-use crate::scene::{Bed, Guest, MIB, QUEUE, qcow2, raw};
+use crate::scene::{Bed, MIB, qcow2, raw};
 
 /// Catches refusals that change something, and jobs whose disk gets another size under them.
 #[test]
@@ -170,23 +170,13 @@ fn a_failure_leaves_the_old_size() -> Res<()> {
             "write -q -P 7 0 1M",
             images::text(&file)?,
         ])?;
-        let socket = bed.path(&format!("{name}.sock"));
         bed.ask(
             "blockdev-add",
             json!({"driver": "qcow2", "node-name": name, "file": {"driver": "blkdebug",
                 "image": {"driver": "file", "filename": file},
                 "inject-error": [{"event": "none", "iotype": iotype, "errno": 5, "once": true}]}}),
         )?;
-        bed.ask(
-            "block-export-add",
-            json!({"type": "vhost-user-blk", "id": name, "node-name": name, "writable": true,
-                "addr": {"type": "unix", "path": socket}}),
-        )?;
-        let mut front = bed
-            .daemon
-            .connect_tracked(&socket, 1, QUEUE, MIB as usize, true)?;
-        let channel = front.tracked()?.channel()?;
-        let mut guest = Guest { front, channel };
+        let mut guest = bed.guest_of(&name, true)?;
         let arguments = json!({"device": name, "size": size});
         let text = bed.refused(arguments.clone())?;
         let context = format!("{iotype} to {size}: {text}");

@@ -49,9 +49,24 @@ impl Bed {
 
     pub fn guest(&mut self) -> Res<Guest> {
         let socket = self.setup.socket.clone();
+        self.guest_at(&socket)
+    }
+
+    /// A guest of node `node`, by an export of that name.
+    pub fn guest_of(&mut self, node: &str, writable: bool) -> Res<Guest> {
+        let socket = self.path(&format!("{node}.sock"));
+        self.ask(
+            "block-export-add",
+            json!({"type": "vhost-user-blk", "id": node, "node-name": node,
+                "writable": writable, "addr": {"type": "unix", "path": socket}}),
+        )?;
+        self.guest_at(&socket)
+    }
+
+    fn guest_at(&mut self, socket: &Path) -> Res<Guest> {
         let mut front = self
             .daemon
-            .connect_tracked(&socket, 1, QUEUE, MIB as usize, true)?;
+            .connect_tracked(socket, 1, QUEUE, MIB as usize, true)?;
         let channel = front.tracked()?.channel()?;
         Ok(Guest { front, channel })
     }
