@@ -117,27 +117,36 @@ impl Opening<'_> {
     /// Takes those that can be opened, in an order in which each is behind those that it refers to.
     fn take_ready(&self, later: &mut Vec<BlockdevOptions>) -> Vec<BlockdevOptions> {
         let state = self.store.state();
-        let here: HashSet<String> = later.iter().flat_map(names_in).collect();
+        let mut waiting: HashSet<String> = later.iter().flat_map(names_in).collect();
         let tops = state.tops.iter().map(|top| &top.top);
         let promised = tops.chain(state.made.iter().map(|made| &made.node));
         let promised = promised.filter_map(|node| node.name.clone());
         let promised = promised.filter(|name| self.graph.node(name).is_err());
-        let promised: HashSet<String> = promised.filter(|name| !here.contains(name)).collect();
+        let promised: HashSet<String> = promised.filter(|name| !waiting.contains(name)).collect();
+        let is_ready = |node: &BlockdevOptions, waiting: &HashSet<String>| {
+            let own = names_in(node);
+            let needs = needs(node, &state);
+            let mut needs = needs.iter().filter(|name| !own.contains(name));
+            !needs.any(|name| waiting.contains(name) || promised.contains(name))
+                && !links_of(node, &state)
+                    .filter_map(|link| link.below.as_ref())
+                    .any(|below| is_to_come(self.graph, &state, &below.node))
+        };
         let mut ready = Vec::new();
         loop {
-            let waiting: HashSet<String> = later.iter().flat_map(names_in).collect();
-            let at = later.iter().position(|node| {
-                let own = names_in(node);
-                let needs = needs(node, &state);
-                let mut needs = needs.iter().filter(|name| !own.contains(name));
-                !needs.any(|name| waiting.contains(name) || promised.contains(name))
-                    && !links_of(node, &state)
-                        .filter_map(|link| link.below.as_ref())
-                        .any(|below| is_to_come(self.graph, &state, &below.node))
-            });
-            match at {
-                Some(at) => ready.push(later.remove(at)),
-                None => return ready,
+            let before = ready.len();
+            for node in std::mem::take(later) {
+                if !is_ready(&node, &waiting) {
+                    later.push(node);
+                    continue;
+                }
+                for name in names_in(&node) {
+                    waiting.remove(&name);
+                }
+                ready.push(node);
+            }
+            if ready.len() == before {
+                return ready;
             }
         }
     }
