@@ -76,6 +76,7 @@ impl Program {
 pub struct Daemon {
     child: Child,
     log: PathBuf,
+    reference: bool,
 }
 
 impl Daemon {
@@ -105,7 +106,12 @@ impl Daemon {
         let child = command
             .spawn()
             .map_err(|e| format!("{}: {e}", program.path.display()))?;
-        Ok(Daemon { child, log })
+        let reference = program.is_reference();
+        Ok(Daemon {
+            child,
+            log,
+            reference,
+        })
     }
 
     /// The process id.
@@ -148,8 +154,16 @@ impl Daemon {
     }
 
     /// Connects to the control socket, as soon as the back-end listens there.
+    ///
+    /// The reference is tried again after a while: about once in a thousand starts its main loop
+    /// misses a client that came while it began, and sleeps until something else happens.
     pub fn qmp(&mut self, socket: &Path) -> Res<Qmp> {
-        self.retry(|| Qmp::connect(socket))
+        let patience = if self.reference {
+            PATIENCE / 6
+        } else {
+            PATIENCE
+        };
+        self.retry(|| Qmp::connect_within(socket, patience))
     }
 
     /// Does `step` again for as long as all that is wrong with it is that nobody listens yet, or
@@ -310,7 +324,8 @@ fn is_too_early(error: &(dyn std::error::Error + 'static)) -> bool {
         io::ErrorKind::NotFound
         | io::ErrorKind::ConnectionRefused
         | io::ErrorKind::ConnectionReset
-        | io::ErrorKind::BrokenPipe => true,
+        | io::ErrorKind::BrokenPipe
+        | io::ErrorKind::TimedOut => true,
         // What virtio-driver says when it reads the end of the stream.
         _ => error.to_string().contains("failed to receive"),
     }

@@ -4,7 +4,7 @@ use super::Res;
 use super::frontend::PATIENCE;
 use serde_json::{Value, json};
 use std::collections::VecDeque;
-use std::io::{Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -36,8 +36,13 @@ pub struct Qmp {
 impl Qmp {
     /// Connects and negotiates.
     pub fn connect(socket: &Path) -> Res<Self> {
+        Self::connect_within(socket, PATIENCE)
+    }
+
+    /// The same, with a limit for each answer of the negotiation. `TimedOut` if one does not come.
+    pub fn connect_within(socket: &Path, patience: Duration) -> Res<Self> {
         let stream = UnixStream::connect(socket)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(patience))?;
         let mut qmp = Qmp {
             stream,
             buffer: Vec::new(),
@@ -48,6 +53,7 @@ impl Qmp {
             return Err(format!("not a greeting: {greeting}").into());
         }
         qmp.execute("qmp_capabilities", json!({}))??;
+        qmp.set_patience(PATIENCE)?;
         Ok(qmp)
     }
 
@@ -98,7 +104,7 @@ impl Qmp {
         let filled = self.fill();
         self.stream.set_nonblocking(false)?;
         match filled {
-            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(e) if e.kind() == ErrorKind::WouldBlock => {}
             other => {
                 other?;
             }
@@ -123,17 +129,20 @@ impl Qmp {
             if let Some(value) = self.parse()? {
                 return Ok(value);
             }
-            if self
-                .fill()
-                .map_err(|e| format!("no answer from the control socket: {e}"))?
-                == 0
-            {
-                return Err("the control socket was closed".into());
+            match self.fill() {
+                Ok(0) => return Err("the control socket was closed".into()),
+                Ok(_) => {}
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                    let text = "no answer from the control socket in time";
+                    return Err(io::Error::new(ErrorKind::TimedOut, text).into());
+                }
+                Err(e) => return Err(format!("no answer from the control socket: {e}").into()),
             }
         }
     }
 
-    fn fill(&mut self) -> std::io::Result<usize> {
+    fn fill(&mut self) -> io::Result<usize> {
         let mut chunk = [0; 4096];
         let n = self.stream.read(&mut chunk)?;
         self.buffer.extend(chunk.iter().take(n));
