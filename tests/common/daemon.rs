@@ -179,7 +179,8 @@ impl Daemon {
             if let Some(status) = self.child.try_wait()? {
                 return Err(format!("the back-end ended with {status}: {}", self.log()).into());
             }
-            if !is_too_early(&*error) || Instant::now() > deadline {
+            let again = is_too_early(&*error) || self.reference && is_timeout(&*error);
+            if !again || Instant::now() > deadline {
                 return Err(format!("{error}; the back-end says: {}", self.log()).into());
             }
             // A poll of a condition with a deadline: nothing depends on how long this takes.
@@ -324,11 +325,16 @@ fn is_too_early(error: &(dyn std::error::Error + 'static)) -> bool {
         io::ErrorKind::NotFound
         | io::ErrorKind::ConnectionRefused
         | io::ErrorKind::ConnectionReset
-        | io::ErrorKind::BrokenPipe
-        | io::ErrorKind::TimedOut => true,
+        | io::ErrorKind::BrokenPipe => true,
         // What virtio-driver says when it reads the end of the stream.
         _ => error.to_string().contains("failed to receive"),
     }
+}
+
+/// What [`Qmp::connect_within`] says when its patience is over.
+fn is_timeout(error: &(dyn std::error::Error + 'static)) -> bool {
+    let error = error.downcast_ref::<io::Error>();
+    error.is_some_and(|error| error.kind() == io::ErrorKind::TimedOut)
 }
 
 /// CPU time of a process so far, all threads included.
